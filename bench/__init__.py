@@ -1,0 +1,1 @@
+"""Benchmarks: skipstep beside what people use today."""

@@ -1,0 +1,28 @@
+"""skipstep compiles a diffusion sampler: each step count becomes a precompiled plan. See README.md."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from skipstep.engine import Engine
+    from skipstep.plan import Plan
+    from skipstep.schedule import NoiseSchedule
+
+__all__ = ["Engine", "NoiseSchedule", "Plan", "__version__"]
+
+__version__ = "0.1.0"
+
+# Loaded on first use: importing skipstep costs milliseconds and pulls in no array library.
+_HOME = {"Engine": "skipstep.engine", "NoiseSchedule": "skipstep.schedule", "Plan": "skipstep.plan"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'skipstep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

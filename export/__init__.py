@@ -1,0 +1,1 @@
+"""Turning networks into artefacts that run elsewhere."""
