@@ -1,0 +1,28 @@
+"""Every numerical tolerance of the suite, with its reason."""
+
+# A few operations in float64.
+FLOAT64 = 1e-13
+
+# A cumulative product of a thousand float32 factors, as diffusers forms it, against float64: each factor and each
+# product rounds by up to 6e-8, and the errors of a thousand add up as a random walk at worst times a few.
+FLOAT32_SCHEDULE = 2e-5
+
+# A whole DDIM loop against diffusers', both float32, relative 2-norm: our table folds divisions into factors, so each
+# step rounds in another order; 250 steps of it stay below this with a factor of two to spare.
+DIFFUSERS_LOOP = 5e-6
+
+# One step of it, relative 2-norm: a handful of float32 roundings, and x0 = x/sqrt(a) - ... cancels where a is small.
+DIFFUSERS_STEP = 3e-7
+# With sample prediction eps = (x - sqrt(a)·x0)/sqrt(1-a) cancels where a is near 1, by up to 1/(1-a) = 100.
+DIFFUSERS_STEP_SAMPLE = 3e-6
+
+# Normals (up to 6.7) from float32 polynomials for ln, sin and cos, against float64: u itself is rounded to float32,
+# which near u = 1 moves r = sqrt(-2 ln u) by up to 2^-25/r, largest for the smallest r.
+NORMAL_ABSOLUTE = 2e-4
+
+# One step in float32 against float64, relative to the largest term, (|x| + |out|)/sqrt(a): four roundings of it at
+# worst (coefficient, product, sum, and the guidance before them), each half a unit in the last place (6e-8).
+STEP_RELATIVE = 2.4e-7
+
+# One unit in the last place of bfloat16 (8 significant bits), relative.
+BFLOAT16_ULP = 2.0**-7
