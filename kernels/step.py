@@ -1,0 +1,150 @@
+"""Launching the step and the initial noise on a GPU: checks, grid, one launch each.
+
+Under TRITON_INTERPRET=1 (set before triton is imported) the same kernels run on CPU tensors, which is how they are
+tested without a GPU. Nothing here reads a device value on the host.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from skipstep.errors import DeviceUnavailableError, InputError, MissingDependencyError
+from skipstep.kernels.launch import DEFAULT_LAUNCH, StepLaunch
+from skipstep.kernels.layout import NUM_COLUMNS, StepFlags, Stream
+
+try:
+    from triton import knobs
+
+    from skipstep.kernels.philox_kernel import philox_normal_kernel
+    from skipstep.kernels.step_kernel import ddim_step_kernel
+except ImportError as error:
+    raise MissingDependencyError(
+        got=f"no package {error.name}",
+        expected="triton, which runs the step on a GPU",
+        remedy="pip install 'skipstep[torch]'",
+    ) from error
+
+NETWORK_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def ddim_step(
+    *,
+    state: Tensor,
+    model_output: Tensor,
+    network_input: Tensor,
+    table: Tensor,
+    stage: int,
+    flags: StepFlags,
+    seeds: Tensor | None = None,
+    guidance: Tensor | None = None,
+    x0: Tensor | None = None,
+    launch: StepLaunch = DEFAULT_LAUNCH,
+) -> None:
+    """Advance `state` from x_t to x_s in place and fill the network's next input, in one launch on the current stream.
+
+    state         float32 `[B, C, H, W]`.
+    model_output  float16, bfloat16 or float32 `[B, C, H, W]`, `[2B, C, H, W]` if flags.guided (labelled, then not).
+    network_input of model_output's shape, any of those dtypes; receives x_s, once or twice.
+    table         float32 `[S, 1 or B, NUM_COLUMNS]` (skipstep.kernels.layout), `stage` its row.
+    seeds         int64 `[B]`, the bits of unsigned seeds, if flags.add_noise.
+    guidance      float32 `[B]`, if flags.guided.
+    x0            optional float32 `[B, C, H, W]`, receives the predicted image.
+
+    All tensors are contiguous and on one device. Raises InputError and DeviceUnavailableError.
+    """
+    batch_size = len(state)
+    network_shape = (2 * batch_size if flags.guided else batch_size, *state.shape[1:])
+    _check("state", state, state.shape, (torch.float32,), state.device)
+    _check("model_output", model_output, network_shape, NETWORK_DTYPES, state.device)
+    _check("network_input", network_input, network_shape, NETWORK_DTYPES, state.device)
+    rows = batch_size if table.ndim == 3 and table.shape[1] == batch_size else 1
+    _check("table", table, (len(table), rows, NUM_COLUMNS), (torch.float32,), state.device)
+    if not 0 <= stage < len(table):
+        raise InputError(
+            got=f"stage={stage}",
+            expected=f"a row of the table, 0 to {len(table) - 1}",
+            remedy="pass a stage of the plan",
+        )
+    if flags.add_noise:
+        _check("seeds", seeds, (batch_size,), (torch.int64,), state.device)
+    if flags.guided:
+        _check("guidance", guidance, (batch_size,), (torch.float32,), state.device)
+    if x0 is not None:
+        _check("x0", x0, state.shape, (torch.float32,), state.device)
+    _check_runnable(state)
+    num_elements = state[0].numel()
+    ddim_step_kernel[launch.grid(num_elements, batch_size)](
+        state,
+        state,
+        model_output,
+        network_input,
+        state if x0 is None else x0,
+        table,
+        state if seeds is None else seeds,
+        state if guidance is None else guidance,
+        num_elements,
+        stage,
+        PER_SAMPLE=rows > 1,
+        CLIPPED=flags.clip,
+        REDERIVED=flags.rederive_eps,
+        NOISY=flags.add_noise,
+        GUIDED=flags.guided,
+        STORE_X0=x0 is not None,
+        BLOCK=launch.block_size,
+        num_warps=launch.num_warps,
+        # Triton's default changed between versions; fused, the bits would differ from the CPU's.
+        enable_fp_fusion=False,
+    )
+
+
+def initial_noise(*, state: Tensor, network_input: Tensor, seeds: Tensor, launch: StepLaunch = DEFAULT_LAUNCH) -> None:
+    """Fill `state` float32 `[B, C, H, W]` with x_T of the `seeds` int64 `[B]`, and the network's input with the same.
+
+    `network_input` is `[B, C, H, W]` or, where guidance doubles the batch, `[2B, C, H, W]`. Raises InputError.
+    """
+    batch_size = len(state)
+    copies = 2 if len(network_input) == 2 * batch_size else 1
+    _check("state", state, state.shape, (torch.float32,), state.device)
+    _check("network_input", network_input, (copies * batch_size, *state.shape[1:]), NETWORK_DTYPES, state.device)
+    _check("seeds", seeds, (batch_size,), (torch.int64,), state.device)
+    _check_runnable(state)
+    num_elements = state[0].numel()
+    philox_normal_kernel[launch.grid(num_elements, batch_size)](
+        state,
+        network_input,
+        seeds,
+        num_elements,
+        0,
+        STREAM=int(Stream.INITIAL),
+        COPIES=copies,
+        BLOCK=launch.block_size,
+        num_warps=launch.num_warps,
+        enable_fp_fusion=False,
+    )
+
+
+def _check(
+    name: str, tensor: Tensor | None, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    if tensor is None:
+        got = f"no {name}"
+    elif tensor.shape == shape and tensor.dtype in dtypes and tensor.device == device and tensor.is_contiguous():
+        return
+    else:
+        layout = "" if tensor.is_contiguous() else ", not contiguous"
+        got = f"{name} {list(tensor.shape)} {tensor.dtype} on {tensor.device}{layout}"
+    raise InputError(
+        got=got,
+        expected=f"contiguous {list(shape)} {' or '.join(map(str, dtypes))} on {device}",
+        remedy=f"convert {name} before the loop starts",
+    )
+
+
+def _check_runnable(tensor: Tensor) -> None:
+    if tensor.device.type != "cuda" and not knobs.runtime.interpret:
+        raise DeviceUnavailableError(
+            got=f"tensors on {tensor.device}",
+            expected="CUDA tensors: this step is a GPU kernel",
+            remedy="use skipstep.kernels.step_numpy.NumpyStep on the CPU, or set TRITON_INTERPRET=1 to test the kernel",
+        )

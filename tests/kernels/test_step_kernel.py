@@ -1,0 +1,219 @@
+"""The Triton step against the textbook in float64 and, bit for bit, against its NumPy twin."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from tolerances import BFLOAT16_ULP, STEP_RELATIVE
+
+from skipstep import NoiseSchedule, Plan
+from skipstep.errors import DeviceUnavailableError, InputError
+from skipstep.kernels.layout import StepFlags, Stream
+from skipstep.kernels.reference import ddim_step_reference
+from skipstep.kernels.step import ddim_step, initial_noise
+from skipstep.kernels.step_numpy import NumpyStep
+from skipstep.noise import StageNoise, standard_normal
+
+SCHEDULE = NoiseSchedule.linear(1000)
+SEEDS = np.array([0, 2**64 - 1, 12345], np.uint64)
+GUIDANCE = np.array([1.5, 3.0, 0.0], np.float32)
+NUM_ELEMENTS = [1, 3, 63, 784, 1000, 1024, 4097]
+CASES = list(itertools.product(["epsilon", "v_prediction", "sample"], ["paper", "diffusers", "guided"], [0.0, 0.7]))
+
+
+def random_case(n: int, batch_size: int, *, guided: bool, dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(n)
+    state = torch.randn(batch_size, n, 1, 1, generator=generator)
+    output = torch.randn((2 if guided else 1) * batch_size, n, 1, 1, generator=generator).to(dtype)
+    return state, output
+
+
+def seeds_tensor(batch_size: int, device: str) -> torch.Tensor:
+    return torch.from_numpy(SEEDS[:batch_size].view(np.int64)).to(device)
+
+
+def run_kernel(
+    plan: Plan, stage: int, state, output, *, guided=False, input_dtype=torch.float32, device="cpu", x0=False
+):
+    """Run one step in buffers that stand inside larger ones full of NaN, and check that nothing outside was touched."""
+    batch_size = len(state)
+
+    def guarded(shape, dtype=torch.float32):
+        memory = torch.full((64 + int(np.prod(shape)) + 64,), float("nan"), dtype=dtype, device=device)
+        return memory, memory[64:-64].view(shape)
+
+    state_memory, inside = guarded(state.shape)
+    inside.copy_(state)
+    input_memory, network_input = guarded(output.shape, input_dtype)
+    x0_memory, predicted = guarded(state.shape)
+    flags = plan.flags
+    ddim_step(
+        state=inside,
+        model_output=output.to(device),
+        network_input=network_input,
+        table=torch.tensor(plan.coefficients[:, None], device=device),
+        stage=stage,
+        seeds=seeds_tensor(batch_size, device),
+        guidance=torch.from_numpy(GUIDANCE[:batch_size]).to(device),
+        flags=StepFlags(flags.clip, flags.rederive_eps, flags.add_noise, guided),
+        x0=predicted if x0 else None,
+    )
+    for memory in (state_memory, input_memory, x0_memory):
+        assert memory[:64].isnan().all()
+        assert memory[-64:].isnan().all()
+    return inside.cpu(), network_input.cpu(), predicted.cpu()
+
+
+@pytest.mark.parametrize("n", NUM_ELEMENTS)
+@pytest.mark.parametrize(("prediction_type", "convention", "eta"), CASES)
+def test_equals_the_textbook(prediction_type, convention, eta, n, kernel_device):
+    plan = Plan(
+        schedule=SCHEDULE, timesteps=[700, 300], prediction_type=prediction_type, convention=convention, eta=eta
+    )
+    guided = convention == "guided"
+    state, output = random_case(n, 3, guided=guided)
+    ours, network_input, x0 = run_kernel(plan, 0, state, output, guided=guided, device=kernel_device, x0=True)
+    z = standard_normal(SEEDS, n, stage=0, stream=Stream.STEP)
+    theirs, theirs_x0 = ddim_step_reference(
+        state,
+        output,
+        alpha_bar_t=plan.alpha_bars[0],
+        alpha_bar_s=plan.alpha_bars[1],
+        eta=eta,
+        prediction_type=prediction_type,
+        clip=plan.clip,
+        convention=convention,
+        guidance=torch.from_numpy(GUIDANCE) if guided else None,
+        z=torch.from_numpy(z).view(state.shape) if eta else None,
+    )
+    largest_prediction = output.abs().max() * (1 + 2 * GUIDANCE.max() if guided else 1)
+    largest_term = (state.abs().max() + largest_prediction) / np.sqrt(plan.alpha_bars[0])
+    assert (ours - theirs).abs().max() <= STEP_RELATIVE * largest_term
+    assert (x0 - theirs_x0).abs().max() <= STEP_RELATIVE * largest_term
+    for half in network_input.chunk(2 if guided else 1):
+        torch.testing.assert_close(half, ours, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("n", NUM_ELEMENTS)
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_has_the_bits_of_the_numpy_step(n, batch_size, guided, per_sample, kernel_device):
+    plans = [Plan(schedule=SCHEDULE, steps=4, eta=eta, convention="guided") for eta in (0.9, 0.3, 0.6)][:batch_size]
+    table = np.stack([plan.coefficients for plan in plans], axis=1) if per_sample else plans[0].coefficients[:, None]
+    flags = StepFlags(clip=True, rederive_eps=True, add_noise=True, guided=guided)
+    state, output = random_case(n, batch_size, guided=guided)
+    guidance = GUIDANCE[:batch_size]
+    expected = state.numpy().copy()
+    step = NumpyStep(
+        state=expected,
+        model_output=output.numpy(),
+        network_input=np.empty_like(output.numpy()),
+        table=table,
+        flags=flags,
+        guidance=guidance if guided else None,
+        noise=StageNoise(SEEDS[:batch_size], n, 4),
+    )
+    ours = state.to(kernel_device)
+    for stage in (0, 2, 3):
+        step(stage)
+        ddim_step(
+            state=ours,
+            model_output=output.to(kernel_device),
+            network_input=torch.empty_like(output, device=kernel_device),
+            table=torch.tensor(table, device=kernel_device),
+            stage=stage,
+            seeds=seeds_tensor(batch_size, kernel_device),
+            guidance=torch.from_numpy(guidance).to(kernel_device),
+            flags=flags,
+        )
+        np.testing.assert_array_equal(ours.cpu().numpy(), expected)
+
+
+@pytest.mark.parametrize("input_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("output_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("n", [63, 1000])
+def test_reads_and_writes_the_dtypes_of_the_network(n, output_dtype, input_dtype, kernel_device):
+    plan = Plan(schedule=SCHEDULE, timesteps=[700, 300])
+    state, output = random_case(n, 3, guided=False, dtype=output_dtype)
+    ours, network_input, _ = run_kernel(plan, 0, state, output, input_dtype=input_dtype, device=kernel_device)
+    exact, _, _ = run_kernel(plan, 0, state, output.float(), device=kernel_device)
+    torch.testing.assert_close(ours, exact, rtol=0, atol=0)
+    # Triton's interpreter truncates where bfloat16 should be rounded.
+    tolerance = BFLOAT16_ULP if input_dtype == torch.bfloat16 and kernel_device == "cpu" else 0
+    torch.testing.assert_close(network_input.float(), ours.to(input_dtype).float(), rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("convention", ["paper", "diffusers", "guided"])
+def test_nan_from_the_network_is_not_clipped_away(convention, kernel_device):
+    plan = Plan(schedule=SCHEDULE, timesteps=[700, 300], convention=convention)
+    state, output = random_case(100, 1, guided=False)
+    output[0, 17] = float("nan")
+    for stage in (0, 1):
+        ours, network_input, _ = run_kernel(plan, stage, state, output, device=kernel_device)
+        assert ours.isnan().flatten().nonzero().tolist() == [[17]]
+        assert network_input.isnan().flatten().nonzero().tolist() == [[17]]
+
+
+@pytest.mark.parametrize("n", NUM_ELEMENTS)
+@pytest.mark.parametrize("copies", [1, 2])
+def test_initial_noise_has_the_bits_of_numpy(n, copies, kernel_device):
+    state = torch.full((3, n, 1, 1), float("nan"), device=kernel_device)
+    network_input = torch.full((3 * copies, n, 1, 1), float("nan"), device=kernel_device)
+    initial_noise(state=state, network_input=network_input, seeds=seeds_tensor(3, kernel_device))
+    expected = standard_normal(SEEDS, n, stage=0, stream=Stream.INITIAL)
+    np.testing.assert_array_equal(state.cpu().numpy().reshape(3, n), expected)
+    np.testing.assert_array_equal(network_input.cpu().numpy().reshape(copies, 3, n), np.stack([expected] * copies))
+
+
+def valid_arguments():
+    plan = Plan(schedule=SCHEDULE, steps=3, eta=1.0)
+    return {
+        "state": torch.zeros(2, 1, 4, 4),
+        "model_output": torch.zeros(4, 1, 4, 4),
+        "network_input": torch.zeros(4, 1, 4, 4),
+        "table": torch.tensor(plan.coefficients[:, None]),
+        "stage": 0,
+        "seeds": torch.zeros(2, dtype=torch.int64),
+        "guidance": torch.ones(2),
+        "flags": StepFlags(clip=True, add_noise=True, guided=True),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"state": torch.zeros(2, 1, 4, 4, dtype=torch.float16)}, "state [2, 1, 4, 4] torch.float16"),
+        ({"model_output": torch.zeros(2, 1, 4, 4)}, "model_output [2, 1, 4, 4]"),
+        ({"model_output": torch.zeros(4, 1, 4, 4, dtype=torch.float64)}, "torch.float64"),
+        (
+            {"model_output": torch.zeros(4, 4, 4, 1).permute(0, 3, 1, 2)[:, :, ::1, ::1].transpose(2, 3)},
+            "not contiguous",
+        ),
+        ({"network_input": torch.zeros(4, 1, 4, 5)}, "network_input [4, 1, 4, 5]"),
+        ({"network_input": torch.zeros(4, 1, 4, 4, device="meta")}, "on meta"),
+        ({"table": torch.zeros(3, 1, 5)}, "table [3, 1, 5]"),
+        ({"stage": 3}, "stage=3"),
+        ({"stage": -1}, "stage=-1"),
+        ({"seeds": None}, "no seeds"),
+        ({"seeds": torch.zeros(3, dtype=torch.int64)}, "seeds [3]"),
+        ({"guidance": None}, "no guidance"),
+        ({"guidance": torch.ones(2, dtype=torch.float64)}, "guidance [2]"),
+        ({"x0": torch.zeros(1, 1, 4, 4)}, "x0 [1, 1, 4, 4]"),
+    ],
+)
+def test_refuses_wrong_tensors(change, names):
+    with pytest.raises(InputError) as caught:
+        ddim_step(**{**valid_arguments(), **change})
+    assert names in caught.value.got
+
+
+def test_host_tensors_need_the_interpreter(monkeypatch):
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    with pytest.raises(DeviceUnavailableError, match="NumpyStep"):
+        ddim_step(**valid_arguments())
