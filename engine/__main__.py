@@ -1,0 +1,3 @@
+from skipstep.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,98 @@
+"""The torch backend: any nn.Module that predicts noise, run as it is. It is the reference for every other backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from skipstep.errors import InputError
+from skipstep.network import NetworkSpec
+from torch import Tensor, nn
+
+
+class DenoisingModule(nn.Module):
+    """One calling convention over what networks return: a tensor, a tuple, or diffusers' output with `.sample`.
+
+    forward(sample [N, C, H, W], timestep int64 [N], class_labels int64 [N] or None) -> [N, C, H, W].
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        labels = () if class_labels is None else (class_labels,)
+        output = self.network(sample, timestep, *labels)
+        if isinstance(output, Tensor):
+            return output
+        predicted = getattr(output, "sample", None)
+        return predicted if isinstance(predicted, Tensor) else output[0]
+
+
+def prepare_module(
+    network: nn.Module, spec: NetworkSpec, *, device: torch.device, dtype: torch.dtype
+) -> DenoisingModule:
+    """Check a network once, on zeros, and wrap it. It is put into eval mode; nothing else of it is changed.
+
+    Raises InputError for weights of another dtype or device than asked, and for an output of another shape.
+    """
+    for name, parameter in network.named_parameters():
+        if parameter.dtype != dtype or parameter.device.type != device.type:
+            raise InputError(
+                got=f"a network whose {name} is {parameter.dtype} on {parameter.device}",
+                expected=f"{dtype} on {device}",
+                remedy=f"call network.to(device={str(device)!r}, dtype={dtype}) first",
+            )
+    module = DenoisingModule(network).eval()
+    sample = torch.zeros(1, *spec.sample_shape, device=device, dtype=dtype)
+    index = torch.zeros(1, device=device, dtype=torch.int64)
+    with torch.inference_mode():
+        try:
+            output = module(sample, index, None if spec.num_classes is None else index)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise InputError(
+                got=f"{type(error).__name__} from the network: {error}",
+                expected=f"network(sample {list(sample.shape)}, timestep [1]"
+                + ("" if spec.num_classes is None else ", class_labels [1]")
+                + ") to return a prediction",
+                remedy="check sample_shape and num_classes, or wrap the network in a module with this signature",
+            ) from error
+    if output.shape != sample.shape:
+        learned = output.shape[1] == 2 * sample.shape[1]
+        raise InputError(
+            got=f"a network that returns {list(output.shape)} for {list(sample.shape)}",
+            expected="an output of the input's shape",
+            remedy="keep the first half of the channels: the second is a learned variance, which no plan reads"
+            if learned
+            else "check sample_shape, or wrap the network",
+        )
+    return module
+
+
+class TorchDenoiser:
+    """A module behind static buffers. `input` and `output` are NumPy arrays on the CPU and tensors on a GPU."""
+
+    def __init__(
+        self, module: DenoisingModule, spec: NetworkSpec, *, batch_size: int, device: torch.device, dtype: torch.dtype
+    ):
+        self._module = module
+        self._sample = torch.zeros(batch_size, *spec.sample_shape, device=device, dtype=dtype)
+        self._prediction = torch.zeros_like(self._sample)
+        self._timesteps = torch.zeros(0, batch_size, device=device, dtype=torch.int64)
+        self._labels: Tensor | None = None
+        on_host = device.type == "cpu"
+        self.batch_size = batch_size
+        self.input: Any = self._sample.numpy() if on_host else self._sample
+        self.output: Any = self._prediction.numpy() if on_host else self._prediction
+
+    def prepare(self, timesteps: NDArray[np.int64], class_labels: NDArray[np.int64] | None) -> None:
+        device = self._sample.device
+        # Whole [S, N] rows on the device before the loop: a scalar read inside it would stall the GPU at every step.
+        self._timesteps = torch.from_numpy(np.repeat(timesteps[:, None], self.batch_size, axis=1)).to(device)
+        self._labels = None if class_labels is None else torch.from_numpy(class_labels).to(device)
+
+    def enqueue(self, stage: int) -> None:
+        with torch.inference_mode():
+            self._prediction.copy_(self._module(self._sample, self._timesteps[stage], self._labels))

@@ -1,0 +1,156 @@
+"""From a model to loops: read the checkpoint, choose the backend, make one denoiser per batch size of the network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from skipstep.backends import BackendName, Denoiser, resolve_backend
+from skipstep.checkpoint import load_unet, read_checkpoint
+from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError
+from skipstep.loop import HostLoop, Loop
+from skipstep.network import NetworkSpec
+
+# How far an exported graph may be from the module it came from, relative to the largest output: float32 rounding in
+# another order over a few hundred layers stays below 1e-5, a wrong operator is orders of magnitude off.
+EXPORT_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltNetwork:
+    """Loops by network batch size, and what a step count needs to become a Plan."""
+
+    network: NetworkSpec
+    loops: Mapping[int, Loop]
+    backend: BackendName
+    device: str
+    plan_defaults: Mapping[str, Any]
+
+
+def build_network(
+    model: Any,
+    *,
+    batch_sizes: Sequence[int],
+    backend: str,
+    device: str,
+    num_threads: int | None,
+    sample_shape: tuple[int, int, int] | None,
+    num_classes: int | None,
+    null_label: int | None,
+) -> BuiltNetwork:
+    """See Engine.build, whose arguments these are."""
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingDependencyError(
+            got="no package torch", expected="torch, which builds engines", remedy="pip install 'skipstep[torch]'"
+        ) from error
+    from skipstep.backends.torch import TorchDenoiser, prepare_module
+
+    resolved_device = _resolve_device(device)
+    chosen = resolve_backend(backend, device=resolved_device.type)
+    plan_defaults: dict[str, Any] = {}
+    if isinstance(model, str | os.PathLike):
+        checkpoint = read_checkpoint(model)
+        module = load_unet(checkpoint).to(resolved_device)
+        network = NetworkSpec(
+            sample_shape or checkpoint.sample_shape,
+            checkpoint.num_classes if num_classes is None else num_classes,
+            checkpoint.null_label if null_label is None else null_label,
+            checkpoint.class_names,
+        )
+        if checkpoint.scheduler is not None:
+            config = checkpoint.scheduler
+            plan_defaults = {
+                name: getattr(config, name)
+                for name in ("schedule", "prediction_type", "clip", "spacing", "steps_offset", "final_alpha_bar")
+            }
+    elif isinstance(model, torch.nn.Module):
+        module = model
+        network = NetworkSpec.of_module(
+            model, sample_shape=sample_shape, num_classes=num_classes, null_label=null_label
+        )
+    else:
+        raise InputError(
+            got=f"a model of type {type(model).__name__}",
+            expected="a torch.nn.Module, or the path of a diffusers folder",
+            remedy="pass pipeline.unet, or the folder that pipeline.save_pretrained() wrote",
+        )
+
+    prepared = prepare_module(module, network, device=resolved_device, dtype=torch.float32)
+    # Guidance evaluates the network with and without labels, as one batch of twice the size.
+    sizes = set(batch_sizes) | ({2 * b for b in batch_sizes} if network.null_label is not None else set())
+    loops: dict[int, Loop] = {}
+    if chosen == "onnxruntime":
+        from skipstep.backends.onnxruntime import OnnxRuntimeDenoiser
+        from skipstep.export.onnx_model import export_onnx
+
+        graph = export_onnx(prepared, network)
+        reference: Denoiser = TorchDenoiser(
+            prepared, network, batch_size=min(sizes), device=resolved_device, dtype=torch.float32
+        )
+        for size in sorted(sizes):
+            denoiser: Denoiser = OnnxRuntimeDenoiser(graph, network, batch_size=size, num_threads=num_threads)
+            if size == reference.batch_size:
+                _check_equal(denoiser, reference, network)
+            loops[size] = HostLoop(denoiser, network)
+    else:
+        for size in sorted(sizes):
+            denoiser = TorchDenoiser(prepared, network, batch_size=size, device=resolved_device, dtype=torch.float32)
+            if resolved_device.type == "cpu":
+                loops[size] = HostLoop(denoiser, network)
+            else:
+                from skipstep.cuda_loop import CudaLoop
+
+                loops[size] = CudaLoop(denoiser, network, resolved_device)
+    return BuiltNetwork(network, loops, chosen, str(resolved_device), plan_defaults)
+
+
+def _resolve_device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(
+            got=f"device={name!r}", expected="'auto', 'cpu', 'cuda' or 'cuda:N'", remedy="pick one of these"
+        ) from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise DeviceUnavailableError(
+                got=f"device={name!r} on a machine with {count} CUDA devices",
+                expected="a CUDA device that torch can see",
+                remedy="use device='cpu', or install a CUDA build of torch and a driver",
+            )
+    elif device.type != "cpu":
+        raise InputError(
+            got=f"device={name!r}", expected="'auto', 'cpu', 'cuda' or 'cuda:N'", remedy="pick one of these"
+        )
+    return device
+
+
+def _check_equal(denoiser: Denoiser, reference: Denoiser, network: NetworkSpec) -> None:
+    """Compare a graph with its module on random inputs before it is trusted. Raises ExportError."""
+    rng = np.random.default_rng(0)
+    sample = rng.standard_normal(reference.input.shape, dtype=np.float32)
+    timesteps = rng.integers(0, 1000, 3)
+    labels = None if network.num_classes is None else rng.integers(0, network.num_classes, len(sample))
+    for each in (denoiser, reference):
+        each.input[...] = sample
+        each.prepare(timesteps, labels)
+    for stage, t in enumerate(timesteps):
+        denoiser.enqueue(stage)
+        reference.enqueue(stage)
+        error = float(np.abs(denoiser.output - reference.output).max() / np.abs(reference.output).max())
+        if not error <= EXPORT_TOLERANCE:
+            raise ExportError(
+                got=f"an exported graph that is off by {error:.2g} of the largest output at timestep {t}",
+                expected=f"at most {EXPORT_TOLERANCE:g}",
+                remedy="use backend='torch', and report the network: the exporter translated it wrongly",
+            )
