@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
+
 from skipstep.checkpoint import load_unet, read_checkpoint
 from skipstep.cli import SHIPPED_MODEL
 

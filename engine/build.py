@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from skipstep.backends import BackendName, Denoiser, resolve_backend
 from skipstep.checkpoint import load_unet, read_checkpoint
 from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError

@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from skipstep import __version__
 from skipstep.errors import InputError, SkipstepError
 
 if TYPE_CHECKING:
     from PIL import Image
+
     from skipstep.engine import Engine
     from skipstep.plan import Plan
 
@@ -135,7 +136,7 @@ def sample_command(options: argparse.Namespace) -> None:
     print(f"wrote {options.out / 'grid.png'} and {len(plans) * len(seeds)} single pictures beside it")
 
 
-def draw(engine: Engine, plan: Plan, **arguments: object) -> list[Image.Image]:
+def draw(engine: Engine, plan: Plan, **arguments: Any) -> list[Image.Image]:
     """`Engine.sample` to pictures, with a progress bar if it takes longer than two seconds."""
     from tqdm import tqdm
 

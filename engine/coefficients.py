@@ -16,6 +16,7 @@ from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+
 from skipstep.errors import PlanError
 from skipstep.kernels.layout import NUM_COLUMNS, Column
 from skipstep.solvers import UpdateWeights

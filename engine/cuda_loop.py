@@ -10,6 +10,7 @@ import threading
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
 from skipstep.backends import Denoiser
 from skipstep.kernels.step import ddim_step, initial_noise
 from skipstep.loop import AfterStep, network_labels, run_flags, walk

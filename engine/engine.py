@@ -7,10 +7,11 @@ images = engine.sample(steps=20, seeds=[0, 1, 2, 3], output_type="pil")
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
 from skipstep.backends import BackendName
 from skipstep.batching import split_batch
 from skipstep.errors import InputError, NonFiniteError, PlanError, PlanNotFoundError
@@ -137,11 +138,6 @@ class Engine:
             )
         self.plans[plan.key] = plan
         return plan
-
-    @overload
-    def sample(self, *, output_type: Literal["np"] = ..., **options: Any) -> NDArray[np.float32]: ...
-    @overload
-    def sample(self, *, output_type: Literal["pt", "pil"], **options: Any) -> Any: ...
 
     def sample(
         self,

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
 from skipstep.backends import Denoiser
 from skipstep.kernels.layout import StepFlags, Stream
 from skipstep.kernels.step_numpy import NumpyStep
@@ -29,6 +30,7 @@ class Loop(Protocol):
     """One network at one batch size, ready to run any plan."""
 
     name: str
+    denoiser: Denoiser
 
     def run(self, plan: Plan, request: SampleRequest, after_step: AfterStep | None) -> NDArray[np.float32]:
         """Return x_0, float32 `[B, C, H, W]`, in memory that nothing else writes to."""

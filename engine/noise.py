@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
 from skipstep.kernels.layout import Stream
 from skipstep.kernels.normal_constants import (
     COS_COEFFICIENTS,
@@ -106,7 +107,8 @@ def _ln_uniform(word: NDArray[np.uint32]) -> NDArray[np.float32]:
     exponent = (bits - np.int32(SQRT_HALF_BITS)) >> np.int32(23)
     f = (bits - (exponent << np.int32(23))).view(np.float32) - np.float32(1.0)
     e = exponent.astype(np.float32)
-    return (f * _horner(LN_COEFFICIENTS, f) + e * np.float32(LN2_LOW)) + e * np.float32(LN2_HIGH)
+    ln: NDArray[np.float32] = (f * _horner(LN_COEFFICIENTS, f) + e * np.float32(LN2_LOW)) + e * np.float32(LN2_HIGH)
+    return ln
 
 
 def _cos_sin_turns(word: NDArray[np.uint32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -23,6 +23,7 @@ from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+
 from skipstep.coefficients import PredictionType, coefficient_table
 from skipstep.errors import PlanError
 from skipstep.kernels.layout import Column, StepFlags

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from skipstep.errors import InputError
 from skipstep.network import NetworkSpec
 
@@ -36,10 +37,10 @@ class SampleRequest:
         index = np.minimum(np.arange(start, start + batch_size), self.num_samples - 1)
         return SampleRequest(
             batch_size,
-            *(
-                None if array is None else array[index]
-                for array in (self.seeds, self.x_T, self.class_labels, self.guidance)
-            ),
+            seeds=None if self.seeds is None else self.seeds[index],
+            x_T=None if self.x_T is None else self.x_T[index],
+            class_labels=None if self.class_labels is None else self.class_labels[index],
+            guidance=None if self.guidance is None else self.guidance[index],
         )
 
 
@@ -139,8 +140,9 @@ def _int_vector(
         return None
     scalar = isinstance(values, int | np.integer)
     try:
-        listed = [operator.index(v) for v in ([values] if scalar else values)]  # type: ignore[union-attr]
-        boolean = isinstance(values, bool) or any(isinstance(v, bool) for v in ([] if scalar else values))  # type: ignore[union-attr]
+        listed: list[Any] = [values] if scalar else list(values)  # type: ignore[arg-type]
+        boolean = any(isinstance(v, bool | np.bool_) for v in listed)
+        listed = [operator.index(v) for v in listed]
     except TypeError:
         listed, boolean = [], True
     outside = [v for v in listed if not low <= v <= high]

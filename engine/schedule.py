@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
 from skipstep.errors import ScheduleError
 
 
@@ -105,7 +106,7 @@ class NoiseSchedule:
                 expected="values in (0, 1): each step adds some noise and keeps some image",
                 remedy="check beta_start and beta_end; for a zero terminal SNR use rescaled_to_zero_terminal_snr()",
             )
-        return cls(np.cumprod(1.0 - beta), name=name)
+        return cls(np.cumprod(1.0 - beta, dtype=np.float64), name=name)
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: ArrayLike, *, name: str = "alphas_cumprod") -> NoiseSchedule:

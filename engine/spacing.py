@@ -21,6 +21,7 @@ from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+
 from skipstep.errors import PlanError
 
 Spacing = Literal["leading", "trailing", "linspace", "quadratic", "log"]

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 
 import torch
+
 from skipstep.backends.torch import DenoisingModule
 from skipstep.errors import ExportError, MissingDependencyError
 from skipstep.network import NetworkSpec

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from skipstep.kernels.layout import Column, StepFlags
 
 
@@ -58,7 +59,7 @@ class NumpyStep:
     def __call__(self, stage: int) -> None:
         row, x, x0, eps, term = self._rows[stage], self._state, self._x0, self._eps, self._term
         out = self._output
-        if self._guided is not None:
+        if self._guided is not None and self._scale is not None:
             conditional, unconditional = out[: len(x)], out[len(x) :]
             out = self._guided
             np.subtract(conditional, unconditional, out=out)

@@ -32,7 +32,7 @@ def seeds(*values):
 
 
 def test_normals_are_the_box_muller_of_their_words():
-    """Against the definition in float64, sample by sample; the float32 polynomials may cost a few units in the last place."""
+    """Against the definition in float64."""
     seed, n, stage = 2**63 + 11, 403, 5
     normals = standard_normal(seeds(seed), n, stage=stage, stream=Stream.STEP)[0]
     blocks = np.arange(-(-n // 4), dtype=np.uint32)

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tolerances import FLOAT64
+
 from skipstep import NoiseSchedule, Plan
 from skipstep.errors import PlanError
 from skipstep.kernels.layout import NUM_COLUMNS, Column, StepFlags
 from skipstep.spacing import SPACINGS
-from tolerances import FLOAT64
 
 LINEAR = NoiseSchedule.linear(1000)
 

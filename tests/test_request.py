@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+
 from skipstep.errors import InputError
 from skipstep.network import NetworkSpec
 from skipstep.request import resolve_request

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+from tolerances import FLOAT32_SCHEDULE, FLOAT64
+
 from skipstep import NoiseSchedule
 from skipstep.errors import ScheduleError
-from tolerances import FLOAT32_SCHEDULE, FLOAT64
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from skipstep.errors import PlanError
 from skipstep.spacing import SPACINGS, space_timesteps
 

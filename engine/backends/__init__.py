@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+
 from skipstep.errors import InputError, MissingDependencyError
 
 BackendName = Literal["torch", "onnxruntime"]

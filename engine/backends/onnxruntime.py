@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+
 from skipstep.errors import ExportError
 from skipstep.network import NetworkSpec
 

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
+
 from skipstep.errors import InputError
 from skipstep.network import NetworkSpec
-from torch import Tensor, nn
 
 
 class DenoisingModule(nn.Module):

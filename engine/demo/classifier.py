@@ -69,4 +69,4 @@ def load_classifier(path: Path = SHIPPED_CLASSIFIER) -> Classifier:
 def classify(classifier: Classifier, images: Tensor, *, batch_size: int = 500) -> Tensor:
     """The most likely label of each image, int64 `[N]`."""
     with torch.inference_mode():
-        return torch.cat([classifier(part).argmax(dim=1) for part in images.split(batch_size)])
+        return torch.cat([classifier(part).argmax(dim=1) for part in torch.split(images, batch_size)])

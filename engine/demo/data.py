@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
 from skipstep.errors import MissingDependencyError, ModelFormatError
 
 CLASS_NAMES = (

@@ -53,11 +53,12 @@ def train(options: argparse.Namespace) -> None:
     with tqdm(total=options.epochs * steps_per_epoch, unit="step", mininterval=2.0) as progress:
         for epoch in range(options.epochs):
             classifier.train()
-            for index in torch.randperm(len(images), generator=generator).split(options.batch_size)[:steps_per_epoch]:
+            order = torch.randperm(len(images), generator=generator)
+            for index in torch.split(order, options.batch_size)[:steps_per_epoch]:
                 logits = classifier(shifted(images[index], generator))
                 loss = nn.functional.cross_entropy(logits, labels[index])
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
                 progress.update()

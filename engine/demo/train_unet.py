@@ -25,8 +25,9 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from skipstep.demo.data import CLASS_NAMES, DEFAULT_FOLDER, load_fashion_mnist
 from tqdm import tqdm
+
+from skipstep.demo.data import CLASS_NAMES, DEFAULT_FOLDER, load_fashion_mnist
 
 NULL_LABEL = len(CLASS_NAMES)
 NUM_TIMESTEPS = 1000

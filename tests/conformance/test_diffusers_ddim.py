@@ -12,9 +12,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from tolerances import DIFFUSERS_LOOP, DIFFUSERS_STEP, DIFFUSERS_STEP_SAMPLE
+
 from skipstep import Engine, NoiseSchedule, Plan
 from skipstep.kernels.layout import Column
-from tolerances import DIFFUSERS_LOOP, DIFFUSERS_STEP, DIFFUSERS_STEP_SAMPLE
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -21,6 +21,7 @@ import onnxruntime
 import pytest
 import torch
 from diffusers import DDIMPipeline
+
 from skipstep import Engine, NoiseSchedule
 from skipstep.bench.models import MODELS, BenchModel
 from skipstep.bench.timing import TimedDenoiser, median_ratio, take_turns

@@ -1,0 +1,84 @@
+# Every target makes the virtual environment and installs what it needs, and is quick the second time.
+# One environment serves all of them: torch alone is most of a gigabyte, and the sets of packages are nested.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+PINS   := pyproject.toml .ci/constraints.txt
+OUT    ?= out/gpu
+
+SAMPLE_EXTRAS := cpu,torch,export,diffusers
+TEST_EXTRAS   := $(SAMPLE_EXTRAS),test
+DEV_EXTRAS    := $(TEST_EXTRAS),bench,dev
+
+.PHONY: help sample test check format types bench readme-tables gpu clean
+
+help:
+	@echo "make sample   draw clothes with the shipped model in 10, 20 and 50 steps (out/sample/grid.png)"
+	@echo "make test     run the test suite"
+	@echo "make check    formatting, lint, types and tests: what CI runs"
+	@echo "make format   format the sources"
+	@echo "make bench    time engine.sample beside diffusers; writes bench/results/ and the README's tables"
+	@echo "make gpu      on a machine with a CUDA GPU: run the kernels on it; writes \$$OUT (out/gpu)"
+	@echo "make clean    remove the environment and everything built"
+
+sample: $(VENV)/.sample
+	$(BIN)/skipstep sample --steps 10 20 50 --num 10 --out out/sample
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(MAKE) types
+	$(MAKE) test
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Four folders become one import root, which type checkers do not follow; a plain install shows it to them.
+types: $(VENV)/.dev
+	rm -rf build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target build/types .
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p skipstep
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/sampling-cpu.json
+	$(BIN)/python -m skipstep.export.cubins --out bench/results/step-kernel-aot.json
+	$(MAKE) readme-tables
+
+readme-tables: $(VENV)/.dev
+	$(BIN)/python -m skipstep.bench.report README.md bench/results
+
+# On the GPU machine torch and triton are there already, and there may be no registry: nothing is downloaded.
+gpu:
+	@$(PYTHON) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make gpu: got a machine where torch sees no CUDA device; expected one. Remedy: run it where nvidia-smi lists a GPU, with a CUDA build of torch.')"
+	rm -rf build && mkdir -p $(OUT)
+	$(PYTHON) -m pip install --quiet --no-deps --no-index --no-build-isolation --target build/gpu .
+	PYTHONPATH=build/gpu $(PYTHON) -m pytest tests/kernels/test_step_kernel.py tests/test_cuda.py --junitxml=$(OUT)/tests.xml
+	PYTHONPATH=build/gpu $(PYTHON) -m skipstep.bench.step_bandwidth --out $(OUT)/step-bandwidth.json
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.sample: $(PINS) | $(VENV)/bin/python
+	@echo "installing skipstep[$(SAMPLE_EXTRAS)] into $(VENV)"
+	$(INSTALL) --editable '.[$(SAMPLE_EXTRAS)]'
+	@touch $@
+
+$(VENV)/.test: $(PINS) | $(VENV)/bin/python
+	@echo "installing skipstep[$(TEST_EXTRAS)] into $(VENV)"
+	$(INSTALL) --editable '.[$(TEST_EXTRAS)]'
+	@touch $@ $(VENV)/.sample
+
+$(VENV)/.dev: $(PINS) | $(VENV)/bin/python
+	@echo "installing skipstep[$(DEV_EXTRAS)] into $(VENV)"
+	$(INSTALL) --editable '.[$(DEV_EXTRAS)]'
+	@touch $@ $(VENV)/.test $(VENV)/.sample
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
