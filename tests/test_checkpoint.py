@@ -4,6 +4,7 @@ import struct
 
 import pytest
 import torch
+from networks import tiny_unet
 from safetensors.torch import load_file, save_file
 
 from skipstep.checkpoint import load_unet, read_checkpoint
@@ -11,22 +12,6 @@ from skipstep.errors import ModelFormatError, ScheduleError, UnsafeCheckpointErr
 
 diffusers = pytest.importorskip("diffusers")
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-
-
-def tiny_unet(**options):
-    torch.manual_seed(0)
-    return diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        add_attention=False,
-        **options,
-    ).eval()
 
 
 @pytest.fixture

@@ -26,3 +26,10 @@ STEP_RELATIVE = 2.4e-7
 
 # One unit in the last place of bfloat16 (8 significant bits), relative.
 BFLOAT16_ULP = 2.0**-7
+
+# The same sample alone and in a batch, pixels in [-1, 1]: a convolution may sum in another order at another batch size
+# (float32, a few layers), and a loop of a few steps carries that on.
+BATCH_INVARIANCE = 1e-4
+
+# Two float32 implementations of one network over a few guided steps, pixels in [-1, 1].
+BACKENDS_AGREE = 1e-3

@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from skipstep.errors import ExportError
 from skipstep.network import NetworkSpec
 
+# Some builds write usage events to the user's cache folder; a library that is embedded in products sends nothing.
+onnxruntime.disable_telemetry_events()
+
 
 class OnnxRuntimeDenoiser:
     """A session of the graph `model` (inputs sample, timestep, class_labels; output out_sample) at one batch size.

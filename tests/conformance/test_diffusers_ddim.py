@@ -12,6 +12,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from networks import Curve
 from tolerances import DIFFUSERS_LOOP, DIFFUSERS_STEP, DIFFUSERS_STEP_SAMPLE
 
 from skipstep import Engine, NoiseSchedule, Plan
@@ -24,15 +25,6 @@ CONVENTIONS = {
     "guided": {"clip_sample": True},
     "paper": {"clip_sample": False},
 }
-
-
-class Curve(torch.nn.Module):
-    """A smooth, bounded stand-in for a network that depends on x, t and position, and drives x0 beyond the clip."""
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        phase = t.to(x.dtype).view(-1, 1, 1, 1) / 1000
-        place = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype)
-        return torch.tanh(0.8 * x + phase) + 0.3 * torch.sin(5 * place + 3 * phase)
 
 
 def scheduler_for(convention: str, prediction_type: str, spacing: str = "leading"):
