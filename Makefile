@@ -46,8 +46,9 @@ types: $(VENV)/.dev
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p skipstep
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/sampling-cpu.json
-	$(BIN)/python -m skipstep.export.cubins --out bench/results/step-kernel-aot.json
+	$(BIN)/python -m pytest bench/suite --benchmark-only --benchmark-json=bench/results/sampling-cpu.json
+	$(BIN)/python -m skipstep.bench.class_agreement --out bench/results/class-agreement.json
+	$(BIN)/python -m skipstep.bench.step_codegen --out bench/results/step-codegen.json
 	$(MAKE) readme-tables
 
 readme-tables: $(VENV)/.dev

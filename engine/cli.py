@@ -117,14 +117,13 @@ def sample_command(options: argparse.Namespace) -> None:
     guidance = options.guidance
     if guidance is None and engine.network.null_label is not None:
         guidance = 2.0
-    options.out.mkdir(parents=True, exist_ok=True)
     rows, table = [], []
     for plan in plans:
         started = time.perf_counter()
         pictures = draw(engine, plan, seeds=seeds, class_labels=labels, guidance_scale=guidance)
         milliseconds = (time.perf_counter() - started) * 1e3 / len(seeds)
         folder = options.out / f"{plan.num_evaluations:04d}-steps"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for index, (picture, seed, name) in enumerate(zip(pictures, seeds, names, strict=True)):
             suffix = "" if labels is None else "-" + _file_name(name)
             picture.save(folder / f"{index:04d}-seed{seed}{suffix}.png")

@@ -1,20 +1,16 @@
 """The step kernel compiled ahead of time, for any NVIDIA architecture, on a machine without a GPU.
 
-    python -m skipstep.export.cubins --arch 75 87 90 --out evidence.json
-
-compiles the variants below and records what the compiler made of them: registers, spills, local memory, and the
-width and number of accesses to global memory. Tests assert on the same numbers.
+`inspect_step` says what the compiler made of a variant: registers, spills, local memory, and the width and number of
+accesses to global memory. Tests assert on these, and skipstep.bench.step_codegen records them.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from skipstep.errors import MissingDependencyError
@@ -138,21 +134,3 @@ def _dump(cubin: bytes, option: str) -> str:
             [tool, option, file], capture_output=True, text=True, check=True, env={"PATH": str(tool.parent)}
         )
     return result.stdout
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), metavar="SM")
-    parser.add_argument("--out", type=Path, help="write JSON here instead of to standard output")
-    options = parser.parse_args()
-    facts = [inspect_step(arch, variant, dtype) for arch in options.arch for variant in VARIANTS for dtype in DTYPES]
-    text = json.dumps({"triton": triton.__version__, "kernels": [asdict(fact) for fact in facts]}, indent=1) + "\n"
-    if options.out is None:
-        print(text, end="")
-    else:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text)
-
-
-if __name__ == "__main__":
-    main()

@@ -42,5 +42,5 @@ class Curve(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         phase = t.to(x.dtype).view(-1, 1, 1, 1) / 1000
-        place = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype)
+        place = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device)
         return torch.tanh(0.8 * x + phase) + 0.3 * torch.sin(5 * place + 3 * phase)

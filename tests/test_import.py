@@ -44,3 +44,40 @@ def test_public_names():
         assert getattr(skipstep, name) is not None
     with pytest.raises(AttributeError, match="Sampler"):
         skipstep.Sampler  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("absent", "code", "extra"),
+    [
+        ("torch", "skipstep.Engine.build('x', plans=[1])", "skipstep[torch]"),
+        ("triton", "import skipstep.kernels.step", "skipstep[torch]"),
+        ("triton", "import skipstep.export.cubins", "skipstep[torch]"),
+        ("diffusers", "load_unet(read_checkpoint(folder))", "skipstep[torch,diffusers]"),
+        ("onnxscript", "export_onnx(DenoisingModule(nn.Identity()), NetworkSpec((1, 4, 4)))", "skipstep[export]"),
+    ],
+)
+def test_a_missing_extra_is_named(absent, code, extra, tmp_path):
+    """In a process of its own, where importing `absent` fails as if it were not installed."""
+    from networks import tiny_unet
+
+    tiny_unet().save_pretrained(tmp_path)
+    prelude = f"""
+import sys
+sys.modules[{absent!r}] = None
+import skipstep
+from skipstep.errors import MissingDependencyError
+folder = {str(tmp_path)!r}
+"""
+    if absent == "diffusers":
+        prelude += "from skipstep.checkpoint import load_unet, read_checkpoint\n"
+    if absent == "onnxscript":
+        prelude += """
+from torch import nn
+from skipstep.backends.torch import DenoisingModule
+from skipstep.export.onnx_model import export_onnx
+from skipstep.network import NetworkSpec
+"""
+    attempt = f"try:\n    {code}\nexcept MissingDependencyError as error:\n    print(error)\n"
+    message = run(prelude + attempt)
+    assert extra in message
+    assert "emedy" in message

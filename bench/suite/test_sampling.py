@@ -7,23 +7,19 @@ that the engine spends outside the network.
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
-import subprocess
 import time
 from functools import cache
 from typing import Any
 
-import diffusers
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from diffusers import DDIMPipeline
 
 from skipstep import Engine, NoiseSchedule
 from skipstep.bench.models import MODELS, BenchModel
+from skipstep.bench.record import environment
 from skipstep.bench.timing import TimedDenoiser, median_ratio, take_turns
 
 STEPS = 10
@@ -40,28 +36,6 @@ ROUNDS = {
 @cache
 def model_named(name: str) -> BenchModel:
     return MODELS[name]()
-
-
-def versions() -> dict[str, str]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "commit": commit.stdout.strip(),
-        "cpu": cpu_name(),
-        "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "onnxruntime": onnxruntime.__version__,
-    }
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
@@ -117,7 +91,8 @@ def test_sampling(name: str, batch_size: int, backend: str, benchmark: Any) -> N
 
     benchmark.group = f"{name}, batch {batch_size}, {STEPS} steps"
     benchmark.extra_info.update(
-        versions(),
+        environment(),
+        threads=torch.get_num_threads(),
         model=name,
         batch_size=batch_size,
         steps=STEPS,

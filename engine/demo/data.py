@@ -6,6 +6,8 @@ The data set is installed, not shipped: Debian and Ubuntu carry it as the packag
 from __future__ import annotations
 
 import gzip
+import math
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -51,12 +53,16 @@ def _read_idx(path: Path, *, dimensions: int) -> NDArray[np.uint8]:
             expected="the Fashion-MNIST IDX files",
             remedy="install them with `apt-get install dataset-fashion-mnist`, or name their folder with --data",
         )
-    raw = gzip.decompress(path.read_bytes())
+    expected = f"IDX: the header 000008{dimensions:02x} (unsigned bytes, rank {dimensions}), sizes, and as many pixels"
+    remedy = "install the package dataset-fashion-mnist again"
+    try:
+        raw = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise ModelFormatError(got=f"{path}, not a whole gzip file", expected=expected, remedy=remedy) from error
     if raw[:4] != bytes([0, 0, 8, dimensions]):
-        raise ModelFormatError(
-            got=f"the header {raw[:4].hex()} in {path}",
-            expected=f"000008{dimensions:02x} (IDX, unsigned bytes, rank {dimensions})",
-            remedy="install the package dataset-fashion-mnist again",
-        )
-    shape = tuple(int(n) for n in np.frombuffer(raw, ">i4", count=dimensions, offset=4))
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+        raise ModelFormatError(got=f"the header {raw[:4].hex()} in {path}", expected=expected, remedy=remedy)
+    shape = np.frombuffer(raw, ">i4", count=dimensions, offset=4).tolist()
+    start = 4 + 4 * dimensions
+    if len(raw) - start != math.prod(shape):
+        raise ModelFormatError(got=f"{len(raw) - start} pixels for {shape} in {path}", expected=expected, remedy=remedy)
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)

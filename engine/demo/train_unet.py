@@ -34,7 +34,7 @@ NUM_TIMESTEPS = 1000
 
 
 def build_unet() -> UNet2DModel:
-    """2.4 M parameters at 28² → 14² → 7², attention where it is cheap (7²)."""
+    """2.5 M parameters at 28² → 14² → 7², attention where it is cheap (7²)."""
     return UNet2DModel(
         sample_size=28,
         in_channels=1,
@@ -161,10 +161,11 @@ def train(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     start = checkpoint.load(unet, ema, optimizer)
     num_steps = int(options.epochs * (len(images) // options.batch_size))
+    stop = num_steps if options.stop_after is None else min(num_steps, options.stop_after)
 
     unet.train()
     running_loss, started = 0.0, time.monotonic()
-    progress = tqdm(range(start, num_steps), initial=start, total=num_steps, unit="step", mininterval=5.0)
+    progress = tqdm(range(start, stop), initial=start, total=num_steps, unit="step", mininterval=5.0)
     for step in progress:
         x_t, t, label, v = (
             tensor.to(device)
@@ -191,12 +192,15 @@ def train(options: argparse.Namespace) -> None:
             torch._foreach_lerp_(list(ema.parameters()), list(unet.parameters()), 1.0 - decay)
         running_loss = loss.item() if step == start else 0.98 * running_loss + 0.02 * loss.item()
         progress.set_postfix(loss=f"{running_loss:.4f}", refresh=False)
-        if (step + 1) % options.save_every == 0 or step + 1 == num_steps:
+        if (step + 1) % options.save_every == 0 or step + 1 == stop:
             checkpoint.save(step + 1, unet, ema, optimizer)
             with (options.out / "log.jsonl").open("a") as log:
                 log.write(
                     json.dumps({"step": step + 1, "loss": running_loss, "seconds": time.monotonic() - started}) + "\n"
                 )
+    if stop < num_steps:
+        print(f"stopped at step {stop} of {num_steps}; repeat the command to go on")
+        return
     write_diffusers_folder(ema, options.out / "model")
     print(f"wrote {options.out / 'model'}")
 
@@ -213,6 +217,7 @@ def main() -> None:
     parser.add_argument("--label-dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250, help="steps between checkpoints")
+    parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop here, to go on later (default: the end)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     train(parser.parse_args())
 

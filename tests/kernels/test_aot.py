@@ -21,7 +21,15 @@ def kernels(tmp_path_factory):
     """Facts by (arch, variant, dtype), from a process of its own: this one may have loaded Triton's interpreter."""
     out = tmp_path_factory.mktemp("aot") / "evidence.json"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "skipstep.export.cubins", "--out", str(out), "--arch", *map(str, ARCHITECTURES)]
+    command = [
+        sys.executable,
+        "-m",
+        "skipstep.bench.step_codegen",
+        "--out",
+        str(out),
+        "--arch",
+        *map(str, ARCHITECTURES),
+    ]
     subprocess.run(command, check=True, env=environment)
     return {(k["arch"], k["variant"], k["dtype"]): k for k in json.loads(out.read_text())["kernels"]}
 

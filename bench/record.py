@@ -1,0 +1,56 @@
+"""Results as they are committed: what was measured, where, and with which versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("torch", "triton", "diffusers", "onnx", "onnxruntime", "numpy")
+
+
+def environment() -> dict[str, str | int]:
+    """Commit, processor, GPU and driver where there is one, and the versions of what was run."""
+    facts: dict[str, str | int] = {
+        "commit": _output("git", "rev-parse", "--short", "HEAD") or "unknown",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count() or 0,
+        "python": platform.python_version(),
+    }
+    gpu = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    if gpu:
+        facts["gpu"] = gpu
+    for package in _PACKAGES:
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return facts
+
+
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    """Write `result` with its environment, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

@@ -1,0 +1,155 @@
+"""Tables of committed results, written into a page: `python -m skipstep.bench.report README.md bench/results`.
+
+A table stands between `<!-- table NAME -->` and `<!-- end NAME -->`; what is between them is replaced. With --check
+nothing is written, and the exit status says whether the page shows what the results hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from skipstep.errors import InputError
+
+
+def sampling_table(results: Path) -> str:
+    """`engine.sample` beside diffusers' pipeline, one line a network and batch size."""
+    runs = [run["extra_info"] for run in _read(results / "sampling-cpu.json")["benchmarks"]]
+    by_case: dict[tuple[str, int], dict[str, Any]] = {}
+    for run in runs:
+        by_case.setdefault((run["model"], run["batch_size"]), {})[run["backend"]] = run
+    rows = [
+        [
+            model,
+            str(batch_size),
+            f"{case['onnxruntime']['diffusers_median_seconds'] * 1e3:.0f}",
+            f"{case['torch']['skipstep_median_seconds'] * 1e3:.0f}",
+            f"{case['onnxruntime']['skipstep_median_seconds'] * 1e3:.0f}",
+            f"**{case['onnxruntime']['ratio_to_diffusers']:.2f}×**",
+            f"{case['onnxruntime']['share_outside_network']:.1%}",
+        ]
+        for (model, batch_size), case in by_case.items()
+    ]
+    header = [
+        "network",
+        "batch",
+        "diffusers, ms",
+        "skipstep, torch, ms",
+        "skipstep, onnxruntime, ms",
+        "onnxruntime against diffusers",
+        "of it outside the network",
+    ]
+    first = runs[0]
+    return markdown(header, rows) + (
+        f"\n\n{first['steps']} steps a call, medians of whole calls; the ratio is the median of those of single turns. "
+        f"{describe_environment(first)}, {first['threads']} threads."
+    )
+
+
+def agreement_table(results: Path) -> str:
+    """Samples that a separate classifier recognises as the class that was asked for."""
+    result = _read(results / "class-agreement.json")
+    runs = result["results"]
+    weakest = {run["steps"]: min(run["agreement_by_class"].items(), key=lambda item: item[1]) for run in runs}
+    rows = [
+        [str(run["steps"]), f"{run['agreement']:.1%}", f"{weakest[run['steps']][1]:.0%} ({weakest[run['steps']][0]})"]
+        for run in runs
+    ]
+    first = runs[0]
+    return markdown(["steps", "recognised", "weakest class"], rows) + (
+        f"\n\n{first['num_samples']} samples each, the same seeds, guidance scale {first['guidance_scale']:g}."
+    )
+
+
+def kernel_table(results: Path) -> str:
+    """What the step kernel compiles to, over all its variants and dtypes, one line an architecture."""
+    kernels = _read(results / "step-codegen.json")["kernels"]
+    rows = []
+    for arch in dict.fromkeys(kernel["arch"] for kernel in kernels):
+        of_arch = [kernel for kernel in kernels if kernel["arch"] == arch]
+        registers = [kernel["registers"] for kernel in of_arch]
+        lost = sum(k["spill_instructions"] + k["stack_bytes"] + k["local_bytes"] for k in of_arch)
+        rows.append([f"sm_{arch}", str(len(of_arch)), f"{min(registers)}–{max(registers)}", str(lost)])
+    return markdown(["architecture", "kernels", "registers", "spills, stack and local memory"], rows)
+
+
+TABLES: Mapping[str, Callable[[Path], str]] = {
+    "sampling": sampling_table,
+    "agreement": agreement_table,
+    "kernel": kernel_table,
+}
+
+
+def describe_environment(facts: Mapping[str, Any]) -> str:
+    """One line: where it ran, with which versions, at which commit."""
+    versions = ", ".join(f"{p} {facts[p]}" for p in ("torch", "diffusers", "onnxruntime", "triton") if p in facts)
+    return f"{facts.get('gpu') or facts['cpu']}, {facts['cores']} cores, {versions}, commit {facts['commit']}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with its numbers to the right."""
+    lines = [header, ["---:" if _is_number(cell) else "---" for cell in rows[0]], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _is_number(cell: str) -> bool:
+    return cell.lstrip("*-")[:1].isdigit()
+
+
+def fill(page: str, results: Path) -> str:
+    """`page` with every marked table made again. Raises InputError for a mark that names no table or has no end."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise InputError(
+                got=f"a mark for the table {name!r}",
+                expected=f"one of {', '.join(TABLES)}",
+                remedy="correct the page, or add the table to skipstep.bench.report",
+            )
+        return f"<!-- table {name} -->\n{TABLES[name](results)}\n<!-- end {name} -->"
+
+    filled, count = re.subn(r"<!-- table (?P<name>[\w-]+) -->\n.*?<!-- end (?P=name) -->", table, page, flags=re.DOTALL)
+    marks = len(re.findall(r"<!-- table [\w-]+ -->", page))
+    if count != marks:
+        raise InputError(
+            got=f"{marks} marks of which {count} have an end",
+            expected="<!-- table NAME --> … <!-- end NAME -->",
+            remedy="close every table's mark",
+        )
+    return filled
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        contents: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            got=f"{path} ({error})", expected="a result", remedy="run make bench, which writes it"
+        ) from error
+    return contents
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", type=Path, help="the Markdown page with marks")
+    parser.add_argument("results", type=Path, help="folder with the committed JSON")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is not up to date")
+    options = parser.parse_args(arguments)
+    page = options.page.read_text(encoding="utf-8")
+    filled = fill(page, options.results)
+    if options.check:
+        if filled != page:
+            print(f"{options.page} is not what {options.results} holds: run make readme-tables", file=sys.stderr)
+        return int(filled != page)
+    options.page.write_text(filled, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
