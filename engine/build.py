@@ -64,11 +64,7 @@ def build_network(
             checkpoint.class_names,
         )
         if checkpoint.scheduler is not None:
-            config = checkpoint.scheduler
-            plan_defaults = {
-                name: getattr(config, name)
-                for name in ("schedule", "prediction_type", "clip", "spacing", "steps_offset", "final_alpha_bar")
-            }
+            plan_defaults = checkpoint.scheduler.plan_options()
     elif isinstance(model, torch.nn.Module):
         module = model
         network = NetworkSpec.of_module(

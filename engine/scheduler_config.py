@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,10 @@ class SchedulerConfig:
     spacing: Spacing
     steps_offset: int
     final_alpha_bar: float
+
+    def plan_options(self) -> dict[str, Any]:
+        """The keyword arguments of `Plan` that sample as the configuration says; a step count completes them."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
 def read_scheduler_config(source: str | Path | Mapping[str, Any]) -> SchedulerConfig:

@@ -17,10 +17,11 @@ import pytest
 import torch
 from diffusers import DDIMPipeline
 
-from skipstep import Engine, NoiseSchedule
+from skipstep import Engine, Plan
 from skipstep.bench.models import MODELS, BenchModel
 from skipstep.bench.record import environment
 from skipstep.bench.timing import TimedDenoiser, median_ratio, take_turns
+from skipstep.scheduler_config import read_scheduler_config
 
 STEPS = 10
 # Two float32 implementations of the same network over ten steps, largest difference of pixels in [0, 1].
@@ -56,19 +57,18 @@ def test_sampling(name: str, batch_size: int, backend: str, benchmark: Any) -> N
         images = pipeline(batch_size, generator=seeded(), num_inference_steps=STEPS, output_type="np").images
         return np.asarray(images)
 
+    plan = Plan(**read_scheduler_config(dict(model.scheduler.config)).plan_options(), steps=STEPS)
     started = time.perf_counter()
     engine = Engine.build(
         model.unet,
-        plans=[STEPS],
+        plans=[plan],
         batch_sizes=[batch_size],
         backend=backend,
         device="cpu",
-        schedule=NoiseSchedule.from_alphas_cumprod(model.scheduler.alphas_cumprod.numpy()),
-        prediction_type=model.scheduler.config.prediction_type,
         num_threads=torch.get_num_threads(),
     )
     build_seconds = time.perf_counter() - started
-    arguments: dict[str, Any] = {"steps": STEPS, "x_T": x_T, "output_type": "np"}
+    arguments: dict[str, Any] = {"plan": plan, "x_T": x_T, "output_type": "np"}
     if labels is not None:
         arguments["class_labels"] = labels.tolist()
 
@@ -98,7 +98,7 @@ def test_sampling(name: str, batch_size: int, backend: str, benchmark: Any) -> N
         steps=STEPS,
         backend=engine.backend,
         loop=loop.name,
-        plan_key=engine.select_plan(steps=STEPS).key,
+        plan_key=plan.key,
         build_seconds=round(build_seconds, 2),
         diffusers_median_seconds=statistics.median(seconds["diffusers"]),
         skipstep_median_seconds=statistics.median(seconds["skipstep"]),

@@ -50,12 +50,17 @@ def build_unet() -> UNet2DModel:
 
 
 def build_scheduler() -> DDIMScheduler:
+    """What the samplers of this model should do.
+
+    No clipping: where the predicted image is clipped and the noise is not derived from it again (DDIMScheduler's way),
+    guided samples fall apart as steps are added, and v-prediction keeps the image in range without it.
+    """
     return DDIMScheduler(
         num_train_timesteps=NUM_TIMESTEPS,
         beta_schedule="linear",
         prediction_type="v_prediction",
         timestep_spacing="trailing",
-        clip_sample=True,
+        clip_sample=False,
         set_alpha_to_one=True,
     )
 
