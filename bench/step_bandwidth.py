@@ -41,7 +41,7 @@ def measure(dtype: torch.dtype, *, eta: float, rounds: int = ROUNDS) -> dict[str
             network_input=network_input,
             table=table,
             stage=0,
-            flags=plan.flags,
+            flags=plan.stage_flags[0],
             seeds=seeds,
         )
 

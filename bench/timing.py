@@ -42,7 +42,7 @@ class TimedDenoiser:
         self.output: Any = denoiser.output
         self.seconds = 0.0
 
-    def prepare(self, timesteps: NDArray[np.int64], class_labels: NDArray[np.int64] | None) -> None:
+    def prepare(self, timesteps: NDArray[np.float64], class_labels: NDArray[np.int64] | None) -> None:
         self._denoiser.prepare(timesteps, class_labels)
 
     def enqueue(self, stage: int) -> None:

@@ -13,7 +13,7 @@ from skipstep.backends import BackendName, Denoiser, resolve_backend
 from skipstep.checkpoint import load_unet, read_checkpoint
 from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError
 from skipstep.loop import HostLoop, Loop
-from skipstep.network import NetworkSpec
+from skipstep.network import NetworkSpec, takes_fractional_timesteps
 
 # How far an exported graph may be from the module it came from, relative to the largest output: float32 rounding in
 # another order over a few hundred layers stays below 1e-5, a wrong operator is orders of magnitude off.
@@ -41,6 +41,7 @@ def build_network(
     sample_shape: tuple[int, int, int] | None,
     num_classes: int | None,
     null_label: int | None,
+    fractional_timesteps: bool | None,
 ) -> BuiltNetwork:
     """See Engine.build, whose arguments these are."""
     try:
@@ -62,13 +63,20 @@ def build_network(
             checkpoint.num_classes if num_classes is None else num_classes,
             checkpoint.null_label if null_label is None else null_label,
             checkpoint.class_names,
+            fractional_timesteps=takes_fractional_timesteps(checkpoint.unet_config)
+            if fractional_timesteps is None
+            else fractional_timesteps,
         )
         if checkpoint.scheduler is not None:
             plan_defaults = checkpoint.scheduler.plan_options()
     elif isinstance(model, torch.nn.Module):
         module = model
         network = NetworkSpec.of_module(
-            model, sample_shape=sample_shape, num_classes=num_classes, null_label=null_label
+            model,
+            sample_shape=sample_shape,
+            num_classes=num_classes,
+            null_label=null_label,
+            fractional_timesteps=fractional_timesteps,
         )
     else:
         raise InputError(
@@ -77,7 +85,7 @@ def build_network(
             remedy="pass pipeline.unet, or the folder that pipeline.save_pretrained() wrote",
         )
 
-    prepared = prepare_module(module, network, device=resolved_device, dtype=torch.float32)
+    prepared, network = prepare_module(module, network, device=resolved_device, dtype=torch.float32)
     # Guidance evaluates the network with and without labels, as one batch of twice the size.
     sizes = set(batch_sizes) | ({2 * b for b in batch_sizes} if network.null_label is not None else set())
     loops: dict[int, Loop] = {}
@@ -136,11 +144,11 @@ def _check_equal(denoiser: Denoiser, reference: Denoiser, network: NetworkSpec) 
     """Compare a graph with its module on random inputs before it is trusted. Raises ExportError."""
     rng = np.random.default_rng(0)
     sample = rng.standard_normal(reference.input.shape, dtype=np.float32)
-    timesteps = rng.integers(0, 1000, 3)
+    timesteps = rng.integers(0, 1000, 3).astype(np.float64)
     labels = None if network.num_classes is None else rng.integers(0, network.num_classes, len(sample))
     for each in (denoiser, reference):
         each.input[...] = sample
-        each.prepare(timesteps, labels)
+        each.prepare(np.repeat(timesteps[:, None], len(sample), axis=1), labels)
     for stage, t in enumerate(timesteps):
         denoiser.enqueue(stage)
         reference.enqueue(stage)

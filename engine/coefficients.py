@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from skipstep.errors import PlanError
 from skipstep.kernels.layout import NUM_COLUMNS, Column
-from skipstep.solvers import UpdateWeights
+from skipstep.solvers import UPDATE_COLUMNS, UpdateWeights
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
@@ -28,7 +28,7 @@ PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 def coefficient_table(
     alpha_bar: NDArray[np.float64], weights: UpdateWeights, *, prediction_type: str, clip: float | None
 ) -> NDArray[np.float32]:
-    """Return float32 `[S, NUM_COLUMNS]` for the S noise levels `alpha_bar` at which the network is evaluated.
+    """Return float32 `[E, NUM_COLUMNS]` for the E noise levels `alpha_bar` that the network is told.
 
     Raises PlanError for epsilon prediction at alpha_bar = 0, where the predicted image is 1/0.
     """
@@ -64,7 +64,6 @@ def coefficient_table(
     table[:, Column.CLIP] = 0.0 if clip is None else clip
     table[:, Column.RE_X] = 1.0 / root_noise
     table[:, Column.RE_X0] = -root_a / root_noise
-    table[:, Column.C_X0] = weights.c_x0
-    table[:, Column.C_EPS] = weights.c_eps
-    table[:, Column.SIGMA] = weights.sigma
+    for name in UPDATE_COLUMNS:
+        table[:, Column[name.upper()]] = getattr(weights, name)
     return table.astype(np.float32)

@@ -5,24 +5,29 @@ Everything that the loop reads is on the device before it starts, and the host w
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from skipstep.backends import Denoiser
+from skipstep.kernels.statistics import sample_statistics
 from skipstep.kernels.step import ddim_step, initial_noise
-from skipstep.loop import AfterStep, network_labels, run_flags, walk
+from skipstep.loop import Array, Run, call_flags, network_labels, replicate
 from skipstep.network import NetworkSpec
-from skipstep.plan import Plan
 from skipstep.request import SampleRequest
+from skipstep.stages import Stages
 
 
 class CudaLoop:
     """One network at one batch size on `device`. One call at a time; it runs on the caller's current stream."""
 
     name = "stepwise"
+    can_observe = True
 
     def __init__(self, denoiser: Denoiser, network: NetworkSpec, device: torch.device) -> None:
         self.denoiser = denoiser
@@ -30,34 +35,83 @@ class CudaLoop:
         self._device = device
         self._lock = threading.Lock()
 
-    def run(self, plan: Plan, request: SampleRequest, after_step: AfterStep | None) -> NDArray[np.float32]:
+    @contextlib.contextmanager
+    def start(self, stages: Stages, request: SampleRequest, *, keep_x0: bool = False) -> Iterator[Run]:
         with self._lock, torch.cuda.device(self._device):
-            state = torch.empty(request.num_samples, *self._network.sample_shape, device=self._device)
-            network_input = self.denoiser.input
-            # Triton has no uint64 tensors in common with older torch; the kernel reads the same 64 bits.
-            seeds = None if request.seeds is None else torch.from_numpy(request.seeds.view(np.int64)).to(self._device)
-            guidance = None if request.guidance is None else torch.from_numpy(request.guidance).to(self._device)
-            table = torch.tensor(plan.coefficients[:, None], device=self._device)
-            flags = run_flags(plan, request)
-            if request.x_T is not None:
-                state.copy_(torch.from_numpy(request.x_T))
-                network_input.view(-1, *state.shape).copy_(state)
-            else:
-                assert seeds is not None, "a request has seeds or x_T"
-                initial_noise(state=state, network_input=network_input, seeds=seeds)
-            self.denoiser.prepare(np.asarray(plan.timesteps, np.int64), network_labels(self._network, request))
+            yield _CudaRun(self.denoiser, self._network, self._device, stages, request, keep_x0=keep_x0)
 
-            def step(stage: int) -> None:
-                ddim_step(
-                    state=state,
-                    model_output=self.denoiser.output,
-                    network_input=network_input,
-                    table=table,
-                    stage=stage,
-                    seeds=seeds,
-                    guidance=guidance,
-                    flags=flags,
-                )
 
-            walk(self.denoiser, step, plan.num_evaluations, after_step)
-            return state.cpu().numpy()
+class _CudaRun:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        network: NetworkSpec,
+        device: torch.device,
+        stages: Stages,
+        request: SampleRequest,
+        *,
+        keep_x0: bool,
+    ) -> None:
+        def upload(array: NDArray[np.float32] | None) -> Tensor | None:
+            return None if array is None else torch.from_numpy(array).to(device)
+
+        self._denoiser = denoiser
+        self._flags = call_flags(network, stages, request)
+        self._thresholding = stages.thresholding
+        self._table = torch.tensor(stages.table, device=device)
+        # torch has no arithmetic on uint64; the kernel reads the same 64 bits.
+        self._seeds = None if request.seeds is None else torch.from_numpy(request.seeds.view(np.int64)).to(device)
+        self._guidance, self._rescale = upload(request.guidance), upload(request.rescale)
+        self._state = torch.empty(request.num_samples, *network.sample_shape, device=device)
+        self._x0 = torch.empty_like(self._state) if keep_x0 else None
+        self._base = torch.empty_like(self._state) if any(f.write_base for f in self._flags) else None
+        self._memory = torch.empty_like(self._state) if any(f.write_memory for f in self._flags) else None
+        denoiser.prepare(
+            stages.network_timesteps(request.num_copies, request.num_samples), network_labels(network, request)
+        )
+        if request.x_T is not None:
+            self.set_state(request.x_T)
+        else:
+            assert self._seeds is not None, "a request has seeds or x_T"
+            initial_noise(state=self._state, network_input=denoiser.input, seeds=self._seeds)
+
+    def evaluate(self, stage: int) -> None:
+        self._denoiser.enqueue(stage)
+
+    def step(self, stage: int) -> None:
+        flags = self._flags[stage]
+        rescale, bound = sample_statistics(
+            self._state,
+            self._denoiser.output,
+            self._table[stage],
+            flags,
+            guidance=self._guidance,
+            rescale=self._rescale,
+            thresholding=self._thresholding,
+        )
+        ddim_step(
+            state=self._state,
+            model_output=self._denoiser.output,
+            network_input=self._denoiser.input,
+            table=self._table,
+            stage=stage,
+            flags=flags,
+            seeds=self._seeds,
+            guidance=self._guidance,
+            rescale=rescale,
+            bound=bound,
+            base=self._base,
+            memory=self._memory,
+            x0=self._x0,
+        )
+
+    def state(self) -> Array:
+        return self._state.cpu().numpy()
+
+    def x0(self) -> Array:
+        assert self._x0 is not None, "the run was started with keep_x0"
+        return self._x0.cpu().numpy()
+
+    def set_state(self, state: Array) -> None:
+        self._state.copy_(torch.from_numpy(state))
+        replicate(self._state, self._denoiser.input)

@@ -1,15 +1,20 @@
-"""The stepwise loop: S times the network, then one step. It runs on every backend, and every other loop must equal it.
+"""The stepwise loop: E times the network, then one step. It runs on every backend, and every other loop must equal it.
 
     x_T ──▶ network ──▶ step ──▶ network ──▶ step ──▶ … ──▶ x_0
 
 The network reads and writes buffers that never move; the step reads the network's output and the float32 state, and
-writes the next state and the network's next input. Nothing else happens between two network evaluations.
+writes the next state and the network's next input. Nothing else happens between two network evaluations, unless
+somebody watches.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,81 +25,150 @@ from skipstep.kernels.layout import StepFlags, Stream
 from skipstep.kernels.step_numpy import NumpyStep
 from skipstep.network import NetworkSpec
 from skipstep.noise import StageNoise, standard_normal
-from skipstep.plan import Plan
 from skipstep.request import SampleRequest
+from skipstep.stages import Stages
 
-AfterStep = Callable[[], None]
+Array = NDArray[np.float32]
+
+
+class Run(Protocol):
+    """A loop under way, one evaluation at a time. Arrays are float32 `[B, C, H, W]`, copies in host memory."""
+
+    def evaluate(self, stage: int) -> None:
+        """Run the network on the state."""
+        ...
+
+    def step(self, stage: int) -> None:
+        """Advance the state by what the network said."""
+        ...
+
+    def state(self) -> Array: ...
+
+    def x0(self) -> Array:
+        """The image predicted at the last step; only where the run was started with keep_x0."""
+        ...
+
+    def set_state(self, state: Array) -> None: ...
+
+
+Observer = Callable[[int, Run], None]
 
 
 class Loop(Protocol):
     """One network at one batch size, ready to run any plan."""
 
     name: str
+    can_observe: bool
     denoiser: Denoiser
 
-    def run(self, plan: Plan, request: SampleRequest, after_step: AfterStep | None) -> NDArray[np.float32]:
-        """Return x_0, float32 `[B, C, H, W]`, in memory that nothing else writes to."""
+    def start(self, stages: Stages, request: SampleRequest, *, keep_x0: bool = False) -> AbstractContextManager[Run]:
+        """Take the loop's buffers, from x_T on, until the context ends. Other callers wait."""
         ...
 
 
-def walk(denoiser: Denoiser, step: Callable[[int], None], num_stages: int, after_step: AfterStep | None) -> None:
-    for stage in range(num_stages):
-        denoiser.enqueue(stage)
-        step(stage)
-        if after_step is not None:
-            after_step()
+def run_loop(
+    loop: Loop, stages: Stages, request: SampleRequest, *, observer: Observer | None = None, keep_x0: bool = False
+) -> Array:
+    """Walk all stages and return x_0 in memory that nothing else writes to."""
+    with loop.start(stages, request, keep_x0=keep_x0) as run:
+        for stage in range(len(stages)):
+            run.evaluate(stage)
+            run.step(stage)
+            if observer is not None:
+                observer(stage, run)
+        return run.state()
 
 
 class HostLoop:
-    """The stepwise loop in host memory: NumPy does the step, any backend the network. One call at a time."""
+    """The stepwise loop in host memory: NumPy does the step, any backend the network."""
 
     name = "stepwise"
+    can_observe = True
 
     def __init__(self, denoiser: Denoiser, network: NetworkSpec) -> None:
         self.denoiser = denoiser
         self._network = network
         self._lock = threading.Lock()
 
-    def run(self, plan: Plan, request: SampleRequest, after_step: AfterStep | None) -> NDArray[np.float32]:
+    @contextlib.contextmanager
+    def start(self, stages: Stages, request: SampleRequest, *, keep_x0: bool = False) -> Iterator[Run]:
         with self._lock:
-            state = initial_state(self._network, request)
-            replicate(state, self.denoiser.input)
-            flags = run_flags(plan, request)
-            step = NumpyStep(
-                state=state,
-                model_output=self.denoiser.output,
-                network_input=self.denoiser.input,
-                table=plan.coefficients[:, None],
-                flags=flags,
-                guidance=request.guidance,
-                noise=StageNoise(request.seeds, self._network.num_elements, plan.num_evaluations)
-                if flags.add_noise and request.seeds is not None
-                else None,
-            )
-            self.denoiser.prepare(np.asarray(plan.timesteps, np.int64), network_labels(self._network, request))
-            walk(self.denoiser, step, plan.num_evaluations, after_step)
-            return state
+            yield _HostRun(self.denoiser, self._network, stages, request)
 
 
-def run_flags(plan: Plan, request: SampleRequest) -> StepFlags:
-    """The plan's flags, with guidance as this call has it."""
-    flags = plan.flags
-    return StepFlags(flags.clip, flags.rederive_eps, flags.add_noise, guided=request.guidance is not None)
+class _HostRun:
+    def __init__(self, denoiser: Denoiser, network: NetworkSpec, stages: Stages, request: SampleRequest) -> None:
+        self._denoiser = denoiser
+        self._state = initial_state(network, request)
+        self._x0 = np.empty_like(self._state)
+        self._step = NumpyStep(
+            state=self._state,
+            model_output=denoiser.output,
+            network_input=denoiser.input,
+            table=stages.table,
+            flags=call_flags(network, stages, request),
+            guidance=request.guidance,
+            rescale=request.rescale,
+            thresholding=stages.thresholding,
+            noise=StageNoise(request.seeds, network.num_elements, len(stages))
+            if stages.adds_noise and request.seeds is not None
+            else None,
+            x0=self._x0,
+        )
+        denoiser.prepare(
+            stages.network_timesteps(request.num_copies, request.num_samples), network_labels(network, request)
+        )
+        replicate(self._state, denoiser.input)
+
+    def evaluate(self, stage: int) -> None:
+        self._denoiser.enqueue(stage)
+
+    def step(self, stage: int) -> None:
+        self._step(stage)
+
+    def state(self) -> Array:
+        return self._state.copy()
+
+    def x0(self) -> Array:
+        return self._x0.copy()
+
+    def set_state(self, state: Array) -> None:
+        self._state[...] = state
+        replicate(self._state, self._denoiser.input)
 
 
-def initial_state(network: NetworkSpec, request: SampleRequest) -> NDArray[np.float32]:
+def call_flags(network: NetworkSpec, stages: Stages, request: SampleRequest) -> tuple[StepFlags, ...]:
+    """The plans' flags, with the network's output and guidance as this call has it."""
+    guided, rescale = request.guidance is not None, request.rescale is not None
+    if not (guided or rescale or network.learns_variance):
+        return stages.flags
+    return tuple(_call_flags(flags, guided, rescale, network.learns_variance) for flags in stages.flags)
+
+
+@lru_cache
+def _call_flags(flags: StepFlags, guided: bool, rescale: bool, wide_output: bool) -> StepFlags:
+    return replace(flags, guided=guided, rescale=rescale, wide_output=wide_output)
+
+
+def initial_state(network: NetworkSpec, request: SampleRequest) -> Array:
     """x_T `[B, C, H, W]`: a copy of the caller's, or noise that depends on each sample's seed alone."""
     if request.x_T is not None:
         return request.x_T.copy()
     assert request.seeds is not None, "a request has seeds or x_T"
-    noise = standard_normal(request.seeds, network.num_elements, stage=0, stream=Stream.INITIAL)
-    return noise.reshape(request.num_samples, *network.sample_shape)
+    return seeded_noise(network, request.seeds, Stream.INITIAL)
 
 
-def replicate(state: NDArray[np.float32], network_input: Any) -> None:
+def seeded_noise(network: NetworkSpec, seeds: NDArray[np.uint64], stream: Stream) -> Array:
+    """Standard normals `[B, C, H, W]` of the samples' seeds."""
+    noise = standard_normal(seeds, network.num_elements, stage=0, stream=stream)
+    return noise.reshape(len(seeds), *network.sample_shape)
+
+
+def replicate(state: Any, network_input: Any) -> None:
     """Fill the network's input with the state, twice where guidance doubles the batch."""
-    for half in np.split(network_input, len(network_input) // len(state)):
-        half[...] = state
+    batch_size = len(state)
+    for first in range(0, len(network_input), batch_size):
+        network_input[first : first + batch_size] = state
 
 
 def network_labels(network: NetworkSpec, request: SampleRequest) -> NDArray[np.int64] | None:

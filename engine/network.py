@@ -1,12 +1,19 @@
 """What a sampling loop must know of a network: the shape that it denoises and the labels that it takes.
 
-out = network(x_t [N, C, H, W], timestep [N], class_labels [N])        out has the shape of x_t
+out = network(x_t [N, C, H, W], timestep [N], class_labels [N])
+
+out has the shape of x_t, or 2C channels, of which the second half says where the variance of the step lies
+(learned_range).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from skipstep.errors import InputError
 
@@ -16,6 +23,8 @@ class NetworkSpec:
     """`sample_shape` is (C, H, W). `num_classes` counts the real classes; None: the network takes no labels.
 
     `null_label` is the label that stands for "no class", which classifier-free guidance needs; None: there is none.
+    `fractional_timesteps`: it takes timesteps between those of its training, as float32; otherwise int64 alone.
+    `learns_variance`: its output has 2C channels.
     Raises InputError where these contradict each other.
     """
 
@@ -23,6 +32,8 @@ class NetworkSpec:
     num_classes: int | None = None
     null_label: int | None = None
     class_names: tuple[str, ...] | None = None
+    fractional_timesteps: bool = False
+    learns_variance: bool = False
 
     def __post_init__(self) -> None:
         shape = self.sample_shape
@@ -49,8 +60,16 @@ class NetworkSpec:
     @property
     def num_elements(self) -> int:
         """C·H·W."""
+        return math.prod(self.sample_shape)
+
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
         channels, height, width = self.sample_shape
-        return channels * height * width
+        return (2 * channels if self.learns_variance else channels), height, width
+
+    @property
+    def timestep_dtype(self) -> type[np.float32] | type[np.int64]:
+        return np.float32 if self.fractional_timesteps else np.int64
 
     @classmethod
     def of_module(
@@ -60,6 +79,7 @@ class NetworkSpec:
         sample_shape: tuple[int, int, int] | None = None,
         num_classes: int | None = None,
         null_label: int | None = None,
+        fractional_timesteps: bool | None = None,
     ) -> NetworkSpec:
         """Complete what the caller gave with a diffusers-style `module.config`; InputError if that falls short."""
         config = getattr(module, "config", None)
@@ -78,4 +98,12 @@ class NetworkSpec:
             if embedded is not None:
                 # A null label inside the table is not one of the classes.
                 num_classes = int(embedded) - (null_label is not None and null_label < int(embedded))
-        return cls(sample_shape, num_classes, null_label)
+        if fractional_timesteps is None:
+            fractional_timesteps = takes_fractional_timesteps(config)
+        return cls(sample_shape, num_classes, null_label, fractional_timesteps=fractional_timesteps)
+
+
+def takes_fractional_timesteps(config: Any) -> bool:
+    """Whether a diffusers configuration names a time embedding that is a smooth function of the timestep."""
+    kind = config.get("time_embedding_type") if isinstance(config, Mapping) else None
+    return kind in ("positional", "fourier")

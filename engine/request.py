@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ MAX_SEED = 2**64 - 1
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """B samples: `seeds` uint64 `[B]`, `x_T` float32 `[B, C, H, W]`, `class_labels` int64, `guidance` float32 `[B]`.
+    """B samples: `seeds` uint64 `[B]`, `x_T` float32 `[B, C, H, W]`, `class_labels` int64 `[B]`; `guidance` and
+    `rescale` float32 `[B]`.
 
     What a call does not use is None; at least one of `seeds` and `x_T` is there.
     """
@@ -31,17 +32,18 @@ class SampleRequest:
     x_T: NDArray[np.float32] | None
     class_labels: NDArray[np.int64] | None
     guidance: NDArray[np.float32] | None
+    rescale: NDArray[np.float32] | None = None
+
+    @property
+    def num_copies(self) -> int:
+        """How often the network sees each sample: with its label, and with guidance also without."""
+        return 1 if self.guidance is None else 2
 
     def chunk(self, start: int, batch_size: int) -> SampleRequest:
         """Samples start … start + batch_size - 1; past the end the last sample is repeated to fill the batch."""
         index = np.minimum(np.arange(start, start + batch_size), self.num_samples - 1)
-        return SampleRequest(
-            batch_size,
-            seeds=None if self.seeds is None else self.seeds[index],
-            x_T=None if self.x_T is None else self.x_T[index],
-            class_labels=None if self.class_labels is None else self.class_labels[index],
-            guidance=None if self.guidance is None else self.guidance[index],
-        )
+        arrays = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "num_samples"}
+        return SampleRequest(batch_size, **{name: a if a is None else a[index] for name, a in arrays.items()})
 
 
 def resolve_request(
@@ -51,25 +53,34 @@ def resolve_request(
     x_T: Any,
     class_labels: int | Sequence[int] | None,
     guidance_scale: float | Sequence[float] | None,
-    adds_noise: bool,
+    guidance_rescale: float | Sequence[float] | None = None,
+    adds_noise: bool = False,
+    num_plans: int = 1,
+    latents_name: str = "x_T",
 ) -> SampleRequest:
-    """Check and complete the arguments of one call. Raises InputError."""
+    """Check and complete the arguments of one call; `num_plans` above 1 is one per sample. Raises InputError.
+
+    `latents_name` is what the caller calls x_T.
+    """
     if seeds is None and (x_T is None or adds_noise):
         raise InputError(
-            got="no seeds" if x_T is None else "x_T without seeds for a plan with eta > 0",
+            got="no seeds" if x_T is None else "x_T without seeds for a plan that adds noise",
             expected="a seed per sample" if x_T is None else "seeds as well: they key the noise of every step",
             remedy="pass seeds=[...]"
             + (", or the initial noise as x_T=" if x_T is None else ", or use a plan with eta=0"),
         )
-    latents = None if x_T is None else _resolve_latents(x_T, network)
+    latents = None if x_T is None else resolve_latents(x_T, network, name=latents_name)
     given = {
-        "seeds": _int_vector("seeds", seeds, low=0, high=MAX_SEED, dtype=np.uint64),
+        "seeds": None if seeds is None else resolve_seeds(seeds),
         "class_labels": _resolve_labels(class_labels, network),
         "guidance_scale": _resolve_guidance(guidance_scale, network),
+        "guidance_rescale": _resolve_rescale(guidance_rescale, guidance_scale),
     }
     lengths = {name: len(array) for name, array in given.items() if array is not None and array.ndim == 1}
     if latents is not None:
-        lengths["x_T"] = len(latents)
+        lengths[latents_name] = len(latents)
+    if num_plans > 1:
+        lengths["plans"] = num_plans
     if len(set(lengths.values())) > 1:
         raise InputError(
             got=", ".join(f"{length} {name}" for name, length in lengths.items()),
@@ -80,7 +91,7 @@ def resolve_request(
     if num_samples == 0:
         raise InputError(got="zero samples", expected="at least one", remedy="pass at least one seed")
 
-    seed_array, labels, guidance = (
+    seed_array, labels, guidance, rescale = (
         None if array is None else np.ascontiguousarray(np.broadcast_to(array, num_samples)) for array in given.values()
     )
     if labels is None and network.num_classes is not None:
@@ -88,7 +99,14 @@ def resolve_request(
         labels = np.full(num_samples, network.null_label)
     if guidance is not None and np.all(guidance == 1.0):
         guidance = None  # A scale of 1 is the conditional prediction itself: half the work, the same result.
-    return SampleRequest(num_samples, seed_array, latents, labels, guidance)
+    if guidance is None or (rescale is not None and not np.any(rescale)):
+        rescale = None  # Without guidance there is nothing to take back.
+    return SampleRequest(num_samples, seed_array, latents, labels, guidance, rescale)
+
+
+def resolve_seeds(seeds: int | Sequence[int]) -> NDArray[np.uint64]:
+    """Uint64, scalar or `[B]`. Raises InputError outside [0, MAX_SEED]."""
+    return _int_vector("seeds", seeds, low=0, high=MAX_SEED, dtype=np.uint64)
 
 
 def _resolve_labels(labels: int | Sequence[int] | None, network: NetworkSpec) -> NDArray[np.int64] | None:
@@ -133,11 +151,33 @@ def _resolve_guidance(scale: float | Sequence[float] | None, network: NetworkSpe
     return array
 
 
-def _int_vector(
-    name: str, values: int | Sequence[int] | None, *, low: int, high: int, dtype: type[np.integer[Any]]
-) -> NDArray[Any] | None:
-    if values is None:
+def _resolve_rescale(
+    strength: float | Sequence[float] | None, guidance_scale: float | Sequence[float] | None
+) -> NDArray[np.float32] | None:
+    if strength is None:
         return None
+    try:
+        array = np.asarray(strength, dtype=np.float32)
+    except (TypeError, ValueError):
+        array = np.array(np.nan, np.float32)
+    if array.ndim > 1 or isinstance(strength, bool) or not np.all((array >= 0.0) & (array <= 1.0)):
+        raise InputError(
+            got=f"guidance_rescale={strength!r}",
+            expected="a number in [0, 1], or one per sample",
+            remedy="pass 0.7, as its authors do, or 0 for none",
+        )
+    if guidance_scale is None:
+        raise InputError(
+            got=f"guidance_rescale={strength!r} without guidance_scale",
+            expected="guidance, whose effect on the spread it takes back",
+            remedy="pass guidance_scale as well",
+        )
+    return array
+
+
+def _int_vector(
+    name: str, values: int | Sequence[int], *, low: int, high: int, dtype: type[np.integer[Any]]
+) -> NDArray[Any]:
     scalar = isinstance(values, int | np.integer)
     try:
         listed: list[Any] = [values] if scalar else list(values)  # type: ignore[arg-type]
@@ -155,30 +195,33 @@ def _int_vector(
     return np.array(listed[0] if scalar else listed, dtype=dtype)
 
 
-def _resolve_latents(x_T: Any, network: NetworkSpec) -> NDArray[np.float32]:
+def resolve_latents(x_T: Any, network: NetworkSpec, *, name: str = "x_T") -> NDArray[np.float32]:
+    """Float32 `[B, C, H, W]`, contiguous, from NumPy or torch. Raises InputError, which calls it `name`."""
     if hasattr(x_T, "detach"):
         if x_T.device.type not in ("cpu", "cuda"):
-            raise InputError(got=f"x_T on {x_T.device}", expected="a tensor in memory", remedy="move it with x_T.cpu()")
+            raise InputError(
+                got=f"{name} on {x_T.device}", expected="a tensor in memory", remedy=f"move it with {name}.cpu()"
+            )
         # NumPy has no bfloat16.
         x_T = (x_T.float() if x_T.dtype.is_floating_point else x_T).detach().cpu().numpy()
     if not isinstance(x_T, np.ndarray) or not np.issubdtype(x_T.dtype, np.floating):
         kind = f"dtype {x_T.dtype}" if isinstance(x_T, np.ndarray) else f"type {type(x_T).__name__}"
         raise InputError(
-            got=f"x_T of {kind}",
+            got=f"{name} of {kind}",
             expected="floating-point numbers in a NumPy array or a torch tensor",
-            remedy="pass standard normal noise as float32",
+            remedy="pass float32",
         )
     if x_T.ndim != 4 or x_T.shape[1:] != network.sample_shape:
         raise InputError(
-            got=f"x_T of shape {list(x_T.shape)}",
+            got=f"{name} of shape {list(x_T.shape)}",
             expected=f"[B, {', '.join(map(str, network.sample_shape))}]",
             remedy="give one [C, H, W] block per sample",
         )
     broken = np.flatnonzero(~np.isfinite(x_T).all(axis=(1, 2, 3)))
     if broken.size:
         raise InputError(
-            got=f"NaN or infinity in x_T, samples {broken[:8].tolist()}",
-            expected="finite noise",
-            remedy="check where the latents come from",
+            got=f"NaN or infinity in {name}, samples {broken[:8].tolist()}",
+            expected="finite numbers",
+            remedy="check where they come from",
         )
     return np.ascontiguousarray(x_T, dtype=np.float32)

@@ -125,6 +125,17 @@ class NoiseSchedule:
 
         return read_scheduler_config(config).schedule
 
+    def timestep_at(self, alpha_bar: float) -> float:
+        """The timestep, between training timesteps where need be, at which the level is `alpha_bar`.
+
+        Linear in log-SNR, ln(alpha_bar/(1 - alpha_bar)), between neighbours; clamped to [0, T-1].
+        """
+        level = np.clip(alpha_bar, self.alpha_bar[-1], self.alpha_bar[0])
+        with np.errstate(divide="ignore"):  # A zero terminal SNR: its logarithm orders rightly.
+            log_snr = np.log(self.alpha_bar) - np.log1p(-self.alpha_bar)
+            wanted = np.log(level) - np.log1p(-level)
+        return float(np.interp(-wanted, -log_snr, np.arange(self.num_timesteps)))
+
     def rescaled_to_zero_terminal_snr(self) -> NoiseSchedule:
         """Shift and scale sqrt(alpha_bar) so that the last timestep is pure noise (arXiv 2305.08891, algorithm 1)."""
         root = np.sqrt(self.alpha_bar)

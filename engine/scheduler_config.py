@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from skipstep.coefficients import PREDICTION_TYPES, PredictionType
 from skipstep.errors import ModelFormatError, ScheduleError
@@ -60,7 +60,9 @@ class SchedulerConfig:
 
     schedule: NoiseSchedule
     prediction_type: PredictionType
-    clip: float | None
+    clip: float | Literal["dynamic"] | None
+    dynamic_quantile: float | None
+    dynamic_maximum: float | None
     spacing: Spacing
     steps_offset: int
     final_alpha_bar: float
@@ -93,14 +95,12 @@ def read_scheduler_config(source: str | Path | Mapping[str, Any]) -> SchedulerCo
 
 
 def _interpret(config: Mapping[str, Any]) -> SchedulerConfig:
-    if config.get("thresholding"):
-        raise _refused("thresholding", True, "False: dynamic thresholding is not supported", "use static clipping")
-    if "learned" in str(config.get("variance_type", "")):
+    if config.get("variance_type") == "learned":
         raise _refused(
             "variance_type",
             config["variance_type"],
-            "a fixed variance: the network's second half of channels is not read",
-            "use a network that predicts the noise alone",
+            "a fixed or a learned_range variance",
+            "use a deterministic plan with the module itself, which ignores the variance",
         )
     prediction_type = _choice(config, "prediction_type", PREDICTION_TYPES)
     spacing = _choice(config, "timestep_spacing", _SPACINGS)
@@ -109,12 +109,21 @@ def _interpret(config: Mapping[str, Any]) -> SchedulerConfig:
     if _boolean(config, "rescale_betas_zero_snr", default=False):
         schedule = schedule.rescaled_to_zero_terminal_snr()
     clips = _boolean(config, "clip_sample", default=False)
-    clip = _number(config, "clip_sample_range") if clips else None
+    clip: float | Literal["dynamic"] | None = _number(config, "clip_sample_range") if clips else None
+    quantile = maximum = None
+    if _boolean(config, "thresholding", default=False):  # Which goes before clipping, as in diffusers.
+        clip, quantile, maximum = (
+            "dynamic",
+            _number(config, "dynamic_thresholding_ratio"),
+            _number(config, "sample_max_value"),
+        )
     to_one = _boolean(config, "set_alpha_to_one", default=True)
     return SchedulerConfig(
         schedule=schedule,
         prediction_type=prediction_type,  # type: ignore[arg-type]
         clip=clip,
+        dynamic_quantile=quantile,
+        dynamic_maximum=maximum,
         spacing=spacing,  # type: ignore[arg-type]
         steps_offset=offset,
         final_alpha_bar=1.0 if to_one else float(schedule.alpha_bar[0]),

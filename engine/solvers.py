@@ -1,46 +1,272 @@
-"""Solvers as tables: what one step does with the predicted image and noise, from noise level a to noise level p.
+"""Solvers as tables: what each network evaluation of a plan does with the predicted image and noise.
 
-DDIM (Song, Meng, Ermon 2021, arXiv 2010.02502, eq. 12 and 16; their alpha is our alpha_bar):
+The plan visits noise levels alpha_bar (a now, p next). In x̄ = x/√alpha_bar and s = √((1-alpha_bar)/alpha_bar) the
+probability-flow ODE is dx̄/ds = eps, so the classical rules apply as they stand, with h = s_p - s_a < 0:
 
-    sigma²  = eta²·(1-p)/(1-a)·(1-a/p)                                     a = alpha_bar_t (now), p = alpha_bar_s (next)
-    x_s     = sqrt(p)·x0 + sqrt(1-p-sigma²)·eps + sigma·z                  z ~ N(0, I)
+    ddim            x̄_p = x̄ + h·eps: Euler's rule; with eta > 0 some of the noise is fresh       order 1, S evaluations
+    dpm_solver_1    the same table (Lu et al. 2022, arXiv 2206.00927, section 3)                  order 1, S
+    heun            x̄_p = x̄ + h·(eps_1 + eps_2)/2, eps_2 where Euler's rule leads                order 2, 2S - 1
+    rk4             the classical weights 1/6, 1/3, 1/3, 1/6                                      order 4, 4S - 3
+    dpm_solver_2    the midpoint rule, exponential in ln s (algorithm 1 there)                    order 2, 2S - 1
+    dpm_solver_pp_2m  two-step rule on x0 (Lu et al. 2022, arXiv 2211.01095, algorithm 2)         order 2, S
+    ddpm            the posterior mean and a variance (Ho et al. 2020, arXiv 2006.11239, eq. 7)   stochastic, S
+    ddim_inversion  Euler's rule from the image up to the noise                                   order 1, S
 
-A solver is a function from the noise levels of a plan to weights, in float64, one row per network evaluation; the
-loop and the kernel never learn its name. To add one, write such a function and enter it in `SOLVERS`.
+A rule of order above 1 would need the network at the level where no noise is left, or cannot weigh it: the last step,
+where p = 1, is Euler's. DDIM's variance (Song, Meng, Ermon 2021, arXiv 2010.02502, eq. 12 and 16; their alpha is our
+alpha_bar) is sigma² = eta²·(1-p)/(1-a)·(1-a/p).
+
+A solver is a function from levels to `UpdateWeights` in float64, one row per evaluation; the loop and the kernel never
+learn its name. To add one, write such a function and enter it in `SOLVERS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from math import sqrt
+from typing import Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+Levels = NDArray[np.float64]
+Variance = Literal["fixed_small", "fixed_large", "learned_range"]
+VARIANCES: tuple[str, ...] = get_args(Variance)
+
+# In `UpdateWeights.grid`: an evaluation at a level between those of the plan.
+BETWEEN: Final = -1
+
 
 @dataclass(frozen=True, slots=True)
+class SolverOptions:
+    """What a plan may tell its solver. Solvers ignore what is not theirs; the plan refuses it before."""
+
+    eta: float = 0.0
+    variance: Variance = "fixed_small"
+
+
+@dataclass(slots=True)
 class UpdateWeights:
-    """next = c_x0·x0 + c_eps·eps + sigma·z; each float64 `[S]`."""
+    """One row per network evaluation, E of them; each array is float64 `[E]`, zero where a solver does not set it.
 
-    c_x0: NDArray[np.float64]
-    c_eps: NDArray[np.float64]
-    sigma: NDArray[np.float64]
+    level       alpha_bar of the state that the network reads.
+    grid        int `[E]`: which of the plan's levels that is, or BETWEEN.
+    c_*, m_*    weights of the next state and of the memory (skipstep.kernels.layout).
+    sigma       of the fresh noise; exp(log_sigma + log_sigma_out·v) times it where the variance is learned.
+    keep_base   bool `[E]`: this evaluation is the first of a step whose later ones look back at its state.
+    ends_step   bool `[E]`: this evaluation is the last of its step.
+    """
+
+    level: Levels
+    grid: NDArray[np.int64]
+    ends_step: NDArray[np.bool_]
+    c_x: Levels = field(init=False)
+    c_x0: Levels = field(init=False)
+    c_eps: Levels = field(init=False)
+    c_base: Levels = field(init=False)
+    c_memory: Levels = field(init=False)
+    m_x: Levels = field(init=False)
+    m_x0: Levels = field(init=False)
+    m_eps: Levels = field(init=False)
+    m_memory: Levels = field(init=False)
+    sigma: Levels = field(init=False)
+    log_sigma: Levels = field(init=False)
+    log_sigma_out: Levels = field(init=False)
+    keep_base: NDArray[np.bool_] = field(init=False)
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if not each.init:
+                setattr(self, each.name, np.zeros(len(self.level), bool if each.name == "keep_base" else np.float64))
 
 
-Solver = Callable[[NDArray[np.float64], float], UpdateWeights]
+# The arrays of `UpdateWeights` that are columns of the step's table, by the same names in lower case.
+UPDATE_COLUMNS = (
+    *("c_x", "c_x0", "c_eps", "c_base", "c_memory", "m_x", "m_x0", "m_eps", "m_memory"),
+    *("sigma", "log_sigma", "log_sigma_out"),
+)
 
 
-def ddim(alpha_bars: NDArray[np.float64], eta: float) -> UpdateWeights:
+@dataclass(frozen=True, slots=True)
+class Solver:
+    """A table and what it understands.
+
+    takes           the options of a plan that it heeds; others are refused.
+    sees_clip_in_eps  with clipping, eps is derived again from the clipped image in the diffusers convention too.
+    diverges_at_zero  it has no finite weights for a step that starts at alpha_bar = 0.
+    upward          it walks from the image to the noise.
+    """
+
+    weights: Callable[[Levels, SolverOptions], UpdateWeights]
+    takes: frozenset[str] = frozenset()
+    sees_clip_in_eps: bool = False
+    diverges_at_zero: bool = False
+    upward: bool = False
+
+
+def ddim(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
     """DDIM over `alpha_bars` float64 `[S+1]`; eta = 0 is deterministic, eta = 1 has DDPM's posterior variance."""
+    weights = _one_row_per_step(alpha_bars)
     a, p = alpha_bars[:-1], alpha_bars[1:]
     # sigma² and 1-p-sigma² share the factor 1-p; taking it out keeps the second from cancelling, and makes both
     # exactly zero at p = 1, so the last step adds no noise and leaves none.
-    share = eta**2 * (p - a) / (p * (1.0 - a))
-    return UpdateWeights(
-        c_x0=np.sqrt(p),
-        c_eps=np.sqrt((1.0 - p) * np.maximum(1.0 - share, 0.0)),
-        sigma=np.sqrt((1.0 - p) * share),
-    )
+    share = options.eta**2 * (p - a) / (p * (1.0 - a))
+    weights.c_x0 = np.sqrt(p)
+    weights.c_eps = np.sqrt((1.0 - p) * np.maximum(1.0 - share, 0.0))
+    weights.sigma = np.sqrt((1.0 - p) * share)
+    return weights
 
 
-SOLVERS: Mapping[str, Solver] = {"ddim": ddim}
+def ddpm(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
+    """Ancestral sampling: the posterior q(x_p | x_a, x0) of steps of any length; beta is 1 - a/p.
+
+    fixed_small has the posterior's own variance, fixed_large beta (the DDIM paper's sigma-hat), and learned_range lets
+    the network interpolate between their logarithms (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15).
+    """
+    weights = _one_row_per_step(alpha_bars)
+    a, p = alpha_bars[:-1], alpha_bars[1:]
+    beta = (p - a) / p
+    posterior = (1.0 - p) / (1.0 - a) * beta
+    weights.c_x0 = np.sqrt(p) * beta / (1.0 - a)
+    weights.c_x = np.sqrt(a / p) * (1.0 - p) / (1.0 - a)
+    adds_noise = p < 1.0
+    if options.variance == "fixed_small":
+        weights.sigma = np.sqrt(posterior)
+    elif options.variance == "fixed_large":
+        weights.sigma = np.where(adds_noise, np.sqrt(beta), 0.0)
+    else:
+        low, high = np.log(np.where(adds_noise, posterior, 1.0)) / 2, np.log(np.where(adds_noise, beta, 1.0)) / 2
+        weights.sigma = adds_noise.astype(np.float64)
+        weights.log_sigma, weights.log_sigma_out = (high + low) / 2, (high - low) / 2
+    return weights
+
+
+def heun(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
+    """Heun's rule. The memory carries x̄ + h/2·eps_1, all that the second evaluation needs of the first."""
+    weights = _rows(2, alpha_bars)
+    for row, a, p in _steps(weights, alpha_bars):
+        _euler(weights, row, p)
+        if p == 1.0:
+            continue
+        h = _ratio(p) - _ratio(a)
+        weights.m_x[row], weights.m_eps[row] = sqrt(p / a), sqrt(p) * h / 2
+        weights.c_memory[row + 1], weights.c_eps[row + 1] = 1.0, sqrt(p) * h / 2
+        weights.level[row + 1], weights.grid[row + 1] = p, weights.grid[row] + 1
+    return weights
+
+
+def rk4(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
+    """The classical Runge-Kutta rule. The memory sums up the result while the inner stages start from the base."""
+    weights = _rows(4, alpha_bars)
+    for row, a, p in _steps(weights, alpha_bars):
+        if p == 1.0:
+            _euler(weights, row, p)
+            continue
+        h, grid = _ratio(p) - _ratio(a), weights.grid[row]
+        middle = _level(_ratio(a) + h / 2)
+        # Each inner stage goes from the base along the slope just seen, to where the next evaluation stands.
+        weights.c_x[row] = sqrt(middle / a)
+        weights.c_base[row + 1 : row + 3] = sqrt(middle / a), sqrt(p / a)
+        weights.c_eps[row : row + 3] = sqrt(middle) * h / 2, sqrt(middle) * h / 2, sqrt(p) * h
+        weights.level[row + 1 : row + 4] = middle, middle, p
+        weights.grid[row + 1 : row + 4] = BETWEEN, BETWEEN, grid + 1
+        weights.keep_base[row] = True
+        weights.m_x[row] = sqrt(p / a)
+        weights.m_memory[row + 1 : row + 3] = 1.0
+        weights.m_eps[row : row + 3] = sqrt(p) * h / 6, sqrt(p) * h / 3, sqrt(p) * h / 3
+        weights.c_memory[row + 3], weights.c_eps[row + 3] = 1.0, sqrt(p) * h / 6
+    return weights
+
+
+def dpm_solver_2(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
+    """DPM-Solver-2, singlestep, with the midpoint in ln s (r = 1/2). The memory carries the step's first state."""
+    weights = _rows(2, alpha_bars)
+    for row, a, p in _steps(weights, alpha_bars):
+        if p == 1.0:
+            _euler(weights, row, p)
+            continue
+        middle = _level(sqrt(_ratio(a) * _ratio(p)))
+        _euler(weights, row, middle)
+        weights.m_x[row] = sqrt(p / a)
+        weights.c_memory[row + 1], weights.c_eps[row + 1] = 1.0, sqrt(p) * (_ratio(p) - _ratio(a))
+        weights.level[row + 1], weights.grid[row + 1] = middle, BETWEEN
+    return weights
+
+
+def dpm_solver_pp_2m(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
+    """DPM-Solver++(2M): the line through the last two predicted images. The memory carries the earlier one."""
+    weights = _one_row_per_step(alpha_bars)
+    a, p = alpha_bars[:-1], alpha_bars[1:]
+    weights.c_x = np.sqrt((1.0 - p) / (1.0 - a))
+    now = np.sqrt(p) - np.sqrt(a) * weights.c_x
+    # lambda = -ln s; steps in it are finite but for one that ends at p = 1, which is of first order like the first.
+    with np.errstate(divide="ignore"):
+        lam = (np.log(alpha_bars) - np.log1p(-np.minimum(alpha_bars, np.nextafter(1.0, 0.0)))) / 2
+    inner = slice(1, len(a) - 1 if p[-1] == 1.0 else None)
+    ratio = np.diff(lam)[1:] / np.diff(lam)[:-1] / 2
+    extrapolated = np.zeros_like(now)
+    extrapolated[inner] = ratio[: len(extrapolated[inner])]
+    earlier = -now * extrapolated
+    weights.c_x0 = now - earlier
+    weights.c_memory = earlier
+    weights.m_x0[:-1] = extrapolated[1:] != 0.0
+    return weights
+
+
+def ddim_inversion(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
+    """DDIM upward in noise, over `alpha_bars` that decrease: the first is the image's."""
+    weights = _one_row_per_step(alpha_bars)
+    a, p = alpha_bars[:-1], alpha_bars[1:]
+    weights.c_x = np.sqrt(p / a)
+    weights.c_eps = np.sqrt(1.0 - p) - np.sqrt(p / a * (1.0 - a))
+    return weights
+
+
+def dpm_solver_1(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
+    """DPM-Solver-1 is deterministic DDIM."""
+    return ddim(alpha_bars, SolverOptions())
+
+
+SOLVERS: Mapping[str, Solver] = {
+    "ddim": Solver(ddim, takes=frozenset({"eta"})),
+    "ddpm": Solver(ddpm, takes=frozenset({"variance"})),
+    "heun": Solver(heun, sees_clip_in_eps=True, diverges_at_zero=True),
+    "rk4": Solver(rk4, takes=frozenset({"midpoints"}), sees_clip_in_eps=True, diverges_at_zero=True),
+    "dpm_solver_1": Solver(dpm_solver_1),
+    "dpm_solver_2": Solver(dpm_solver_2, takes=frozenset({"midpoints"}), sees_clip_in_eps=True, diverges_at_zero=True),
+    "dpm_solver_pp_2m": Solver(dpm_solver_pp_2m),
+    "ddim_inversion": Solver(ddim_inversion, takes=frozenset({"evaluate_at"}), diverges_at_zero=True, upward=True),
+}
+
+
+def _ratio(alpha_bar: float) -> float:
+    """s, noise to signal."""
+    return sqrt((1.0 - alpha_bar) / alpha_bar)
+
+
+def _level(ratio: float) -> float:
+    """The alpha_bar at which noise to signal is `ratio`."""
+    return 1.0 / (1.0 + ratio**2)
+
+
+def _one_row_per_step(alpha_bars: Levels) -> UpdateWeights:
+    num_steps = len(alpha_bars) - 1
+    return UpdateWeights(alpha_bars[:-1].copy(), np.arange(num_steps), np.ones(num_steps, bool))
+
+
+def _rows(evaluations: int, alpha_bars: Levels) -> UpdateWeights:
+    """`evaluations` rows a step, and one for a last step that lands at 1; all at the level where their step starts."""
+    counts = [evaluations] * (len(alpha_bars) - 2) + [1 if alpha_bars[-1] == 1.0 else evaluations]
+    steps = np.repeat(np.arange(len(counts)), counts)
+    return UpdateWeights(alpha_bars[steps], steps, np.append(np.diff(steps) > 0, True))
+
+
+def _steps(weights: UpdateWeights, alpha_bars: Levels) -> list[tuple[int, float, float]]:
+    """(first row, a, p) of each step."""
+    firsts = np.searchsorted(weights.grid, np.arange(len(alpha_bars) - 1))
+    return [(int(row), float(alpha_bars[i]), float(alpha_bars[i + 1])) for i, row in enumerate(firsts)]
+
+
+def _euler(weights: UpdateWeights, row: int, p: float) -> None:
+    weights.c_x0[row], weights.c_eps[row] = sqrt(p), sqrt(1.0 - p)

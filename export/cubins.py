@@ -12,9 +12,10 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from skipstep.errors import MissingDependencyError
-from skipstep.kernels.launch import DEFAULT_LAUNCH
+from skipstep.kernels.launch import DEFAULT_LAUNCH, step_constants
 from skipstep.kernels.layout import StepFlags
 
 try:
@@ -33,11 +34,14 @@ except ImportError as error:
 # 100, 103 and 12x: Blackwell; 110: Thor; 87: Orin. There is no 101.
 ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 110, 120)
 
-# Named for the README's table: what plain DDIM costs, and what everything at once costs.
+# From what plain DDIM costs to what everything of DDIM at once costs, and the solvers that remember.
 VARIANTS: Mapping[str, StepFlags] = {
     "plain": StepFlags(),
     "clip": StepFlags(clip=True),
     "everything": StepFlags(clip=True, rederive_eps=True, add_noise=True, guided=True),
+    "multistep": StepFlags(add_state=True, read_memory=True, write_memory=True),
+    "runge_kutta": StepFlags(read_base=True, read_memory=True, write_memory=True),
+    "learned_variance": StepFlags(clip=True, add_state=True, add_noise=True, learned_variance=True, wide_output=True),
 }
 DTYPES = ("fp16", "fp32")
 
@@ -73,23 +77,26 @@ def compile_step(arch: int, flags: StepFlags, dtype: str) -> tuple[str, bytes]:
         "output_ptr": f"*{dtype}",
         "network_input_ptr": f"*{dtype}",
         "x0_ptr": "*fp32",
+        "base_ptr": "*fp32",
+        "memory_ptr": "*fp32",
         "table_ptr": "*fp32",
         "seeds_ptr": "*i64",
         "guidance_ptr": "*fp32",
+        "rescale_ptr": "*fp32",
+        "bound_ptr": "*fp32",
     }
-    constants = {
-        "PER_SAMPLE": False,
-        "CLIPPED": flags.clip,
-        "REDERIVED": flags.rederive_eps,
-        "NOISY": flags.add_noise,
-        "GUIDED": flags.guided,
-        "STORE_X0": False,
-        "BLOCK": DEFAULT_LAUNCH.block_size,
-    }
-    signature = {**pointers, "num_elements": "i32", "stage": "i32", **dict.fromkeys(constants, "constexpr")}
+    return compile_kernel(ddim_step_kernel, arch, pointers, step_constants(flags, per_sample=False, store_x0=False))
+
+
+def compile_kernel(
+    kernel: Any, arch: int, pointers: Mapping[str, str], constants: Mapping[str, bool]
+) -> tuple[str, bytes]:
+    """PTX and cubin of a kernel over (pointers, num_elements, stage, constants, BLOCK), launched as the step is."""
+    values: dict[str, int] = {**constants, "BLOCK": DEFAULT_LAUNCH.block_size}
+    signature = {**pointers, "num_elements": "i32", "stage": "i32", **dict.fromkeys(values, "constexpr")}
     names = list(signature)
     aligned = {(names.index(name),): _ALIGNED for name in (*pointers, "num_elements")}
-    source = ASTSource(fn=ddim_step_kernel, signature=signature, constexprs=constants, attrs=aligned)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", arch, 32),
@@ -100,7 +107,10 @@ def compile_step(arch: int, flags: StepFlags, dtype: str) -> tuple[str, bytes]:
 
 def inspect_step(arch: int, variant: str, dtype: str) -> KernelFacts:
     """Compile one variant and read the facts out of its PTX, its cubin and its machine code."""
-    ptx, cubin = compile_step(arch, VARIANTS[variant], dtype)
+    return inspect_kernel(*compile_step(arch, VARIANTS[variant], dtype), arch=arch, variant=variant, dtype=dtype)
+
+
+def inspect_kernel(ptx: str, cubin: bytes, *, arch: int, variant: str, dtype: str) -> KernelFacts:
     usage, sass = _dump(cubin, "-res-usage"), _dump(cubin, "-sass")
     resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     accesses: dict[str, int] = {}

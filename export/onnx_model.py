@@ -21,13 +21,16 @@ def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int |
     """Serialise `module` with torch's graph-capturing exporter, opset 20, weights included.
 
     `batch_size` fixes every shape; None leaves one symbolic dimension named "batch", which a runtime fixes when it
-    loads the graph. Inputs: sample float32 `[N, C, H, W]`, timestep int64 `[N]`, class_labels int64 `[N]` if the
-    network has classes. Output: out_sample float32 `[N, C, H, W]`.
+    loads the graph. Inputs: sample float32 `[N, C, H, W]`, timestep int64 `[N]` (float32 if the network takes
+    fractional ones), class_labels int64 `[N]` if it has classes. Output: out_sample float32 `[N, C or 2C, H, W]`.
     Raises MissingDependencyError without onnx and onnxscript, and ExportError naming what could not be captured.
     """
     # The exporter specialises a dimension of size 1, so a symbolic one is traced at 2.
     traced = batch_size or 2
-    arguments = [torch.zeros(traced, *spec.sample_shape), torch.zeros(traced, dtype=torch.int64)]
+    arguments = [
+        torch.zeros(traced, *spec.sample_shape),
+        torch.zeros(traced, dtype=torch.float32 if spec.fractional_timesteps else torch.int64),
+    ]
     names = ["sample", "timestep"]
     if spec.num_classes is not None:
         arguments.append(torch.zeros(traced, dtype=torch.int64))

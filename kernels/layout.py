@@ -2,14 +2,26 @@
 
 One row per network evaluation (and per sample, where samples follow different plans), float32, `NUM_COLUMNS` wide:
 
-    x0   = X0_X·x + X0_OUT·out            the image that the network's output implies
-    eps  = EPS_X·x + EPS_OUT·out          the noise that it implies
-    x0   = clamp(x0, ±CLIP)               if flags.clip
-    eps  = RE_X·x + RE_X0·x0              if flags.rederive_eps: the noise that the clipped image implies
-    next = C_X0·x0 + C_EPS·eps + SIGMA·z
+    x0     = X0_X·x + X0_OUT·out            the image that the network's output implies
+    eps    = EPS_X·x + EPS_OUT·out          the noise that it implies
+    x0     = clamp(x0, ±CLIP)               if flags.clip
+    x0     = clamp(x0, ±bound)/bound        if flags.threshold; the bound is the sample's own (dynamic thresholding)
+    eps    = RE_X·x + RE_X0·x0              if flags.rederive_eps: the noise that the clipped image implies
+    next   = C_X0·x0 + C_EPS·eps            DDIM needs no more than this
+           + C_X·x                          if flags.add_state
+           + C_BASE·base                    if flags.read_base: the state that the first evaluation of the step read
+           + C_MEMORY·memory                if flags.read_memory: what earlier evaluations left
+           + SIGMA·z                        if flags.add_noise
+                                            flags.learned_variance: SIGMA is exp(LOG_SIGMA + LOG_SIGMA_OUT·v), v being
+                                            the second half of the network's channels
+    memory = M_X·x + M_X0·x0 + M_EPS·eps    if flags.write_memory
+           + M_MEMORY·memory                if also flags.read_memory
+    base   = x                              if flags.write_base
 
 The prediction type is data: epsilon, v and sample prediction differ in the first four columns alone, so no
-implementation branches on it. Spare columns are zero and keep a row at 64 bytes, two 32-byte memory sectors.
+implementation branches on it; and so is the solver. One memory is enough for every solver here, because what a
+Runge-Kutta or multistep rule still needs of its past is a weighted sum, and the sum can be kept instead of its terms.
+Spare columns are zero; a row is 128 bytes, one cache line.
 """
 
 from __future__ import annotations
@@ -18,7 +30,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
-NUM_COLUMNS: Final = 16
+NUM_COLUMNS: Final = 32
 
 
 class Column(IntEnum):
@@ -31,7 +43,16 @@ class Column(IntEnum):
     RE_X0 = 6
     C_X0 = 7
     C_EPS = 8
-    SIGMA = 9
+    C_X = 9
+    C_BASE = 10
+    C_MEMORY = 11
+    M_X = 12
+    M_X0 = 13
+    M_EPS = 14
+    M_MEMORY = 15
+    SIGMA = 16
+    LOG_SIGMA = 17
+    LOG_SIGMA_OUT = 18
 
 
 class Stream(IntEnum):
@@ -39,13 +60,28 @@ class Stream(IntEnum):
 
     INITIAL = 0
     STEP = 1
+    EDIT = 2
 
 
 @dataclass(frozen=True, slots=True)
 class StepFlags:
-    """What a step does beyond the linear part: compile-time constants of the kernel, so unused ones cost nothing."""
+    """What one evaluation's step does beyond DDIM's two terms: compile-time constants, so unused ones cost nothing.
+
+    The last three are not the plan's: wide_output says that the network has 2C output channels, the second half for a
+    learned variance; guidance doubles the network's batch; rescaling multiplies the guided prediction by a factor per
+    sample.
+    """
 
     clip: bool = False
+    threshold: bool = False
     rederive_eps: bool = False
+    add_state: bool = False
+    read_base: bool = False
+    write_base: bool = False
+    read_memory: bool = False
+    write_memory: bool = False
     add_noise: bool = False
+    learned_variance: bool = False
+    wide_output: bool = False
     guided: bool = False
+    rescale: bool = False

@@ -1,13 +1,19 @@
 """The step by the textbook, in float64: the truth that every implementation is tested against.
 
-It is written from the papers' formulas and shares nothing with the coefficient table (arXiv 2010.02502, eq. 12, 16;
-arXiv 2202.00512, section 4; arXiv 2207.12598, eq. 6).
+`ddim_step_reference` is written from the papers' formulas and shares nothing with the coefficient table (arXiv
+2010.02502, eq. 12, 16; arXiv 2202.00512, section 4; arXiv 2207.12598, eq. 6). `general_update_reference` is the
+equations of skipstep.kernels.layout, read literally: what a table means, whoever wrote it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from skipstep.kernels.layout import Column, StepFlags
+from skipstep.kernels.statistics import Thresholding
 
 
 def ddim_step_reference(
@@ -55,3 +61,64 @@ def ddim_step_reference(
     if z is not None:
         x_s = x_s + variance.sqrt() * z.double()
     return x_s, x0
+
+
+@dataclass(frozen=True, slots=True)
+class Updated:
+    """float64 `[B, C, H, W]` each: the next state, the predicted image, and what is kept for later evaluations."""
+
+    x_s: Tensor
+    x0: Tensor
+    base: Tensor
+    memory: Tensor
+
+
+def general_update_reference(
+    x_t: Tensor,
+    model_output: Tensor,
+    rows: Tensor,
+    flags: StepFlags,
+    *,
+    base: Tensor,
+    memory: Tensor,
+    guidance: Tensor,
+    rescale: Tensor,
+    thresholding: Thresholding,
+    z: Tensor,
+) -> Updated:
+    """One evaluation's step for `rows` `[B, NUM_COLUMNS]`; the other shapes are those of `ddim_step`."""
+    batch_size, channels = x_t.shape[:2]
+    x, out, base, memory, z = (tensor.double() for tensor in (x_t, model_output, base, memory, z))
+    c = {column: rows[:, column].double().view(-1, 1, 1, 1) for column in Column}
+    variance = out[:batch_size, channels:]
+    conditional, unconditional = out[:batch_size, :channels], out[batch_size:, :channels]
+    out = conditional
+    if flags.guided:
+        out = unconditional + guidance.double().view(-1, 1, 1, 1) * (conditional - unconditional)
+    if flags.rescale:
+        phi = rescale.double().view(-1, 1, 1, 1)
+        spreads = [tensor.std(dim=(1, 2, 3), correction=0, keepdim=True) for tensor in (conditional, out)]
+        out = out * (phi * (spreads[0] / spreads[1]).where(spreads[1] != 0, 1.0) + 1 - phi)
+    x0 = c[Column.X0_X] * x + c[Column.X0_OUT] * out
+    eps = c[Column.EPS_X] * x + c[Column.EPS_OUT] * out
+    if flags.clip:
+        x0 = x0.clamp(-c[Column.CLIP], c[Column.CLIP])
+    if flags.threshold:
+        s = x0.abs().flatten(1).quantile(thresholding.quantile, dim=1).clamp(1.0, thresholding.maximum)
+        x0 = x0.clamp(-s.view(-1, 1, 1, 1), s.view(-1, 1, 1, 1)) / s.view(-1, 1, 1, 1)
+    if flags.rederive_eps:
+        eps = c[Column.RE_X] * x + c[Column.RE_X0] * x0
+    x_s = c[Column.C_X0] * x0 + c[Column.C_EPS] * eps
+    kept = c[Column.M_X] * x + c[Column.M_X0] * x0 + c[Column.M_EPS] * eps
+    if flags.add_state:
+        x_s = x_s + c[Column.C_X] * x
+    if flags.read_base:
+        x_s = x_s + c[Column.C_BASE] * base
+    if flags.read_memory:
+        x_s, kept = x_s + c[Column.C_MEMORY] * memory, kept + c[Column.M_MEMORY] * memory
+    if flags.add_noise:
+        sigma = c[Column.SIGMA]
+        if flags.learned_variance:
+            sigma = sigma * (c[Column.LOG_SIGMA] + c[Column.LOG_SIGMA_OUT] * variance).exp()
+        x_s = x_s + sigma * z
+    return Updated(x_s, x0, base=x if flags.write_base else base, memory=kept if flags.write_memory else memory)

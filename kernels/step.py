@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skipstep.errors import DeviceUnavailableError, InputError, MissingDependencyError
-from skipstep.kernels.launch import DEFAULT_LAUNCH, StepLaunch
+from skipstep.kernels.launch import DEFAULT_LAUNCH, StepLaunch, step_constants
 from skipstep.kernels.layout import NUM_COLUMNS, StepFlags, Stream
 
 try:
@@ -38,28 +38,38 @@ def ddim_step(
     flags: StepFlags,
     seeds: Tensor | None = None,
     guidance: Tensor | None = None,
+    rescale: Tensor | None = None,
+    bound: Tensor | None = None,
+    base: Tensor | None = None,
+    memory: Tensor | None = None,
     x0: Tensor | None = None,
     launch: StepLaunch = DEFAULT_LAUNCH,
 ) -> None:
     """Advance `state` from x_t to x_s in place and fill the network's next input, in one launch on the current stream.
 
     state         float32 `[B, C, H, W]`.
-    model_output  float16, bfloat16 or float32 `[B, C, H, W]`, `[2B, C, H, W]` if flags.guided (labelled, then not).
-    network_input of model_output's shape, any of those dtypes; receives x_s, once or twice.
-    table         float32 `[S, 1 or B, NUM_COLUMNS]` (skipstep.kernels.layout), `stage` its row.
+    model_output  float16, bfloat16 or float32 `[B, C, H, W]`, `[2B, C, H, W]` if flags.guided (labelled, then not);
+                  2C channels if flags.wide_output.
+    network_input `[B or 2B, C, H, W]`, any of those dtypes; receives x_s, once or twice.
+    table         float32 `[E, 1 or B, NUM_COLUMNS]` (skipstep.kernels.layout), `stage` its row.
     seeds         int64 `[B]`, the bits of unsigned seeds, if flags.add_noise.
     guidance      float32 `[B]`, if flags.guided.
+    rescale       float32 `[B]`, a factor on the guided prediction, if flags.rescale.
+    bound         float32 `[B]`, the samples' own bounds, if flags.threshold.
+    base, memory  float32 `[B, C, H, W]`, kept between stages, if flags read or write them.
     x0            optional float32 `[B, C, H, W]`, receives the predicted image.
 
     All tensors are contiguous and on one device. Raises InputError and DeviceUnavailableError.
     """
-    batch_size = len(state)
+    batch_size, device = len(state), state.device
     network_shape = (2 * batch_size if flags.guided else batch_size, *state.shape[1:])
-    _check("state", state, state.shape, (torch.float32,), state.device)
-    _check("model_output", model_output, network_shape, NETWORK_DTYPES, state.device)
-    _check("network_input", network_input, network_shape, NETWORK_DTYPES, state.device)
+    channels = (2 if flags.wide_output else 1) * state.shape[1]
+    output_shape = (network_shape[0], channels, *state.shape[2:])
+    _check("state", state, state.shape, (torch.float32,), device)
+    _check("model_output", model_output, output_shape, NETWORK_DTYPES, device)
+    _check("network_input", network_input, network_shape, NETWORK_DTYPES, device)
     rows = batch_size if table.ndim == 3 and table.shape[1] == batch_size else 1
-    _check("table", table, (len(table), rows, NUM_COLUMNS), (torch.float32,), state.device)
+    _check("table", table, (len(table), rows, NUM_COLUMNS), (torch.float32,), device)
     if not 0 <= stage < len(table):
         raise InputError(
             got=f"stage={stage}",
@@ -67,11 +77,19 @@ def ddim_step(
             remedy="pass a stage of the plan",
         )
     if flags.add_noise:
-        _check("seeds", seeds, (batch_size,), (torch.int64,), state.device)
-    if flags.guided:
-        _check("guidance", guidance, (batch_size,), (torch.float32,), state.device)
-    if x0 is not None:
-        _check("x0", x0, state.shape, (torch.float32,), state.device)
+        _check("seeds", seeds, (batch_size,), (torch.int64,), device)
+    vectors = {"guidance": (guidance, flags.guided), "rescale": (rescale, flags.rescale)}
+    for name, (tensor, used) in {**vectors, "bound": (bound, flags.threshold)}.items():
+        if used:
+            _check(name, tensor, (batch_size,), (torch.float32,), device)
+    images = {
+        "base": (base, flags.read_base or flags.write_base),
+        "memory": (memory, flags.read_memory or flags.write_memory),
+        "x0": (x0, x0 is not None),
+    }
+    for name, (tensor, used) in images.items():
+        if used:
+            _check(name, tensor, state.shape, (torch.float32,), device)
     _check_runnable(state)
     num_elements = state[0].numel()
     ddim_step_kernel[launch.grid(num_elements, batch_size)](
@@ -79,18 +97,18 @@ def ddim_step(
         state,
         model_output,
         network_input,
+        # An operand that the flags leave out is never touched; any pointer will do.
         state if x0 is None else x0,
+        state if base is None else base,
+        state if memory is None else memory,
         table,
         state if seeds is None else seeds,
         state if guidance is None else guidance,
+        state if rescale is None else rescale,
+        state if bound is None else bound,
         num_elements,
         stage,
-        PER_SAMPLE=rows > 1,
-        CLIPPED=flags.clip,
-        REDERIVED=flags.rederive_eps,
-        NOISY=flags.add_noise,
-        GUIDED=flags.guided,
-        STORE_X0=x0 is not None,
+        **step_constants(flags, per_sample=rows > 1, store_x0=x0 is not None),
         BLOCK=launch.block_size,
         num_warps=launch.num_warps,
         # Triton's default changed between versions; fused, the bits would differ from the CPU's.

@@ -1,16 +1,21 @@
 """The step of the sampling loop: one launch per network evaluation, each operand read once, each result written once.
 
-    out  = u + guidance·(c - u)                   if GUIDED: predictions with and without the label
-    x0   = X0_X·x + X0_OUT·out
-    eps  = EPS_X·x + EPS_OUT·out
-    x0   = clamp(x0, ±CLIP)                       if CLIPPED; NaN stays NaN
-    eps  = RE_X·x + RE_X0·x0                      if REDERIVED
-    next = C_X0·x0 + C_EPS·eps + SIGMA·z          z if NOISY: Philox in registers
+    out    = u + guidance·(c - u)                   if GUIDED: predictions with and without the label
+    out    = rescale·out                            if RESCALED: guidance rescale, a factor per sample
+    x0     = X0_X·x + X0_OUT·out
+    eps    = EPS_X·x + EPS_OUT·out
+    x0     = clamp(x0, ±CLIP)                       if CLIPPED; NaN stays NaN
+    x0     = clamp(x0, ±bound)/bound                if THRESHOLDED, a bound per sample
+    eps    = RE_X·x + RE_X0·x0                      if REDERIVED
+    next   = C_X0·x0 + C_EPS·eps                    + C_X·x if ADD_STATE, + C_BASE·base if READ_BASE,
+                                                    + C_MEMORY·memory if READ_MEMORY, + sigma·z if NOISY
+    base   = x                                      if WRITE_BASE
+    memory = M_X·x + M_X0·x0 + M_EPS·eps            if WRITE_MEMORY, + M_MEMORY·memory if READ_MEMORY
 
-All arithmetic is float32 and unfused (compile with enable_fp_fusion=False); skipstep.kernels.step_numpy does the same
-operations in the same order. Coefficients come from a float32 device table and not as scalar arguments: those are
-rounded differently by different launchers, and a captured graph could not change them. skipstep.kernels.layout has the
-columns, skipstep.kernels.step the launcher.
+z is Philox in registers. All arithmetic is float32 and unfused (compile with enable_fp_fusion=False);
+skipstep.kernels.step_numpy does the same operations in the same order. Coefficients come from a float32 device table
+and not as scalar arguments: those are rounded differently by different launchers, and a captured graph could not change
+them. skipstep.kernels.layout has the columns, skipstep.kernels.step the launcher.
 """
 
 import triton
@@ -29,7 +34,16 @@ RE_X = tl.constexpr(int(Column.RE_X))
 RE_X0 = tl.constexpr(int(Column.RE_X0))
 C_X0 = tl.constexpr(int(Column.C_X0))
 C_EPS = tl.constexpr(int(Column.C_EPS))
+C_X = tl.constexpr(int(Column.C_X))
+C_BASE = tl.constexpr(int(Column.C_BASE))
+C_MEMORY = tl.constexpr(int(Column.C_MEMORY))
+M_X = tl.constexpr(int(Column.M_X))
+M_X0 = tl.constexpr(int(Column.M_X0))
+M_EPS = tl.constexpr(int(Column.M_EPS))
+M_MEMORY = tl.constexpr(int(Column.M_MEMORY))
 SIGMA = tl.constexpr(int(Column.SIGMA))
+LOG_SIGMA = tl.constexpr(int(Column.LOG_SIGMA))
+LOG_SIGMA_OUT = tl.constexpr(int(Column.LOG_SIGMA_OUT))
 STEP_STREAM = tl.constexpr(int(Stream.STEP))
 
 
@@ -37,19 +51,32 @@ STEP_STREAM = tl.constexpr(int(Stream.STEP))
 def ddim_step_kernel(
     state_ptr,  # float32 [B, n], x_t; may be next_ptr
     next_ptr,  # float32 [B, n], x_s
-    output_ptr,  # float16, bfloat16 or float32 [B or 2B, n], what the network predicted
-    network_input_ptr,  # the same dtypes and shape, what the network reads next
+    output_ptr,  # float16, bfloat16 or float32 [B or 2B, n], what the network predicted; 2n if WIDE
+    network_input_ptr,  # the same dtypes, [B or 2B, n], what the network reads next
     x0_ptr,  # float32 [B, n], written if STORE_X0
+    base_ptr,  # float32 [B, n], read if READ_BASE, written if WRITE_BASE
+    memory_ptr,  # float32 [B, n], read if READ_MEMORY, written if WRITE_MEMORY
     table_ptr,  # float32 [S, B or 1, ROW]
     seeds_ptr,  # int64 [B], read if NOISY
     guidance_ptr,  # float32 [B], read if GUIDED
+    rescale_ptr,  # float32 [B], read if RESCALED
+    bound_ptr,  # float32 [B], read if THRESHOLDED
     num_elements,  # n = C·H·W
     stage,  # row of the table and word of the noise counter
     PER_SAMPLE: tl.constexpr,  # the table has a row per sample
     CLIPPED: tl.constexpr,
+    THRESHOLDED: tl.constexpr,
     REDERIVED: tl.constexpr,
+    ADD_STATE: tl.constexpr,
+    READ_BASE: tl.constexpr,
+    WRITE_BASE: tl.constexpr,
+    READ_MEMORY: tl.constexpr,
+    WRITE_MEMORY: tl.constexpr,
     NOISY: tl.constexpr,
+    LEARNED_VARIANCE: tl.constexpr,  # with WIDE
+    WIDE: tl.constexpr,  # the network's output has twice the state's channels
     GUIDED: tl.constexpr,
+    RESCALED: tl.constexpr,
     STORE_X0: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -65,26 +92,47 @@ def ddim_step_kernel(
         row_ptr = table_ptr + (tl.to_tensor(stage).to(tl.int64) * batch_size + sample) * ROW
 
     x = tl.load(state_ptr + here, mask=mask)
-    out = tl.load(output_ptr + here, mask=mask).to(tl.float32)
+    predicted = here
+    predicted_half = second_half
+    if WIDE:  # [B, 2, n]: what the network predicts, then its interpolation between variances.
+        predicted = here + sample * num_elements
+        predicted_half = 2 * second_half
+    out = tl.load(output_ptr + predicted, mask=mask).to(tl.float32)
     if GUIDED:
-        unconditional = tl.load(output_ptr + second_half + here, mask=mask).to(tl.float32)
+        unconditional = tl.load(output_ptr + predicted_half + predicted, mask=mask).to(tl.float32)
         out = unconditional + tl.load(guidance_ptr + sample) * (out - unconditional)
+    if RESCALED:
+        out = out * tl.load(rescale_ptr + sample)
 
     x0 = tl.load(row_ptr + X0_X) * x + tl.load(row_ptr + X0_OUT) * out
     if CLIPPED:
-        bound = tl.load(row_ptr + CLIP)
+        clip = tl.load(row_ptr + CLIP)
+        x0 = tl.minimum(x0, clip, propagate_nan=tl.PropagateNan.ALL)
+        x0 = tl.maximum(x0, -clip, propagate_nan=tl.PropagateNan.ALL)
+    if THRESHOLDED:
+        bound = tl.load(bound_ptr + sample)
         x0 = tl.minimum(x0, bound, propagate_nan=tl.PropagateNan.ALL)
-        x0 = tl.maximum(x0, -bound, propagate_nan=tl.PropagateNan.ALL)
+        x0 = tl.div_rn(tl.maximum(x0, -bound, propagate_nan=tl.PropagateNan.ALL), bound)
     if REDERIVED:
         eps = tl.load(row_ptr + RE_X) * x + tl.load(row_ptr + RE_X0) * x0
     else:
         eps = tl.load(row_ptr + EPS_X) * x + tl.load(row_ptr + EPS_OUT) * out
 
     x_next = tl.load(row_ptr + C_X0) * x0 + tl.load(row_ptr + C_EPS) * eps
+    if ADD_STATE:
+        x_next += tl.load(row_ptr + C_X) * x
+    if READ_BASE:
+        x_next += tl.load(row_ptr + C_BASE) * tl.load(base_ptr + here, mask=mask)
+    if READ_MEMORY:
+        memory = tl.load(memory_ptr + here, mask=mask)
+        x_next += tl.load(row_ptr + C_MEMORY) * memory
     if NOISY:
         seed = tl.load(seeds_ptr + sample)
         stream = tl.full((), STEP_STREAM, tl.uint32)
         z = standard_normal_block(seed, tl.program_id(0), tl.to_tensor(stage), stream, BLOCK)
+        if LEARNED_VARIANCE:
+            v = tl.load(output_ptr + predicted + num_elements, mask=mask).to(tl.float32)
+            z = z * tl.exp(tl.load(row_ptr + LOG_SIGMA) + tl.load(row_ptr + LOG_SIGMA_OUT) * v)
         x_next += z * tl.load(row_ptr + SIGMA)
 
     tl.store(next_ptr + here, x_next, mask=mask)
@@ -92,5 +140,12 @@ def ddim_step_kernel(
     tl.store(network_input_ptr + here, network_input, mask=mask)
     if GUIDED:
         tl.store(network_input_ptr + second_half + here, network_input, mask=mask)
+    if WRITE_BASE:
+        tl.store(base_ptr + here, x, mask=mask)
+    if WRITE_MEMORY:
+        kept = tl.load(row_ptr + M_X) * x + tl.load(row_ptr + M_X0) * x0 + tl.load(row_ptr + M_EPS) * eps
+        if READ_MEMORY:
+            kept += tl.load(row_ptr + M_MEMORY) * memory
+        tl.store(memory_ptr + here, kept, mask=mask)
     if STORE_X0:
         tl.store(x0_ptr + here, x0, mask=mask)

@@ -1,30 +1,36 @@
 """The step on a CPU: the same operations in the same order as the Triton kernel, so the float32 bits are the same.
 
-    x0 = X0_X·x + X0_OUT·out,  eps = EPS_X·x + EPS_OUT·out,  clip,  eps again,  next = C_X0·x0 + C_EPS·eps + SIGMA·z
-
-(columns of skipstep.kernels.layout). NumPy never fuses a multiplication with an addition; the kernel is compiled not
-to. Scratch memory is taken once per loop: a step allocates nothing.
+Equations and columns: skipstep.kernels.layout. NumPy never fuses a multiplication with an addition; the kernel is
+compiled not to. (One exception: the exponential of a learned variance is each library's own.) Scratch memory is taken
+once per loop: a step allocates nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skipstep.kernels.layout import Column, StepFlags
+from skipstep.kernels.statistics import Thresholding, rescale_factor_numpy, threshold_bound_numpy
+
+Array = NDArray[np.float32]
 
 
 class NumpyStep:
     """One loop's steps over fixed buffers; call it with the stage after each network evaluation.
 
     state           float32 `[B, C, H, W]`, x_t before and x_s after.
-    model_output    `[B, C, H, W]`, or `[2B, C, H, W]` when guided: predictions with the label, then without.
-    network_input   of model_output's shape; receives the next state, in its dtype, once or twice.
+    model_output    `[B, C, H, W]`, or `[2B, C, H, W]` when guided: predictions with the label, then without. With a
+                    learned variance it has 2C channels, the second half of them the variance's.
+    network_input   `[B or 2B, C, H, W]`; receives the next state, in its dtype, once or twice.
     table           float32 `[S, 1 or B, NUM_COLUMNS]`.
+    flags           one per row of the table.
     guidance        float32 `[B]`, when guided: out = u + guidance·(c - u).
+    rescale         float32 `[B]` in [0, 1], when flags.rescale (skipstep.kernels.statistics).
+    thresholding    when flags.threshold.
     noise           stage → float32 `[B, C·H·W]`, when flags.add_noise.
     x0              optional float32 `[B, C, H, W]`, receives the predicted image of every step.
     """
@@ -32,57 +38,103 @@ class NumpyStep:
     def __init__(
         self,
         *,
-        state: NDArray[np.float32],
+        state: Array,
         model_output: NDArray[Any],
         network_input: NDArray[Any],
-        table: NDArray[np.float32],
-        flags: StepFlags,
-        guidance: NDArray[np.float32] | None = None,
-        noise: Callable[[int], NDArray[np.float32]] | None = None,
-        x0: NDArray[np.float32] | None = None,
+        table: Array,
+        flags: Sequence[StepFlags],
+        guidance: Array | None = None,
+        rescale: Array | None = None,
+        thresholding: Thresholding | None = None,
+        noise: Callable[[int], Array] | None = None,
+        x0: Array | None = None,
     ) -> None:
-        batch_size = len(state)
+        batch_size, channels = state.shape[:2]
         self._state = state
-        self._output = model_output
+        self._prediction, self._variance = model_output[:, :channels], model_output[:batch_size, channels:]
         self._inputs = np.split(network_input, len(network_input) // batch_size)
         # [S, columns] of scalars where one row serves all samples, of [B, 1, 1, 1] blocks otherwise.
         shared = table.shape[1] == 1
         self._rows = table[:, 0] if shared else table.transpose(0, 2, 1).reshape(*table.shape[::2], batch_size, 1, 1, 1)
         self._flags = flags
-        self._scale = None if guidance is None else guidance.reshape(-1, 1, 1, 1)
+        self._guidance = None if guidance is None else guidance.reshape(-1, 1, 1, 1)
+        self._rescale = rescale
+        self._thresholding = thresholding
         self._noise = noise
-        self._guided = np.empty_like(state) if flags.guided else None
+        self._out = np.empty_like(state) if any(f.guided or f.rescale for f in flags) else None
         self._x0 = np.empty_like(state) if x0 is None else x0
         self._eps = np.empty_like(state)
+        self._next = np.empty_like(state)
         self._term = np.empty_like(state)
+        self.base = np.empty_like(state) if any(f.write_base for f in flags) else None
+        remembers = any(f.write_memory for f in flags)
+        self.memory, self._kept = (np.empty_like(state) if remembers else None for _ in range(2))
 
     def __call__(self, stage: int) -> None:
-        row, x, x0, eps, term = self._rows[stage], self._state, self._x0, self._eps, self._term
-        out = self._output
-        if self._guided is not None and self._scale is not None:
-            conditional, unconditional = out[: len(x)], out[len(x) :]
-            out = self._guided
-            np.subtract(conditional, unconditional, out=out)
-            out *= self._scale
-            np.add(unconditional, out, out=out)
+        row, flags = self._rows[stage], self._flags[stage]
+        x, x0, eps, x_next, term = self._state, self._x0, self._eps, self._next, self._term
+        base, memory = self.base, self.memory
+        out = self._combined_prediction(flags)
+
         self._combine(row[Column.X0_X], x, row[Column.X0_OUT], out, into=x0)
-        self._combine(row[Column.EPS_X], x, row[Column.EPS_OUT], out, into=eps)
-        if self._flags.clip:
+        if flags.clip:
             # minimum and maximum keep NaN: a broken prediction must reach the caller, not become a bound.
             np.minimum(x0, row[Column.CLIP], out=x0)
             np.maximum(x0, -row[Column.CLIP], out=x0)
-        if self._flags.rederive_eps:
+        if flags.threshold:
+            assert self._thresholding is not None, "flags.threshold comes with its parameters"
+            bound = threshold_bound_numpy(x0, self._thresholding).reshape(-1, 1, 1, 1)
+            np.minimum(x0, bound, out=x0)
+            np.maximum(x0, -bound, out=x0)
+            x0 /= bound
+        if flags.rederive_eps:
             self._combine(row[Column.RE_X], x, row[Column.RE_X0], x0, into=eps)
-        self._combine(row[Column.C_X0], x0, row[Column.C_EPS], eps, into=x)
-        # Adding 0·z would change no bits but that of a negative zero.
-        if self._flags.add_noise and np.any(row[Column.SIGMA]):
-            assert self._noise is not None, "flags.add_noise comes with noise"
-            np.multiply(self._noise(stage).reshape(x.shape), row[Column.SIGMA], out=term)
-            x += term
-        for half in self._inputs:
-            half[...] = x
+        else:
+            self._combine(row[Column.EPS_X], x, row[Column.EPS_OUT], out, into=eps)
 
-    def _combine(self, a: Any, x: NDArray[Any], b: Any, y: NDArray[Any], *, into: NDArray[np.float32]) -> None:
+        self._combine(row[Column.C_X0], x0, row[Column.C_EPS], eps, into=x_next)
+        if flags.add_state:
+            x_next += np.multiply(x, row[Column.C_X], out=term)
+        if flags.read_base and base is not None:
+            x_next += np.multiply(base, row[Column.C_BASE], out=term)
+        if flags.read_memory and memory is not None:
+            x_next += np.multiply(memory, row[Column.C_MEMORY], out=term)
+        if flags.add_noise:
+            assert self._noise is not None, "flags.add_noise comes with noise"
+            z = self._noise(stage).reshape(x.shape)
+            if flags.learned_variance:
+                z = z * np.exp(row[Column.LOG_SIGMA] + row[Column.LOG_SIGMA_OUT] * self._variance)
+            x_next += np.multiply(z, row[Column.SIGMA], out=term)
+
+        if flags.write_base and base is not None:
+            base[...] = x
+        if flags.write_memory and memory is not None and self._kept is not None:
+            kept = self._kept
+            self._combine(row[Column.M_X], x, row[Column.M_X0], x0, into=kept)
+            kept += np.multiply(eps, row[Column.M_EPS], out=term)
+            if flags.read_memory:
+                kept += np.multiply(memory, row[Column.M_MEMORY], out=term)
+            self.memory, self._kept = kept, memory
+        x[...] = x_next
+        for half in self._inputs:
+            half[...] = x_next
+
+    def _combined_prediction(self, flags: StepFlags) -> NDArray[Any]:
+        """What the network predicts, guidance included; a view of its output where there is none."""
+        batch_size = len(self._state)
+        conditional = self._prediction[:batch_size]
+        if not flags.guided or self._guidance is None or self._out is None:
+            return conditional
+        out, unconditional = self._out, self._prediction[batch_size:]
+        np.subtract(conditional, unconditional, out=out)
+        out *= self._guidance
+        np.add(unconditional, out, out=out)
+        if flags.rescale:
+            assert self._rescale is not None, "flags.rescale comes with its strength"
+            out *= rescale_factor_numpy(out, conditional, self._rescale).reshape(-1, 1, 1, 1)
+        return out
+
+    def _combine(self, a: Any, x: NDArray[Any], b: Any, y: NDArray[Any], *, into: Array) -> None:
         """into = a·x + b·y, each product rounded on its own."""
         np.multiply(x, a, out=self._term)
         np.multiply(y, b, out=into)

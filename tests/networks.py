@@ -44,3 +44,33 @@ class Curve(nn.Module):
         phase = t.to(x.dtype).view(-1, 1, 1, 1) / 1000
         place = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device)
         return torch.tanh(0.8 * x + phase) + 0.3 * torch.sin(5 * place + 3 * phase)
+
+
+class GaussianEps(nn.Module):
+    """The exact noise prediction for data N(mean, deviation²), with alpha_bar found from t as a plan finds t."""
+
+    def __init__(self, alpha_bar: Any, *, mean: float = 0.3, deviation: float = 0.7) -> None:
+        super().__init__()
+        self._mean, self._deviation = mean, deviation
+        level = torch.tensor(alpha_bar, dtype=torch.float64)
+        self._log_snr = torch.log(level) - torch.log1p(-level)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        below = t.double().floor().long().clamp(0, len(self._log_snr) - 2)
+        weight = t.double() - below
+        log_snr = (1 - weight) * self._log_snr[below] + weight * self._log_snr[below + 1]
+        a = torch.sigmoid(log_snr).view(-1, 1, 1, 1)
+        v = a * self._deviation**2 + 1 - a
+        return ((1 - a).sqrt() * (x - a.sqrt() * self._mean) / v).to(x.dtype)
+
+
+class LearnedVariance(nn.Module):
+    """Predicts the noise as `Curve` does, and between which variances the step's lies: a ramp from -1 to 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.curve = Curve()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        ramp = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device)
+        return torch.cat([self.curve(x, t), ramp.expand_as(x)], dim=1)

@@ -202,6 +202,6 @@ def test_weights_of_another_network(folder):
 
 
 def test_a_scheduler_that_cannot_be_honoured(folder):
-    edit_json(folder / "scheduler/scheduler_config.json", thresholding=True)
-    with pytest.raises(ScheduleError, match="thresholding"):
+    edit_json(folder / "scheduler/scheduler_config.json", beta_schedule="quadratic")
+    with pytest.raises(ScheduleError, match="quadratic"):
         read_checkpoint(folder)

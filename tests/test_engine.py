@@ -231,9 +231,9 @@ def test_nan_from_the_network_is_an_error_and_not_a_grey_image(convention):
     assert "samples [1] of 4" in caught.value.got
 
 
-class TwoHeads(torch.nn.Module):
+class ThreeHeads(torch.nn.Module):
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return torch.cat([x, x], dim=1)
+        return torch.cat([x, x, x], dim=1)
 
 
 class Branching(torch.nn.Module):
@@ -255,7 +255,7 @@ class Branching(torch.nn.Module):
         (Curve(), {"sample_shape": (1, 4, 4), "device": "quantum"}, InputError, "device='quantum'"),
         (Curve(), {"sample_shape": (1, 4, 4), "device": "cuda:99"}, DeviceUnavailableError, "cuda:99"),
         (Curve(), {"sample_shape": (1, 4, 4), "num_classes": 3}, InputError, "TypeError"),
-        (TwoHeads(), {"sample_shape": (1, 4, 4)}, InputError, "[1, 2, 4, 4]"),
+        (ThreeHeads(), {"sample_shape": (1, 4, 4)}, InputError, "[1, 3, 4, 4]"),
         (torch.nn.Conv2d(1, 1, 1).half(), {"sample_shape": (1, 4, 4)}, InputError, "torch.float16"),
         (Branching(), {"sample_shape": (1, 4, 4), "backend": "onnxruntime"}, ExportError, "Branching"),
     ],

@@ -73,7 +73,7 @@ def with_nan():
     ("network", "options", "names"),
     [
         (PLAIN, {}, "no seeds"),
-        (PLAIN, {"x_T": LATENTS, "adds_noise": True}, "eta > 0"),
+        (PLAIN, {"x_T": LATENTS, "adds_noise": True}, "adds noise"),
         (PLAIN, {"seeds": []}, "zero samples"),
         (PLAIN, {"seeds": -1}, "seeds=-1"),
         (PLAIN, {"seeds": [2**64]}, f"seeds={2**64}"),

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from tolerances import FLOAT32_SCHEDULE
 
-from skipstep import NoiseSchedule
+from skipstep import NoiseSchedule, Plan
 from skipstep.errors import ModelFormatError, ScheduleError
+from skipstep.kernels.statistics import Thresholding
 from skipstep.scheduler_config import read_scheduler_config
 
 diffusers = pytest.importorskip("diffusers")
@@ -61,10 +62,10 @@ def test_every_key_of_a_supported_scheduler_is_known():
 @pytest.mark.parametrize(
     ("config", "names"),
     [
-        ({"thresholding": True}, "thresholding=True"),
+        ({"thresholding": "yes"}, "thresholding='yes'"),
         ({"use_karras_sigmas": True}, "use_karras_sigmas=True"),
         ({"_class_name": "EulerDiscreteScheduler"}, "EulerDiscreteScheduler"),
-        ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "variance_type='learned_range'"),
+        ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, "variance_type='learned'"),
         ({"prediction_type": "flow"}, "prediction_type='flow'"),
         ({"timestep_spacing": "karras"}, "timestep_spacing='karras'"),
         ({"beta_schedule": "quadratic"}, "beta_schedule='quadratic'"),
@@ -100,3 +101,10 @@ def test_files_that_hold_no_configuration(tmp_path, content):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ModelFormatError, match=r"nowhere\.json"):
         read_scheduler_config(tmp_path / "nowhere.json")
+
+
+def test_dynamic_thresholding_goes_before_clipping():
+    config = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 2.0, "clip_sample": True}
+    plan = Plan(**read_scheduler_config(config).plan_options(), steps=10)
+    assert plan.thresholding == Thresholding(0.9, 2.0)
+    assert {(flags.clip, flags.threshold) for flags in plan.stage_flags} == {(False, True)}

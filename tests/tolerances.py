@@ -11,6 +11,13 @@ FLOAT32_SCHEDULE = 2e-5
 # step rounds in another order; 250 steps of it stay below this with a factor of two to spare.
 DIFFUSERS_LOOP = 5e-6
 
+# The same for schedulers that walk in sigma or lambda: they form differences of float32 logarithms, each of which
+# carries a relative error of 6e-8 times its size of about 5.
+DIFFUSERS_SIGMA_LOOP = 2e-5
+
+# DDPMScheduler's beta is 1 - a/p in float32, which near p = 1 keeps three digits of a number near 1e-4.
+DIFFUSERS_DDPM_LOOP = 2e-5
+
 # One step of it, relative 2-norm: a handful of float32 roundings, and x0 = x/sqrt(a) - ... cancels where a is small.
 DIFFUSERS_STEP = 3e-7
 # With sample prediction eps = (x - sqrt(a)·x0)/sqrt(1-a) cancels where a is near 1, by up to 1/(1-a) = 100.
@@ -24,6 +31,9 @@ NORMAL_ABSOLUTE = 2e-4
 # worst (coefficient, product, sum, and the guidance before them), each half a unit in the last place (6e-8).
 STEP_RELATIVE = 2.4e-7
 
+# The general update with random coefficients of size 1: some ten float32 roundings of terms up to 30 times the result.
+GENERAL_UPDATE = 2e-6
+
 # One unit in the last place of bfloat16 (8 significant bits), relative.
 BFLOAT16_ULP = 2.0**-7
 
@@ -33,3 +43,7 @@ BATCH_INVARIANCE = 1e-4
 
 # Two float32 implementations of one network over a few guided steps, pixels in [-1, 1].
 BACKENDS_AGREE = 1e-3
+
+# A float32 loop of ten or twenty steps on closed-form data of size 1 against the same in float64: the first step's
+# x0 = x/sqrt(a) - ... magnifies rounding by up to 1/sqrt(a) = 157, and later steps shrink it again.
+FLOAT32_LOOP = 5e-5

@@ -20,16 +20,17 @@ _INSTALL = {"torch": "pip install 'skipstep[torch]'", "onnxruntime": "pip instal
 class Denoiser(Protocol):
     """A network at one batch size N, behind buffers that never move: write `input`, enqueue, read `output`.
 
-    The buffers are `[N, C, H, W]`: NumPy arrays for a network on the CPU, CUDA tensors in the network's dtype for one
-    on a GPU, where `enqueue` only launches work on the current stream.
+    `input` is `[N, C, H, W]` and `output` `[N, C or 2C, H, W]` (NetworkSpec.output_shape): NumPy arrays for a network
+    on the CPU, CUDA tensors in the network's dtype for one on a GPU, where `enqueue` only launches work on the current
+    stream.
     """
 
     batch_size: int
     input: Any
     output: Any
 
-    def prepare(self, timesteps: NDArray[np.int64], class_labels: NDArray[np.int64] | None) -> None:
-        """Make the constants of a whole loop resident: `timesteps` `[S]`, `class_labels` `[N]`."""
+    def prepare(self, timesteps: NDArray[np.float64], class_labels: NDArray[np.int64] | None) -> None:
+        """Make the constants of a whole loop resident: `timesteps` `[E, N]`, `class_labels` `[N]`."""
         ...
 
     def enqueue(self, stage: int) -> None:

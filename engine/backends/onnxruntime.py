@@ -19,8 +19,8 @@ onnxruntime.disable_telemetry_events()
 class OnnxRuntimeDenoiser:
     """A session of the graph `model` (inputs sample, timestep, class_labels; output out_sample) at one batch size.
 
-    `input`, `output`: float32 `[N, C, H, W]`. The graph's symbolic batch dimension is fixed when the session is made:
-    the optimiser then sees static shapes, and one export serves every batch size.
+    `input`: float32 `[N, C, H, W]`, `output` the same or with 2C channels. The graph's symbolic batch dimension is
+    fixed when the session is made: the optimiser then sees static shapes, and one export serves every batch size.
     """
 
     def __init__(self, model: bytes, spec: NetworkSpec, *, batch_size: int, num_threads: int | None = None) -> None:
@@ -38,10 +38,10 @@ class OnnxRuntimeDenoiser:
             ) from error
         self.batch_size = batch_size
         self.input = np.zeros((batch_size, *spec.sample_shape), np.float32)
-        self.output = np.zeros_like(self.input)
-        self._timestep = np.zeros(batch_size, np.int64)
+        self.output = np.zeros((batch_size, *spec.output_shape), np.float32)
+        self._timestep = np.zeros(batch_size, spec.timestep_dtype)
         self._labels = np.zeros(batch_size, np.int64)
-        self._timesteps = np.zeros(0, np.int64)
+        self._timesteps = np.zeros((0, batch_size))
         self._binding = self._session.io_binding()
         feeds: dict[str, NDArray[np.generic]] = {"sample": self.input, "timestep": self._timestep}
         if spec.num_classes is not None:
@@ -50,7 +50,7 @@ class OnnxRuntimeDenoiser:
             self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         self._binding.bind_output("out_sample", "cpu", 0, np.float32, self.output.shape, self.output.ctypes.data)
 
-    def prepare(self, timesteps: NDArray[np.int64], class_labels: NDArray[np.int64] | None) -> None:
+    def prepare(self, timesteps: NDArray[np.float64], class_labels: NDArray[np.int64] | None) -> None:
         self._timesteps = timesteps
         if class_labels is not None:
             self._labels[:] = class_labels

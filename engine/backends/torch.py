@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from skipstep.network import NetworkSpec
 class DenoisingModule(nn.Module):
     """One calling convention over what networks return: a tensor, a tuple, or diffusers' output with `.sample`.
 
-    forward(sample [N, C, H, W], timestep int64 [N], class_labels int64 [N] or None) -> [N, C, H, W].
+    forward(sample [N, C, H, W], timestep int64 or float32 [N], class_labels int64 [N] or None) -> [N, C or 2C, H, W].
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -34,9 +35,10 @@ class DenoisingModule(nn.Module):
 
 def prepare_module(
     network: nn.Module, spec: NetworkSpec, *, device: torch.device, dtype: torch.dtype
-) -> DenoisingModule:
+) -> tuple[DenoisingModule, NetworkSpec]:
     """Check a network once, on zeros, and wrap it. It is put into eval mode; nothing else of it is changed.
 
+    Returns it with what its output tells: 2C channels are a learned variance.
     Raises InputError for weights of another dtype or device than asked, and for an output of another shape.
     """
     for name, parameter in network.named_parameters():
@@ -49,9 +51,10 @@ def prepare_module(
     module = DenoisingModule(network).eval()
     sample = torch.zeros(1, *spec.sample_shape, device=device, dtype=dtype)
     index = torch.zeros(1, device=device, dtype=torch.int64)
+    timestep = index.to(_timestep_dtype(spec))
     with torch.inference_mode():
         try:
-            output = module(sample, index, None if spec.num_classes is None else index)
+            output = module(sample, timestep, None if spec.num_classes is None else index)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise InputError(
                 got=f"{type(error).__name__} from the network: {error}",
@@ -60,16 +63,19 @@ def prepare_module(
                 + ") to return a prediction",
                 remedy="check sample_shape and num_classes, or wrap the network in a module with this signature",
             ) from error
-    if output.shape != sample.shape:
-        learned = output.shape[1] == 2 * sample.shape[1]
+    channels, height, width = spec.sample_shape
+    learns_variance = output.shape == (1, 2 * channels, height, width)
+    if output.shape != sample.shape and not learns_variance:
         raise InputError(
             got=f"a network that returns {list(output.shape)} for {list(sample.shape)}",
-            expected="an output of the input's shape",
-            remedy="keep the first half of the channels: the second is a learned variance, which no plan reads"
-            if learned
-            else "check sample_shape, or wrap the network",
+            expected="an output of the input's shape, or with twice its channels where the variance is learned",
+            remedy="check sample_shape, or wrap the network",
         )
-    return module
+    return module, replace(spec, learns_variance=learns_variance)
+
+
+def _timestep_dtype(spec: NetworkSpec) -> torch.dtype:
+    return torch.float32 if spec.fractional_timesteps else torch.int64
 
 
 class TorchDenoiser:
@@ -80,18 +86,18 @@ class TorchDenoiser:
     ):
         self._module = module
         self._sample = torch.zeros(batch_size, *spec.sample_shape, device=device, dtype=dtype)
-        self._prediction = torch.zeros_like(self._sample)
-        self._timesteps = torch.zeros(0, batch_size, device=device, dtype=torch.int64)
+        self._prediction = torch.zeros(batch_size, *spec.output_shape, device=device, dtype=dtype)
+        self._timesteps = torch.zeros(0, batch_size, device=device, dtype=_timestep_dtype(spec))
         self._labels: Tensor | None = None
         on_host = device.type == "cpu"
         self.batch_size = batch_size
         self.input: Any = self._sample.numpy() if on_host else self._sample
         self.output: Any = self._prediction.numpy() if on_host else self._prediction
 
-    def prepare(self, timesteps: NDArray[np.int64], class_labels: NDArray[np.int64] | None) -> None:
+    def prepare(self, timesteps: NDArray[np.float64], class_labels: NDArray[np.int64] | None) -> None:
         device = self._sample.device
-        # Whole [S, N] rows on the device before the loop: a scalar read inside it would stall the GPU at every step.
-        self._timesteps = torch.from_numpy(np.repeat(timesteps[:, None], self.batch_size, axis=1)).to(device)
+        # All rows are on the device before the loop: a scalar read inside it would stall the GPU at every step.
+        self._timesteps = torch.from_numpy(timesteps).to(device=device, dtype=self._timesteps.dtype)
         self._labels = None if class_labels is None else torch.from_numpy(class_labels).to(device)
 
     def enqueue(self, stage: int) -> None:

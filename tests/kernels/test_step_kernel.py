@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
-from tolerances import BFLOAT16_ULP, STEP_RELATIVE
+from tolerances import BFLOAT16_ULP, GENERAL_UPDATE, STEP_RELATIVE
 
 from skipstep import NoiseSchedule, Plan
 from skipstep.errors import DeviceUnavailableError, InputError
-from skipstep.kernels.layout import StepFlags, Stream
-from skipstep.kernels.reference import ddim_step_reference
+from skipstep.kernels.layout import NUM_COLUMNS, Column, StepFlags, Stream
+from skipstep.kernels.reference import ddim_step_reference, general_update_reference
+from skipstep.kernels.statistics import Thresholding, sample_statistics
 from skipstep.kernels.step import ddim_step, initial_noise
 from skipstep.kernels.step_numpy import NumpyStep
 from skipstep.noise import StageNoise, standard_normal
@@ -49,7 +51,7 @@ def run_kernel(
     inside.copy_(state)
     input_memory, network_input = guarded(output.shape, input_dtype)
     x0_memory, predicted = guarded(state.shape)
-    flags = plan.flags
+    flags = replace(plan.stage_flags[stage], guided=guided)
     ddim_step(
         state=inside,
         model_output=output.to(device),
@@ -58,7 +60,7 @@ def run_kernel(
         stage=stage,
         seeds=seeds_tensor(batch_size, device),
         guidance=torch.from_numpy(GUIDANCE[:batch_size]).to(device),
-        flags=StepFlags(flags.clip, flags.rederive_eps, flags.add_noise, guided),
+        flags=flags,
         x0=predicted if x0 else None,
     )
     for memory in (state_memory, input_memory, x0_memory):
@@ -113,7 +115,7 @@ def test_has_the_bits_of_the_numpy_step(n, batch_size, guided, per_sample, kerne
         model_output=output.numpy(),
         network_input=np.empty_like(output.numpy()),
         table=table,
-        flags=flags,
+        flags=[flags] * 4,
         guidance=guidance if guided else None,
         noise=StageNoise(SEEDS[:batch_size], n, 4),
     )
@@ -131,6 +133,114 @@ def test_has_the_bits_of_the_numpy_step(n, batch_size, guided, per_sample, kerne
             flags=flags,
         )
         np.testing.assert_array_equal(ours.cpu().numpy(), expected)
+
+
+# Each part of the general update by itself, all together, and the combinations that solvers make.
+GENERAL = {
+    "state": StepFlags(add_state=True),
+    "base": StepFlags(read_base=True),
+    "base kept": StepFlags(write_base=True),
+    "memory": StepFlags(read_memory=True),
+    "memory begun": StepFlags(write_memory=True),
+    "memory carried on": StepFlags(read_memory=True, write_memory=True),
+    "threshold": StepFlags(threshold=True, rederive_eps=True),
+    "rescaled": StepFlags(guided=True, rescale=True),
+    "wide": StepFlags(wide_output=True, guided=True),
+    "learned variance": StepFlags(wide_output=True, learned_variance=True, add_noise=True, add_state=True, clip=True),
+    # But for the two ways to clip, of which a plan has one.
+    "everything": StepFlags(**{each.name: each.name != "clip" for each in fields(StepFlags)}),
+}
+
+
+@pytest.mark.parametrize("name", GENERAL)
+@pytest.mark.parametrize("n", [1, 63, 1000, 4097])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_the_general_update(name, n, per_sample, kernel_device):
+    """Random coefficients in every column: the kernel, its NumPy twin and the layout's equations in float64."""
+    flags, batch_size = GENERAL[name], 3
+    rng = np.random.default_rng(n)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    table = normal(2, batch_size if per_sample else 1, NUM_COLUMNS)
+    table[..., Column.CLIP] = 0.8
+    copies, channels = 1 + flags.guided, 1 + flags.wide_output
+    state, base, memory = normal(3, 1, n, 1), normal(3, 1, n, 1), normal(3, 1, n, 1)
+    output = normal(copies * batch_size, channels, n, 1)
+    strength = np.array([0.0, 0.4, 1.0], np.float32)
+    thresholding = Thresholding(0.9, 1.5)
+
+    twin_state, twin_input, twin_x0 = state.copy(), normal(copies * batch_size, 1, n, 1), normal(3, 1, n, 1)
+    twin = NumpyStep(
+        state=twin_state,
+        model_output=output,
+        network_input=twin_input,
+        table=table,
+        flags=[StepFlags(write_base=True, write_memory=True), flags],
+        guidance=GUIDANCE if flags.guided else None,
+        rescale=strength,
+        thresholding=thresholding,
+        noise=StageNoise(SEEDS, n, 2),
+        x0=twin_x0,
+    )
+    twin.base, twin.memory = base.copy(), memory.copy()
+    twin(1)
+
+    def upload(array):
+        return torch.tensor(array, device=kernel_device)
+
+    ours, network_input, x0 = upload(state), upload(twin_input * np.nan), upload(twin_x0 * np.nan)
+    ours_base, ours_memory = upload(base), upload(memory)
+    factor, bound = sample_statistics(
+        ours,
+        upload(output),
+        upload(table[1]),
+        flags,
+        guidance=upload(GUIDANCE),
+        rescale=upload(strength),
+        thresholding=thresholding,
+    )
+    ddim_step(
+        state=ours,
+        model_output=upload(output),
+        network_input=network_input,
+        table=upload(table),
+        stage=1,
+        flags=flags,
+        seeds=seeds_tensor(batch_size, kernel_device),
+        guidance=upload(GUIDANCE),
+        rescale=factor,
+        bound=bound,
+        base=ours_base,
+        memory=ours_memory,
+        x0=x0,
+    )
+    # The exponential is each library's own, and so is the order in which a standard deviation is summed.
+    atol = GENERAL_UPDATE if flags.learned_variance or flags.rescale else 0.0
+    exact = general_update_reference(
+        torch.from_numpy(state),
+        torch.from_numpy(output),
+        torch.from_numpy(np.broadcast_to(table[1], (batch_size, NUM_COLUMNS)).copy()),
+        flags,
+        base=torch.from_numpy(base),
+        memory=torch.from_numpy(memory),
+        guidance=torch.from_numpy(GUIDANCE),
+        rescale=torch.from_numpy(strength),
+        thresholding=thresholding,
+        z=torch.from_numpy(standard_normal(SEEDS, n, stage=1, stream=Stream.STEP)).view(state.shape),
+    )
+    for kernel, numpy, truth in (
+        (ours, twin_state, exact.x_s),
+        (x0, twin_x0, exact.x0),
+        (ours_base, twin.base, exact.base),
+        (ours_memory, twin.memory, exact.memory),
+    ):
+        np.testing.assert_allclose(kernel.cpu().numpy(), numpy, rtol=0, atol=atol)
+        largest = 30 * truth.abs().max().item() + 30
+        assert (kernel.cpu() - truth).abs().max() <= GENERAL_UPDATE * largest
+    for half in network_input.chunk(copies):
+        assert torch.equal(half, ours)
 
 
 @pytest.mark.parametrize("input_dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -183,6 +293,9 @@ def valid_arguments():
     }
 
 
+NARROW = {"model_output": torch.zeros(2, 1, 4, 4), "network_input": torch.zeros(2, 1, 4, 4)}
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [
@@ -203,6 +316,12 @@ def valid_arguments():
         ({"guidance": None}, "no guidance"),
         ({"guidance": torch.ones(2, dtype=torch.float64)}, "guidance [2]"),
         ({"x0": torch.zeros(1, 1, 4, 4)}, "x0 [1, 1, 4, 4]"),
+        ({"flags": StepFlags(read_memory=True), **NARROW}, "no memory"),
+        ({"flags": StepFlags(write_base=True), **NARROW}, "no base"),
+        ({"flags": StepFlags(threshold=True), **NARROW}, "no bound"),
+        ({"flags": StepFlags(guided=True, rescale=True)}, "no rescale"),
+        ({"flags": StepFlags(wide_output=True, learned_variance=True), **NARROW}, "model_output [2, 1, 4, 4]"),
+        ({"flags": StepFlags(read_memory=True), **NARROW, "memory": torch.zeros(2, 16)}, "memory [2, 16]"),
     ],
 )
 def test_refuses_wrong_tensors(change, names):

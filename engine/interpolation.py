@@ -1,0 +1,69 @@
+"""Between two initial noises: spherical interpolation, along which normals keep their length.
+
+    slerp(a, b, w) = sin((1-w)·θ)/sin θ · a + sin(w·θ)/sin θ · b        cos θ = <a, b>/(|a||b|)
+
+(DDIM's latents: arXiv 2010.02502, section 5.3, eq. 67 there.) One angle per sample, in float64. Where the two are
+nearly parallel the weights become 1-w and w; where they are opposite, every great circle through them is as good as
+the next, and the request is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from skipstep.errors import InputError
+
+# Below this angle sin θ is the difference of nearly equal numbers; above π minus it there is no direction to take.
+SMALL_ANGLE = 1e-6
+
+
+def slerp(a: NDArray[np.float32], b: NDArray[np.float32], weights: ArrayLike) -> NDArray[np.float32]:
+    """The points at `weights` `[n]` on the way from a to b (each `[…]`), float32 `[n, …]`; 0 is a and 1 is b.
+
+    Raises InputError for different shapes, and for noises that are zero, not finite or opposite.
+    """
+    if a.shape != b.shape:
+        raise InputError(
+            got=f"latents of shapes {list(a.shape)} and {list(b.shape)}",
+            expected="two of one shape",
+            remedy="interpolate between initial noises of one network",
+        )
+    w = np.asarray(weights, np.float64).reshape(-1, *[1] * a.ndim)
+    start, end = a.astype(np.float64), b.astype(np.float64)
+    lengths = np.linalg.norm(start.ravel()), np.linalg.norm(end.ravel())
+    if not all(np.isfinite(length) and length > 0.0 for length in lengths):
+        raise InputError(
+            got=f"latents of lengths {lengths[0]:g} and {lengths[1]:g}",
+            expected="two finite directions",
+            remedy="interpolate between samples of standard normal noise",
+        )
+    cosine = float(np.vdot(start, end) / (lengths[0] * lengths[1]))
+    angle = np.arccos(np.clip(cosine, -1.0, 1.0))
+    if np.pi - angle < SMALL_ANGLE:
+        raise InputError(
+            got="latents in opposite directions",
+            expected="an angle below 180 degrees, so that there is one shortest way",
+            remedy="go by a third noise: interpolate to it, and from it",
+        )
+    if angle < SMALL_ANGLE:
+        between = (1.0 - w) * start + w * end
+    else:
+        between = (np.sin((1.0 - w) * angle) * start + np.sin(w * angle) * end) / np.sin(angle)
+    return between.astype(np.float32)
+
+
+def slerp_grid(corners: Sequence[NDArray[np.float32]], *, rows: int, columns: int) -> NDArray[np.float32]:
+    """`[rows·columns, …]` row by row, between the corners top left, top right, bottom left and bottom right."""
+    if len(corners) != 4 or rows < 2 or columns < 2:
+        raise InputError(
+            got=f"{len(corners)} corners for {rows} rows and {columns} columns",
+            expected="four corners, and at least two rows and columns",
+            remedy="pass top left, top right, bottom left and bottom right",
+        )
+    down = np.linspace(0.0, 1.0, rows)
+    left, right = slerp(corners[0], corners[2], down), slerp(corners[1], corners[3], down)
+    across = np.linspace(0.0, 1.0, columns)
+    return np.concatenate([slerp(start, end, across) for start, end in zip(left, right, strict=True)])
