@@ -9,7 +9,7 @@ PINS   := pyproject.toml .ci/constraints.txt
 OUT    ?= out/gpu
 
 SAMPLE_EXTRAS := cpu,torch,export,diffusers
-TEST_EXTRAS   := $(SAMPLE_EXTRAS),test
+TEST_EXTRAS   := $(SAMPLE_EXTRAS),evaluate,test
 DEV_EXTRAS    := $(TEST_EXTRAS),bench,dev
 
 .PHONY: help sample test check format types bench readme-tables gpu clean

@@ -38,10 +38,10 @@ class CudaLoop:
     @contextlib.contextmanager
     def start(self, stages: Stages, request: SampleRequest, *, keep_x0: bool = False) -> Iterator[Run]:
         with self._lock, torch.cuda.device(self._device):
-            yield _CudaRun(self.denoiser, self._network, self._device, stages, request, keep_x0=keep_x0)
+            yield CudaRun(self.denoiser, self._network, self._device, stages, request, keep_x0=keep_x0)
 
 
-class _CudaRun:
+class CudaRun:
     def __init__(
         self,
         denoiser: Denoiser,

@@ -9,9 +9,11 @@ from tolerances import FLOAT64
 from skipstep import NoiseSchedule, Plan
 from skipstep.errors import PlanError
 from skipstep.kernels.layout import NUM_COLUMNS, Column, StepFlags
+from skipstep.solvers import SOLVERS
 from skipstep.spacing import SPACINGS
 
 LINEAR = NoiseSchedule.linear(1000)
+ZERO_SNR = LINEAR.rescaled_to_zero_terminal_snr()
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -186,6 +188,23 @@ def test_zero_terminal_snr_is_for_networks_that_can_see_the_image_in_their_outpu
         ({"steps": 10, "final_alpha_bar": 1.5}, "final_alpha_bar=1.5"),
         ({"steps": 10, "final_alpha_bar": 0.1}, "final_alpha_bar=0.1"),
         ({"steps": 10, "schedule": "linear"}, "schedule of type str"),
+        ({"steps": 10, "solver": "heun", "eta": 0.5}, "eta=0.5"),
+        ({"steps": 10, "variance": "fixed_small"}, "variance='fixed_small'"),
+        ({"steps": 10, "solver": "ddpm", "variance": "learned"}, "variance='learned'"),
+        ({"steps": 10, "midpoints": "nearest"}, "midpoints='nearest'"),
+        ({"steps": 10, "solver": "rk4", "midpoints": "between"}, "midpoints='between'"),
+        ({"steps": 10, "evaluate_at": "source"}, "evaluate_at='source'"),
+        ({"steps": 10, "clip": "dynamic"}, "without dynamic_quantile"),
+        ({"steps": 10, "clip": "dynamic", "dynamic_quantile": 0.0}, "dynamic_quantile=0.0"),
+        ({"steps": 10, "clip": "dynamic", "dynamic_quantile": 1.5}, "dynamic_quantile=1.5"),
+        ({"steps": 10, "clip": "dynamic", "dynamic_quantile": 0.9, "dynamic_maximum": 0.5}, "dynamic_maximum=0.5"),
+        ({"steps": 10, "dynamic_quantile": 0.9}, "dynamic_quantile=0.9"),
+        ({"steps": 10, "clip": "dynamic", "dynamic_quantile": 0.9, "convention": "paper"}, "clip='dynamic'"),
+        ({"steps": 10, "clip": "static"}, "clip='static'"),
+        *(
+            ({"steps": 10, "schedule": ZERO_SNR, "prediction_type": "v_prediction", "solver": solver}, "zero terminal")
+            for solver in ("heun", "rk4", "dpm_solver_2", "ddim_inversion")
+        ),
     ],
 )
 def test_refuses_what_is_no_plan(options, names):
@@ -193,3 +212,54 @@ def test_refuses_what_is_no_plan(options, names):
         Plan(**{"schedule": LINEAR, **options})
     assert names in caught.value.got
     assert "Remedy" in str(caught.value)
+
+
+def test_midpoints_are_found_in_log_snr_or_snapped():
+    plan = Plan(schedule=LINEAR, timesteps=[700, 300], solver="dpm_solver_2")
+    told = plan.evaluation_timesteps
+    assert told[[0, 2]].tolist() == [700.0, 300.0]
+    assert plan.is_fractional
+    ends = np.log(LINEAR.alpha_bar[[700, 300]]) - np.log1p(-LINEAR.alpha_bar[[700, 300]])
+    log_snr = np.log(LINEAR.alpha_bar) - np.log1p(-LINEAR.alpha_bar)
+    assert np.interp(told[1], np.arange(1000), log_snr) == pytest.approx(ends.mean())
+    snapped = Plan(schedule=LINEAR, timesteps=[700, 300], solver="dpm_solver_2", midpoints="nearest")
+    assert snapped.evaluation_timesteps.tolist() == [700.0, round(told[1]), 300.0]
+    assert snapped.key != plan.key
+
+
+def test_an_inversion_visits_the_levels_of_its_plan_upward():
+    plan = Plan(schedule=LINEAR, steps=4, spacing="leading", clip=None)
+    for evaluate_at, told in (("target", [0, 250, 500, 750]), ("source", [0, 0, 250, 500])):
+        back = plan.inverted(evaluate_at=evaluate_at)
+        assert back.evaluation_timesteps.tolist() == told
+        np.testing.assert_array_equal(back.alpha_bars, plan.alpha_bars[::-1])
+        assert back.pairs == ((None, 0), (0, 250), (250, 500), (500, 750))
+        assert not back.adds_noise
+
+
+@given(
+    solver=st.sampled_from([name for name in SOLVERS if name != "ddim_inversion"]),
+    spacing=st.sampled_from(SPACINGS),
+    steps=st.integers(1, 60),
+    convention=st.sampled_from(["diffusers", "guided", "paper"]),
+    schedule=st.sampled_from([LINEAR, NoiseSchedule.cosine(1000), NoiseSchedule.scaled_linear(500)]),
+)
+def test_every_solver_ends_where_its_plan_says_on_every_grid(solver, spacing, steps, convention, schedule):
+    try:
+        plan = Plan(schedule=schedule, steps=steps, spacing=spacing, solver=solver, convention=convention)
+    except PlanError:  # Too many steps for that spacing: tests/test_spacing.py has when.
+        return
+    assert np.all(np.isfinite(plan.coefficients))
+    assert sum(plan.ends_step) == steps
+    assert plan.ends_step[-1]
+    assert plan.alpha_bars[-1] == 1.0
+    last = plan.coefficients[-1].astype(np.float64)
+    # At alpha_bar = 1 the predicted image is the result, but for a multistep rule's rounding.
+    assert last[Column.C_X0] == pytest.approx(1.0, abs=1e-6)
+    assert abs(last[[Column.C_EPS, Column.C_X, Column.C_BASE, Column.C_MEMORY, Column.SIGMA]]).max() < 1e-6
+    # What is kept is written before it is read.
+    has_memory = has_base = False
+    for flags in plan.stage_flags:
+        assert has_memory or not flags.read_memory
+        assert has_base or not flags.read_base
+        has_memory, has_base = has_memory or flags.write_memory, has_base or flags.write_base
