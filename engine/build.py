@@ -90,15 +90,19 @@ def build_network(
     sizes = set(batch_sizes) | ({2 * b for b in batch_sizes} if network.null_label is not None else set())
     loops: dict[int, Loop] = {}
     if chosen == "onnxruntime":
-        from skipstep.backends.onnxruntime import OnnxRuntimeDenoiser
+        from skipstep.backends.onnxruntime import LoopConstants, OnnxRuntimeDenoiser
         from skipstep.export.onnx_model import export_onnx
+        from skipstep.export.partition import partition
 
-        graph = export_onnx(prepared, network)
+        graphs = partition(export_onnx(prepared, network)).graphs
+        constants = LoopConstants(graphs, network, num_threads=num_threads)
         reference: Denoiser = TorchDenoiser(
             prepared, network, batch_size=min(sizes), device=resolved_device, dtype=torch.float32
         )
         for size in sorted(sizes):
-            denoiser: Denoiser = OnnxRuntimeDenoiser(graph, network, batch_size=size, num_threads=num_threads)
+            denoiser: Denoiser = OnnxRuntimeDenoiser(
+                graphs, constants, network, batch_size=size, num_threads=num_threads
+            )
             if size == reference.batch_size:
                 _check_equal(denoiser, reference, network)
             loops[size] = HostLoop(denoiser, network)
@@ -144,18 +148,19 @@ def _check_equal(denoiser: Denoiser, reference: Denoiser, network: NetworkSpec) 
     """Compare a graph with its module on random inputs before it is trusted. Raises ExportError."""
     rng = np.random.default_rng(0)
     sample = rng.standard_normal(reference.input.shape, dtype=np.float32)
-    timesteps = rng.integers(0, 1000, 3).astype(np.float64)
+    # Another timestep and label for each sample: what a graph mixed between them would show.
+    timesteps = rng.integers(0, 1000, (3, len(sample))).astype(np.float64)
     labels = None if network.num_classes is None else rng.integers(0, network.num_classes, len(sample))
     for each in (denoiser, reference):
         each.input[...] = sample
-        each.prepare(np.repeat(timesteps[:, None], len(sample), axis=1), labels)
+        each.prepare(timesteps, labels)
     for stage, t in enumerate(timesteps):
         denoiser.enqueue(stage)
         reference.enqueue(stage)
         error = float(np.abs(denoiser.output - reference.output).max() / np.abs(reference.output).max())
         if not error <= EXPORT_TOLERANCE:
             raise ExportError(
-                got=f"an exported graph that is off by {error:.2g} of the largest output at timestep {t}",
+                got=f"an exported graph that is off by {error:.2g} of the largest output at timesteps {t.tolist()}",
                 expected=f"at most {EXPORT_TOLERANCE:g}",
                 remedy="use backend='torch', and report the network: the exporter translated it wrongly",
             )

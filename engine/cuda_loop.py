@@ -53,14 +53,14 @@ class CudaRun:
         keep_x0: bool,
     ) -> None:
         def upload(array: NDArray[np.float32] | None) -> Tensor | None:
-            return None if array is None else torch.from_numpy(array).to(device)
+            return None if array is None else torch.tensor(array, device=device)
 
         self._denoiser = denoiser
         self._flags = call_flags(network, stages, request)
         self._thresholding = stages.thresholding
         self._table = torch.tensor(stages.table, device=device)
         # torch has no arithmetic on uint64; the kernel reads the same 64 bits.
-        self._seeds = None if request.seeds is None else torch.from_numpy(request.seeds.view(np.int64)).to(device)
+        self._seeds = None if request.seeds is None else torch.tensor(request.seeds.view(np.int64), device=device)
         self._guidance, self._rescale = upload(request.guidance), upload(request.rescale)
         self._state = torch.empty(request.num_samples, *network.sample_shape, device=device)
         self._x0 = torch.empty_like(self._state) if keep_x0 else None
@@ -113,5 +113,5 @@ class CudaRun:
         return self._x0.cpu().numpy()
 
     def set_state(self, state: Array) -> None:
-        self._state.copy_(torch.from_numpy(state))
+        self._state.copy_(torch.from_numpy(np.ascontiguousarray(state)))
         replicate(self._state, self._denoiser.input)

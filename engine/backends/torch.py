@@ -98,7 +98,7 @@ class TorchDenoiser:
         device = self._sample.device
         # All rows are on the device before the loop: a scalar read inside it would stall the GPU at every step.
         self._timesteps = torch.from_numpy(timesteps).to(device=device, dtype=self._timesteps.dtype)
-        self._labels = None if class_labels is None else torch.from_numpy(class_labels).to(device)
+        self._labels = None if class_labels is None else torch.tensor(class_labels, device=device)
 
     def enqueue(self, stage: int) -> None:
         with torch.inference_mode():

@@ -1,0 +1,212 @@
+"""Binding times in a network's graph, found by data flow: no names, no patterns.
+
+    plan   values that follow from the timestep alone                       evaluated once per plan, into tables
+    call   values that follow from the conditioning, alone or with it       evaluated once per call, for all stages
+    step   values that follow from the state                                evaluated at every stage
+
+A value depends on what its node's inputs depend on. Only the *shape* of a state is known before it: a Shape node
+depends on nothing, and is rewritten in terms of the batch dimension so that the other graphs need no state. What a
+graph needs of an earlier one crosses over as a tensor; of all that could, the last values before the state joins in
+are taken, so nothing is computed twice. The parts are run on many stages and samples at once, as rows of a batch: a
+value that has no row for each stays where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import onnx
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from skipstep.backends.onnxruntime import NetworkGraphs
+from skipstep.errors import ExportError
+
+BATCH = "batch"
+_BATCH_SIZE = "batch/size"  # int64 [1]; each graph counts the samples of one of its own inputs.
+
+
+class Binding(IntEnum):
+    """When a value becomes known; the later of two wins."""
+
+    CONSTANT = 0
+    PLAN = 1
+    CALL = 2
+    STEP = 3
+
+
+# What each input of an exported network is known by. Inputs with other names are conditioning.
+_INPUT_BINDINGS: Mapping[str, Binding] = {"sample": Binding.STEP, "timestep": Binding.PLAN}
+# Not functions of their inputs: moved out of the loop they would give one number for all stages.
+_IMPURE = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """The graphs by binding time, and what moved.
+
+    `tables` are the values that the plan's graph computes, `conditions` those of the call's. `num_nodes` counts the
+    nodes of each binding time.
+    """
+
+    graphs: NetworkGraphs
+    tables: tuple[str, ...]
+    conditions: tuple[str, ...]
+    num_nodes: Mapping[Binding, int]
+
+
+def partition(exported: bytes) -> Partition:
+    """Split an exported network (skipstep.export.onnx_model). Raises ExportError for a graph that it cannot follow."""
+    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(exported))
+    graph = model.graph
+    shapes = _shapes(graph)
+    nodes = _with_batch_shapes(graph, shapes)
+    bindings = _bindings(graph, nodes, shapes)
+
+    def consumed_later(binding: Binding) -> tuple[str, ...]:
+        """Values of this binding that a later one reads, in order; the graph's own inputs are there anyway."""
+        found: dict[str, None] = {}
+        for node in nodes:
+            if bindings[node.output[0]] > binding:
+                found.update(dict.fromkeys(name for name in node.input if bindings.get(name) == binding))
+        if any(bindings[output.name] == binding for output in graph.output) and binding != Binding.STEP:
+            raise ExportError(
+                got=f"an output that does not depend on the state: {graph.output[0].name}",
+                expected="a network that predicts from its sample",
+                remedy="check the network: its forward ignores its first argument",
+            )
+        return tuple(found)
+
+    inputs = {each.name for each in graph.input}
+    crossing = {binding: consumed_later(binding) for binding in (Binding.PLAN, Binding.CALL)}
+    tables = tuple(name for name in crossing[Binding.PLAN] if name not in inputs)
+    conditions = tuple(name for name in crossing[Binding.CALL] if name not in inputs)
+    sliced = _Slicer(model, nodes, shapes)
+    graphs = NetworkGraphs(
+        plan=sliced.graph("plan", tables, known=()) if tables else None,
+        call=sliced.graph("call", conditions, known=tables) if conditions else None,
+        step=sliced.graph("step", [output.name for output in graph.output], known=(*tables, *conditions)),
+    )
+    return Partition(
+        graphs,
+        tables=tables,
+        conditions=conditions,
+        num_nodes={
+            binding: sum(bindings[node.output[0]] == binding for node in nodes)
+            for binding in (Binding.PLAN, Binding.CALL, Binding.STEP)
+        },
+    )
+
+
+def _bindings(
+    graph: GraphProto, nodes: Sequence[NodeProto], shapes: Mapping[str, list[int | str]]
+) -> dict[str, Binding]:
+    bindings = {tensor.name: Binding.CONSTANT for tensor in graph.initializer}
+    for each in graph.input:
+        if each.name not in bindings:
+            bindings[each.name] = _INPUT_BINDINGS.get(each.name, Binding.CALL)
+    for node in nodes:
+        binding = _binding_of(node, bindings)
+        # Stages and samples become rows of one batch, so a value may move only if it has a row for each.
+        if Binding.CONSTANT < binding < Binding.STEP and any(shapes.get(o, [])[:1] != [BATCH] for o in node.output):
+            binding = Binding.STEP
+        bindings.update(dict.fromkeys(node.output, binding))
+    return bindings
+
+
+def _binding_of(node: NodeProto, bindings: Mapping[str, Binding]) -> Binding:
+    if node.op_type in _IMPURE:
+        return Binding.STEP
+    read = [name for name in (*node.input, *_captured(node)) if name]
+    return max((bindings.get(name, Binding.CONSTANT) for name in read), default=Binding.CONSTANT)
+
+
+def _captured(node: NodeProto) -> Iterable[str]:
+    """Names that a node's subgraphs read; those that they define themselves are nobody else's."""
+    for attribute in node.attribute:
+        for subgraph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+            for inner in subgraph.node:
+                yield from inner.input
+                yield from _captured(inner)
+
+
+def _shapes(graph: GraphProto) -> dict[str, list[int | str]]:
+    """Shapes by name, of ints and of names for symbolic dimensions; values of unknown rank are left out."""
+    shapes: dict[str, list[int | str]] = {}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        if value.type.tensor_type.HasField("shape"):
+            dims = value.type.tensor_type.shape.dim
+            shapes[value.name] = [
+                dim.dim_param or (dim.dim_value if dim.HasField("dim_value") else "?") for dim in dims
+            ]
+    return shapes
+
+
+def _with_batch_shapes(graph: GraphProto, shapes: Mapping[str, list[int | str]]) -> list[NodeProto]:
+    """The nodes, with Shape of [batch, constants …] written as the number of samples and constants."""
+    rewritten: list[NodeProto] = []
+    for node in graph.node:
+        dims = shapes.get(node.input[0], ["?"]) if node.op_type == "Shape" else ["?"]
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        dims = dims[attributes.get("start", 0) : attributes.get("end", len(dims))]
+        if any(isinstance(dim, str) and dim != BATCH for dim in dims):
+            rewritten.append(node)
+            continue
+        parts = [_BATCH_SIZE if dim == BATCH else f"{node.output[0]}/{i}" for i, dim in enumerate(dims)]
+        for part, dim in zip(parts, dims, strict=True):
+            if dim != BATCH:
+                value = helper.make_tensor(part, TensorProto.INT64, [1], [int(dim)])
+                rewritten.append(helper.make_node("Constant", [], [part], name=part, value=value))
+        rewritten.append(helper.make_node("Concat", parts, list(node.output), name=node.name, axis=0))
+    return rewritten
+
+
+class _Slicer:
+    """Cuts graphs out of one: what leads to some outputs, down to inputs and to values that are known by then."""
+
+    def __init__(self, model: ModelProto, nodes: Sequence[NodeProto], shapes: Mapping[str, list[int | str]]) -> None:
+        graph = model.graph
+        self._model = model
+        self._nodes = nodes
+        self._shapes = shapes
+        self._initializers = {tensor.name: tensor for tensor in graph.initializer}
+        self._values = {value.name: value for value in (*graph.value_info, *graph.output, *graph.input)}
+        self._inputs = {value.name for value in graph.input}
+
+    def graph(self, name: str, outputs: Sequence[str], *, known: Iterable[str]) -> bytes:
+        known = set(known)
+        needed, kept = set(outputs), []
+        for node in reversed(self._nodes):
+            if needed.isdisjoint(node.output) or known.issuperset(node.output):
+                continue
+            kept.append(node)
+            needed.update(name for name in (*node.input, *_captured(node)) if name)
+        kept.reverse()
+        made = {name for node in kept for name in node.output}
+        inputs = [self._value(name) for name in sorted((needed & (self._inputs | known)) - made)]
+        if _BATCH_SIZE in needed:
+            counted = next(value.name for value in inputs if self._shapes[value.name][:1] == [BATCH])
+            kept.insert(0, helper.make_node("Shape", [counted], [_BATCH_SIZE], name=_BATCH_SIZE, start=0, end=1))
+        graph = helper.make_graph(
+            kept,
+            name,
+            inputs,
+            [self._value(name) for name in outputs],
+            [self._initializers[name] for name in sorted(needed & self._initializers.keys())],
+        )
+        model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
+        onnx.checker.check_model(model)
+        return bytes(model.SerializeToString())
+
+    def _value(self, name: str) -> ValueInfoProto:
+        if name not in self._values:
+            raise ExportError(
+                got=f"a value of unknown shape between the parts of the graph, {name}",
+                expected="shapes that inference can find",
+                remedy="export with static shapes, or use backend='torch'",
+            )
+        value: ValueInfoProto = self._values[name]
+        return value

@@ -1,0 +1,167 @@
+"""The parts of a graph against the whole, on networks that move much, little and nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from networks import Curve, Labelled, tiny_unet
+from torch import Tensor, nn
+
+from skipstep import Engine, NoiseSchedule
+from skipstep.backends.onnxruntime import LoopConstants, OnnxRuntimeDenoiser
+from skipstep.backends.torch import prepare_module
+from skipstep.errors import ExportError
+from skipstep.export.onnx_model import export_onnx
+from skipstep.export.partition import Binding, partition
+from skipstep.network import NetworkSpec
+
+CPU = torch.device("cpu")
+# Per stage and sample, some of them repeated: what is computed once must reach every place that it belongs to.
+TIMESTEPS = np.array([[999, 999, 999], [500, 20, 999], [0, 1, 500], [20, 20, 20]], np.float64)
+LABELS = np.array([2, 0, 2])
+
+
+class Wide(nn.Module):
+    """Takes the timestep's mean over the batch: a number that no row of a batch has for itself."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x * (1.0 + t.to(x.dtype).mean() / 1000)
+
+
+class Timeless(nn.Module):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+
+class Running(nn.Module):
+    """Mixes the rows of a batch without a trace in any shape."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x + t.to(x.dtype).cumsum(0).view(-1, 1, 1, 1) / 1000
+
+
+class Blind(nn.Module):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.zeros(1, 4, 4) + t.to(torch.float32).view(-1, 1, 1, 1)
+
+
+def exported(network: nn.Module, spec: NetworkSpec) -> tuple[bytes, NetworkSpec]:
+    module, spec = prepare_module(network, spec, device=CPU, dtype=torch.float32)
+    return export_onnx(module, spec), spec
+
+
+CASES = {
+    "unconditional UNet": (tiny_unet(), NetworkSpec((1, 8, 8), fractional_timesteps=True)),
+    "conditional UNet": (tiny_unet(num_class_embeds=4), NetworkSpec((1, 8, 8), 4, fractional_timesteps=True)),
+    "integer timesteps": (tiny_unet(num_class_embeds=4), NetworkSpec((1, 8, 8), 4)),
+    "closed form": (Labelled(), NetworkSpec((1, 4, 4), 10)),
+    "a curve": (Curve(), NetworkSpec((1, 4, 4))),
+    "a batch's mean": (Wide(), NetworkSpec((1, 4, 4))),
+    "no time": (Timeless(), NetworkSpec((1, 4, 4))),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    graph, spec = exported(*CASES[request.param])
+    return request.param, graph, spec
+
+
+def test_the_parts_give_the_bits_of_the_whole(case):
+    _, graph, spec = case
+    options = onnxruntime.SessionOptions()
+    options.add_free_dimension_override_by_name("batch", 3)
+    whole = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    graphs = partition(graph).graphs
+    denoiser = OnnxRuntimeDenoiser(graphs, LoopConstants(graphs, spec), spec, batch_size=3)
+    labels = None if spec.num_classes is None else LABELS
+    denoiser.prepare(TIMESTEPS, labels)
+    rng = np.random.default_rng(0)
+    for stage, timesteps in enumerate(TIMESTEPS):
+        denoiser.input[...] = rng.standard_normal(denoiser.input.shape)
+        feeds = {"sample": denoiser.input.copy(), "timestep": timesteps.astype(spec.timestep_dtype)}
+        if labels is not None:
+            feeds["class_labels"] = labels
+        read = {each.name for each in whole.get_inputs()}
+        expected = whole.run(None, {name: array for name, array in feeds.items() if name in read})[0]
+        denoiser.enqueue(stage)
+        np.testing.assert_array_equal(denoiser.output, expected)
+
+
+def test_what_moves_is_what_does_not_see_the_state(case):
+    name, graph, _ = case
+    parts = partition(graph)
+    plan, call, step = (parts.num_nodes[binding] for binding in (Binding.PLAN, Binding.CALL, Binding.STEP))
+    assert plan + call + step <= len(onnx.load_from_string(graph).graph.node)
+    # Of the batch's mean only the conversion of the timesteps moves: the mean itself has no row for each sample.
+    assert (plan > 0) == (name != "no time"), parts.num_nodes
+    assert name != "a batch's mean" or plan == 1
+    assert (call > 0) == (name == "conditional UNet" or name in ("integer timesteps", "closed form")), parts.num_nodes
+    assert (parts.graphs.plan is None) == (plan == 0)
+    assert (parts.graphs.call is None) == (call == 0)
+
+
+def test_a_unets_time_path_leaves_the_loop_whole():
+    """One table per residual block; no weight of the time embedding or of its projections stays behind."""
+    graph, _ = exported(*CASES["unconditional UNet"])
+    parts = partition(graph)
+    weights = {part: names(getattr(parts.graphs, part)) for part in ("plan", "step")}
+    of_time = {name for name in names(graph) if "time_emb" in name}
+    assert of_time
+    assert of_time <= weights["plan"]
+    assert not of_time & weights["step"]
+    assert len(parts.tables) == sum(name.endswith("time_emb_proj.weight") for name in of_time)
+    read = [each.name for each in onnx.load_from_string(parts.graphs.step).graph.input]
+    assert sorted(read) == sorted(["sample", *parts.tables])
+
+
+def names(graph: bytes) -> set[str]:
+    return {tensor.name for tensor in onnx.load_from_string(graph).graph.initializer}
+
+
+def test_each_pair_of_timestep_and_label_is_computed_once(monkeypatch):
+    graph, spec = exported(*CASES["conditional UNet"])
+    constants = LoopConstants(partition(graph).graphs, spec)
+    values, indices = constants.compute(TIMESTEPS, LABELS)
+    pairs = {(t, label) for row in TIMESTEPS for t, label in zip(row, LABELS, strict=True)}
+    conditions = set(partition(graph).conditions)
+    assert {len(values[name]) for name in conditions} == {len(pairs)}
+    assert {indices[name].shape for name in values} == {TIMESTEPS.shape}
+    # Tables follow from the plan alone, and are kept from call to call.
+    monkeypatch.setattr(constants, "_plan", None)
+    again, _ = constants.compute(TIMESTEPS, LABELS[::-1].copy())
+    assert conditions <= again.keys()
+
+
+def test_a_graph_that_mixes_rows_unseen_is_caught_before_it_is_used():
+    with pytest.raises(ExportError, match="off by"):
+        Engine.build(
+            Running(),
+            plans=[3],
+            batch_sizes=[2],
+            backend="onnxruntime",
+            device="cpu",
+            schedule=NoiseSchedule.linear(1000),
+            sample_shape=(1, 4, 4),
+        )
+
+
+def test_a_network_that_ignores_its_sample_is_refused():
+    graph, _ = exported(Blind(), NetworkSpec((1, 4, 4)))
+    with pytest.raises(ExportError, match="does not depend on the state"):
+        partition(graph)
+
+
+def test_randomness_stays_in_the_loop():
+    graph, _ = exported(*CASES["a curve"])
+    model = onnx.load_from_string(graph)
+    first = next(node for node in model.graph.node if "timestep" in node.input)
+    noisy = onnx.helper.make_node("RandomNormalLike", ["timestep"], ["noise"], dtype=onnx.TensorProto.FLOAT)
+    first.input[list(first.input).index("timestep")] = "noise"
+    model.graph.node.insert(0, noisy)
+    parts = partition(model.SerializeToString())
+    assert parts.num_nodes[Binding.PLAN] == 0
+    assert any(node.op_type == "RandomNormalLike" for node in onnx.load_from_string(parts.graphs.step).graph.node)
