@@ -7,12 +7,13 @@ BIN    := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 PINS   := pyproject.toml .ci/constraints.txt
 OUT    ?= out/gpu
+DATA   := .data/usr/share/datasets/fashion-mnist
 
 SAMPLE_EXTRAS := cpu,torch,export,diffusers
 TEST_EXTRAS   := $(SAMPLE_EXTRAS),evaluate,test
 DEV_EXTRAS    := $(TEST_EXTRAS),bench,dev
 
-.PHONY: help sample test check format types bench readme-tables gpu clean
+.PHONY: help sample test check format types bench readme-tables evaluate data gpu clean
 
 help:
 	@echo "make sample   draw clothes with the shipped model in 10, 20 and 50 steps (out/sample/grid.png)"
@@ -20,6 +21,8 @@ help:
 	@echo "make check    formatting, lint, types and tests: what CI runs"
 	@echo "make format   format the sources"
 	@echo "make bench    time engine.sample beside diffusers; writes bench/results/ and the README's tables"
+	@echo "make evaluate measure every sampler on the shipped model; writes bench/results/evaluation/"
+	@echo "make data     fetch Fashion-MNIST (31 MB, a Debian package) into .data/"
 	@echo "make gpu      on a machine with a CUDA GPU: run the kernels on it; writes \$$OUT (out/gpu)"
 	@echo "make clean    remove the environment and everything built"
 
@@ -54,6 +57,15 @@ bench: $(VENV)/.dev
 readme-tables: $(VENV)/.dev
 	$(BIN)/python -m skipstep.bench.report README.md bench/results
 
+evaluate: $(VENV)/.dev $(DATA)
+	$(BIN)/skipstep evaluate --num 32 --out bench/results/evaluation --data $(DATA)
+
+# Debian's package of Fashion-MNIST, unpacked here: no root is needed, and nothing is installed.
+data: $(DATA)
+$(DATA):
+	mkdir -p .data
+	cd .data && apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb .
+
 # On the GPU machine torch and triton are there already, and there may be no registry: nothing is downloaded.
 gpu:
 	@$(PYTHON) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make gpu: got a machine where torch sees no CUDA device; expected one. Remedy: run it where nvidia-smi lists a GPU, with a CUDA build of torch.')"
@@ -81,5 +93,5 @@ $(VENV)/.dev: $(PINS) | $(VENV)/bin/python
 	@touch $@ $(VENV)/.test $(VENV)/.sample
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .data build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

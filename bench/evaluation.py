@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,16 +36,10 @@ from skipstep.demo.data import CLASS_NAMES, DEFAULT_FOLDER, load_fashion_mnist
 from skipstep.errors import InputError, MissingDependencyError, PlanError
 from skipstep.solvers import SOLVERS, SolverOptions
 
-STEP_COUNTS = (5, 10, 20, 50, 100, 200, 1000)
-ETAS: tuple[float | str, ...] = (0.0, 0.2, 0.5, 1.0, "sigma-hat")
-SPREAD_ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
-INVERSION_STEPS = (10, 20, 50, 100, 200)
-EVALUATIONS = (10, 20, 40)
-REFINEMENTS = 3
 CHUNK = 32
 # CIFAR-10, FID, S = 10, 20, 50, 100, 1000 (Song, Meng, Ermon 2021, table 1) and reconstruction MSE (table 2): theirs.
 PAPER_STEPS = (10, 20, 50, 100, 1000)
-PAPER_FID = {
+PAPER_FID: Mapping[float | str, tuple[float, ...]] = {
     0.0: (13.36, 6.84, 4.67, 4.16, 4.04),
     0.2: (14.04, 7.11, 4.77, 4.25, 4.09),
     0.5: (16.66, 8.35, 5.25, 4.46, 4.29),
@@ -55,6 +49,23 @@ PAPER_FID = {
 PAPER_RECONSTRUCTION = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004}
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What is measured: the cases of each table. "sigma-hat" is DDPM with the larger of its two fixed variances."""
+
+    steps: tuple[int, ...] = (5, 10, 20, 50, 100, 200, 1000)
+    etas: tuple[float | str, ...] = (0.0, 0.2, 0.5, 1.0, "sigma-hat")
+    evaluations: tuple[int, ...] = (10, 20, 40)
+    spread_etas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    spread_steps: int = 50
+    inversion_steps: tuple[int, ...] = (10, 20, 50, 100, 200)
+    refinements: int = 3
+    ancestral_steps: int = 1000
+    compared_steps: tuple[int, ...] = (10, 50, 100)
+    strip_steps: tuple[int, ...] = (2, 3, 5, 10, 20, 50, 100)
+    picture_steps: int = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +85,14 @@ class Evaluation:
     """One model on one engine. `num_samples` is per case of the quality tables; the other parts scale with it."""
 
     def __init__(
-        self, model: Path, folder: Path, *, num_samples: int, backend: str = "auto", data: Path = DEFAULT_FOLDER
+        self,
+        model: Path,
+        folder: Path,
+        *,
+        num_samples: int,
+        backend: str = "auto",
+        data: Path = DEFAULT_FOLDER,
+        grid: Grid | None = None,
     ) -> None:
         if num_samples < 2:
             raise InputError(
@@ -88,13 +106,14 @@ class Evaluation:
                 remedy="evaluate the shipped model, or one of your own from skipstep.demo.train_unet",
             )
         self.num_samples = num_samples
+        self.grid = grid or Grid()
         self._options = checkpoint.scheduler.plan_options()
         self._classifier = load_classifier()
         self._test = load_fashion_mnist("test", data)
         self._train = load_fashion_mnist("train", data)
-        self.engine = Engine.build(
-            model, plans=[], batch_sizes=[min(num_samples, CHUNK)], backend=backend, compile_on_miss=True
-        )
+        # The parts run a whole, a half and a quarter of the samples.
+        sizes = {max(1, min(num_samples, CHUNK) // share) for share in (1, 2, 4)}
+        self.engine = Engine.build(model, plans=[], batch_sizes=sizes, backend=backend, compile_on_miss=True)
         # Of this very model: results of another must not be taken for its.
         self._cache = folder / "cache" / checkpoint.digest()[:16]
         self._reference = self._features(self._test[0])[0]
@@ -109,8 +128,8 @@ class Evaluation:
 
     def quality_by_steps_and_eta(self) -> list[Row]:
         cases = []
-        for steps in STEP_COUNTS:
-            for eta in ETAS:
+        for steps in self.grid.steps:
+            for eta in self.grid.etas:
                 plan = (
                     self.plan(steps=steps, solver="ddpm", variance="fixed_large")
                     if eta == "sigma-hat"
@@ -122,7 +141,7 @@ class Evaluation:
     def quality_by_spacing(self) -> list[Row]:
         cases = []
         for spacing in ("trailing", "quadratic", "paper_quadratic"):
-            for steps in STEP_COUNTS:
+            for steps in self.grid.steps:
                 try:
                     plan = self.plan(steps=steps, spacing=spacing)
                 except PlanError:  # So many distinct indices do not exist; the table leaves the place empty.
@@ -133,22 +152,21 @@ class Evaluation:
     def quality_by_solver(self) -> list[Row]:
         cases = []
         for solver in ("ddim", "dpm_solver_pp_2m", "heun", "dpm_solver_2", "rk4"):
-            for budget in EVALUATIONS:
+            for budget in self.grid.evaluations:
                 plan = self.plan(steps=_steps_within(budget, solver), solver=solver)
                 cases.append(({"solver": solver, "budget": budget, "evaluations": plan.num_evaluations}, plan))
         return self._quality(cases, "solvers")
 
     def ends_of_the_scale(self) -> list[Row]:
-        """As many training images (the floor), and pure noise."""
-        images = self._train[0][: self.num_samples]
+        """As many training images (the floor), of the same classes, and pure noise."""
+        wanted = np.arange(self.num_samples) % len(CLASS_NAMES)
+        places = [np.flatnonzero(self._train[1] == label) for label in range(len(CLASS_NAMES))]
+        images = self._train[0][[places[label][i // len(CLASS_NAMES)] for i, label in enumerate(wanted)]]
         noise = np.random.default_rng(0).standard_normal(images.shape).astype(np.float32).clip(-1, 1)
         rows = []
-        for name, pictures, labels in (
-            ("training images", images, self._train[1]),
-            ("pure noise", noise, np.arange(len(noise)) % len(CLASS_NAMES)),
-        ):
+        for name, pictures in (("training images", images), ("pure noise", noise)):
             features, seen = self._features(pictures)
-            agreement = float(np.mean(seen == labels[: len(seen)]))
+            agreement = float(np.mean(seen == wanted))
             rows.append({"what": name, "proxy_frechet": self._frechet(features), "agreement": agreement})
         return rows
 
@@ -162,12 +180,12 @@ class Evaluation:
         return self._kept("ancestral", self._ancestral)
 
     def _spread(self) -> list[Row]:
-        """Variance between runs from one x_T, per pixel, S = 50; beside it the same for Gaussian data, exactly."""
+        """Variance between runs from one x_T, per pixel; beside it the same for Gaussian data, exactly."""
         runs = max(2, self.num_samples // 2)
         x_T = np.repeat(np.random.default_rng(0).standard_normal((1, 1, 28, 28)).astype(np.float32), runs, axis=0)
         rows = []
-        for eta in tqdm(SPREAD_ETAS, desc="spread", unit="eta"):
-            plan = self.plan(steps=50, eta=eta)
+        for eta in tqdm(self.grid.spread_etas, desc="spread", unit="eta"):
+            plan = self.plan(steps=self.grid.spread_steps, eta=eta)
             drawn = self.engine.sample(plan=plan, x_T=x_T, seeds=range(runs), class_labels=8)
             rows.append(
                 {
@@ -184,25 +202,26 @@ class Evaluation:
         count = max(2, self.num_samples // 2)
         images, labels = self._test[0][:count], self._test[1][:count]
         rows = []
-        for steps in tqdm(INVERSION_STEPS, desc="inversion", unit="plan"):
+        for steps in tqdm(self.grid.inversion_steps, desc="inversion", unit="plan"):
             row: Row = {"steps": steps, "images": count}
             plan = self.plan(steps=steps)
-            for name, refinements in (("plain", 0), ("refined", REFINEMENTS)):
+            for name, refinements in (("plain", 0), ("refined", self.grid.refinements)):
                 again = self.engine.reconstruct(
                     images, plan=plan, class_labels=labels.tolist(), refinements=refinements
                 )
                 row[name] = float(np.mean(((again - images) / 2) ** 2))
-            row["paper_cifar10"] = PAPER_RECONSTRUCTION[steps]
+            row["paper_cifar10"] = PAPER_RECONSTRUCTION.get(steps)
             rows.append(row)
         return rows
 
     def _ancestral(self) -> list[Row]:
-        """DDPM in 1000 steps beside DDIM: time, evaluations, what two runs from one x_T have in common, quality."""
+        """DDPM beside DDIM: time, evaluations, what two runs from one x_T have in common, quality."""
         count = max(2, self.num_samples // 4)
         x_T = np.random.default_rng(1).standard_normal((count, 1, 28, 28)).astype(np.float32)
         labels = [i % len(CLASS_NAMES) for i in range(count)]
-        plans = {"DDPM, 1000 steps": self.plan(steps=1000, solver="ddpm")}
-        plans |= {f"DDIM, {steps} steps": self.plan(steps=steps) for steps in (10, 50, 100)}
+        most = self.grid.ancestral_steps
+        plans = {f"DDPM, {most} steps": self.plan(steps=most, solver="ddpm")}
+        plans |= {f"DDIM, {steps} steps": self.plan(steps=steps) for steps in self.grid.compared_steps}
         rows = []
         for name, plan in tqdm(plans.items(), desc="DDPM and DDIM", unit="plan"):
             self.engine.add_plan(plan)

@@ -25,7 +25,7 @@ def draw_pictures(evaluation: Evaluation, folder: Path) -> dict[str, str]:
 
 
 def _step_strip(evaluation: Evaluation, path: Path) -> str:
-    counts = (2, 3, 5, 10, 20, 50, 100)
+    counts = evaluation.grid.strip_steps
     rows = [
         evaluation.engine.sample(
             plan=evaluation.plan(steps=steps),
@@ -42,16 +42,16 @@ def _step_strip(evaluation: Evaluation, path: Path) -> str:
 
 def _trajectory(evaluation: Evaluation, path: Path) -> str:
     _, kept = evaluation.engine.sample(
-        plan=evaluation.plan(steps=50),
+        plan=evaluation.plan(steps=evaluation.grid.picture_steps),
         seeds=[3],
         class_labels=_BOOT,
         guidance_scale=_GUIDANCE,
-        trajectory=6,
+        trajectory=max(1, evaluation.grid.picture_steps // 8),
     )
     rows = [to_pil(kept.x_t[:, 0]), to_pil(kept.x0[:, 0])]
     columns = [f"step {step + 1}" for step in kept.steps]
     labelled_grid(rows, row_labels=["state", "predicted"], column_labels=columns).save(path)
-    return "A trajectory of 50 steps: the state x_t, and the image predicted from it."
+    return f"A trajectory of {evaluation.grid.picture_steps} steps: the state x_t, and the image predicted from it."
 
 
 def _interpolation(evaluation: Evaluation, path: Path) -> str:
@@ -61,7 +61,7 @@ def _interpolation(evaluation: Evaluation, path: Path) -> str:
             evaluation.engine.interpolate(
                 *ends,
                 10,
-                plan=evaluation.plan(steps=50),
+                plan=evaluation.plan(steps=evaluation.grid.picture_steps),
                 class_labels=label,
                 guidance_scale=_GUIDANCE,
                 output_type="pil",
@@ -70,7 +70,7 @@ def _interpolation(evaluation: Evaluation, path: Path) -> str:
         names.append(CLASS_NAMES[label])
     columns = [f"{w:.2f}" for w in np.linspace(0, 1, 10)]
     labelled_grid(rows, row_labels=names, column_labels=columns).save(path)
-    return "Between two initial noises, by spherical interpolation: 50 steps, η = 0."
+    return f"Between two initial noises, by spherical interpolation: {evaluation.grid.picture_steps} steps, η = 0."
 
 
 def _corner_grid(evaluation: Evaluation, path: Path) -> str:
@@ -79,19 +79,19 @@ def _corner_grid(evaluation: Evaluation, path: Path) -> str:
         [1, 2, 3, 4],
         rows=size,
         columns=size,
-        plan=evaluation.plan(steps=20),
+        plan=evaluation.plan(steps=evaluation.grid.picture_steps),
         class_labels=_PULLOVER,
         guidance_scale=_GUIDANCE,
         output_type="pil",
     )
     rows = [drawn[size * r : size * (r + 1)] for r in range(size)]
     labelled_grid(rows, row_labels=[""] * size, column_labels=[""] * size).save(path)
-    return "Between four initial noises, one in each corner: 20 steps."
+    return f"Between four initial noises, one in each corner: {evaluation.grid.picture_steps} steps."
 
 
 def _edits(evaluation: Evaluation, path: Path) -> str:
     images, labels = evaluation.test_images(_SNEAKER, 5), [_BOOT] * 5
-    plan = evaluation.plan(steps=50)
+    plan = evaluation.plan(steps=evaluation.grid.picture_steps)
     rows, names = [to_pil(images)], ["test image"]
     for strength in (0.4, 0.6, 0.8):
         edited = evaluation.engine.edit(
@@ -117,5 +117,5 @@ def _edits(evaluation: Evaluation, path: Path) -> str:
     )
     rows.append(inverted)
     names.append("inverted, 0.8")
-    labelled_grid(rows, row_labels=names, column_labels=["sneaker to boot"] * 5).save(path)
+    labelled_grid(rows, row_labels=names, column_labels=[f"image {i + 1}" for i in range(len(images))]).save(path)
     return "Test images of sneakers drawn again as ankle boots: fresh noise of three strengths, and inversion."

@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from skipstep.bench.evaluation import (
-    ETAS,
     PAPER_FID,
     PAPER_STEPS,
-    REFINEMENTS,
-    STEP_COUNTS,
     Evaluation,
     Row,
 )
@@ -55,17 +52,17 @@ def _introduction(evaluation: Evaluation, command: str) -> str:
 
 
 def _steps_and_eta(evaluation: Evaluation, folder: Path) -> str:
-    rows = evaluation.quality_by_steps_and_eta()
+    rows, etas, counts = evaluation.quality_by_steps_and_eta(), evaluation.grid.etas, evaluation.grid.steps
     _write_csv(folder / "quality.csv", rows)
 
     def table(form: Callable[[Row], str]) -> str:
         cells = {(row["steps"], row["eta"]): form(row) for row in rows}
-        lines = [[_eta_name(eta), *(cells[steps, eta] for steps in STEP_COUNTS)] for eta in ETAS]
-        return markdown(["η", *(f"S = {steps}" for steps in STEP_COUNTS)], lines)
+        lines = [[_eta_name(eta), *(cells[steps, eta] for steps in counts)] for eta in etas]
+        return markdown(["η", *(f"S = {steps}" for steps in counts)], lines)
 
-    lines = {_eta_name(eta): [(r["steps"], r["proxy_frechet"]) for r in rows if r["eta"] == eta] for eta in ETAS}
+    lines = {f"η = {_eta_name(e)}": [(r["steps"], r["proxy_frechet"]) for r in rows if r["eta"] == e] for e in etas}
     _plot(folder / "quality.png", lines, x="steps", y="proxy Fréchet distance", log=True)
-    paper = [[_eta_name(eta), *(f"{value:.2f}" for value in PAPER_FID[eta])] for eta in ETAS]
+    paper = [[_eta_name(eta), *(f"{value:.2f}" for value in PAPER_FID[eta])] for eta in PAPER_FID]
     return (
         "## Steps and η\n\nProxy Fréchet distance:\n\n"
         + table(lambda row: f"{row['proxy_frechet']:.1f}")
@@ -82,10 +79,11 @@ def _spacings(evaluation: Evaluation, folder: Path) -> str:
     _write_csv(folder / "spacings.csv", rows)
     cells = {(row["spacing"], row["steps"]): f"{row['proxy_frechet']:.1f}" for row in rows}
     names = list(dict.fromkeys(row["spacing"] for row in rows))
-    lines = [[name, *(cells.get((name, steps), "–") for steps in STEP_COUNTS)] for name in names]
+    counts = evaluation.grid.steps
+    lines = [[name, *(cells.get((name, steps), "–") for steps in counts)] for name in names]
     return (
         "## Uniform and quadratic spacing\n\nProxy Fréchet distance, η = 0; – where that many distinct timesteps do "
-        "not exist:\n\n" + markdown(["spacing", *(f"S = {steps}" for steps in STEP_COUNTS)], lines)
+        "not exist:\n\n" + markdown(["spacing", *(f"S = {steps}" for steps in counts)], lines)
     )
 
 
@@ -116,7 +114,8 @@ def _spread(evaluation: Evaluation, folder: Path) -> str:
     }
     _plot(folder / "spread.png", lines, x="η", y="variance between runs")
     return (
-        f"## How far runs from one noise come apart\n\nVariance between {rows[0]['runs']} runs from one x_T, S = 50, "
+        f"## How far runs from one noise come apart\n\nVariance between {rows[0]['runs']} runs from one x_T, "
+        f"S = {evaluation.grid.spread_steps}, "
         "mean over pixels in [-1, 1]; beside it the closed form for data N(0.3, 0.7²), which is not monotone in η:\n\n"
         + markdown(
             ["η", "this model", "Gaussian data, exact"],
@@ -133,11 +132,14 @@ def _inversion(evaluation: Evaluation, folder: Path) -> str:
     _plot(folder / "inversion.png", lines, x="steps", y="mean squared error", log=True)
     return (
         f"## Inversion\n\nMean squared error of {rows[0]['images']} test images, pixels in [0, 1], after inversion "
-        f"and sampling with S steps each; refined: {REFINEMENTS} fixed-point iterations a step. The paper's numbers "
-        "are for CIFAR-10 (table 2 there):\n\n"
+        f"and sampling with S steps each; refined: {evaluation.grid.refinements} fixed-point iterations a step. The "
+        "paper's numbers are for CIFAR-10 (table 2 there):\n\n"
         + markdown(
             ["S", "plain", "refined", "paper, CIFAR-10"],
-            [[str(r["steps"]), f"{r['plain']:.2g}", f"{r['refined']:.2g}", f"{r['paper_cifar10']:.2g}"] for r in rows],
+            [
+                [str(r["steps"]), f"{r['plain']:.2g}", f"{r['refined']:.2g}", f"{r['paper_cifar10'] or '–'}"]
+                for r in rows
+            ],
         )
         + "\n\n![Reconstruction error by steps](inversion.png)"
     )
@@ -189,6 +191,7 @@ def _plot(path: Path, lines: Mapping[str, Sequence[tuple[Any, Any]]], *, x: str,
         ) from error
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for name, points in lines.items():
@@ -198,7 +201,11 @@ def _plot(path: Path, lines: Mapping[str, Sequence[tuple[Any, Any]]], *, x: str,
         axes.set(xscale="log", yscale="log")
         ticks = sorted({float(point[0]) for points in lines.values() for point in points})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
+        # Within a decade or so a logarithmic axis has one labelled tick or none; 1, 2 and 5 of each decade are enough.
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)

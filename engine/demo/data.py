@@ -51,7 +51,7 @@ def _read_idx(path: Path, *, dimensions: int) -> NDArray[np.uint8]:
         raise MissingDependencyError(
             got=f"no file {path}",
             expected="the Fashion-MNIST IDX files",
-            remedy="install them with `apt-get install dataset-fashion-mnist`, or name their folder with --data",
+            remedy="run `make data` and name the folder with --data, or `apt-get install dataset-fashion-mnist`",
         )
     expected = f"IDX: the header 000008{dimensions:02x} (unsigned bytes, rank {dimensions}), sizes, and as many pixels"
     remedy = "install the package dataset-fashion-mnist again"
