@@ -51,6 +51,7 @@ types: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest bench/suite --benchmark-only --benchmark-json=bench/results/sampling-cpu.json
 	$(BIN)/python -m skipstep.bench.class_agreement --out bench/results/class-agreement.json
+	$(BIN)/python -m skipstep.bench.partition_report --out bench/results/partition.json
 	$(BIN)/python -m skipstep.bench.step_codegen --out bench/results/step-codegen.json
 	$(MAKE) readme-tables
 

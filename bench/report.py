@@ -66,6 +66,22 @@ def agreement_table(results: Path) -> str:
     )
 
 
+def partition_table(results: Path) -> str:
+    """Nodes of each network by the time at which they are evaluated."""
+    rows = []
+    for network in _read(results / "partition.json")["networks"]:
+        nodes, size = network["nodes"], network["megabytes"]
+        rows.append(
+            [
+                network["model"],
+                *(f"{nodes[part]} ({size[part]:.1f} MB)" for part in ("plan", "call", "step")),
+                f"{network['tables']} + {network['conditions']}",
+            ]
+        )
+    header = ["network", "nodes once per plan", "once per call", "at every step", "tables by plan + by call"]
+    return markdown(header, rows)
+
+
 def kernel_table(results: Path) -> str:
     """What the step kernel compiles to, over all its variants and dtypes, one line an architecture."""
     kernels = _read(results / "step-codegen.json")["kernels"]
@@ -82,6 +98,7 @@ TABLES: Mapping[str, Callable[[Path], str]] = {
     "sampling": sampling_table,
     "agreement": agreement_table,
     "kernel": kernel_table,
+    "partition": partition_table,
 }
 
 
