@@ -128,6 +128,9 @@ def _session(
     if batch_size is not None:
         options.add_free_dimension_override_by_name("batch", batch_size)
     options.intra_op_num_threads = num_threads or 0
+    if batch_size is None:
+        # It runs once before a loop. Threads that go on waiting for more would take the cores from the loop's.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
