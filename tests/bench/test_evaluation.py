@@ -94,14 +94,19 @@ def test_a_second_run_measures_nothing_again(page, evaluation, tmp_path, monkeyp
     assert before["spread"][0]["eta"] == 0.0
 
 
-def test_a_larger_run_builds_on_a_smaller_one(evaluation, tmp_path, data):
+def test_a_larger_run_builds_on_a_smaller_one(tmp_path, data, monkeypatch):
     first = Evaluation(SHIPPED_MODEL, tmp_path, num_samples=32, data=data, grid=SMALL, backend="torch")
     plan = first.plan(steps=2)
     judged = first._judge(plan)
     second = Evaluation(SHIPPED_MODEL, tmp_path, num_samples=34, data=data, grid=SMALL, backend="torch")
     drawn: list[int] = []
     sample = second.engine.sample
-    second.engine.sample = lambda **arguments: drawn.extend(arguments["seeds"]) or sample(**arguments)  # type: ignore
+
+    def counted(**arguments):
+        drawn.extend(arguments["seeds"])
+        return sample(**arguments)
+
+    monkeypatch.setattr(second.engine, "sample", counted)
     larger = second._judge(plan)
     assert drawn == [32, 33]
     np.testing.assert_array_equal(larger.features[:32], judged.features)
