@@ -16,7 +16,7 @@ from skipstep.kernels.layout import Stream
 from skipstep.loop import Array, seeded_noise
 from skipstep.plan import Plan
 from skipstep.request import SampleRequest, resolve_latents, resolve_request, resolve_seeds
-from skipstep.sampler import OutputType, Sampler
+from skipstep.sampler import OutputType, Sampler, check_finite
 from skipstep.stages import Stages
 
 Labels = int | Sequence[int] | None
@@ -46,7 +46,8 @@ class ImageEditing(Sampler):
         tolerance     root mean square residual at which a sample needs no more of them.
 
         With guidance much above 1 no fixed point need exist; look at the residuals.
-        Raises InputError, PlanError (a plan with eta > 0 has no inverse) and PlanNotFoundError.
+        Raises InputError (also for a plan that adds noise: it has no inverse), PlanNotFoundError, and NonFiniteError
+        where the network returned NaN.
         """
         sampling = self.select_plan(steps=steps, plan=plan)
         if sampling.adds_noise:
@@ -237,6 +238,7 @@ class ImageEditing(Sampler):
             wanted = here.stop - start
             latents[here], residuals[:, here] = found.latents[:wanted], found.residuals[:, :wanted]
             start += size
+        check_finite(latents)
         return Inversion(latents, residuals)
 
     def _latents_of(self, source: int | Array) -> Array:

@@ -171,7 +171,7 @@ class Sampler:
             )
             result[start : start + wanted] = drawn[:wanted]
             start += size
-        _check_finite(result)
+        check_finite(result)
         return result
 
     def loop_for(self, batch_size: int, request: SampleRequest) -> Loop:
@@ -261,7 +261,8 @@ def _first_fractional(plan: Plan) -> float:
     return float(plan.evaluation_timesteps[plan.evaluation_timesteps % 1.0 != 0.0][0])
 
 
-def _check_finite(result: NDArray[np.float32]) -> None:
+def check_finite(result: NDArray[np.float32]) -> None:
+    """Raise NonFiniteError naming the samples of `[B, C, H, W]` that hold NaN or infinity."""
     # The step keeps NaN, so one look at the end sees every NaN that the network returned on the way.
     broken = np.flatnonzero(~np.isfinite(result).all(axis=(1, 2, 3)))
     if broken.size:

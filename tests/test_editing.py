@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from networks import Curve, GaussianEps, Labelled
 from tolerances import FLOAT32_LOOP
 
 from skipstep import Engine, NoiseSchedule, Plan
-from skipstep.errors import InputError, PlanError, PlanNotFoundError
+from skipstep.errors import InputError, NonFiniteError, PlanError, PlanNotFoundError
 from skipstep.interpolation import slerp
 from skipstep.kernels.layout import Stream
 from skipstep.noise import standard_normal
@@ -256,3 +257,18 @@ def test_a_plan_that_is_not_held_is_not_inverted():
     with pytest.raises(PlanNotFoundError):
         engine.invert(IMAGES, steps=7)
     assert engine.edit(IMAGES, steps=5, strength=0.4, seeds=1).shape == IMAGES.shape
+
+
+class Broken(GaussianEps):
+    """NaN for the second sample of a batch, from timestep 500 up."""
+
+    def forward(self, x, t):
+        bad = (torch.arange(len(x)) == 1) & (t >= 500)
+        return super().forward(x, t).where(~bad.view(-1, 1, 1, 1), torch.nan)
+
+
+@pytest.mark.parametrize("refinements", [0, 2])
+def test_nan_from_the_network_is_an_error_and_no_latents(refinements):
+    engine = build(Broken(SCHEDULE.alpha_bar), sample_shape=(1, 3, 5), batch_sizes=[4])
+    with pytest.raises(NonFiniteError, match=r"samples \[1\] of 3"):
+        engine.invert(pictures(engine), plan=unclipped(5), refinements=refinements)
