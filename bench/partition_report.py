@@ -11,25 +11,19 @@ import torch
 from skipstep.backends.torch import prepare_module
 from skipstep.bench.models import MODELS
 from skipstep.bench.record import write_json
+from skipstep.export.graph_cost import costs_as_json, partition_costs
 from skipstep.export.onnx_model import export_onnx
-from skipstep.export.partition import Binding, partition
+from skipstep.export.partition import partition
 from skipstep.network import NetworkSpec
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Nodes and megabytes by binding time, and the values that cross into the loop."""
+    """Nodes, operations and bytes by binding time (skipstep.export.graph_cost)."""
     model = MODELS[name]()
     spec = NetworkSpec.of_module(model.unet, null_label=10 if model.conditional else None)
     prepared, spec = prepare_module(model.unet, spec, device=torch.device("cpu"), dtype=torch.float32)
     parts = partition(export_onnx(prepared, spec))
-    graphs = {"plan": parts.graphs.plan, "call": parts.graphs.call, "step": parts.graphs.step}
-    return {
-        "model": name,
-        "nodes": {binding.name.lower(): parts.num_nodes[binding] for binding in Binding if binding in parts.num_nodes},
-        "megabytes": {part: round(len(graph or b"") / 1e6, 2) for part, graph in graphs.items()},
-        "tables": len(parts.tables),
-        "conditions": len(parts.conditions),
-    }
+    return {"model": name, "parts": costs_as_json(partition_costs(parts))}
 
 
 def main() -> None:

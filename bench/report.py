@@ -67,18 +67,17 @@ def agreement_table(results: Path) -> str:
 
 
 def partition_table(results: Path) -> str:
-    """Nodes of each network by the time at which they are evaluated."""
+    """What each network evaluates at which time: nodes, operations for one sample, and weights."""
     rows = []
     for network in _read(results / "partition.json")["networks"]:
-        nodes, size = network["nodes"], network["megabytes"]
-        rows.append(
-            [
-                network["model"],
-                *(f"{nodes[part]} ({size[part]:.1f} MB)" for part in ("plan", "call", "step")),
-                f"{network['tables']} + {network['conditions']}",
-            ]
-        )
-    header = ["network", "nodes once per plan", "once per call", "at every step", "tables by plan + by call"]
+        parts = network["parts"]
+        cells = [
+            f"{part['nodes']} ({part['flops'] / 1e6:,.1f} MFLOP, {part['weight_bytes'] / 1e6:.1f} MB)" if part else "–"
+            for part in (parts.get(name) for name in ("plan", "prompt", "call", "step"))
+        ]
+        crossing = [str(part["crossing"]) for name in ("plan", "prompt", "call") if (part := parts.get(name))]
+        rows.append([network["model"], *cells, " + ".join(crossing)])
+    header = ["network", "nodes once per plan", "per prompt", "per call, all stages", "at every step", "values that cross"]
     return markdown(header, rows)
 
 

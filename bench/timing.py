@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipstep.backends import Denoiser
+from skipstep.conditioning import Conditioning
 
 
 def take_turns(contenders: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
@@ -42,8 +43,8 @@ class TimedDenoiser:
         self.output: Any = denoiser.output
         self.seconds = 0.0
 
-    def prepare(self, timesteps: NDArray[np.float64], class_labels: NDArray[np.int64] | None) -> None:
-        self._denoiser.prepare(timesteps, class_labels)
+    def prepare(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> None:
+        self._denoiser.prepare(timesteps, conditioning)
 
     def enqueue(self, stage: int) -> None:
         started = time.perf_counter()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from skipstep.backends import BackendName, Denoiser, resolve_backend
 from skipstep.checkpoint import load_unet, read_checkpoint
+from skipstep.conditioning import LABELS, PROMPTS, Conditioning
 from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError
 from skipstep.loop import HostLoop, Loop
 from skipstep.network import NetworkSpec, takes_fractional_timesteps
@@ -18,6 +19,9 @@ from skipstep.network import NetworkSpec, takes_fractional_timesteps
 # How far an exported graph may be from the module it came from, relative to the largest output: float32 rounding in
 # another order over a few hundred layers stays below 1e-5, a wrong operator is orders of magnitude off.
 EXPORT_TOLERANCE = 1e-4
+
+LoopName = Literal["stepwise", "onnx"]
+LOOPS: tuple[str, ...] = get_args(LoopName)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,9 @@ def build_network(
     sample_shape: tuple[int, int, int] | None,
     num_classes: int | None,
     null_label: int | None,
+    prompt_shape: tuple[int, int] | None,
     fractional_timesteps: bool | None,
+    loop: str,
 ) -> BuiltNetwork:
     """See Engine.build, whose arguments these are."""
     try:
@@ -54,6 +60,7 @@ def build_network(
 
     resolved_device = _resolve_device(device)
     chosen = resolve_backend(backend, device=resolved_device.type)
+    kind = resolve_loop(loop, chosen)
     plan_defaults: dict[str, Any] = {}
     if isinstance(model, str | os.PathLike):
         checkpoint = read_checkpoint(model)
@@ -66,6 +73,7 @@ def build_network(
             fractional_timesteps=takes_fractional_timesteps(checkpoint.unet_config)
             if fractional_timesteps is None
             else fractional_timesteps,
+            prompt_shape=prompt_shape or checkpoint.prompt_shape,
         )
         if checkpoint.scheduler is not None:
             plan_defaults = checkpoint.scheduler.plan_options()
@@ -76,6 +84,7 @@ def build_network(
             sample_shape=sample_shape,
             num_classes=num_classes,
             null_label=null_label,
+            prompt_shape=prompt_shape,
             fractional_timesteps=fractional_timesteps,
         )
     else:
@@ -87,28 +96,40 @@ def build_network(
 
     prepared, network = prepare_module(module, network, device=resolved_device, dtype=torch.float32)
     # Guidance evaluates the network with and without labels, as one batch of twice the size.
-    sizes = set(batch_sizes) | ({2 * b for b in batch_sizes} if network.null_label is not None else set())
+    sizes = set(batch_sizes) | ({2 * b for b in batch_sizes} if network.can_guide else set())
     loops: dict[int, Loop] = {}
+    parts = None
     if chosen == "onnxruntime":
-        from skipstep.backends.onnxruntime import LoopConstants, OnnxRuntimeDenoiser
+        from skipstep.backends.onnxruntime import LoopConstants, OnnxRuntimeDenoiser, make_session
+        from skipstep.export.onnx_loop import build_loop
         from skipstep.export.onnx_model import export_onnx
         from skipstep.export.partition import partition
+        from skipstep.graph_loop import GraphLoop, LoopSessions
 
-        graphs = partition(export_onnx(prepared, network)).graphs
-        constants = LoopConstants(graphs, network, num_threads=num_threads)
-        reference: Denoiser = TorchDenoiser(
-            prepared, network, batch_size=min(sizes), device=resolved_device, dtype=torch.float32
+        parts = partition(export_onnx(prepared, network))
+        constants = LoopConstants(parts.graphs, network, num_threads)
+
+        step = make_session(parts.graphs.step, num_threads=num_threads)
+        check_equal(
+            OnnxRuntimeDenoiser(step, constants, network, batch_size=2),
+            TorchDenoiser(prepared, network, batch_size=2, device=resolved_device, dtype=torch.float32),
+            network,
         )
-        for size in sorted(sizes):
-            denoiser: Denoiser = OnnxRuntimeDenoiser(
-                graphs, constants, network, batch_size=size, num_threads=num_threads
+        if kind == "stepwise":
+            loops = {
+                size: HostLoop(OnnxRuntimeDenoiser(step, constants, network, batch_size=size), network)
+                for size in sizes
+            }
+        else:
+            sessions = LoopSessions(
+                lambda features: make_session(build_loop(parts, network, features), num_threads=num_threads)
             )
-            if size == reference.batch_size:
-                _check_equal(denoiser, reference, network)
-            loops[size] = HostLoop(denoiser, network)
+            loops = dict.fromkeys(sizes, GraphLoop(sessions, constants, network))
     else:
         for size in sorted(sizes):
-            denoiser = TorchDenoiser(prepared, network, batch_size=size, device=resolved_device, dtype=torch.float32)
+            denoiser: Denoiser = TorchDenoiser(
+                prepared, network, batch_size=size, device=resolved_device, dtype=torch.float32
+            )
             if resolved_device.type == "cpu":
                 loops[size] = HostLoop(denoiser, network)
             else:
@@ -116,6 +137,22 @@ def build_network(
 
                 loops[size] = CudaLoop(denoiser, network, resolved_device)
     return BuiltNetwork(network, loops, chosen, str(resolved_device), plan_defaults)
+
+
+def resolve_loop(name: str, backend: BackendName) -> LoopName:
+    """Turn "auto" into a loop: the whole loop as one graph where there is one, with onnxruntime; else stepwise.
+
+    Raises InputError for an unknown name, and for a loop that the backend has not.
+    """
+    if name == "auto":
+        return "onnx" if backend == "onnxruntime" else "stepwise"
+    if name not in LOOPS or (name == "onnx" and backend != "onnxruntime"):
+        raise InputError(
+            got=f"loop={name!r} with the {backend} backend",
+            expected="'auto', 'stepwise', or 'onnx' with onnxruntime",
+            remedy="use 'auto' to let the engine choose",
+        )
+    return "onnx" if name == "onnx" else "stepwise"
 
 
 def _resolve_device(name: str) -> Any:
@@ -144,16 +181,20 @@ def _resolve_device(name: str) -> Any:
     return device
 
 
-def _check_equal(denoiser: Denoiser, reference: Denoiser, network: NetworkSpec) -> None:
+def check_equal(denoiser: Denoiser, reference: Denoiser, network: NetworkSpec) -> None:
     """Compare a graph with its module on random inputs before it is trusted. Raises ExportError."""
     rng = np.random.default_rng(0)
     sample = rng.standard_normal(reference.input.shape, dtype=np.float32)
-    # Another timestep and label for each sample: what a graph mixed between them would show.
+    # Other conditioning for each sample: what a graph mixed between them would show.
     timesteps = rng.integers(0, 1000, (3, len(sample))).astype(np.float64)
-    labels = None if network.num_classes is None else rng.integers(0, network.num_classes, len(sample))
+    rows: dict[str, Any] = {}
+    if network.prompt_shape is not None:
+        rows[PROMPTS] = rng.standard_normal((len(sample), *network.prompt_shape), dtype=np.float32)
+    if network.num_classes is not None:
+        rows[LABELS] = rng.integers(0, network.num_classes, len(sample))
     for each in (denoiser, reference):
         each.input[...] = sample
-        each.prepare(timesteps, labels)
+        each.prepare(timesteps, Conditioning(rows, np.arange(len(sample)) if rows else np.zeros(len(sample), np.int64)))
     for stage, t in enumerate(timesteps):
         denoiser.enqueue(stage)
         reference.enqueue(stage)

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 # The networks that a configuration file may name: a name from a file never reaches an import.
-NETWORK_CLASSES = ("UNet2DModel",)
+NETWORK_CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 
+# Where a folder has no tokenizer: what every CLIP text encoder is given.
+_CLIP_TOKENS = 77
 _STEM = "diffusion_pytorch_model"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -37,7 +39,8 @@ class Checkpoint:
     """What a folder says about its network. `sample_shape` is (C, H, W); `weights` are the safetensors files.
 
     `num_classes` counts the real classes. Where the network embeds one class more than `id2label` names, the last one
-    is `null_label`, which stands for "no class"; without `id2label` every embedded class is real.
+    is `null_label`, which stands for "no class"; without `id2label` every embedded class is real. `prompt_shape` is
+    (tokens, width) of a text-conditional network's prompts.
     """
 
     folder: Path
@@ -49,6 +52,7 @@ class Checkpoint:
     num_classes: int | None
     null_label: int | None
     class_names: tuple[str, ...] | None
+    prompt_shape: tuple[int, int] | None
 
     def digest(self) -> str:
         """sha256 over the network's configuration and weights, in hexadecimal."""
@@ -103,6 +107,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         num_classes=num_classes,
         null_label=null_label,
         class_names=names,
+        prompt_shape=_prompt_shape(config, root),
     )
 
 
@@ -278,6 +283,29 @@ def _sample_shape(config: Mapping[str, Any], path: Path) -> tuple[int, int, int]
             remedy="add them to config.json: the engine compiles for fixed shapes",
         )
     return channels, sides[0], sides[1]
+
+
+def _prompt_shape(config: Mapping[str, Any], root: Path) -> tuple[int, int] | None:
+    """Tokens and width of the prompts that a text-conditional network attends to; the tokenizer says how many."""
+    if config.get("_class_name") != "UNet2DConditionModel":
+        return None
+    for key in ("addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"):
+        if config.get(key) is not None:
+            raise ModelFormatError(
+                got=f"{key}={config[key]!r} in {root}",
+                expected="a network that takes a sample, a timestep, prompt embeddings and at most class labels",
+                remedy="wrap the network in a module that computes the rest, and pass it to Engine.build",
+            )
+    width = config.get("cross_attention_dim", 1280)
+    path = root / "tokenizer" / "tokenizer_config.json"
+    tokens = _read_json(path).get("model_max_length") if path.exists() else _CLIP_TOKENS
+    if not isinstance(width, int) or not isinstance(tokens, int) or width < 1 or not 1 <= tokens <= 1 << 16:
+        raise ModelFormatError(
+            got=f"cross_attention_dim={width!r} and model_max_length={tokens!r} in {root}",
+            expected="the width of a prompt's embeddings, and how many tokens a prompt has",
+            remedy="pass prompt_shape=(tokens, width) with the network itself to Engine.build",
+        )
+    return tokens, width
 
 
 def _some(names: Sequence[str]) -> str:

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from skipstep.backends import Denoiser
+from skipstep.conditioning import call_conditioning
 from skipstep.kernels.statistics import sample_statistics
 from skipstep.kernels.step import ddim_step, initial_noise
-from skipstep.loop import Array, Run, call_flags, network_labels, replicate
+from skipstep.loop import Array, Run, call_flags, replicate, run_stepwise
 from skipstep.network import NetworkSpec
 from skipstep.request import SampleRequest
 from skipstep.stages import Stages
@@ -34,6 +35,9 @@ class CudaLoop:
         self._network = network
         self._device = device
         self._lock = threading.Lock()
+
+    def run(self, stages: Stages, request: SampleRequest) -> Array:
+        return run_stepwise(self, stages, request)
 
     @contextlib.contextmanager
     def start(self, stages: Stages, request: SampleRequest, *, keep_x0: bool = False) -> Iterator[Run]:
@@ -67,7 +71,7 @@ class CudaRun:
         self._base = torch.empty_like(self._state) if any(f.write_base for f in self._flags) else None
         self._memory = torch.empty_like(self._state) if any(f.write_memory for f in self._flags) else None
         denoiser.prepare(
-            stages.network_timesteps(request.num_copies, request.num_samples), network_labels(network, request)
+            stages.network_timesteps(request.num_copies, request.num_samples), call_conditioning(network, request)
         )
         if request.x_T is not None:
             self.set_state(request.x_T)
@@ -75,10 +79,8 @@ class CudaRun:
             assert self._seeds is not None, "a request has seeds or x_T"
             initial_noise(state=self._state, network_input=denoiser.input, seeds=self._seeds)
 
-    def evaluate(self, stage: int) -> None:
+    def advance(self, stage: int) -> None:
         self._denoiser.enqueue(stage)
-
-    def step(self, stage: int) -> None:
         flags = self._flags[stage]
         rescale, bound = sample_statistics(
             self._state,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 
@@ -15,16 +15,16 @@ from skipstep.inversion import Inversion, invert
 from skipstep.kernels.layout import Stream
 from skipstep.loop import Array, seeded_noise
 from skipstep.plan import Plan
-from skipstep.request import SampleRequest, resolve_latents, resolve_request, resolve_seeds
+from skipstep.request import Conditions, SampleRequest, resolve_latents, resolve_request, resolve_seeds
 from skipstep.sampler import OutputType, Sampler, check_finite
 from skipstep.stages import Stages
 
-Labels = int | Sequence[int] | None
-Scale = float | Sequence[float] | None
-
 
 class ImageEditing(Sampler):
-    """The methods of `Engine` that start from images or from two noises. Images are `[B, C, H, W]` in [-1, 1]."""
+    """The methods of `Engine` that start from images or from two noises. Images are `[B, C, H, W]` in [-1, 1].
+
+    Each takes the conditions of `sample` as well: labels, prompts, guidance (skipstep.request.Conditions).
+    """
 
     def invert(
         self,
@@ -32,11 +32,10 @@ class ImageEditing(Sampler):
         *,
         steps: int | None = None,
         plan: Plan | None = None,
-        class_labels: Labels = None,
-        guidance_scale: Scale = None,
         evaluate_at: Literal["target", "source"] = "target",
         refinements: int = 0,
         tolerance: float = 1e-6,
+        **conditions: Unpack[Conditions],
     ) -> Inversion:
         """The noise from which the sampling plan of `steps` steps, or `plan`, draws `images` (skipstep.inversion).
 
@@ -70,9 +69,8 @@ class ImageEditing(Sampler):
             self.network,
             seeds=None,
             x_T=images,
-            class_labels=class_labels,
-            guidance_scale=guidance_scale,
             latents_name="images",
+            **conditions,
         )
         return self._invert(
             sampling.inverted(evaluate_at=evaluate_at), request, refinements=refinements, tolerance=tolerance
@@ -84,27 +82,14 @@ class ImageEditing(Sampler):
         *,
         steps: int | None = None,
         plan: Plan | None = None,
-        class_labels: Labels = None,
-        guidance_scale: Scale = None,
         refinements: int = 0,
         output_type: OutputType = "np",
+        **conditions: Unpack[Conditions],
     ) -> Any:
         """Invert and draw again: how much of an image survives the round trip. Arguments as for `invert`."""
         chosen = self.select_plan(steps=steps, plan=plan)
-        found = self.invert(
-            images,
-            plan=chosen,
-            class_labels=class_labels,
-            guidance_scale=guidance_scale,
-            refinements=refinements,
-        )
-        return self.sample(
-            plan=chosen,
-            x_T=found.latents,
-            class_labels=class_labels,
-            guidance_scale=guidance_scale,
-            output_type=output_type,
-        )
+        found = self.invert(images, plan=chosen, refinements=refinements, **conditions)
+        return self.sample(plan=chosen, x_T=found.latents, output_type=output_type, **conditions)
 
     def edit(
         self,
@@ -116,10 +101,9 @@ class ImageEditing(Sampler):
         noise_level: float | None = None,
         method: Literal["noise", "invert"] = "noise",
         seeds: int | Sequence[int] | None = None,
-        class_labels: Labels = None,
-        source_labels: Labels = None,
-        guidance_scale: Scale = None,
+        source_labels: int | Sequence[int] | None = None,
         output_type: OutputType = "np",
+        **conditions: Unpack[Conditions],
     ) -> Any:
         """Draw `images` again from a level part of the way up, with other labels or none.
 
@@ -148,10 +132,9 @@ class ImageEditing(Sampler):
             self.network,
             seeds=seeds,
             x_T=images,
-            class_labels=class_labels,
-            guidance_scale=guidance_scale,
             adds_noise=tail.adds_noise,
             latents_name="images",
+            **conditions,
         )
         assert request.x_T is not None, "it was passed"
         if method == "noise":
@@ -161,7 +144,11 @@ class ImageEditing(Sampler):
             latents = (np.sqrt(a) * request.x_T + np.sqrt(1.0 - a) * z).astype(np.float32)
         else:
             source = resolve_request(
-                self.network, seeds=None, x_T=images, class_labels=source_labels, guidance_scale=None
+                self.network,
+                seeds=None,
+                x_T=images,
+                class_labels=source_labels,
+                prompt_embeds=conditions.get("prompt_embeds"),
             )
             latents = self._invert(tail.inverted(), source).latents
         result = self.run(Stages.of([tail]), dataclasses.replace(request, x_T=latents))
@@ -175,10 +162,9 @@ class ImageEditing(Sampler):
         *,
         steps: int | None = None,
         plan: Plan | None = None,
-        class_labels: Labels = None,
-        guidance_scale: Scale = None,
         seeds: int | Sequence[int] | None = None,
         output_type: OutputType = "np",
+        **conditions: Unpack[Conditions],
     ) -> Any:
         """Draw `n` ≥ 2 samples between the initial noises a and b, both included.
 
@@ -188,15 +174,7 @@ class ImageEditing(Sampler):
         if isinstance(n, bool) or not isinstance(n, int) or n < 2:
             raise InputError(got=f"n={n!r}", expected="an integer ≥ 2: both ends are drawn", remedy="pass n=8")
         x_T = slerp(self._latents_of(a), self._latents_of(b), np.linspace(0.0, 1.0, n))
-        return self.sample(
-            steps=steps,
-            plan=plan,
-            x_T=x_T,
-            seeds=seeds,
-            class_labels=class_labels,
-            guidance_scale=guidance_scale,
-            output_type=output_type,
-        )
+        return self.sample(steps=steps, plan=plan, x_T=x_T, seeds=seeds, output_type=output_type, **conditions)
 
     def interpolate_grid(
         self,
@@ -206,25 +184,16 @@ class ImageEditing(Sampler):
         columns: int,
         steps: int | None = None,
         plan: Plan | None = None,
-        class_labels: Labels = None,
-        guidance_scale: Scale = None,
         seeds: int | Sequence[int] | None = None,
         output_type: OutputType = "np",
+        **conditions: Unpack[Conditions],
     ) -> Any:
         """Draw `rows·columns` samples, row by row, between four corners: top left, top right, bottom left and right.
 
         As `interpolate`, down both sides and then across.
         """
         x_T = slerp_grid([self._latents_of(corner) for corner in corners], rows=rows, columns=columns)
-        return self.sample(
-            steps=steps,
-            plan=plan,
-            x_T=x_T,
-            seeds=seeds,
-            class_labels=class_labels,
-            guidance_scale=guidance_scale,
-            output_type=output_type,
-        )
+        return self.sample(steps=steps, plan=plan, x_T=x_T, seeds=seeds, output_type=output_type, **conditions)
 
     def _invert(self, plan: Plan, request: SampleRequest, *, refinements: int = 0, tolerance: float = 0.0) -> Inversion:
         stages = Stages.of([plan])

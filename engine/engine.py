@@ -34,7 +34,9 @@ class Engine(ImageEditing):
         null_label: int | None = None,
         device: str = "auto",
         num_threads: int | None = None,
+        prompt_shape: tuple[int, int] | None = None,
         fractional_timesteps: bool | None = None,
+        loop: str = "auto",
         compile_on_miss: bool = False,
     ) -> Engine:
         """Compile `model` for the given plans and batch sizes.
@@ -46,13 +48,15 @@ class Engine(ImageEditing):
         backend         "torch", "onnxruntime" or "auto" (skipstep.backends.resolve_backend has the rule).
         schedule        overrides the folder's; needed for step counts where there is no scheduler configuration.
         prediction_type overrides the folder's; "epsilon" where neither says.
-        sample_shape, num_classes, null_label
+        sample_shape, num_classes, null_label, prompt_shape
                         complete what the model's configuration does not say (skipstep.network.NetworkSpec).
         device          "cpu", "cuda", "cuda:1", or "auto": the GPU where there is one.
         num_threads     of ONNX Runtime; None leaves it to use every core. torch keeps its process-wide setting.
         fractional_timesteps
                         whether the network takes timesteps between those of its training; None: a diffusers network
                         does if its time embedding is smooth, any other module does not.
+        loop            "onnx", the whole loop as one graph (onnxruntime), "stepwise", or "auto": the first where it is
+                        there. `describe()` says which.
         compile_on_miss compile a plan that is asked for and not held, instead of raising PlanNotFoundError.
 
         Raises InputError, PlanError, ModelFormatError, ExportError, MissingDependencyError, DeviceUnavailableError.
@@ -69,7 +73,9 @@ class Engine(ImageEditing):
             sample_shape=sample_shape,
             num_classes=num_classes,
             null_label=null_label,
+            prompt_shape=prompt_shape,
             fractional_timesteps=fractional_timesteps,
+            loop=loop,
         )
         defaults = dict(built.plan_defaults)
         if schedule is not None:

@@ -55,3 +55,23 @@ class ExportError(SkipstepError, RuntimeError):
 
 class NonFiniteError(SkipstepError, ArithmeticError):
     """The network returned NaN or infinity; no image is returned in its place."""
+
+
+class BundleError(SkipstepError, ValueError):
+    """A bundle that is incomplete, damaged, foreign or newer than this version; nothing of it was used."""
+
+
+class IntegrityError(BundleError):
+    """A file whose bytes are not those that the manifest promises, or a path that leads out of its folder."""
+
+
+class SignatureError(BundleError):
+    """A bundle without the signature that was asked for, or with one that does not fit; nothing of it was used."""
+
+
+class CacheError(SkipstepError, OSError):
+    """The cache folder cannot be used as it is."""
+
+
+class StorageError(SkipstepError, OSError):
+    """A file could not be written whole; what was there before is untouched."""

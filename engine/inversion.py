@@ -45,8 +45,7 @@ def invert(
     with loop.start(stages, request) as run:
         for stage in range(len(stages)):
             base = run.state()
-            run.evaluate(stage)
-            run.step(stage)
+            run.advance(stage)
             if not refinements:
                 continue
             guess = best = run.state()
@@ -55,8 +54,7 @@ def invert(
             # The step goes up from the guess; it has to go up from the base, with the noise seen at the guess.
             c_x = stages.table[stage, :, Column.C_X].reshape(-1, 1, 1, 1)
             for _ in range(refinements):
-                run.evaluate(stage)
-                run.step(stage)
+                run.advance(stage)
                 answer = run.state() + c_x * (base - guess)
                 residual = np.sqrt(np.mean((answer - guess) ** 2, axis=(1, 2, 3)))
                 # The residual is the guess's. The answer's own is known one evaluation later, if there is one: while

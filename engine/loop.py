@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipstep.backends import Denoiser
+from skipstep.conditioning import call_conditioning
 from skipstep.kernels.layout import StepFlags, Stream
 from skipstep.kernels.step_numpy import NumpyStep
 from skipstep.network import NetworkSpec
@@ -34,12 +35,8 @@ Array = NDArray[np.float32]
 class Run(Protocol):
     """A loop under way, one evaluation at a time. Arrays are float32 `[B, C, H, W]`, copies in host memory."""
 
-    def evaluate(self, stage: int) -> None:
-        """Run the network on the state."""
-        ...
-
-    def step(self, stage: int) -> None:
-        """Advance the state by what the network said."""
+    def advance(self, stage: int) -> None:
+        """Evaluate the network on the state, and take the step that follows."""
         ...
 
     def state(self) -> Array: ...
@@ -59,23 +56,34 @@ class Loop(Protocol):
 
     name: str
     can_observe: bool
-    denoiser: Denoiser
+
+    def run(self, stages: Stages, request: SampleRequest) -> Array:
+        """Walk all stages from x_T and return x_0 in memory that nothing else writes to."""
+        ...
 
     def start(self, stages: Stages, request: SampleRequest, *, keep_x0: bool = False) -> AbstractContextManager[Run]:
-        """Take the loop's buffers, from x_T on, until the context ends. Other callers wait."""
+        """The same one evaluation at a time. It may hold the loop's buffers until the context ends: others wait."""
         ...
 
 
 def run_loop(
     loop: Loop, stages: Stages, request: SampleRequest, *, observer: Observer | None = None, keep_x0: bool = False
 ) -> Array:
-    """Walk all stages and return x_0 in memory that nothing else writes to."""
+    """Walk all stages, one at a time where somebody looks on, and return x_0 in memory that nothing else writes to."""
+    if observer is None:
+        return loop.run(stages, request)
     with loop.start(stages, request, keep_x0=keep_x0) as run:
         for stage in range(len(stages)):
-            run.evaluate(stage)
-            run.step(stage)
-            if observer is not None:
-                observer(stage, run)
+            run.advance(stage)
+            observer(stage, run)
+        return run.state()
+
+
+def run_stepwise(loop: Loop, stages: Stages, request: SampleRequest) -> Array:
+    """`Loop.run` by `Loop.start`, for loops that know no shorter way."""
+    with loop.start(stages, request) as run:
+        for stage in range(len(stages)):
+            run.advance(stage)
         return run.state()
 
 
@@ -89,6 +97,9 @@ class HostLoop:
         self.denoiser = denoiser
         self._network = network
         self._lock = threading.Lock()
+
+    def run(self, stages: Stages, request: SampleRequest) -> Array:
+        return run_stepwise(self, stages, request)
 
     @contextlib.contextmanager
     def start(self, stages: Stages, request: SampleRequest, *, keep_x0: bool = False) -> Iterator[Run]:
@@ -116,14 +127,12 @@ class _HostRun:
             x0=self._x0,
         )
         denoiser.prepare(
-            stages.network_timesteps(request.num_copies, request.num_samples), network_labels(network, request)
+            stages.network_timesteps(request.num_copies, request.num_samples), call_conditioning(network, request)
         )
         replicate(self._state, denoiser.input)
 
-    def evaluate(self, stage: int) -> None:
+    def advance(self, stage: int) -> None:
         self._denoiser.enqueue(stage)
-
-    def step(self, stage: int) -> None:
         self._step(stage)
 
     def state(self) -> Array:
@@ -169,10 +178,3 @@ def replicate(state: Any, network_input: Any) -> None:
     batch_size = len(state)
     for first in range(0, len(network_input), batch_size):
         network_input[first : first + batch_size] = state
-
-
-def network_labels(network: NetworkSpec, request: SampleRequest) -> NDArray[np.int64] | None:
-    """Labels `[N]` of the network's batch: with guidance, the samples' labels and then as many null labels."""
-    if request.class_labels is None or request.guidance is None:
-        return request.class_labels
-    return np.concatenate([request.class_labels, np.full_like(request.class_labels, network.null_label)])

@@ -1,6 +1,8 @@
 """What a sampling loop must know of a network: the shape that it denoises and the labels that it takes.
 
-out = network(x_t [N, C, H, W], timestep [N], class_labels [N])
+out = network(x_t [N, C, H, W], timestep [N], encoder_hidden_states [N, L, D], class_labels [N])
+
+of which a network takes the last two or not.
 
 out has the shape of x_t, or 2C channels, of which the second half says where the variance of the step lies
 (learned_range).
@@ -25,6 +27,7 @@ class NetworkSpec:
     `null_label` is the label that stands for "no class", which classifier-free guidance needs; None: there is none.
     `fractional_timesteps`: it takes timesteps between those of its training, as float32; otherwise int64 alone.
     `learns_variance`: its output has 2C channels.
+    `prompt_shape` is (L, D), tokens by width, of the prompt embeddings that it attends to; None: it takes none.
     Raises InputError where these contradict each other.
     """
 
@@ -34,6 +37,7 @@ class NetworkSpec:
     class_names: tuple[str, ...] | None = None
     fractional_timesteps: bool = False
     learns_variance: bool = False
+    prompt_shape: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         shape = self.sample_shape
@@ -42,6 +46,13 @@ class NetworkSpec:
                 got=f"sample_shape={shape!r}",
                 expected="three positive integers (channels, height, width)",
                 remedy="pass the shape of one sample, e.g. (3, 32, 32)",
+            )
+        prompt = self.prompt_shape
+        if prompt is not None and (len(prompt) != 2 or not all(isinstance(n, int) and n > 0 for n in prompt)):
+            raise InputError(
+                got=f"prompt_shape={prompt!r}",
+                expected="two positive integers (tokens, width)",
+                remedy="pass the shape of one prompt's embeddings, e.g. (77, 768)",
             )
         if self.num_classes is None:
             if self.null_label is not None:
@@ -68,6 +79,11 @@ class NetworkSpec:
         return (2 * channels if self.learns_variance else channels), height, width
 
     @property
+    def can_guide(self) -> bool:
+        """Whether it can predict with and without the conditioning, which guidance contrasts."""
+        return self.null_label is not None or self.prompt_shape is not None
+
+    @property
     def timestep_dtype(self) -> type[np.float32] | type[np.int64]:
         return np.float32 if self.fractional_timesteps else np.int64
 
@@ -79,6 +95,7 @@ class NetworkSpec:
         sample_shape: tuple[int, int, int] | None = None,
         num_classes: int | None = None,
         null_label: int | None = None,
+        prompt_shape: tuple[int, int] | None = None,
         fractional_timesteps: bool | None = None,
     ) -> NetworkSpec:
         """Complete what the caller gave with a diffusers-style `module.config`; InputError if that falls short."""
@@ -100,7 +117,20 @@ class NetworkSpec:
                 num_classes = int(embedded) - (null_label is not None and null_label < int(embedded))
         if fractional_timesteps is None:
             fractional_timesteps = takes_fractional_timesteps(config)
-        return cls(sample_shape, num_classes, null_label, fractional_timesteps=fractional_timesteps)
+        width = getattr(config, "cross_attention_dim", None)
+        if prompt_shape is None and width is not None:
+            raise InputError(
+                got=f"a {type(module).__name__} that attends to prompts of an unknown number of tokens",
+                expected="the shape of one prompt's embeddings",
+                remedy=f"pass prompt_shape=(77, {width}), with its text encoder's token count",
+            )
+        return cls(
+            sample_shape,
+            num_classes,
+            null_label,
+            fractional_timesteps=fractional_timesteps,
+            prompt_shape=prompt_shape,
+        )
 
 
 def takes_fractional_timesteps(config: Any) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,27 @@ from skipstep.network import NetworkSpec
 MAX_SEED = 2**64 - 1
 
 
+class Conditions(TypedDict, total=False):
+    """What steers a call, as its caller passes it.
+
+    class_labels            an int, or one per sample; left out, a network with a null label draws unconditionally.
+    prompt_embeds           float `[B, L, D]`, or `[L, D]` for all samples: what the text encoder gives for the prompts.
+    negative_prompt_embeds  the same for what guidance leads away from; needed with guidance_scale.
+    guidance_scale          classifier-free guidance u + scale·(c - u); 1 is none. A number, or one per sample.
+    guidance_rescale        how much of the spread that guidance adds is taken back, 0 to 1. A number, or one each.
+    """
+
+    class_labels: int | Sequence[int] | None
+    prompt_embeds: Any
+    negative_prompt_embeds: Any
+    guidance_scale: float | Sequence[float] | None
+    guidance_rescale: float | Sequence[float] | None
+
+
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
     """B samples: `seeds` uint64 `[B]`, `x_T` float32 `[B, C, H, W]`, `class_labels` int64 `[B]`; `guidance` and
-    `rescale` float32 `[B]`.
+    `rescale` float32 `[B]`; `prompts` and `negative_prompts` float32 `[B, L, D]`, or `[1, L, D]` for all samples.
 
     What a call does not use is None; at least one of `seeds` and `x_T` is there.
     """
@@ -33,6 +50,8 @@ class SampleRequest:
     class_labels: NDArray[np.int64] | None
     guidance: NDArray[np.float32] | None
     rescale: NDArray[np.float32] | None = None
+    prompts: NDArray[np.float32] | None = None
+    negative_prompts: NDArray[np.float32] | None = None
 
     @property
     def num_copies(self) -> int:
@@ -43,7 +62,12 @@ class SampleRequest:
         """Samples start … start + batch_size - 1; past the end the last sample is repeated to fill the batch."""
         index = np.minimum(np.arange(start, start + batch_size), self.num_samples - 1)
         arrays = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "num_samples"}
-        return SampleRequest(batch_size, **{name: a if a is None else a[index] for name, a in arrays.items()})
+        shared = {
+            name for name in ("prompts", "negative_prompts") if arrays[name] is not None and len(arrays[name]) == 1
+        }
+        return SampleRequest(
+            batch_size, **{name: a if a is None or name in shared else a[index] for name, a in arrays.items()}
+        )
 
 
 def resolve_request(
@@ -51,8 +75,10 @@ def resolve_request(
     *,
     seeds: int | Sequence[int] | None,
     x_T: Any,
-    class_labels: int | Sequence[int] | None,
-    guidance_scale: float | Sequence[float] | None,
+    class_labels: int | Sequence[int] | None = None,
+    prompt_embeds: Any = None,
+    negative_prompt_embeds: Any = None,
+    guidance_scale: float | Sequence[float] | None = None,
     guidance_rescale: float | Sequence[float] | None = None,
     adds_noise: bool = False,
     num_plans: int = 1,
@@ -79,6 +105,10 @@ def resolve_request(
     lengths = {name: len(array) for name, array in given.items() if array is not None and array.ndim == 1}
     if latents is not None:
         lengths[latents_name] = len(latents)
+    prompts, negative = _resolve_prompts(prompt_embeds, negative_prompt_embeds, guidance_scale, network)
+    for name, embeds in (("prompt_embeds", prompts), ("negative_prompt_embeds", negative)):
+        if embeds is not None and len(embeds) > 1:
+            lengths[name] = len(embeds)
     if num_plans > 1:
         lengths["plans"] = num_plans
     if len(set(lengths.values())) > 1:
@@ -101,7 +131,9 @@ def resolve_request(
         guidance = None  # A scale of 1 is the conditional prediction itself: half the work, the same result.
     if guidance is None or (rescale is not None and not np.any(rescale)):
         rescale = None  # Without guidance there is nothing to take back.
-    return SampleRequest(num_samples, seed_array, latents, labels, guidance, rescale)
+    if guidance is None:
+        negative = None
+    return SampleRequest(num_samples, seed_array, latents, labels, guidance, rescale, prompts, negative)
 
 
 def resolve_seeds(seeds: int | Sequence[int]) -> NDArray[np.uint64]:
@@ -142,7 +174,7 @@ def _resolve_guidance(scale: float | Sequence[float] | None, network: NetworkSpe
             expected="a finite number, or one per sample",
             remedy="pass 1.0 for no guidance, and 1.5 to 4 for more",
         )
-    if network.null_label is None and np.any(array != 1.0):
+    if not network.can_guide and np.any(array != 1.0):
         raise InputError(
             got=f"guidance_scale={scale!r} for a network without a null label",
             expected="a network trained with label dropout: guidance contrasts labelled with unlabelled predictions",
@@ -175,6 +207,51 @@ def _resolve_rescale(
     return array
 
 
+def _resolve_prompts(
+    prompts: Any, negative: Any, guidance_scale: float | Sequence[float] | None, network: NetworkSpec
+) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
+    if network.prompt_shape is None:
+        for name, embeds in (("prompt_embeds", prompts), ("negative_prompt_embeds", negative)):
+            if embeds is not None:
+                raise InputError(
+                    got=f"{name} for a network that attends to no prompts",
+                    expected="none",
+                    remedy=f"leave {name} out, or load a text-conditional checkpoint",
+                )
+        return None, None
+    guided = guidance_scale is not None and bool(np.any(np.asarray(guidance_scale) != 1.0))
+    missing = "prompt_embeds" if prompts is None else "negative_prompt_embeds" if guided and negative is None else None
+    if missing:
+        raise InputError(
+            got=f"no {missing}" + ("" if missing == "prompt_embeds" else " beside guidance_scale"),
+            expected="float32 [B, {}, {}], a prompt per sample or one for all".format(*network.prompt_shape),
+            remedy="pass what the text encoder gives for the prompt"
+            + ("" if missing == "prompt_embeds" else "; the empty prompt's is usual"),
+        )
+    return (
+        _embeddings("prompt_embeds", prompts, network.prompt_shape),
+        None if negative is None else _embeddings("negative_prompt_embeds", negative, network.prompt_shape),
+    )
+
+
+def _embeddings(name: str, given: Any, shape: tuple[int, int]) -> NDArray[np.float32]:
+    """Float32 `[B or 1, L, D]` from NumPy or torch, of that or of one prompt's shape."""
+    array = _host_floats(name, given)
+    if array.ndim == 2:
+        array = array[None]
+    if array.ndim != 3 or array.shape[1:] != shape or not len(array):
+        raise InputError(
+            got=f"{name} of shape {list(array.shape)}",
+            expected="[B, {}, {}], or without B".format(*shape),
+            remedy="pad prompts to the number of tokens that the engine was built for",
+        )
+    if not np.isfinite(array).all():
+        raise InputError(
+            got=f"NaN or infinity in {name}", expected="finite numbers", remedy="check where they come from"
+        )
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
 def _int_vector(
     name: str, values: int | Sequence[int], *, low: int, high: int, dtype: type[np.integer[Any]]
 ) -> NDArray[Any]:
@@ -197,20 +274,7 @@ def _int_vector(
 
 def resolve_latents(x_T: Any, network: NetworkSpec, *, name: str = "x_T") -> NDArray[np.float32]:
     """Float32 `[B, C, H, W]`, contiguous, from NumPy or torch. Raises InputError, which calls it `name`."""
-    if hasattr(x_T, "detach"):
-        if x_T.device.type not in ("cpu", "cuda"):
-            raise InputError(
-                got=f"{name} on {x_T.device}", expected="a tensor in memory", remedy=f"move it with {name}.cpu()"
-            )
-        # NumPy has no bfloat16.
-        x_T = (x_T.float() if x_T.dtype.is_floating_point else x_T).detach().cpu().numpy()
-    if not isinstance(x_T, np.ndarray) or not np.issubdtype(x_T.dtype, np.floating):
-        kind = f"dtype {x_T.dtype}" if isinstance(x_T, np.ndarray) else f"type {type(x_T).__name__}"
-        raise InputError(
-            got=f"{name} of {kind}",
-            expected="floating-point numbers in a NumPy array or a torch tensor",
-            remedy="pass float32",
-        )
+    x_T = _host_floats(name, x_T)
     if x_T.ndim != 4 or x_T.shape[1:] != network.sample_shape:
         raise InputError(
             got=f"{name} of shape {list(x_T.shape)}",
@@ -225,3 +289,22 @@ def resolve_latents(x_T: Any, network: NetworkSpec, *, name: str = "x_T") -> NDA
             remedy="check where they come from",
         )
     return np.ascontiguousarray(x_T, dtype=np.float32)
+
+
+def _host_floats(name: str, given: Any) -> NDArray[np.floating[Any]]:
+    """A NumPy array of any floating dtype, from NumPy or torch."""
+    if hasattr(given, "detach"):
+        if given.device.type not in ("cpu", "cuda"):
+            raise InputError(
+                got=f"{name} on {given.device}", expected="a tensor in memory", remedy=f"move it with {name}.cpu()"
+            )
+        # NumPy has no bfloat16.
+        given = (given.float() if given.dtype.is_floating_point else given).detach().cpu().numpy()
+    if not isinstance(given, np.ndarray) or not np.issubdtype(given.dtype, np.floating):
+        kind = f"dtype {given.dtype}" if isinstance(given, np.ndarray) else f"type {type(given).__name__}"
+        raise InputError(
+            got=f"{name} of {kind}",
+            expected="floating-point numbers in a NumPy array or a torch tensor",
+            remedy="pass float32",
+        )
+    return given

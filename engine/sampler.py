@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from skipstep.images import to_pil
 from skipstep.loop import Loop, run_loop
 from skipstep.network import NetworkSpec
 from skipstep.plan import Plan
-from skipstep.request import SampleRequest, resolve_request
+from skipstep.request import Conditions, SampleRequest, resolve_request
 from skipstep.stages import Stages
 from skipstep.trajectory import Callback, Progress, Trajectory, Watch
 
@@ -87,13 +87,11 @@ class Sampler:
         plan: Plan | Sequence[Plan] | None = None,
         seeds: int | Sequence[int] | None = None,
         x_T: Any = None,
-        class_labels: int | Sequence[int] | None = None,
-        guidance_scale: float | Sequence[float] | None = None,
-        guidance_rescale: float | Sequence[float] | None = None,
         output_type: OutputType = "np",
         trajectory: bool | int = False,
         callback: Callback | None = None,
         progress: Progress | None = None,
+        **conditions: Unpack[Conditions],
     ) -> Any:
         """Draw samples with the plan of `steps` steps, or with `plan`.
 
@@ -102,9 +100,8 @@ class Sampler:
         seeds           an int for every sample, or one each, in [0, 2**64): a sample depends on its seed, not on its
                         place in the batch. They also key the noise that a plan adds.
         x_T             `[B, C, H, W]` NumPy or torch, the initial noise instead of that of the seeds.
-        class_labels    an int or one each; left out, a network with a null label draws unconditionally.
-        guidance_scale  classifier-free guidance u + scale·(c - u); 1 is none. A number or one each.
-        guidance_rescale  how much of the spread that guidance adds is taken back, 0 to 1. A number or one each.
+        conditions      class_labels, prompt_embeds, negative_prompt_embeds, guidance_scale and guidance_rescale
+                        (skipstep.request.Conditions).
         output_type     "np": float32 `[B, C, H, W]` in the network's range ([-1, 1] for pixels); "pt": the same as a
                         torch tensor; "pil": a list of 8-bit pictures.
         trajectory      True, or a stride of steps: returns (samples, Trajectory) instead of the samples.
@@ -121,11 +118,9 @@ class Sampler:
             self.network,
             seeds=seeds,
             x_T=x_T,
-            class_labels=class_labels,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
             adds_noise=stages.adds_noise,
             num_plans=len(plans),
+            **conditions,
         )
         kept = None
         if trajectory is not False:
@@ -211,7 +206,7 @@ class Sampler:
         """What the engine holds and how it runs, one fact a line."""
         shape = "×".join(map(str, self.network.sample_shape))
         classes = "unconditional" if self.network.num_classes is None else f"{self.network.num_classes} classes"
-        guidance = ", with guidance" if self.network.null_label is not None else ""
+        guidance = ", with guidance" if self.network.can_guide else ""
         loop = next(iter(self.loops.values())).name
         return "\n".join(
             [

@@ -1,5 +1,9 @@
 """The step kernel compiled ahead of time, for any NVIDIA architecture, on a machine without a GPU.
 
+`compile_step_kernels` makes what skipstep.cubin_launcher runs on a machine without Triton: cubins, each with the facts
+that a launch needs. What the compiler says is taken from the compiler: the arguments are those of the PTX, checked
+against the kernel's own, and shared memory and registers those of the machine code.
+
 `inspect_step` says what the compiler made of a variant: registers, spills, local memory, and the width and number of
 accesses to global memory. Tests assert on these, and skipstep.bench.step_codegen records them.
 """
@@ -9,14 +13,16 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from skipstep.errors import MissingDependencyError
+from skipstep.errors import ExportError, InputError, MissingDependencyError
 from skipstep.kernels.launch import DEFAULT_LAUNCH, step_constants
 from skipstep.kernels.layout import StepFlags
+from skipstep.step_binary import HIDDEN_ARGUMENTS, POINTER_ALIGNMENT, KernelArgument, StepBinaryFacts, argument_types
 
 try:
     import triton
@@ -31,8 +37,8 @@ except ImportError as error:
         remedy="pip install 'skipstep[torch]'",
     ) from error
 
-# 100, 103 and 12x: Blackwell; 110: Thor; 87: Orin. There is no 101.
-ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 110, 120)
+# 87: Orin; 110: Thor; 100, 103, 120 and 121: Blackwell, where no cubin of one runs on another. There is no 101.
+ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 
 # From what plain DDIM costs to what everything of DDIM at once costs, and the solvers that remember.
 VARIANTS: Mapping[str, StepFlags] = {
@@ -46,7 +52,26 @@ VARIANTS: Mapping[str, StepFlags] = {
 DTYPES = ("fp16", "fp32")
 
 # The compiler may only use wide accesses where it knows that addresses are multiples of 16 bytes.
-_ALIGNED = [["tt.divisibility", 16]]
+_ALIGNED = [["tt.divisibility", POINTER_ALIGNMENT]]
+
+# Triton's names for what skipstep.step_binary calls by NumPy's.
+_TRITON_TYPES: Final[Mapping[str, str]] = {
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "int64": "i64",
+    "int32": "i32",
+}
+_NETWORK_DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class StepBinary:
+    """One compiled step kernel: machine code, what a launch must know of it, and the assembly that it was made from."""
+
+    facts: StepBinaryFacts
+    cubin: bytes
+    ptx: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,40 +94,165 @@ class KernelFacts:
     global_accesses: Mapping[str, int]
 
 
+def parse_architecture(name: str) -> int:
+    """87 for "sm_87". Raises InputError, which lists the architectures there are."""
+    names = {f"sm_{architecture}": architecture for architecture in ARCHITECTURES}
+    if name not in names:
+        raise InputError(
+            got=f"architecture {name!r}",
+            expected="one of " + ", ".join(names),
+            remedy="pass the compute capability of the target device, sm_87 for 8.7",
+        )
+    return names[name]
+
+
+def needed_variants(
+    stage_flags: Iterable[StepFlags], *, guided: bool, wide_output: bool, rescale: bool = False
+) -> tuple[StepFlags, ...]:
+    """What the steps of plans compile to, each once, in order of first use.
+
+    `stage_flags` are the plans' (for a batch of unequal plans, those of its Stages). `guided`: calls may ask for
+    guidance, so both forms are needed; `rescale`: they may ask for guidance rescale with it. `wide_output`: the network
+    has 2C output channels.
+    """
+    calls = [(False, False)]
+    if guided:
+        calls += [(True, False)] + [(True, True)] * rescale
+    variants = {
+        replace(flags, guided=with_guidance, rescale=with_rescale, wide_output=wide_output): None
+        for flags in stage_flags
+        for with_guidance, with_rescale in calls
+    }
+    return tuple(variants)
+
+
+def compile_step_kernels(
+    architectures: Iterable[int],
+    variants: Iterable[StepFlags],
+    dtypes: Iterable[str],
+    *,
+    num_elements: int,
+    per_sample: Iterable[bool] = (False,),
+    store_x0: Iterable[bool] = (False,),
+) -> tuple[StepBinary, ...]:
+    """Compile every combination; nothing is launched and no GPU is needed.
+
+    `dtypes` are the network's: "float16", "bfloat16", "float32". `num_elements` is C·H·W of a sample: where 16 divides
+    it the kernel may move 16 bytes at a time, otherwise it takes any number. `per_sample`: for tables with a row per
+    sample; `store_x0`: with the predicted image as an output. Raises InputError and ExportError.
+    """
+    architectures, dtypes = tuple(architectures), tuple(dtypes)
+    for architecture in architectures:
+        parse_architecture(f"sm_{architecture}")
+    for dtype in dtypes:
+        if dtype not in _NETWORK_DTYPES:
+            raise InputError(
+                got=f"dtype {dtype!r}",
+                expected="one of " + ", ".join(_NETWORK_DTYPES),
+                remedy="pass the dtype of the network's input and output",
+            )
+    combinations = product(architectures, tuple(variants), dtypes, tuple(per_sample), tuple(store_x0))
+    return tuple(
+        _compile_binary(architecture, flags, dtype, per_sample=rows, store_x0=x0, num_elements=num_elements)
+        for architecture, flags, dtype, rows, x0 in combinations
+    )
+
+
+def _compile_binary(
+    architecture: int, flags: StepFlags, dtype: str, *, per_sample: bool, store_x0: bool, num_elements: int
+) -> StepBinary:
+    multiple = POINTER_ALIGNMENT if num_elements % POINTER_ALIGNMENT == 0 else 1
+    constants = step_constants(flags, per_sample=per_sample, store_x0=store_x0)
+    pointers = _step_pointers(_TRITON_TYPES[dtype])
+    compiled = _compile(ddim_step_kernel, architecture, pointers, constants, wide=multiple > 1)
+    ptx, cubin, metadata = compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata
+    if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
+        raise ExportError(
+            got=f"a kernel with scratch memory or clusters, for sm_{architecture}",
+            expected="one that needs neither, as the launcher gives it neither",
+            remedy="compile without profiling or instrumentation",
+        )
+    usage = _resource_usage(cubin)
+    facts = StepBinaryFacts(
+        architecture=architecture,
+        target=_search(r"^\.target\s+(\w+)", ptx),
+        kernel=metadata.name,
+        flags=flags,
+        per_sample=per_sample,
+        store_x0=store_x0,
+        network_dtype=dtype,
+        block_size=DEFAULT_LAUNCH.block_size,
+        num_warps=metadata.num_warps,
+        static_shared_bytes=usage["SHARED"],
+        dynamic_shared_bytes=metadata.shared,
+        registers=usage["REG"],
+        pointer_alignment=POINTER_ALIGNMENT,
+        num_elements_multiple=multiple,
+        arguments=_arguments(ptx, argument_types(dtype)),
+        compiler=f"triton {triton.__version__}",
+        toolkit=_toolkit(cubin),
+    )
+    return StepBinary(facts, cubin, ptx)
+
+
+def _arguments(ptx: str, types: Mapping[str, str]) -> tuple[KernelArgument, ...]:
+    """The kernel's arguments, then those that Triton appends: how many depends on its version, so the PTX decides."""
+    arguments = [KernelArgument(name, kind) for name, kind in types.items()]
+    declared = re.findall(r"\.param\s+\.[a-z](\d+)", _search(r"\.entry[^(]*\(([^)]*)\)", ptx))
+    hidden = HIDDEN_ARGUMENTS[: len(declared) - len(arguments)]
+    arguments += [KernelArgument(name, "*int8") for name in hidden]
+    sizes = [int(bits) // 8 for bits in declared]
+    if sizes != [argument.num_bytes for argument in arguments]:
+        raise ExportError(
+            got=f"parameters of {sizes} bytes in the kernel that triton {triton.__version__} made",
+            expected=f"those of {', '.join(argument.name for argument in arguments)}",
+            remedy="install a version of triton that skipstep knows",
+        )
+    return tuple(arguments)
+
+
+def _step_pointers(dtype: str) -> dict[str, str]:
+    """The step kernel's pointers in Triton's types; the network in `dtype`, one of Triton's too."""
+    types = argument_types("float32")
+    pointers = {name: f"*{_TRITON_TYPES[kind[1:]]}" for name, kind in types.items() if kind.startswith("*")}
+    return pointers | {"output_ptr": f"*{dtype}", "network_input_ptr": f"*{dtype}"}
+
+
 def compile_step(arch: int, flags: StepFlags, dtype: str) -> tuple[str, bytes]:
     """PTX and cubin of `ddim_step_kernel` for sm_`arch`, the network in `dtype` ("fp16", "bf16" or "fp32")."""
-    pointers = {
-        "state_ptr": "*fp32",
-        "next_ptr": "*fp32",
-        "output_ptr": f"*{dtype}",
-        "network_input_ptr": f"*{dtype}",
-        "x0_ptr": "*fp32",
-        "base_ptr": "*fp32",
-        "memory_ptr": "*fp32",
-        "table_ptr": "*fp32",
-        "seeds_ptr": "*i64",
-        "guidance_ptr": "*fp32",
-        "rescale_ptr": "*fp32",
-        "bound_ptr": "*fp32",
-    }
-    return compile_kernel(ddim_step_kernel, arch, pointers, step_constants(flags, per_sample=False, store_x0=False))
+    constants = step_constants(flags, per_sample=False, store_x0=False)
+    return compile_kernel(ddim_step_kernel, arch, _step_pointers(dtype), constants)
 
 
 def compile_kernel(
     kernel: Any, arch: int, pointers: Mapping[str, str], constants: Mapping[str, bool]
 ) -> tuple[str, bytes]:
     """PTX and cubin of a kernel over (pointers, num_elements, stage, constants, BLOCK), launched as the step is."""
+    compiled = _compile(kernel, arch, pointers, constants, wide=True)
+    return compiled.asm["ptx"], compiled.asm["cubin"]
+
+
+def _compile(kernel: Any, arch: int, pointers: Mapping[str, str], constants: Mapping[str, bool], *, wide: bool) -> Any:
+    """What Triton makes of it. `wide`: num_elements is a multiple of 16, so every sample begins at one."""
+    if not isinstance(kernel, triton.JITFunction):
+        raise ExportError(
+            got="kernels that were loaded for Triton's interpreter",
+            expected="kernels that can be compiled",
+            remedy="unset TRITON_INTERPRET and start again",
+        )
     values: dict[str, int] = {**constants, "BLOCK": DEFAULT_LAUNCH.block_size}
     signature = {**pointers, "num_elements": "i32", "stage": "i32", **dict.fromkeys(values, "constexpr")}
     names = list(signature)
-    aligned = {(names.index(name),): _ALIGNED for name in (*pointers, "num_elements")}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": DEFAULT_LAUNCH.num_warps, "enable_fp_fusion": False},
-    )
-    return compiled.asm["ptx"], compiled.asm["cubin"]
+    assert names == kernel.arg_names, "a kernel's arguments are told by position"
+    aligned = {(names.index(name),): _ALIGNED for name in (*pointers, *["num_elements"] * wide)}
+    with triton.knobs.compilation.scope():
+        # They would triple the size, and tell the folders of the machine that compiled.
+        triton.knobs.compilation.disable_line_info = True
+        return triton.compile(
+            ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned),
+            target=GPUTarget("cuda", arch, 32),
+            options={"num_warps": DEFAULT_LAUNCH.num_warps, "enable_fp_fusion": False},
+        )
 
 
 def inspect_step(arch: int, variant: str, dtype: str) -> KernelFacts:
@@ -111,8 +261,7 @@ def inspect_step(arch: int, variant: str, dtype: str) -> KernelFacts:
 
 
 def inspect_kernel(ptx: str, cubin: bytes, *, arch: int, variant: str, dtype: str) -> KernelFacts:
-    usage, sass = _dump(cubin, "-res-usage"), _dump(cubin, "-sass")
-    resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    resources, sass = _resource_usage(cubin), _dump(cubin, "-sass")
     accesses: dict[str, int] = {}
     for form in re.findall(r"(?:ld|st)\.global(?:\.\w+)*", ptx):
         operation, *_, width = form.split(".")
@@ -132,6 +281,28 @@ def inspect_kernel(ptx: str, cubin: bytes, *, arch: int, variant: str, dtype: st
         shared_accesses=len(re.findall(r"\b(?:ld|st)\.shared|ldmatrix|stmatrix", ptx)),
         global_accesses=accesses,
     )
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    usage = _dump(cubin, "-res-usage")
+    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+
+
+def _toolkit(cubin: bytes) -> str:
+    """Release of the assembler, "12.9": older cubins say 129 instead."""
+    release = _search(r"toolkit\s*=\s*([\d.]+)", _dump(cubin, "-elf"))
+    return release if "." in release else f"{release[:-1]}.{release[-1]}"
+
+
+def _search(pattern: str, text: str) -> str:
+    found = re.search(pattern, text, re.MULTILINE)
+    if found is None:
+        raise ExportError(
+            got=f"compiler output without {pattern}",
+            expected="PTX and cubins of the form that skipstep knows",
+            remedy="install a version of triton that skipstep knows",
+        )
+    return found[1]
 
 
 def _dump(cubin: bytes, option: str) -> str:

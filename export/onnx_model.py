@@ -1,4 +1,4 @@
-"""A network as an ONNX graph: sample, timestep (and class_labels) in, out_sample out."""
+"""A network as an ONNX graph: sample, timestep and conditioning in, out_sample out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from skipstep.backends.torch import DenoisingModule
+from skipstep.backends.torch import DenoisingModule, zero_conditioning
 from skipstep.errors import ExportError, MissingDependencyError
 from skipstep.network import NetworkSpec
 
@@ -22,7 +22,8 @@ def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int |
 
     `batch_size` fixes every shape; None leaves one symbolic dimension named "batch", which a runtime fixes when it
     loads the graph. Inputs: sample float32 `[N, C, H, W]`, timestep int64 `[N]` (float32 if the network takes
-    fractional ones), class_labels int64 `[N]` if it has classes. Output: out_sample float32 `[N, C or 2C, H, W]`.
+    fractional ones), encoder_hidden_states float32 `[N, L, D]` and class_labels int64 `[N]` if it takes them. Output:
+    out_sample float32 `[N, C or 2C, H, W]`.
     Raises MissingDependencyError without onnx and onnxscript, and ExportError naming what could not be captured.
     """
     # The exporter specialises a dimension of size 1, so a symbolic one is traced at 2.
@@ -31,14 +32,15 @@ def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int |
         torch.zeros(traced, *spec.sample_shape),
         torch.zeros(traced, dtype=torch.float32 if spec.fractional_timesteps else torch.int64),
     ]
-    names = ["sample", "timestep"]
-    if spec.num_classes is not None:
-        arguments.append(torch.zeros(traced, dtype=torch.int64))
-        names.append("class_labels")
+    conditioning = zero_conditioning(spec, traced)
+    arguments += conditioning.values()
+    names = ["sample", "timestep", *conditioning]
     shapes = None
     if batch_size is None:
         batch = torch.export.Dim("batch", min=1)
-        shapes = tuple({0: batch} for _ in names)
+        # What the module takes as *conditioning is one entry of this tuple.
+        rest = (tuple({0: batch} for _ in conditioning),) if conditioning else ()
+        shapes = ({0: batch}, {0: batch}, *rest)
     try:
         with _quiet_exporter():
             program = torch.onnx.export(

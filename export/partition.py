@@ -1,21 +1,24 @@
 """Binding times in a network's graph, found by data flow: no names, no patterns.
 
-    plan   values that follow from the timestep alone                       evaluated once per plan, into tables
-    call   values that follow from the conditioning, alone or with it       evaluated once per call, for all stages
-    step   values that follow from the state                                evaluated at every stage
+    plan     values that follow from the timestep alone           evaluated once per plan, into tables
+    prompt   values that follow from the conditioning alone       evaluated once per call, for each prompt or label
+    call     values that follow from conditioning and timestep    evaluated once per call, for all stages in one batch
+    step     values that follow from the state                    evaluated at every stage
 
 A value depends on what its node's inputs depend on. Only the *shape* of a state is known before it: a Shape node
-depends on nothing, and is rewritten in terms of the batch dimension so that the other graphs need no state. What a
-graph needs of an earlier one crosses over as a tensor; of all that could, the last values before the state joins in
-are taken, so nothing is computed twice. The parts are run on many stages and samples at once, as rows of a batch: a
-value that has no row for each stays where it is.
+depends on nothing, and is rewritten in terms of the batch dimension so that the other graphs need no state. What the
+step needs of an earlier graph crosses over as a tensor; of all that could, the last values before the state joins in
+are taken. The parts are run on many stages and samples at once, as rows of a batch: a value that has no row for each
+stays where it is.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntFlag
+from functools import reduce
 
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
@@ -27,13 +30,14 @@ BATCH = "batch"
 _BATCH_SIZE = "batch/size"  # int64 [1]; each graph counts the samples of one of its own inputs.
 
 
-class Binding(IntEnum):
-    """When a value becomes known; the later of two wins."""
+class Binding(IntFlag):
+    """What a value follows from, and so when it becomes known: a value follows from all that its inputs follow from."""
 
     CONSTANT = 0
     PLAN = 1
-    CALL = 2
-    STEP = 3
+    PROMPT = 2
+    CALL = PLAN | PROMPT
+    STEP = 4
 
 
 # What each input of an exported network is known by. Inputs with other names are conditioning.
@@ -48,14 +52,15 @@ _IMPURE = frozenset(
 class Partition:
     """The graphs by binding time, and what moved.
 
-    `tables` are the values that the plan's graph computes, `conditions` those of the call's. `num_nodes` counts the
-    nodes of each binding time.
+    `crossing` names the values that later graphs read of each earlier one; `nodes` are those of each binding time.
     """
 
     graphs: NetworkGraphs
-    tables: tuple[str, ...]
-    conditions: tuple[str, ...]
-    num_nodes: Mapping[Binding, int]
+    crossing: Mapping[Binding, tuple[str, ...]]
+    nodes: Mapping[Binding, tuple[str, ...]]
+
+
+BINDING_TIMES = (Binding.PLAN, Binding.PROMPT, Binding.CALL, Binding.STEP)
 
 
 def partition(exported: bytes) -> Partition:
@@ -65,40 +70,40 @@ def partition(exported: bytes) -> Partition:
     shapes = _shapes(graph)
     nodes = _with_batch_shapes(graph, shapes)
     bindings = _bindings(graph, nodes, shapes)
-
-    def consumed_later(binding: Binding) -> tuple[str, ...]:
-        """Values of this binding that a later one reads, in order; the graph's own inputs are there anyway."""
-        found: dict[str, None] = {}
-        for node in nodes:
-            if bindings[node.output[0]] > binding:
-                found.update(dict.fromkeys(name for name in node.input if bindings.get(name) == binding))
-        if any(bindings[output.name] == binding for output in graph.output) and binding != Binding.STEP:
+    times = {node.output[0]: _time(bindings[node.output[0]]) for node in nodes}
+    for output in graph.output:
+        if times[output.name] != Binding.STEP:
             raise ExportError(
-                got=f"an output that does not depend on the state: {graph.output[0].name}",
+                got=f"an output that does not depend on the state: {output.name}",
                 expected="a network that predicts from its sample",
                 remedy="check the network: its forward ignores its first argument",
             )
-        return tuple(found)
-
     inputs = {each.name for each in graph.input}
-    crossing = {binding: consumed_later(binding) for binding in (Binding.PLAN, Binding.CALL)}
-    tables = tuple(name for name in crossing[Binding.PLAN] if name not in inputs)
-    conditions = tuple(name for name in crossing[Binding.CALL] if name not in inputs)
+
+    def read_by(later: Binding, earlier: Binding) -> tuple[str, ...]:
+        """Values of one time that nodes of another read, in order; the graph's own inputs are there anyway."""
+        read = (name for node in nodes if times[node.output[0]] == later for name in (*node.input, *_captured(node)))
+        return tuple(dict.fromkeys(name for name in read if bindings.get(name) == earlier and name not in inputs))
+
+    # What a call's graph needs of the conditioning alone it computes itself, on its own rows: often a look-up.
+    prompt, call = (read_by(Binding.STEP, earlier) for earlier in (Binding.PROMPT, Binding.CALL))
+    plan = tuple(dict.fromkeys((*read_by(Binding.STEP, Binding.PLAN), *read_by(Binding.CALL, Binding.PLAN))))
     sliced = _Slicer(model, nodes, shapes)
     graphs = NetworkGraphs(
-        plan=sliced.graph("plan", tables, known=()) if tables else None,
-        call=sliced.graph("call", conditions, known=tables) if conditions else None,
-        step=sliced.graph("step", [output.name for output in graph.output], known=(*tables, *conditions)),
+        plan=sliced.graph("plan", plan, known=()) if plan else None,
+        prompt=sliced.graph("prompt", prompt, known=()) if prompt else None,
+        call=sliced.graph("call", call, known=plan) if call else None,
+        step=sliced.graph("step", [output.name for output in graph.output], known=(*plan, *prompt, *call)),
     )
     return Partition(
         graphs,
-        tables=tables,
-        conditions=conditions,
-        num_nodes={
-            binding: sum(bindings[node.output[0]] == binding for node in nodes)
-            for binding in (Binding.PLAN, Binding.CALL, Binding.STEP)
-        },
+        crossing={Binding.PLAN: plan, Binding.PROMPT: prompt, Binding.CALL: call},
+        nodes={time: tuple(name for name, at in times.items() if at == time) for time in BINDING_TIMES},
     )
+
+
+def _time(binding: Binding) -> Binding:
+    return Binding.STEP if binding & Binding.STEP else binding
 
 
 def _bindings(
@@ -107,11 +112,12 @@ def _bindings(
     bindings = {tensor.name: Binding.CONSTANT for tensor in graph.initializer}
     for each in graph.input:
         if each.name not in bindings:
-            bindings[each.name] = _INPUT_BINDINGS.get(each.name, Binding.CALL)
+            bindings[each.name] = _INPUT_BINDINGS.get(each.name, Binding.PROMPT)
     for node in nodes:
         binding = _binding_of(node, bindings)
         # Stages and samples become rows of one batch, so a value may move only if it has a row for each.
-        if Binding.CONSTANT < binding < Binding.STEP and any(shapes.get(o, [])[:1] != [BATCH] for o in node.output):
+        moves = binding != Binding.CONSTANT and not binding & Binding.STEP
+        if moves and any(shapes.get(output, [])[:1] != [BATCH] for output in node.output):
             binding = Binding.STEP
         bindings.update(dict.fromkeys(node.output, binding))
     return bindings
@@ -121,7 +127,7 @@ def _binding_of(node: NodeProto, bindings: Mapping[str, Binding]) -> Binding:
     if node.op_type in _IMPURE:
         return Binding.STEP
     read = [name for name in (*node.input, *_captured(node)) if name]
-    return max((bindings.get(name, Binding.CONSTANT) for name in read), default=Binding.CONSTANT)
+    return reduce(operator.or_, (bindings.get(name, Binding.CONSTANT) for name in read), Binding.CONSTANT)
 
 
 def _captured(node: NodeProto) -> Iterable[str]:

@@ -36,7 +36,7 @@ class Thresholding:
 
 def threshold_bound_numpy(x0: NDArray[np.float32], parameters: Thresholding) -> NDArray[np.float32]:
     """The bound of each sample, float32 `[B]`, for predicted images `[B, …]`. NaN gives NaN."""
-    low, weight = _rank(x0[0].size, parameters.quantile)
+    low, weight = rank(x0[0].size, parameters.quantile)
     flat = np.abs(x0).reshape(len(x0), -1)
     broken = np.isnan(flat).any(axis=1)
     flat.partition((low, min(low + 1, flat.shape[1] - 1)), axis=1)
@@ -48,7 +48,7 @@ def threshold_bound_numpy(x0: NDArray[np.float32], parameters: Thresholding) -> 
 
 def threshold_bound(x0: Tensor, parameters: Thresholding) -> Tensor:
     """The same in torch, on the tensor's device."""
-    low, weight = _rank(x0[0].numel(), parameters.quantile)
+    low, weight = rank(x0[0].numel(), parameters.quantile)
     ordered = x0.abs().flatten(1).sort(dim=1).values
     bound = ordered[:, low] + weight * (ordered[:, min(low + 1, ordered.shape[1] - 1)] - ordered[:, low])
     # NaN sorts last, and must not become a bound.
@@ -104,7 +104,7 @@ def sample_statistics(
     return factor, bound
 
 
-def _rank(count: int, quantile: float) -> tuple[int, float]:
+def rank(count: int, quantile: float) -> tuple[int, float]:
     """Position of a quantile among `count` ordered values: the lower neighbour and the weight of the next."""
     position = quantile * (count - 1)
     return int(position), position - int(position)

@@ -55,8 +55,7 @@ def pair(network: torch.nn.Module, spec: NetworkSpec, batch_size: int):
 def walk(device_denoiser, spec, stages, request):
     run = CudaRun(device_denoiser, spec, CPU, stages, request, keep_x0=True)
     for stage in range(len(stages)):
-        run.evaluate(stage)
-        run.step(stage)
+        run.advance(stage)
     return run
 
 

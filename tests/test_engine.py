@@ -170,7 +170,8 @@ def test_plans_are_chosen_by_steps_or_by_value(engine):
     assert engine.select_plan(plan=Plan(schedule=SCHEDULE, steps=4, eta=1.0)) == NOISY
     for held in engine.plans.values():
         assert held.key in engine.describe()
-    for word in (engine.backend, "stepwise", "1, 4", "3 classes", "guidance"):
+    loop = {"torch": "stepwise", "onnxruntime": "onnx"}[engine.backend]
+    for word in (engine.backend, f"loop        {loop}", "1, 4", "3 classes", "guidance"):
         assert word in engine.describe()
 
 

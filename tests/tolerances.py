@@ -47,3 +47,7 @@ BACKENDS_AGREE = 1e-3
 # A float32 loop of ten or twenty steps on closed-form data of size 1 against the same in float64: the first step's
 # x0 = x/sqrt(a) - ... magnifies rounding by up to 1/sqrt(a) = 157, and later steps shrink it again.
 FLOAT32_LOOP = 5e-5
+
+# A float32 network of a few dozen layers, split into parts that a runtime optimises apart, relative to its largest
+# output: each layer rounds by 6e-8, and what is fused is rounded once where two roundings stood.
+FLOAT32_NETWORK = 5e-6

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from skipstep.conditioning import Conditioning
 from skipstep.errors import InputError, MissingDependencyError
 
 BackendName = Literal["torch", "onnxruntime"]
@@ -29,8 +30,8 @@ class Denoiser(Protocol):
     input: Any
     output: Any
 
-    def prepare(self, timesteps: NDArray[np.float64], class_labels: NDArray[np.int64] | None) -> None:
-        """Make the constants of a whole loop resident: `timesteps` `[E, N]`, `class_labels` `[N]`."""
+    def prepare(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> None:
+        """Make the constants of a whole loop resident: `timesteps` `[E, N]`, and the conditioning of N samples."""
         ...
 
     def enqueue(self, stage: int) -> None:

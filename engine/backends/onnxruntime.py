@@ -1,18 +1,20 @@
-"""The ONNX Runtime backend: the network as one optimised graph per batch size, on the CPU.
+"""ONNX Runtime on the CPU: sessions, what a loop's stages look up, and the network one evaluation at a time.
 
-What does not depend on the state has left that graph (skipstep.export.partition): it is evaluated before the loop, once
-per distinct timestep and once per distinct pair of timestep and label, and the loop looks it up. Inputs and outputs are
-bound once to buffers that live as long as the session, so a run copies nothing in or out.
+What does not depend on the state has left the network's graph (skipstep.export.partition). It is evaluated before the
+loop, once per distinct timestep, once per distinct conditioning and once per distinct pair of them, and the loop looks
+it up.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from skipstep.conditioning import Conditioning
 from skipstep.errors import ExportError
 from skipstep.network import NetworkSpec
 
@@ -27,109 +29,156 @@ _MAX_TABLES = 32
 class NetworkGraphs:
     """A network by binding time, each part a serialised ONNX model with the symbolic dimension "batch".
 
-    `plan` computes from timesteps, `call` from labels and what `plan` computed, `step` predicts from the sample and
-    what the two computed; values go by name. The first two are None where nothing is known so early.
+    `plan` computes from timesteps, `prompt` from the conditioning, `call` from both, with what `plan` computed; `step`
+    predicts from the sample and what the three computed. Values go by name. All but the last are None where nothing is
+    known so early.
     """
 
     plan: bytes | None
+    prompt: bytes | None
     call: bytes | None
     step: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class StageConstants:
+    """What E stages of N samples look up: values `[rows, …]` by name, and which row is whose.
+
+    `plan` and `call` are indexed by stage and sample, int64 `[E, N]`; `prompt` by the sample alone, `[N]`.
+    """
+
+    plan: Values
+    call: Values
+    prompt: Values
+    plan_index: NDArray[np.int64]
+    call_index: NDArray[np.int64]
+    prompt_index: NDArray[np.int64]
+
+    def row(self, name: str, stage: int) -> tuple[NDArray[np.generic], NDArray[np.int64]]:
+        """The values of that name, and the rows `[N]` of one stage."""
+        if name in self.plan:
+            return self.plan[name], self.plan_index[stage]
+        if name in self.call:
+            return self.call[name], self.call_index[stage]
+        return self.prompt[name], self.prompt_index
+
+
+@dataclass(slots=True)
 class LoopConstants:
-    """What a loop's stages look up: values by name, and for each stage and sample which row of them is its own."""
+    """Computes StageConstants; what follows from timesteps alone is kept, and may be given as `tables` beforehand.
 
-    def __init__(self, graphs: NetworkGraphs, spec: NetworkSpec, *, num_threads: int | None = None) -> None:
-        self._spec = spec
-        self._plan = None if graphs.plan is None else _session(graphs.plan, num_threads=num_threads)
-        self._call = None if graphs.call is None else _session(graphs.call, num_threads=num_threads)
-        self._tables: dict[bytes, Values] = {}
+    `tables` maps the bytes of sorted distinct timesteps float64 to values, as a bundle holds them.
+    """
 
-    def compute(
-        self, timesteps: NDArray[np.float64], labels: NDArray[np.int64] | None
-    ) -> tuple[Values, dict[str, NDArray[np.intp]]]:
-        """Values `[rows, …]` and row indices `[E, N]`, by name, for `timesteps` `[E, N]` and `labels` `[N]`."""
+    graphs: NetworkGraphs
+    spec: NetworkSpec
+    num_threads: int | None = None
+    tables: dict[bytes, Values] = field(default_factory=dict)
+    _sessions: dict[str, onnxruntime.InferenceSession] = field(default_factory=dict)
+
+    def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> StageConstants:
+        """For `timesteps` `[E, N]` and the conditioning of N samples."""
         distinct, index = np.unique(timesteps, return_inverse=True)
         index = index.reshape(timesteps.shape)
-        values = dict(self._tables_at(distinct))
-        indices = dict.fromkeys(values, index)
-        if labels is not None:
-            # Rows of (timestep, label) pairs as numbers, so that each pair is computed once.
-            kinds = int(labels.max()) + 1
-            pairs, pair_index = np.unique(index * kinds + labels, return_inverse=True)
+        plan = self.tables_at(distinct)
+        rows = dict(conditioning.rows)
+        prompt: Values = {**rows, **self._run("prompt", self.graphs.prompt, rows)}
+        call: Values = {}
+        pair_index = index
+        if self.graphs.call is not None:
+            # Pairs of timestep and conditioning as numbers, so that each is computed once.
+            numbers = index * conditioning.num_rows + conditioning.index
+            pairs, pair_index = np.unique(numbers, return_inverse=True)
             pair_index = pair_index.reshape(timesteps.shape)
-            given: Values = {name: table[pairs // kinds] for name, table in values.items()}
-            given["class_labels"] = pairs % kinds
-            conditions = given if self._call is None else {**_run(self._call, given), "class_labels": pairs % kinds}
-            for name in conditions.keys() - values.keys():
-                values[name], indices[name] = conditions[name], pair_index
-        return values, indices
+            of_time, of_prompt = np.divmod(pairs, conditioning.num_rows)
+            given = {name: values[of_time] for name, values in plan.items()}
+            given |= {name: values[of_prompt] for name, values in rows.items()}
+            call = self._run("call", self.graphs.call, given)
+        return StageConstants(plan, call, prompt, index, pair_index, conditioning.index)
 
-    def _tables_at(self, timesteps: NDArray[np.float64]) -> Values:
+    def tables_at(self, timesteps: NDArray[np.float64]) -> Values:
+        """Values `[len(timesteps), …]` that follow from distinct sorted timesteps, these among them."""
         key = timesteps.tobytes()
-        if key not in self._tables:
-            while len(self._tables) >= _MAX_TABLES:
-                self._tables.pop(next(iter(self._tables)))
-            given: Values = {"timestep": timesteps.astype(self._spec.timestep_dtype)}
-            self._tables[key] = given if self._plan is None else {**given, **_run(self._plan, given)}
-        return self._tables[key]
+        if key not in self.tables:
+            while len(self.tables) >= _MAX_TABLES:
+                self.tables.pop(next(iter(self.tables)))
+            given: Values = {"timestep": timesteps.astype(self.spec.timestep_dtype)}
+            self.tables[key] = {**given, **self._run("plan", self.graphs.plan, given)}
+        return self.tables[key]
+
+    def _run(self, name: str, graph: bytes | None, given: Mapping[str, NDArray[np.generic]]) -> Values:
+        if graph is None:
+            return {}
+        if name not in self._sessions:
+            self._sessions[name] = make_session(graph, num_threads=self.num_threads, before_loop=True)
+        session = self._sessions[name]
+        outputs = [each.name for each in session.get_outputs()]
+        return dict(
+            zip(outputs, session.run(outputs, {i.name: given[i.name] for i in session.get_inputs()}), strict=True)
+        )
 
 
 class OnnxRuntimeDenoiser:
-    """A session of the step graph at one batch size, which shares `constants` with those of other sizes.
+    """The step graph at one batch size. `input`: float32 `[N, C, H, W]`, `output` the same or 2C channels.
 
-    `input`: float32 `[N, C, H, W]`, `output` the same or with 2C channels. The graph's symbolic batch dimension is
-    fixed when the session is made: the optimiser then sees static shapes, and one export serves every batch size.
+    The session is one for all sizes. Inputs and outputs are bound once to buffers of this size, which never move, so a
+    run copies nothing in or out.
     """
 
     def __init__(
         self,
-        graphs: NetworkGraphs,
+        session: onnxruntime.InferenceSession,
         constants: LoopConstants,
         spec: NetworkSpec,
         *,
         batch_size: int,
-        num_threads: int | None = None,
     ) -> None:
-        self._session = _session(graphs.step, batch_size=batch_size, num_threads=num_threads)
+        self._session = session
         self._constants = constants
         self.batch_size = batch_size
         self.input = np.zeros((batch_size, *spec.sample_shape), np.float32)
         self.output = np.zeros((batch_size, *spec.output_shape), np.float32)
         self._buffers: Values = {
-            each.name: np.zeros(each.shape, _NUMPY_TYPES[each.type])
+            each.name: np.zeros((batch_size, *each.shape[1:]), _NUMPY_TYPES[each.type])
             for each in self._session.get_inputs()
             if each.name != "sample"
         }
-        self._values: Values = {}
-        self._indices: dict[str, NDArray[np.intp]] = {}
+        self._stages: StageConstants | None = None
         self._binding = self._session.io_binding()
         for name, array in {"sample": self.input, **self._buffers}.items():
             self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         self._binding.bind_output("out_sample", "cpu", 0, np.float32, self.output.shape, self.output.ctypes.data)
 
-    def prepare(self, timesteps: NDArray[np.float64], class_labels: NDArray[np.int64] | None) -> None:
-        self._values, self._indices = self._constants.compute(timesteps, class_labels)
+    def prepare(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> None:
+        self._stages = self._constants.compute(timesteps, conditioning)
 
     def enqueue(self, stage: int) -> None:
+        assert self._stages is not None, "prepare comes first"
         for name, buffer in self._buffers.items():
+            values, rows = self._stages.row(name, stage)
             # "clip" because "raise" would copy; the indices are our own.
-            self._values[name].take(self._indices[name][stage], axis=0, out=buffer, mode="clip")
+            values.take(rows, axis=0, out=buffer, mode="clip")
         self._session.run_with_iobinding(self._binding)
 
 
-_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+_NUMPY_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+}
 
 
-def _session(
-    model: bytes, *, batch_size: int | None = None, num_threads: int | None = None
+def make_session(
+    model: bytes, *, num_threads: int | None = None, before_loop: bool = False
 ) -> onnxruntime.InferenceSession:
+    """A session on the CPU, for any batch size: fixing it makes no graph faster here. Raises ExportError."""
     options = onnxruntime.SessionOptions()
-    if batch_size is not None:
-        options.add_free_dimension_override_by_name("batch", batch_size)
     options.intra_op_num_threads = num_threads or 0
-    if batch_size is None:
-        # It runs once before a loop. Threads that go on waiting for more would take the cores from the loop's.
+    if before_loop:
+        # Threads that go on waiting for more would take the cores from the loop's.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     try:
@@ -140,9 +189,3 @@ def _session(
             expected="a graph with operators that it knows",
             remedy="upgrade onnxruntime, or use backend='torch'",
         ) from error
-
-
-def _run(session: onnxruntime.InferenceSession, values: Values) -> Values:
-    outputs = [each.name for each in session.get_outputs()]
-    feeds = {each.name: values[each.name] for each in session.get_inputs()}
-    return dict(zip(outputs, session.run(outputs, feeds), strict=True))

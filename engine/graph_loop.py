@@ -1,0 +1,150 @@
+"""The whole loop as one ONNX graph (skipstep.export.onnx_loop): one `session.run` per batch, whatever the plan.
+
+Somebody who looks on is served by the same session in pieces: the graph runs any part of a plan, so an observed loop is
+that graph, one stage at a time. So is a loop whose noise would not fit into memory at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from onnxruntime import InferenceSession
+
+from skipstep.backends.onnxruntime import LoopConstants, Values
+from skipstep.conditioning import call_conditioning
+from skipstep.kernels.layout import Stream
+from skipstep.loop import Array, Run, initial_state
+from skipstep.loop_table import LoopFeatures, loop_table
+from skipstep.network import NetworkSpec
+from skipstep.noise import standard_normal
+from skipstep.request import SampleRequest
+from skipstep.stages import Stages
+
+# Of noise at once: what fits into the caches is drawn about as fast as what does not, and memory stays bounded.
+MAX_NOISE_BYTES = 1 << 26
+
+
+class LoopSessions:
+    """Sessions of the loop by what they can do, made when first asked for and shared by all batch sizes."""
+
+    def __init__(self, make: Callable[[LoopFeatures], InferenceSession], prepared: LoopFeatures | None = None) -> None:
+        self._make = make
+        self._held: list[tuple[LoopFeatures, InferenceSession]] = []
+        self._lock = threading.Lock()
+        if prepared is not None:
+            self.get(prepared)
+
+    def get(self, needed: LoopFeatures) -> tuple[LoopFeatures, InferenceSession]:
+        """The leanest held session that covers `needed`, or a new one."""
+        with self._lock:
+            fitting = [held for held in self._held if held[0].covers(needed)]
+            if not fitting:
+                self._held.append((needed, self._make(needed)))
+                fitting = self._held[-1:]
+            return min(fitting, key=lambda held: held[0].size)
+
+
+class GraphLoop:
+    """One graph launch per batch of `batch_size` samples. Calls from several threads run side by side."""
+
+    name = "onnx"
+    can_observe = True
+
+    def __init__(self, sessions: LoopSessions, constants: LoopConstants, network: NetworkSpec) -> None:
+        self._sessions = sessions
+        self._constants = constants
+        self._network = network
+
+    @contextlib.contextmanager
+    def start(self, stages: Stages, request: SampleRequest, *, keep_x0: bool = False) -> Iterator[Run]:
+        yield _GraphRun(self._sessions, self._constants, self._network, stages, request)
+
+    def run(self, stages: Stages, request: SampleRequest) -> Array:
+        run = _GraphRun(self._sessions, self._constants, self._network, stages, request)
+        run.advance_to_end()
+        return run.state()
+
+
+class _GraphRun:
+    def __init__(
+        self,
+        sessions: LoopSessions,
+        constants: LoopConstants,
+        network: NetworkSpec,
+        stages: Stages,
+        request: SampleRequest,
+    ) -> None:
+        needed = LoopFeatures.of(network, stages, rescale=request.rescale is not None)
+        self._features, self._session = sessions.get(needed)
+        self._table = loop_table(stages, self._features)
+        self._num_stages = len(stages)
+        self._shape = (request.num_samples, *network.sample_shape)
+        self._flat = (request.num_samples, network.num_elements)
+        self._seeds = request.seeds if stages.adds_noise else None
+        self._constants = constants.compute(
+            stages.network_timesteps(request.num_copies, request.num_samples), call_conditioning(network, request)
+        )
+        x = initial_state(network, request).reshape(self._flat)
+        self._carried: dict[str, Array] = {
+            name: x if name == "x" else np.zeros(self._flat, np.float32) for name in ("x0", *self._features.carried)
+        }
+        self._given = self._call_inputs(request)
+        self._read = [each.name for each in self._session.get_inputs()]
+        self._outputs = [f"{name}_next" for name in self._carried]
+
+    def advance(self, stage: int) -> None:
+        self._advance(stage, stage + 1)
+
+    def advance_to_end(self) -> None:
+        stages = self._num_stages
+        if self._seeds is not None:
+            bytes_a_stage = 4 * int(np.prod(self._flat))
+            stages = max(1, MAX_NOISE_BYTES // bytes_a_stage)
+        for first in range(0, self._num_stages, stages):
+            self._advance(first, min(first + stages, self._num_stages))
+
+    def state(self) -> Array:
+        return self._carried["x"].reshape(self._shape).copy()
+
+    def x0(self) -> Array:
+        return self._carried["x0"].reshape(self._shape).copy()
+
+    def set_state(self, state: Array) -> None:
+        self._carried["x"] = np.ascontiguousarray(state, np.float32).reshape(self._flat)
+
+    def _advance(self, first: int, stop: int) -> None:
+        part = slice(first, stop)
+        given: Values = {**self._given, **self._carried, "table": self._table[part]}
+        given["plan_index"], given["call_index"] = self._constants.plan_index[part], self._constants.call_index[part]
+        if self._features.noise:
+            given["noise"] = self._noise(first, stop)
+        results = self._session.run(self._outputs, {name: given[name] for name in self._read})
+        self._carried = dict(zip(self._carried, results, strict=True))
+
+    def _noise(self, first: int, stop: int) -> Array:
+        if self._seeds is None:
+            return np.zeros((1, *self._flat), np.float32)
+        normals = standard_normal(self._seeds, self._flat[-1], stage=range(first, stop), stream=Stream.STEP)
+        return normals.reshape(stop - first, *self._flat)
+
+    def _call_inputs(self, request: SampleRequest) -> Values:
+        """What is the same at every stage."""
+        given: Values = {}
+        per_sample = (request.num_samples, 1)
+        if self._features.guided:
+            given["copies"] = np.array([request.num_copies, 1])
+            given["guidance"] = np.ones(per_sample, np.float32)
+            if request.guidance is not None:
+                given["guidance"] = request.guidance.reshape(per_sample)
+        if self._features.rescale:
+            given["rescale"] = np.zeros(per_sample, np.float32)
+            if request.rescale is not None:
+                given["rescale"] = request.rescale.reshape(per_sample)
+        constants = self._constants
+        for values in (constants.plan, constants.call, constants.prompt):
+            given |= {f"{name}/rows": array for name, array in values.items()}
+        given["prompt_index"] = constants.prompt_index
+        return given
