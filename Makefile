@@ -1,5 +1,5 @@
 # Every target makes the virtual environment and installs what it needs, and is quick the second time.
-# One environment serves all of them: torch alone is most of a gigabyte, and the sets of packages are nested.
+# One environment serves all of them; the sets of packages are nested, and `make sample` takes no torch.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -9,11 +9,11 @@ PINS   := pyproject.toml .ci/constraints.txt
 OUT    ?= out/gpu
 DATA   := .data/usr/share/datasets/fashion-mnist
 
-SAMPLE_EXTRAS := cpu,torch,export,diffusers
-TEST_EXTRAS   := $(SAMPLE_EXTRAS),evaluate,test
+SAMPLE_EXTRAS := cpu
+TEST_EXTRAS   := cpu,torch,export,diffusers,evaluate,sign,test
 DEV_EXTRAS    := $(TEST_EXTRAS),bench,dev
 
-.PHONY: help sample test check format types bench readme-tables evaluate data gpu clean
+.PHONY: help sample test check format types bench readme-tables evaluate data bundle fuzz gpu clean
 
 help:
 	@echo "make sample   draw clothes with the shipped model in 10, 20 and 50 steps (out/sample/grid.png)"
@@ -23,6 +23,8 @@ help:
 	@echo "make bench    time engine.sample beside diffusers; writes bench/results/ and the README's tables"
 	@echo "make evaluate measure every sampler on the shipped model; writes bench/results/evaluation/"
 	@echo "make data     fetch Fashion-MNIST (31 MB, a Debian package) into .data/"
+	@echo "make bundle   compile the shipped checkpoint into the shipped bundle again"
+	@echo "make fuzz     a hundred thousand damaged manifests and bundles against their readers"
 	@echo "make gpu      on a machine with a CUDA GPU: run the kernels on it; writes \$$OUT (out/gpu)"
 	@echo "make clean    remove the environment and everything built"
 
@@ -52,6 +54,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m pytest bench/suite --benchmark-only --benchmark-json=bench/results/sampling-cpu.json
 	$(BIN)/python -m skipstep.bench.class_agreement --out bench/results/class-agreement.json
 	$(BIN)/python -m skipstep.bench.partition_report --out bench/results/partition.json
+	$(BIN)/python -m skipstep.bench.cold_start --out bench/results/cold-start.json
+	$(BIN)/python -m skipstep.bench.bundles --out bench/results/bundles.json
 	$(BIN)/python -m skipstep.bench.step_codegen --out bench/results/step-codegen.json
 	$(MAKE) readme-tables
 
@@ -60,6 +64,13 @@ readme-tables: $(VENV)/.dev
 
 evaluate: $(VENV)/.dev $(DATA)
 	$(BIN)/skipstep evaluate --num 32 --out bench/results/evaluation --data $(DATA)
+
+bundle: $(VENV)/.dev
+	$(BIN)/skipstep export --model engine/demo/fashion-mnist --out engine/demo/fashion-mnist.bundle --overwrite \
+		--license "Apache-2.0; trained on Fashion-MNIST (MIT)" --steps 10 20 50 --any-plan
+
+fuzz: $(VENV)/.test
+	SKIPSTEP_FUZZ=50000 $(BIN)/python -m pytest tests/test_manifest.py tests/test_bundle.py -k "any_" --timeout 7200
 
 # Debian's package of Fashion-MNIST, unpacked here: no root is needed, and nothing is installed.
 data: $(DATA)

@@ -1,14 +1,14 @@
-"""The two networks that benchmarks run: the shipped one, and the DDPM CIFAR-10 architecture with random weights."""
+"""The networks that benchmarks run: the shipped one, and two architectures with random weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 
 from skipstep.checkpoint import load_unet, read_checkpoint
-from skipstep.cli import SHIPPED_MODEL
+from skipstep.demo import SHIPPED_MODEL
 
 
 class FixedLabelUNet(UNet2DModel):  # type: ignore[misc]
@@ -23,12 +23,13 @@ class FixedLabelUNet(UNet2DModel):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class BenchModel:
-    """A network, its scheduler, and whether it takes labels."""
+    """A network, its scheduler, whether it takes labels, and the prompts that it takes."""
 
     name: str
-    unet: UNet2DModel
+    unet: UNet2DModel | UNet2DConditionModel
     scheduler: DDIMScheduler
     conditional: bool
+    prompt_shape: tuple[int, int] | None = None
 
 
 def shipped_model() -> BenchModel:
@@ -65,4 +66,23 @@ def cifar10_model() -> BenchModel:
     return BenchModel("cifar10-architecture", unet.eval(), scheduler, False)
 
 
+def text_model() -> BenchModel:
+    """A small text-conditional UNet for 4×32×32 latents and prompts of 77×256, random weights."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=32,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(64, 128, 256),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=256,
+        attention_head_dim=8,
+    )
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    return BenchModel("text-architecture", unet.eval(), scheduler, False, prompt_shape=(77, 256))
+
+
 MODELS = {"fashion-mnist": shipped_model, "cifar10-architecture": cifar10_model}
+ALL_MODELS = {**MODELS, "text-architecture": text_model}

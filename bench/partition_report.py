@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from skipstep.backends.torch import prepare_module
-from skipstep.bench.models import MODELS
+from skipstep.bench.models import ALL_MODELS
 from skipstep.bench.record import write_json
 from skipstep.export.graph_cost import costs_as_json, partition_costs
 from skipstep.export.onnx_model import export_onnx
@@ -19,8 +19,10 @@ from skipstep.network import NetworkSpec
 
 def describe(name: str) -> dict[str, Any]:
     """Nodes, operations and bytes by binding time (skipstep.export.graph_cost)."""
-    model = MODELS[name]()
-    spec = NetworkSpec.of_module(model.unet, null_label=10 if model.conditional else None)
+    model = ALL_MODELS[name]()
+    spec = NetworkSpec.of_module(
+        model.unet, null_label=10 if model.conditional else None, prompt_shape=model.prompt_shape
+    )
     prepared, spec = prepare_module(model.unet, spec, device=torch.device("cpu"), dtype=torch.float32)
     parts = partition(export_onnx(prepared, spec))
     return {"model": name, "parts": costs_as_json(partition_costs(parts))}
@@ -30,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     options = parser.parse_args()
-    write_json(options.out, {"networks": [describe(name) for name in MODELS]})
+    write_json(options.out, {"networks": [describe(name) for name in ALL_MODELS]})
 
 
 if __name__ == "__main__":

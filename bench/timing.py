@@ -5,13 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-
-from skipstep.backends import Denoiser
-from skipstep.conditioning import Conditioning
 
 
 def take_turns(contenders: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
@@ -31,22 +24,3 @@ def take_turns(contenders: Mapping[str, Callable[[], object]], *, rounds: int) -
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:
     """The median of the ratios of each turn."""
     return statistics.median(n / d for n, d in zip(numerator, denominator, strict=True))
-
-
-class TimedDenoiser:
-    """A denoiser that adds up the time spent inside the network."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        self._denoiser = denoiser
-        self.batch_size = denoiser.batch_size
-        self.input: Any = denoiser.input
-        self.output: Any = denoiser.output
-        self.seconds = 0.0
-
-    def prepare(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> None:
-        self._denoiser.prepare(timesteps, conditioning)
-
-    def enqueue(self, stage: int) -> None:
-        started = time.perf_counter()
-        self._denoiser.enqueue(stage)
-        self.seconds += time.perf_counter() - started

@@ -6,16 +6,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from skipstep.bundle import load
     from skipstep.engine import Engine
     from skipstep.plan import Plan
     from skipstep.schedule import NoiseSchedule
 
-__all__ = ["Engine", "NoiseSchedule", "Plan", "__version__"]
+__all__ = ["Engine", "NoiseSchedule", "Plan", "__version__", "load"]
 
 __version__ = "0.1.0"
 
 # Loaded on first use: importing skipstep costs milliseconds and pulls in no array library.
-_HOME = {"Engine": "skipstep.engine", "NoiseSchedule": "skipstep.schedule", "Plan": "skipstep.plan"}
+_HOME = {
+    "Engine": "skipstep.engine",
+    "NoiseSchedule": "skipstep.schedule",
+    "Plan": "skipstep.plan",
+    "load": "skipstep.bundle",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import numpy as np
 
@@ -14,7 +15,10 @@ from skipstep.checkpoint import load_unet, read_checkpoint
 from skipstep.conditioning import LABELS, PROMPTS, Conditioning
 from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError
 from skipstep.loop import HostLoop, Loop
-from skipstep.network import NetworkSpec, takes_fractional_timesteps
+from skipstep.network import NetworkSpec, network_batch_sizes, takes_fractional_timesteps
+
+if TYPE_CHECKING:
+    from skipstep.export.partition import Partition
 
 # How far an exported graph may be from the module it came from, relative to the largest output: float32 rounding in
 # another order over a few hundred layers stays below 1e-5, a wrong operator is orders of magnitude off.
@@ -24,32 +28,61 @@ LoopName = Literal["stepwise", "onnx"]
 LOOPS: tuple[str, ...] = get_args(LoopName)
 
 
+class BuildOptions(TypedDict, total=False):
+    """How a network is compiled; each may be left out.
+
+    backend         "torch", "onnxruntime" or "auto" (skipstep.backends.resolve_backend has the rule).
+    loop            "onnx", the whole loop as one graph (onnxruntime), "stepwise", or "auto": the first where it is
+                    there. `Engine.describe` says which.
+    device          "cpu", "cuda", "cuda:1", or "auto": the GPU where there is one.
+    num_threads     of ONNX Runtime; None leaves it to use every core. torch keeps its process-wide setting.
+    sample_shape, num_classes, null_label, prompt_shape
+                    complete what the model's configuration does not say (skipstep.network.NetworkSpec).
+    fractional_timesteps
+                    whether the network takes timesteps between those of its training; None: a diffusers network does
+                    if its time embedding is smooth, any other module does not.
+    """
+
+    backend: str
+    loop: str
+    device: str
+    num_threads: int | None
+    sample_shape: tuple[int, int, int] | None
+    num_classes: int | None
+    null_label: int | None
+    prompt_shape: tuple[int, int] | None
+    fractional_timesteps: bool | None
+
+
 @dataclass(frozen=True, slots=True)
 class BuiltNetwork:
-    """Loops by network batch size, and what a step count needs to become a Plan."""
+    """Loops, what a step count needs to become a Plan, and the network as graphs when asked (skipstep.sampler)."""
 
+    name: str
     network: NetworkSpec
     loops: Mapping[int, Loop]
     backend: BackendName
     device: str
+    any_batch: bool
     plan_defaults: Mapping[str, Any]
+    parts: Callable[[], Partition]
 
 
 def build_network(
     model: Any,
     *,
     batch_sizes: Sequence[int],
-    backend: str,
-    device: str,
-    num_threads: int | None,
-    sample_shape: tuple[int, int, int] | None,
-    num_classes: int | None,
-    null_label: int | None,
-    prompt_shape: tuple[int, int] | None,
-    fractional_timesteps: bool | None,
-    loop: str,
+    backend: str = "auto",
+    loop: str = "auto",
+    device: str = "auto",
+    num_threads: int | None = None,
+    sample_shape: tuple[int, int, int] | None = None,
+    num_classes: int | None = None,
+    null_label: int | None = None,
+    prompt_shape: tuple[int, int] | None = None,
+    fractional_timesteps: bool | None = None,
 ) -> BuiltNetwork:
-    """See Engine.build, whose arguments these are."""
+    """See Engine.build and BuildOptions."""
     try:
         import torch
     except ImportError as error:
@@ -62,8 +95,10 @@ def build_network(
     chosen = resolve_backend(backend, device=resolved_device.type)
     kind = resolve_loop(loop, chosen)
     plan_defaults: dict[str, Any] = {}
+    name, digest = type(model).__name__, None
     if isinstance(model, str | os.PathLike):
         checkpoint = read_checkpoint(model)
+        name, digest = checkpoint.folder.resolve().name, checkpoint.digest()
         module = load_unet(checkpoint).to(resolved_device)
         network = NetworkSpec(
             sample_shape or checkpoint.sample_shape,
@@ -95,19 +130,20 @@ def build_network(
         )
 
     prepared, network = prepare_module(module, network, device=resolved_device, dtype=torch.float32)
-    # Guidance evaluates the network with and without labels, as one batch of twice the size.
-    sizes = set(batch_sizes) | ({2 * b for b in batch_sizes} if network.can_guide else set())
+    sizes = network_batch_sizes(network, batch_sizes)
     loops: dict[int, Loop] = {}
-    parts = None
+
+    @lru_cache(maxsize=1)
+    def exported() -> Partition:
+        return _exported(prepared, network, digest)
+
     if chosen == "onnxruntime":
         from skipstep.backends.onnxruntime import LoopConstants, OnnxRuntimeDenoiser, make_session
         from skipstep.export.onnx_loop import build_loop
-        from skipstep.export.onnx_model import export_onnx
-        from skipstep.export.partition import partition
         from skipstep.graph_loop import GraphLoop, LoopSessions
 
-        parts = partition(export_onnx(prepared, network))
-        constants = LoopConstants(parts.graphs, network, num_threads)
+        parts = exported()
+        constants = LoopConstants(parts.graphs.before_loop, network, num_threads)
 
         step = make_session(parts.graphs.step, num_threads=num_threads)
         check_equal(
@@ -124,9 +160,9 @@ def build_network(
             sessions = LoopSessions(
                 lambda features: make_session(build_loop(parts, network, features), num_threads=num_threads)
             )
-            loops = dict.fromkeys(sizes, GraphLoop(sessions, constants, network))
+            loops = {0: GraphLoop(sessions, constants, network)}
     else:
-        for size in sorted(sizes):
+        for size in sizes:
             denoiser: Denoiser = TorchDenoiser(
                 prepared, network, batch_size=size, device=resolved_device, dtype=torch.float32
             )
@@ -136,7 +172,20 @@ def build_network(
                 from skipstep.cuda_loop import CudaLoop
 
                 loops[size] = CudaLoop(denoiser, network, resolved_device)
-    return BuiltNetwork(network, loops, chosen, str(resolved_device), plan_defaults)
+    return BuiltNetwork(name, network, loops, chosen, str(resolved_device), kind == "onnx", plan_defaults, exported)
+
+
+def _exported(prepared: Any, network: NetworkSpec, digest: str | None) -> Partition:
+    """The network's parts. A checkpoint's export is kept in the user's cache: it takes longer than all the rest."""
+    from skipstep.cache import ArtefactCache, cache_key
+    from skipstep.export.onnx_model import export_onnx, exporter_versions
+    from skipstep.export.partition import partition
+
+    if digest is None:
+        return partition(export_onnx(prepared, network))
+    key = cache_key(kind="network.onnx", weights=digest, network=repr(network), exporter=exporter_versions())
+    description = f"{type(prepared.network).__name__} {network.sample_shape}, exported to ONNX"
+    return partition(ArtefactCache().get_or_build(key, lambda: export_onnx(prepared, network), description))
 
 
 def resolve_loop(name: str, backend: BackendName) -> LoopName:

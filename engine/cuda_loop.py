@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ class CudaLoop:
         self._network = network
         self._device = device
         self._lock = threading.Lock()
+
+    def prepare(self, stages: Sequence[Stages]) -> None:
+        """The kernels are compiled when they are first launched."""
 
     def run(self, stages: Stages, request: SampleRequest) -> Array:
         return run_stepwise(self, stages, request)

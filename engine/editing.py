@@ -8,7 +8,6 @@ from typing import Any, Literal, Unpack
 
 import numpy as np
 
-from skipstep.batching import split_batch
 from skipstep.errors import InputError
 from skipstep.interpolation import slerp, slerp_grid
 from skipstep.inversion import Inversion, invert
@@ -200,7 +199,7 @@ class ImageEditing(Sampler):
         latents = np.empty((request.num_samples, *self.network.sample_shape), np.float32)
         residuals = np.empty((len(stages), request.num_samples), np.float32)
         start = 0
-        for size in split_batch(request.num_samples, self.batch_sizes):
+        for size in self.split(request.num_samples):
             loop, part = self.loop_for(size, request), request.chunk(start, size)
             found = invert(loop, stages, part, refinements=refinements, tolerance=tolerance)
             here = slice(start, min(start + size, request.num_samples))

@@ -6,18 +6,26 @@ images = engine.sample(steps=20, seeds=[0, 1, 2, 3], output_type="pil")
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import os
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Unpack
 
 from skipstep.editing import ImageEditing
 from skipstep.errors import InputError, PlanError
 from skipstep.plan import Plan
 from skipstep.schedule import NoiseSchedule
+from skipstep.stages import Stages
+
+if TYPE_CHECKING:
+    from skipstep.build import BuildOptions, BuiltNetwork
 
 
 class Engine(ImageEditing):
     """A compiled sampler. `build` makes one; `sample` draws (skipstep.sampler); `invert`, `reconstruct`, `edit` and
-    `interpolate` start from images or between noises (skipstep.editing)."""
+    `interpolate` start from images or between noises (skipstep.editing); `save` makes a bundle, which `skipstep.load`
+    opens."""
+
+    _built: BuiltNetwork | None = None
 
     @classmethod
     def build(
@@ -26,18 +34,10 @@ class Engine(ImageEditing):
         *,
         plans: Iterable[int | Plan],
         batch_sizes: Iterable[int] = (1,),
-        backend: str = "auto",
         schedule: NoiseSchedule | None = None,
         prediction_type: str | None = None,
-        sample_shape: tuple[int, int, int] | None = None,
-        num_classes: int | None = None,
-        null_label: int | None = None,
-        device: str = "auto",
-        num_threads: int | None = None,
-        prompt_shape: tuple[int, int] | None = None,
-        fractional_timesteps: bool | None = None,
-        loop: str = "auto",
         compile_on_miss: bool = False,
+        **options: Unpack[BuildOptions],
     ) -> Engine:
         """Compile `model` for the given plans and batch sizes.
 
@@ -45,38 +45,17 @@ class Engine(ImageEditing):
                         a module is put into eval mode.
         plans           step counts, made into DDIM plans with what the folder's scheduler configuration says, or Plans.
         batch_sizes     the numbers of samples to compile for; requests of any size are split over them.
-        backend         "torch", "onnxruntime" or "auto" (skipstep.backends.resolve_backend has the rule).
         schedule        overrides the folder's; needed for step counts where there is no scheduler configuration.
         prediction_type overrides the folder's; "epsilon" where neither says.
-        sample_shape, num_classes, null_label, prompt_shape
-                        complete what the model's configuration does not say (skipstep.network.NetworkSpec).
-        device          "cpu", "cuda", "cuda:1", or "auto": the GPU where there is one.
-        num_threads     of ONNX Runtime; None leaves it to use every core. torch keeps its process-wide setting.
-        fractional_timesteps
-                        whether the network takes timesteps between those of its training; None: a diffusers network
-                        does if its time embedding is smooth, any other module does not.
-        loop            "onnx", the whole loop as one graph (onnxruntime), "stepwise", or "auto": the first where it is
-                        there. `describe()` says which.
         compile_on_miss compile a plan that is asked for and not held, instead of raising PlanNotFoundError.
+        options         backend, loop, device and so on: skipstep.build.BuildOptions.
 
         Raises InputError, PlanError, ModelFormatError, ExportError, MissingDependencyError, DeviceUnavailableError.
         """
         from skipstep.build import build_network  # The only part that needs torch.
 
         sizes = _checked_batch_sizes(batch_sizes)
-        built = build_network(
-            model,
-            batch_sizes=sizes,
-            backend=backend,
-            device=device,
-            num_threads=num_threads,
-            sample_shape=sample_shape,
-            num_classes=num_classes,
-            null_label=null_label,
-            prompt_shape=prompt_shape,
-            fractional_timesteps=fractional_timesteps,
-            loop=loop,
-        )
+        built = build_network(model, batch_sizes=sizes, **options)
         defaults = dict(built.plan_defaults)
         if schedule is not None:
             defaults["schedule"] = schedule
@@ -90,12 +69,63 @@ class Engine(ImageEditing):
             device=built.device,
             plan_defaults=defaults,
             compile_on_miss=compile_on_miss,
+            any_batch=built.any_batch,
         )
         for plan in plans:
             engine.add_plan(plan)
         if not engine.plans and not compile_on_miss:
             raise PlanError(got="no plans", expected="at least one", remedy="pass plans=[20], or compile_on_miss=True")
+        for loop in set(built.loops.values()):
+            loop.prepare([Stages.of([plan]) for plan in engine.plans.values()])
+        engine._built = built
         return engine
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        license: str,
+        name: str | None = None,
+        targets: Iterable[str] = ("cpu",),
+        precision: str = "float32",
+        any_plan: bool = False,
+        overwrite: bool = False,
+        sign_key: str | os.PathLike[str] | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        """Write what this engine is, with its plans, as a bundle that `skipstep.load` runs without torch.
+
+        license     of the weights, as an SPDX expression or in words: it travels with them.
+        name        of the model; the checkpoint folder's or the module's class where left out.
+        targets     "cpu"; "rtx:sm86" and the like; "sm_87" for step kernels; "tensorrt" for the graph that skipstep
+                    build makes an engine of on its device; "server" for a Triton Inference Server repository
+                    (skipstep.export.targets).
+        precision   of the network for GPUs: "float32", "float16" or "bfloat16". The CPU's is float32.
+        any_plan    whether the CPU's loop can run any solver, noise and guidance rescale, not only what the plans
+                    need; it costs two or three per cent of a small network's time.
+        sign_key    an Ed25519 private key to sign the manifest with (skipstep.signature).
+
+        The bundle is loaded and draws the golden samples again before it takes its name; an existing one is replaced
+        only with `overwrite`, and only by a whole one. Raises ExportError, StorageError, InputError.
+        """
+        from skipstep.export.bundle_writer import BundleRequest, write_bundle
+
+        if self._built is None:
+            raise InputError(
+                got="an engine that was loaded from a bundle",
+                expected="one that was built from a model",
+                remedy="copy the bundle's folder, or build the engine from the model",
+            )
+        request = BundleRequest(
+            name=name or self._built.name,
+            license=license,
+            targets=tuple(targets),
+            precision=precision,
+            any_plan=any_plan,
+            overwrite=overwrite,
+            sign_key=sign_key,
+        )
+        write_bundle(self, self._built.parts(), path, request, progress=progress)
 
 
 def _checked_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:

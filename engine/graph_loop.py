@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from onnxruntime import InferenceSession
 
-from skipstep.backends.onnxruntime import LoopConstants, Values
+from skipstep.backends.onnxruntime import LoopConstants, Values, run_session
 from skipstep.conditioning import call_conditioning
+from skipstep.errors import PlanError
 from skipstep.kernels.layout import Stream
 from skipstep.loop import Array, Run, initial_state
-from skipstep.loop_table import LoopFeatures, loop_table
+from skipstep.loop_table import LoopFeatures, loop_table, shared_features
 from skipstep.network import NetworkSpec
 from skipstep.noise import standard_normal
 from skipstep.request import SampleRequest
@@ -28,23 +29,39 @@ MAX_NOISE_BYTES = 1 << 26
 
 
 class LoopSessions:
-    """Sessions of the loop by what they can do, made when first asked for and shared by all batch sizes."""
+    """Sessions of the loop by what they can do, made when first needed and shared by all batch sizes.
 
-    def __init__(self, make: Callable[[LoopFeatures], InferenceSession], prepared: LoopFeatures | None = None) -> None:
+    `available` are the only features that `make` can give a session for; None: it makes any.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[LoopFeatures], InferenceSession],
+        available: Sequence[LoopFeatures] | None = None,
+    ) -> None:
         self._make = make
-        self._held: list[tuple[LoopFeatures, InferenceSession]] = []
+        self._available = available
+        self._held: dict[LoopFeatures, InferenceSession] = {}
         self._lock = threading.Lock()
-        if prepared is not None:
-            self.get(prepared)
 
     def get(self, needed: LoopFeatures) -> tuple[LoopFeatures, InferenceSession]:
-        """The leanest held session that covers `needed`, or a new one."""
+        """The leanest held session that covers `needed`, or a new one. Raises PlanError where there can be none."""
         with self._lock:
-            fitting = [held for held in self._held if held[0].covers(needed)]
-            if not fitting:
-                self._held.append((needed, self._make(needed)))
-                fitting = self._held[-1:]
-            return min(fitting, key=lambda held: held[0].size)
+            features = _leanest(self._held, needed)
+            if features is None:
+                features = needed if self._available is None else _leanest(self._available, needed)
+                if features is None:
+                    raise PlanError(
+                        got=f"a call that needs {needed}",
+                        expected="what the loops of this bundle can do",
+                        remedy="export the bundle with such a plan, or with any_plan=True (--any-plan)",
+                    )
+                self._held[features] = self._make(features)
+            return features, self._held[features]
+
+
+def _leanest(there: Iterable[LoopFeatures], needed: LoopFeatures) -> LoopFeatures | None:
+    return min((each for each in there if each.covers(needed)), key=lambda each: each.size, default=None)
 
 
 class GraphLoop:
@@ -57,6 +74,11 @@ class GraphLoop:
         self._sessions = sessions
         self._constants = constants
         self._network = network
+
+    def prepare(self, stages: Sequence[Stages]) -> None:
+        """One session for all that threshold alike: it covers each at little cost, and holds the weights once."""
+        for features in shared_features(self._network, stages):
+            self._sessions.get(features)
 
     @contextlib.contextmanager
     def start(self, stages: Stages, request: SampleRequest, *, keep_x0: bool = False) -> Iterator[Run]:
@@ -92,7 +114,6 @@ class _GraphRun:
             name: x if name == "x" else np.zeros(self._flat, np.float32) for name in ("x0", *self._features.carried)
         }
         self._given = self._call_inputs(request)
-        self._read = [each.name for each in self._session.get_inputs()]
         self._outputs = [f"{name}_next" for name in self._carried]
 
     def advance(self, stage: int) -> None:
@@ -121,8 +142,8 @@ class _GraphRun:
         given["plan_index"], given["call_index"] = self._constants.plan_index[part], self._constants.call_index[part]
         if self._features.noise:
             given["noise"] = self._noise(first, stop)
-        results = self._session.run(self._outputs, {name: given[name] for name in self._read})
-        self._carried = dict(zip(self._carried, results, strict=True))
+        results = run_session(self._session, self._outputs, given)
+        self._carried = {name: results[f"{name}_next"].astype(np.float32, copy=False) for name in self._carried}
 
     def _noise(self, first: int, stop: int) -> Array:
         if self._seeds is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import lru_cache
@@ -57,6 +57,10 @@ class Loop(Protocol):
     name: str
     can_observe: bool
 
+    def prepare(self, stages: Sequence[Stages]) -> None:
+        """Compile what these need, so that no call has to."""
+        ...
+
     def run(self, stages: Stages, request: SampleRequest) -> Array:
         """Walk all stages from x_T and return x_0 in memory that nothing else writes to."""
         ...
@@ -97,6 +101,9 @@ class HostLoop:
         self.denoiser = denoiser
         self._network = network
         self._lock = threading.Lock()
+
+    def prepare(self, stages: Sequence[Stages]) -> None:
+        """Any plan runs as it is."""
 
     def run(self, stages: Stages, request: SampleRequest) -> Array:
         return run_stepwise(self, stages, request)

@@ -7,6 +7,7 @@ not need it, its coefficients are zero, and adding zero changes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Final
 
@@ -108,6 +109,30 @@ class LoopFeatures:
         if self.learned_variance:
             columns += [Column.LOG_SIGMA, Column.LOG_SIGMA_OUT]
         return tuple(columns)
+
+
+def shared_features(network: NetworkSpec, stages: Iterable[Stages], *, any_plan: bool = False) -> list[LoopFeatures]:
+    """As few sets of features as cover all these stages: one for all that threshold alike.
+
+    `any_plan`: what any plan without thresholding needs as well.
+    """
+    everything = LoopFeatures(
+        guided=network.can_guide,
+        rescale=network.can_guide,
+        clip=True,
+        converts=True,
+        rederive=True,
+        state=True,
+        memory=True,
+        base=True,
+        noise=True,
+        learned_variance=network.learns_variance,
+    )
+    shared: dict[Thresholding | None, LoopFeatures] = {None: everything} if any_plan else {}
+    for each in stages:
+        features = LoopFeatures.of(network, each)
+        shared[features.thresholding] = features.union(shared.get(features.thresholding, features))
+    return list(shared.values())
 
 
 def loop_table(stages: Stages, features: LoopFeatures) -> NDArray[np.float32]:

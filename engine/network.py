@@ -11,7 +11,7 @@ out has the shape of x_t, or 2C channels, of which the second half says where th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +131,11 @@ class NetworkSpec:
             fractional_timesteps=fractional_timesteps,
             prompt_shape=prompt_shape,
         )
+
+
+def network_batch_sizes(network: NetworkSpec, batch_sizes: Iterable[int]) -> list[int]:
+    """The network's own batch sizes for these numbers of samples: guidance evaluates it on twice as many."""
+    return sorted({copies * size for size in batch_sizes for copies in ((1, 2) if network.can_guide else (1,))})
 
 
 def takes_fractional_timesteps(config: Any) -> bool:

@@ -20,7 +20,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -207,6 +207,37 @@ class Plan:
         """The same plan from its step `step` on, in [0, S-1]: what is left of it for an image noised to that level."""
         timesteps = self.timesteps[step:]
         return dataclasses.replace(self, steps=None, timesteps=timesteps)
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that make this plan again, but for its schedule, as plain values."""
+        names = [each.name for each in dataclasses.fields(self) if each.init and each.name != "schedule"]
+        options = {name: getattr(self, name) for name in names}
+        # Of steps with a spacing and explicit timesteps, what the plan was made from.
+        downward = self.timesteps[::-1] if SOLVERS[self.solver].upward else self.timesteps
+        options["timesteps"] = [] if self.spacing is not None else list(downward)
+        options["steps"] = self.steps if self.spacing is not None else None
+        return options
+
+    def with_tables(self, coefficients: NDArray[np.float32], evaluation_timesteps: NDArray[np.float64]) -> Plan:
+        """This plan with the tables that another machine computed from the same options, and its key.
+
+        Logarithms may differ in their last bit from one mathematical library to the next; keys and samples must not.
+        Raises PlanError for tables that are not this plan's.
+        """
+        stored = dataclasses.replace(self, **self.options())
+        for name, array in (("coefficients", coefficients), ("evaluation_timesteps", evaluation_timesteps)):
+            own = getattr(self, name)
+            if array.shape != own.shape or array.dtype != own.dtype or not np.allclose(array, own, 1e-5, 1e-7):
+                raise PlanError(
+                    got=f"{name} {array.dtype}{list(array.shape)} that are not those of {self!r}",
+                    expected="the tables that these options give",
+                    remedy="export the bundle again with this version of skipstep",
+                )
+            array = array.copy()
+            array.setflags(write=False)
+            object.__setattr__(stored, name, array)
+        object.__setattr__(stored, "key", stored._hash())
+        return stored
 
     def _hash(self) -> str:
         digest = hashlib.sha256(b"skipstep plan 2")

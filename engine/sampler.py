@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from skipstep.backends import BackendName
 from skipstep.batching import split_batch
 from skipstep.errors import InputError, NonFiniteError, PlanError, PlanNotFoundError
-from skipstep.images import to_pil
 from skipstep.loop import Loop, run_loop
 from skipstep.network import NetworkSpec
 from skipstep.plan import Plan
@@ -25,7 +24,9 @@ OutputType = Literal["np", "pt", "pil"]
 class Sampler:
     """A network's loops and the plans that were made for it. Calls from several threads are safe and take turns.
 
-    `plans` and `batch_sizes` say what it holds, `backend`, `device` and `loop` which way it runs.
+    `plans` and `batch_sizes` say what it holds, `backend` and `device` where it runs. `loops` are by the network's
+    batch size; with `any_batch` they are one, which takes every size, and the largest of batch_sizes is the most that
+    it is given at once.
     """
 
     def __init__(
@@ -38,27 +39,29 @@ class Sampler:
         device: str,
         plan_defaults: Mapping[str, Any],
         compile_on_miss: bool = False,
+        any_batch: bool = False,
     ) -> None:
         self.network = network
+        self.any_batch = any_batch
         self.batch_sizes = tuple(sorted(batch_sizes))
         self.backend = backend
         self.device = device
         self.compile_on_miss = compile_on_miss
         self.plans: dict[str, Plan] = {}
         self.loops = loops
-        self._plan_defaults = plan_defaults
+        self.plan_defaults = plan_defaults
 
     def add_plan(self, plan: int | Plan, *, eta: float = 0.0) -> Plan:
         """Hold one more plan and return it; `eta` is that of a step count. Raises PlanError where it does not fit."""
         if not isinstance(plan, Plan):
-            if "schedule" not in self._plan_defaults:
+            if "schedule" not in self.plan_defaults:
                 raise PlanError(
                     got=f"the step count {plan!r} for a model without a scheduler configuration",
                     expected="a noise schedule",
                     remedy="pass schedule=, e.g. NoiseSchedule.linear(1000), or a Plan",
                 )
-            plan = Plan(**{**self._plan_defaults, "steps": plan, "eta": eta})
-        trained = self._plan_defaults.get("prediction_type")
+            plan = Plan(**{**self.plan_defaults, "steps": plan, "eta": eta})
+        trained = self.plan_defaults.get("prediction_type")
         if trained is not None and plan.prediction_type != trained:
             raise PlanError(
                 got=f"a plan for {plan.prediction_type} prediction",
@@ -143,7 +146,7 @@ class Sampler:
 
         Raises NonFiniteError where the network returned NaN.
         """
-        runs = split_batch(request.num_samples, self.batch_sizes)
+        runs = self.split(request.num_samples)
         watch = Watch(stages, len(runs), progress, callback, trajectory)
         result = np.empty((request.num_samples, *self.network.sample_shape), np.float32)
         start = 0
@@ -169,9 +172,17 @@ class Sampler:
         check_finite(result)
         return result
 
+    def split(self, num_samples: int) -> list[int]:
+        """The batch sizes of the runs that draw so many samples; the last may draw more than are left."""
+        if not self.any_batch:
+            return split_batch(num_samples, self.batch_sizes)
+        largest = self.batch_sizes[-1]
+        rest = num_samples % largest
+        return [largest] * (num_samples // largest) + ([rest] if rest else [])
+
     def loop_for(self, batch_size: int, request: SampleRequest) -> Loop:
         """The loop that runs `batch_size` samples of this request; with guidance the network's batch is twice that."""
-        return self.loops[request.num_copies * batch_size]
+        return next(iter(self.loops.values())) if self.any_batch else self.loops[request.num_copies * batch_size]
 
     def select_plan(self, *, steps: int | None = None, plan: Plan | None = None) -> Plan:
         """The held plan with that step count, or the given one. Raises PlanNotFoundError, listing what is held."""
@@ -206,14 +217,17 @@ class Sampler:
         """What the engine holds and how it runs, one fact a line."""
         shape = "×".join(map(str, self.network.sample_shape))
         classes = "unconditional" if self.network.num_classes is None else f"{self.network.num_classes} classes"
+        if self.network.prompt_shape is not None:
+            classes = "prompts of {}×{}".format(*self.network.prompt_shape)
         guidance = ", with guidance" if self.network.can_guide else ""
         loop = next(iter(self.loops.values())).name
+        sizes = self.batch_sizes
         return "\n".join(
             [
                 f"network     {shape}, {classes}{guidance}",
                 f"backend     {self.backend} on {self.device}",
                 f"loop        {loop}",
-                f"batch sizes {', '.join(map(str, self.batch_sizes))}",
+                f"batch sizes {f'up to {max(sizes)}' if self.any_batch else ', '.join(map(str, sizes))}",
                 *(f"plan        {plan!r}" for plan in self.plans.values()),
             ]
         )
@@ -232,6 +246,8 @@ class Sampler:
     def as_output(self, result: NDArray[np.float32], output_type: OutputType) -> Any:
         """x_0 `[B, C, H, W]` as the caller asked for it."""
         if output_type == "pil":
+            from skipstep.images import to_pil
+
             return to_pil(result)
         if output_type == "pt":
             import torch

@@ -111,4 +111,5 @@ def _flops(node: NodeProto, shapes: Mapping[str, Shape]) -> int:
 
 
 def _tensor_bytes(tensor: TensorProto) -> int:
-    return math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    itemsize: int = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return math.prod(tensor.dims) * itemsize

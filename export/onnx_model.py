@@ -6,6 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -14,6 +15,8 @@ from skipstep.errors import ExportError, MissingDependencyError
 from skipstep.network import NetworkSpec
 
 OPSET = 20
+# Raised when this module comes to write another graph for the same network: cached ones are keyed by it.
+_FORMAT = 1
 _MAX_BYTES = 2**31 - 1
 
 
@@ -75,6 +78,15 @@ def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int |
             remedy="use backend='torch', or convert the weights to float16",
         )
     return bytes(program.model_proto.SerializeToString())
+
+
+def exporter_versions() -> str:
+    """What an exported graph depends on beside the network: the versions of what makes it."""
+    versions = {"format": str(_FORMAT)}
+    for package in ("torch", "onnx", "onnxscript", "diffusers"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return ", ".join(f"{name} {value}" for name, value in versions.items())
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from functools import reduce
 
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnxscript import optimizer
 
 from skipstep.backends.onnxruntime import NetworkGraphs
 from skipstep.errors import ExportError
@@ -204,6 +205,8 @@ class _Slicer:
             [self._initializers[name] for name in sorted(needed & self._initializers.keys())],
         )
         model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
+        # Shapes that were written out above fold into constants.
+        model = optimizer.optimize(model)
         onnx.checker.check_model(model)
         return bytes(model.SerializeToString())
 

@@ -11,7 +11,8 @@ from networks import tiny_unet
 from PIL import Image
 
 from skipstep import __version__
-from skipstep.cli import format_table, main
+from skipstep.cli import main
+from skipstep.commands.tables import format_table
 
 
 @pytest.fixture(scope="module")

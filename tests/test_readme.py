@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from skipstep.cli import SHIPPED_MODEL
+from skipstep.demo import SHIPPED_MODEL
 
 README = Path(__file__).parents[1] / "README.md"
 

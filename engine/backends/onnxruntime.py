@@ -7,7 +7,8 @@ it up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,6 +40,12 @@ class NetworkGraphs:
     call: bytes | None
     step: bytes
 
+    @property
+    def before_loop(self) -> dict[str, bytes]:
+        """Those parts that there are but for the step."""
+        parts = {"plan": self.plan, "prompt": self.prompt, "call": self.call}
+        return {name: graph for name, graph in parts.items() if graph is not None}
+
 
 @dataclass(frozen=True, slots=True)
 class StageConstants:
@@ -67,14 +74,16 @@ class StageConstants:
 class LoopConstants:
     """Computes StageConstants; what follows from timesteps alone is kept, and may be given as `tables` beforehand.
 
-    `tables` maps the bytes of sorted distinct timesteps float64 to values, as a bundle holds them.
+    `graphs` are a network's parts before the loop; `tables` maps the bytes of sorted distinct timesteps float64 to
+    values, as a bundle holds them.
     """
 
-    graphs: NetworkGraphs
+    graphs: Mapping[str, bytes]
     spec: NetworkSpec
     num_threads: int | None = None
     tables: dict[bytes, Values] = field(default_factory=dict)
     _sessions: dict[str, onnxruntime.InferenceSession] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> StageConstants:
         """For `timesteps` `[E, N]` and the conditioning of N samples."""
@@ -82,10 +91,10 @@ class LoopConstants:
         index = index.reshape(timesteps.shape)
         plan = self.tables_at(distinct)
         rows = dict(conditioning.rows)
-        prompt: Values = {**rows, **self._run("prompt", self.graphs.prompt, rows)}
+        prompt: Values = {**rows, **self._run("prompt", rows)}
         call: Values = {}
         pair_index = index
-        if self.graphs.call is not None:
+        if "call" in self.graphs:
             # Pairs of timestep and conditioning as numbers, so that each is computed once.
             numbers = index * conditioning.num_rows + conditioning.index
             pairs, pair_index = np.unique(numbers, return_inverse=True)
@@ -93,29 +102,27 @@ class LoopConstants:
             of_time, of_prompt = np.divmod(pairs, conditioning.num_rows)
             given = {name: values[of_time] for name, values in plan.items()}
             given |= {name: values[of_prompt] for name, values in rows.items()}
-            call = self._run("call", self.graphs.call, given)
+            call = self._run("call", given)
         return StageConstants(plan, call, prompt, index, pair_index, conditioning.index)
 
     def tables_at(self, timesteps: NDArray[np.float64]) -> Values:
         """Values `[len(timesteps), …]` that follow from distinct sorted timesteps, these among them."""
         key = timesteps.tobytes()
-        if key not in self.tables:
-            while len(self.tables) >= _MAX_TABLES:
-                self.tables.pop(next(iter(self.tables)))
-            given: Values = {"timestep": timesteps.astype(self.spec.timestep_dtype)}
-            self.tables[key] = {**given, **self._run("plan", self.graphs.plan, given)}
-        return self.tables[key]
+        with self._lock:
+            if key not in self.tables:
+                while len(self.tables) >= _MAX_TABLES:
+                    self.tables.pop(next(iter(self.tables)))
+                given: Values = {"timestep": timesteps.astype(self.spec.timestep_dtype)}
+                self.tables[key] = {**given, **self._run("plan", given)}
+            return self.tables[key]
 
-    def _run(self, name: str, graph: bytes | None, given: Mapping[str, NDArray[np.generic]]) -> Values:
-        if graph is None:
+    def _run(self, name: str, given: Mapping[str, NDArray[np.generic]]) -> Values:
+        if name not in self.graphs:
             return {}
         if name not in self._sessions:
-            self._sessions[name] = make_session(graph, num_threads=self.num_threads, before_loop=True)
+            self._sessions[name] = make_session(self.graphs[name], num_threads=self.num_threads, before_loop=True)
         session = self._sessions[name]
-        outputs = [each.name for each in session.get_outputs()]
-        return dict(
-            zip(outputs, session.run(outputs, {i.name: given[i.name] for i in session.get_inputs()}), strict=True)
-        )
+        return run_session(session, [each.name for each in session.get_outputs()], given)
 
 
 class OnnxRuntimeDenoiser:
@@ -189,3 +196,18 @@ def make_session(
             expected="a graph with operators that it knows",
             remedy="upgrade onnxruntime, or use backend='torch'",
         ) from error
+
+
+def run_session(
+    session: onnxruntime.InferenceSession, outputs: Sequence[str], given: Mapping[str, NDArray[np.generic]]
+) -> Values:
+    """Outputs by name, from those of the `given` values that the graph reads. Raises ExportError."""
+    try:
+        results = session.run(outputs, {each.name: given[each.name] for each in session.get_inputs()})
+    except Exception as error:  # As above; a KeyError is an input that nobody gives.
+        raise ExportError(
+            got=f"a graph that failed: {type(error).__name__}: {error}",
+            expected="one that this version of skipstep exported",
+            remedy="export the network again; report it if that does not help",
+        ) from error
+    return dict(zip(outputs, results, strict=True))

@@ -13,7 +13,8 @@ from PIL import Image
 from skipstep import NoiseSchedule, Plan
 from skipstep.bench.evaluation import Evaluation, Grid, gaussian_spread, proxy_frechet_distance
 from skipstep.bench.evaluation_report import evaluate
-from skipstep.cli import SHIPPED_MODEL, main
+from skipstep.cli import main
+from skipstep.demo import SHIPPED_MODEL
 from skipstep.errors import InputError, MissingDependencyError
 
 SMALL = Grid(

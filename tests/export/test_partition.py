@@ -75,7 +75,9 @@ def test_the_parts_give_what_the_whole_gives(case):
     _, graph, spec = case
     whole = make_session(graph)
     graphs = partition(graph).graphs
-    denoiser = OnnxRuntimeDenoiser(make_session(graphs.step), LoopConstants(graphs, spec), spec, batch_size=3)
+    denoiser = OnnxRuntimeDenoiser(
+        make_session(graphs.step), LoopConstants(graphs.before_loop, spec), spec, batch_size=3
+    )
     labels = None if spec.num_classes is None else LABELS
     denoiser.prepare(TIMESTEPS, Conditioning.of_labels(labels, 3))
     rng = np.random.default_rng(0)
@@ -125,7 +127,7 @@ def names(graph: bytes) -> set[str]:
 
 def test_each_pair_of_timestep_and_label_is_computed_once(monkeypatch):
     graph, spec = exported(*CASES["conditional UNet"])
-    constants = LoopConstants(partition(graph).graphs, spec)
+    constants = LoopConstants(partition(graph).graphs.before_loop, spec)
     found = constants.compute(TIMESTEPS, Conditioning.of_labels(LABELS, 3))
     pairs = {(t, label) for row in TIMESTEPS for t, label in zip(row, LABELS, strict=True)}
     assert found.call

@@ -28,7 +28,8 @@ from skipstep.backends.torch import prepare_module
 from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError, SkipstepError
 from skipstep.export.onnx_model import export_onnx
 from skipstep.export.partition import partition
-from skipstep.export.tensorrt_engine import EngineTarget, _checked_graph, _profile, build_engine, parse_targets
+from skipstep.export.tensorrt_builder import _checked_graph, _profile
+from skipstep.export.tensorrt_engine import EngineTarget, build_engine, parse_targets
 from skipstep.network import NetworkSpec
 
 pytest.importorskip("tensorrt_rtx")
@@ -339,7 +340,7 @@ def test_tensorrt_builds_for_the_device_that_it_finds_and_keeps_its_timings(shad
         """
         import __main__, tensorrt_rtx_bindings as rtx
         __version__ = "10.13.0"
-        __main__.cuda_device = lambda: (86, "a GPU")
+        __main__.cuda_device = lambda **_: (86, "a GPU")
         class Builder(rtx.Builder):
             def create_builder_config(self):
                 config = rtx.Builder.create_builder_config(self)

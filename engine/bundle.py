@@ -1,0 +1,254 @@
+"""A bundle: a compiled sampler in a folder, which runs without what it was compiled with.
+
+    manifest.json         what is in it (skipstep.manifest); manifest.sig signs it where somebody did
+    tables.safetensors    schedules, and each plan's coefficients, timesteps and what the network makes of them
+    golden.safetensors    samples that the builder drew, to be drawn again by skipstep verify
+    cpu/loop.onnx         the whole loop as one graph
+    network/*.onnx        the network by binding time
+    engines/, kernels/    TensorRT engines and step kernels by target
+
+Nothing is parsed before its hash matches what the manifest says, and the very bytes that were hashed are the bytes
+that are parsed. Loading takes NumPy and ONNX Runtime; neither torch nor diffusers is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstep.errors import BundleError, MissingDependencyError, PlanError, ScheduleError, SignatureError
+from skipstep.files import read_up_to, read_verified
+from skipstep.manifest import FILE_NAME, MAX_BYTES, SIGNATURE_NAME, Manifest, PlanEntry, parse_manifest
+from skipstep.plan import Plan
+from skipstep.schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from skipstep.engine import Engine
+
+# ONNX graphs may keep tensors in files of their own, which a runtime would open wherever the path leads. Such a tensor
+# says so by this key; without the word in its bytes a graph is complete in itself.
+_EXTERNAL = b"location"
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A folder whose manifest has been read. `read` gives a file's bytes, verified.
+
+    `signed_bytes` are the manifest's own; `signed` says that there is a signature, not that somebody checked it.
+    """
+
+    path: Path
+    manifest: Manifest
+    signed_bytes: bytes
+    signed: bool
+    allow_hard_links: bool = False
+
+    def read(self, name: str) -> bytes:
+        """The bytes that the manifest promises. Raises IntegrityError."""
+        entry = self.manifest.files[name]
+        return read_verified(
+            self.path, name, size=entry.size, sha256=entry.sha256, allow_hard_links=self.allow_hard_links
+        )
+
+    def read_graph(self, name: str) -> bytes:
+        """An ONNX graph that needs no other file. Raises IntegrityError and BundleError."""
+        graph = self.read(name)
+        if _EXTERNAL in graph:
+            raise BundleError(
+                got=f"{self.path / name}, a graph that refers to files beside it",
+                expected="a graph that is complete in itself",
+                remedy="do not use this bundle: skipstep export writes no such graph",
+            )
+        return graph
+
+    def read_arrays(self, name: str) -> dict[str, NDArray[Any]]:
+        """A safetensors file. Raises IntegrityError and BundleError."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            return load(self.read(name))
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise BundleError(
+                got=f"{self.path / name}, which is no safetensors file ({error})",
+                expected="tables as skipstep export writes them",
+                remedy="export the bundle again",
+            ) from error
+
+
+def open_bundle(
+    path: str | os.PathLike[str],
+    *,
+    require_signature: str | os.PathLike[str] | None = None,
+    allow_hard_links: bool = False,
+) -> Bundle:
+    """Read and check the manifest of the bundle at `path`; no other file is touched.
+
+    `require_signature` is the public key that must have signed it. `allow_hard_links` is for folders that a package
+    manager fills by linking. Raises BundleError, SignatureError, IntegrityError.
+    """
+    folder = Path(path)
+    data = _read_small(folder, FILE_NAME, MAX_BYTES)
+    if data is None:
+        raise BundleError(
+            got=f"no {FILE_NAME} in {folder}",
+            expected="a folder that skipstep export wrote",
+            remedy="check the path, or copy the whole folder",
+        )
+    signature = _read_small(folder, SIGNATURE_NAME, 1 << 12)
+    if require_signature is not None:
+        if signature is None:
+            raise SignatureError(
+                got=f"an unsigned bundle, {folder}",
+                expected=f"one signed with the key of {os.fspath(require_signature)}",
+                remedy="take the bundle from its publisher, or sign it with skipstep sign",
+            )
+        from skipstep.signature import verify
+
+        verify(data, signature, require_signature)
+    return Bundle(folder, parse_manifest(data), data, signature is not None, allow_hard_links)
+
+
+def is_bundle(path: str | os.PathLike[str]) -> bool:
+    return (Path(path) / FILE_NAME).is_file()
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    num_threads: int | None = None,
+    require_signature: str | os.PathLike[str] | None = None,
+    allow_hard_links: bool = False,
+    compile_on_miss: bool = False,
+) -> Engine:
+    """An engine from the bundle at `path`, on the CPU with ONNX Runtime.
+
+    It holds the bundle's plans; others can be added as the network's time path is there too. Raises BundleError and its
+    kinds, and MissingDependencyError without onnxruntime.
+    """
+    bundle = open_bundle(path, require_signature=require_signature, allow_hard_links=allow_hard_links)
+    try:
+        from skipstep.backends.onnxruntime import LoopConstants, make_session
+    except ImportError as error:
+        raise MissingDependencyError(
+            got=f"no package {error.name}",
+            expected="onnxruntime, which runs bundles on the CPU",
+            remedy="pip install 'skipstep[cpu]'",
+        ) from error
+    from skipstep.engine import Engine
+    from skipstep.graph_loop import GraphLoop, LoopSessions
+
+    manifest = bundle.manifest
+    graphs = {part: bundle.read_graph(manifest.graphs[part]) for part in _PARTS if part in manifest.graphs}
+    arrays = bundle.read_arrays(manifest.tables)
+    schedules = stored_schedules(arrays)
+    plans = [_stored_plan(entry, schedules, arrays) for entry in manifest.plans]
+    constants = LoopConstants(
+        graphs,
+        manifest.network,
+        num_threads,
+        tables={np.unique(plan.evaluation_timesteps).tobytes(): _values(plan.key, arrays) for plan in plans},
+    )
+    held = {entry.features: entry.file for entry in manifest.loops}
+    sessions = LoopSessions(
+        lambda features: make_session(bundle.read_graph(held[features]), num_threads=num_threads), tuple(held)
+    )
+    defaults = {}
+    if manifest.defaults is not None and manifest.default_schedule is not None:
+        defaults = {**manifest.defaults, "schedule": _schedule(schedules, manifest.default_schedule)}
+    engine = Engine(
+        manifest.network,
+        loops={0: GraphLoop(sessions, constants, manifest.network)},
+        batch_sizes=manifest.batch_sizes,
+        backend="onnxruntime",
+        device="cpu",
+        plan_defaults=defaults,
+        compile_on_miss=compile_on_miss,
+        any_batch=True,
+    )
+    for plan in plans:
+        engine.add_plan(plan)
+    return engine
+
+
+_PARTS = ("plan", "prompt", "call")
+
+
+def plan_arrays(plan: Plan, values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """What the tables file holds of a plan; `values` are those of its distinct timesteps, in order."""
+    return {
+        f"{plan.key}/coefficients": plan.coefficients,
+        f"{plan.key}/timesteps": plan.evaluation_timesteps,
+        **{f"{plan.key}/values/{name}": array for name, array in values.items()},
+    }
+
+
+def stored_schedules(arrays: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    """The schedules of a tables file: alpha_bar float64 `[T]` each, by number."""
+    count = sum(name.startswith("schedule/") for name in arrays)
+    return [arrays[f"schedule/{i}"] for i in range(count) if f"schedule/{i}" in arrays]
+
+
+def _schedule(schedules: list[NDArray[Any]], number: int) -> NoiseSchedule:
+    if number >= len(schedules):
+        raise _mismatch(f"schedule {number} of {len(schedules)}")
+    try:
+        return NoiseSchedule(schedules[number], name="stored")
+    except ScheduleError as error:
+        raise _mismatch(error.got) from error
+
+
+def _stored_plan(entry: PlanEntry, schedules: list[NDArray[Any]], arrays: Mapping[str, NDArray[Any]]) -> Plan:
+    try:
+        plan = Plan(schedule=_schedule(schedules, entry.schedule), **entry.options)
+        stored = plan.with_tables(arrays[f"{entry.key}/coefficients"], arrays[f"{entry.key}/timesteps"])
+    except (PlanError, TypeError, KeyError) as error:
+        raise _mismatch(f"plan {entry.key}: {error}") from error
+    if stored.key != entry.key:
+        raise _mismatch(f"plan {entry.key} whose tables have the key {stored.key}")
+    return stored
+
+
+def _values(key: str, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    prefix = f"{key}/values/"
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _mismatch(got: str) -> BundleError:
+    return BundleError(
+        got=f"a manifest and tables that do not belong together: {got}",
+        expected="plans and the tables that they were exported with",
+        remedy="export the bundle again with this version of skipstep",
+    )
+
+
+def _read_small(folder: Path, name: str, limit: int) -> bytes | None:
+    """A file of at most `limit` bytes, None where there is none. Raises BundleError for anything but a regular file."""
+    try:
+        fd = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unreadable(folder / name, str(error)) from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+            raise _unreadable(folder / name, f"no regular file of at most {limit} bytes")
+        return read_up_to(fd, limit)
+    finally:
+        os.close(fd)
+
+
+def _unreadable(path: Path, why: str) -> BundleError:
+    return BundleError(
+        got=f"{path}, which cannot be read: {why}",
+        expected="a regular file of a bundle",
+        remedy="copy the bundle again from where it came",
+    )

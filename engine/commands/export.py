@@ -1,0 +1,92 @@
+"""skipstep export: compile a model into a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from skipstep.commands.inspect import describe_bundle
+from skipstep.demo import SHIPPED_MODEL
+
+HELP = "compile a model into a bundle that runs without torch"
+DESCRIPTION = "Compile a diffusers folder into a bundle: a folder that skipstep.load, skipstep sample and others run."
+EPILOG = """\
+examples:
+  skipstep export --model my-ddpm --steps 10 20 50 --license Apache-2.0 --out my-bundle
+      for the CPU; every bundle has that
+  skipstep export --model my-ddpm --target rtx:sm86,sm89,sm120 --precision float16 --license Apache-2.0 --out for-rtx
+      with TensorRT-RTX engines, built here, with or without a GPU
+  skipstep export --model my-ddpm --target sm_87,tensorrt --precision float16 --license Apache-2.0 --out for-jetson
+      for a Jetson: step kernels, and the network for skipstep build to compile there
+
+targets, with commas between them:
+  cpu         ONNX Runtime: the whole loop as one graph
+  rtx:smNN    TensorRT-RTX engines (skipstep[rtx])
+  sm_NN       step kernels as machine code (skipstep[torch], for Triton)
+  tensorrt    the step network, from which skipstep build makes an engine on the device
+  server      a model repository for Triton Inference Server, one model a plan
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", type=Path, default=SHIPPED_MODEL, help="diffusers folder (default: the shipped model's)"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the bundle's folder")
+    parser.add_argument("--license", required=True, help="of the weights, as an SPDX expression or in words")
+    parser.add_argument("--name", help="of the model (default: its folder's)")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[10, 20, 50], metavar="S", help="plans (default: 10 20 50)"
+    )
+    parser.add_argument("--eta", type=float, default=0.0, help="of these plans, 0 to 1 (default: 0)")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[1, 16], metavar="B", help="batch sizes (default: 1 16)"
+    )
+    parser.add_argument("--target", nargs="+", default=["cpu"], metavar="T", help="see below (default: cpu)")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of the network for GPUs (default: float32)",
+    )
+    parser.add_argument(
+        "--any-plan", action="store_true", help="let the CPU's loop run any solver, not only what these plans need"
+    )
+    parser.add_argument("--sign", type=Path, metavar="KEY", help="sign with this private key (skipstep keygen)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
+
+
+def run(options: argparse.Namespace) -> None:
+    from skipstep.engine import Engine
+
+    started = time.perf_counter()
+
+    def progress(message: str) -> None:
+        print(f"[{time.perf_counter() - started:6.1f} s] {message}", file=sys.stderr)
+
+    progress(f"compile {options.model.name}")
+    engine = Engine.build(
+        options.model,
+        plans=[],
+        batch_sizes=options.batch,
+        backend="onnxruntime",
+        device="cpu",
+        compile_on_miss=True,
+    )
+    for steps in options.steps:
+        engine.add_plan(steps, eta=options.eta)
+    engine.save(
+        options.out,
+        license=options.license,
+        name=options.name,
+        targets=options.target,
+        precision=options.precision,
+        any_plan=options.any_plan,
+        overwrite=options.overwrite,
+        sign_key=options.sign,
+        progress=progress,
+    )
+    progress("done")
+    print(describe_bundle(options.out))

@@ -1,0 +1,96 @@
+"""skipstep inspect: what is in a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from skipstep.commands.tables import format_table
+from skipstep.demo import SHIPPED_BUNDLE
+
+if TYPE_CHECKING:
+    from skipstep.bundle import Bundle
+
+HELP = "say what is in a bundle"
+DESCRIPTION = "Read a bundle's manifest, and nothing else of it, and say what is inside."
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "bundle", type=Path, nargs="?", default=SHIPPED_BUNDLE, help="its folder (default: the shipped bundle)"
+    )
+    parser.add_argument("--json", action="store_true", help="the whole manifest, as JSON")
+
+
+def run(options: argparse.Namespace) -> None:
+    from skipstep.bundle import open_bundle
+
+    bundle = open_bundle(options.bundle)
+    print(bundle.manifest.to_json().decode().rstrip() if options.json else describe(bundle))
+
+
+def describe_bundle(path: str | os.PathLike[str]) -> str:
+    from skipstep.bundle import open_bundle
+
+    return describe(open_bundle(path))
+
+
+def describe(bundle: Bundle) -> str:
+    """One fact a line, then tables of what moved out of the loop and of the files."""
+    manifest = bundle.manifest
+    network = manifest.network
+    takes = [f"{network.num_classes} classes"] if network.num_classes is not None else []
+    takes += ["prompts of {}×{}".format(*network.prompt_shape)] if network.prompt_shape else []
+    takes += ["guidance"] if network.can_guide else []
+    facts = [
+        (
+            "model",
+            f"{manifest.model}, {'×'.join(map(str, network.sample_shape))}, {', '.join(takes) or 'unconditional'}",
+        ),
+        ("digest", manifest.digest),
+        ("licence", manifest.license),
+        ("signed", "yes, by whom skipstep verify can tell" if bundle.signed else "no"),
+        ("batch sizes", ", ".join(map(str, manifest.batch_sizes))),
+        *(
+            (
+                "plan",
+                f"{plan.key}  {plan.options.get('solver')}, {plan.options.get('steps')} steps, eta "
+                f"{plan.options.get('eta')}, {plan.options.get('prediction_type')}",
+            )
+            for plan in manifest.plans
+        ),
+        *(("engine", f"{e.target}, {e.precision}, {e.file}") for e in manifest.engines),
+        *(("kernels", line) for line in _kernel_lines(bundle)),
+        ("made with", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
+    ]
+    parts = [
+        (
+            name,
+            f"{part['nodes']}",
+            f"{part['flops'] / 1e6:.2f}",
+            f"{part['weight_bytes'] / 1e6:.2f}",
+            f"{part['crossing']}",
+        )
+        for name, part in manifest.partition.items()
+        if isinstance(part, dict) and {"nodes", "flops", "weight_bytes", "crossing"} <= part.keys()
+    ]
+    files = [(name, f"{entry.size}", entry.sha256[:16]) for name, entry in sorted(manifest.files.items())]
+    return "\n".join(
+        [
+            *(f"{name:<12}{value}" for name, value in facts),
+            "",
+            format_table(("evaluated once per", "nodes", "MFLOP", "weights MB", "values that cross"), parts),
+            "",
+            format_table(("file", "bytes", "sha256"), files),
+        ]
+    )
+
+
+def _kernel_lines(bundle: Bundle) -> list[str]:
+    architectures: dict[str, int] = {}
+    for kernel in bundle.manifest.kernels:
+        name = f"sm_{kernel.facts.get('architecture')}"
+        architectures[name] = architectures.get(name, 0) + 1
+    return [f"{name}, {count} variants of the step" for name, count in architectures.items()]

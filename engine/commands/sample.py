@@ -1,0 +1,176 @@
+"""skipstep sample: draw samples with one or several step counts."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skipstep.commands.tables import format_table
+from skipstep.demo import SHIPPED_BUNDLE
+from skipstep.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from skipstep.engine import Engine
+    from skipstep.plan import Plan
+
+HELP = "draw samples with one or several step counts"
+DESCRIPTION = "Draw the same samples with each step count; write a labelled grid and the single pictures."
+EPILOG = """\
+examples:
+  skipstep sample
+      the shipped model (Fashion-MNIST clothes), 20 steps, ten samples
+  skipstep sample --steps 10 20 50 --classes sneaker bag --num 8 --guidance 2
+      the same eight samples with three step counts: what skipping steps costs
+  skipstep sample --model ./my-bundle --steps 20
+      a bundle that skipstep export wrote, without torch
+  skipstep sample --model ./my-ddpm --steps 50 --eta 1 --seeds 7 8 9
+      your own checkpoint, a folder written by diffusers' save_pretrained, with DDPM-like noise
+
+A sample is a function of its seed: --seeds 7 draws the same picture alone, in a batch, and tomorrow.
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=SHIPPED_BUNDLE,
+        help="a bundle, or a diffusers folder with unet/ and scheduler/ (default: the shipped bundle)",
+    )
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[20], metavar="S", help="step counts, one grid row each (default: 20)"
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--seeds", type=int, nargs="+", metavar="N", help="one seed per sample")
+    which.add_argument("--num", type=int, default=10, help="number of samples, seeds 0, 1, 2, … (default: 10)")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="C",
+        help="class names or numbers, repeated over the samples (default: all in turn)",
+    )
+    parser.add_argument(
+        "--guidance", type=float, help="classifier-free guidance scale, 1 for none (default: 2 where the model can)"
+    )
+    parser.add_argument("--eta", type=float, default=0.0, help="0: deterministic DDIM … 1: DDPM's noise (default: 0)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/sample"), help="folder for the pictures (default: out/sample)"
+    )
+    parser.add_argument("--backend", default="auto", help="auto, torch or onnxruntime (default: auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+
+
+def run(options: argparse.Namespace) -> None:
+    from skipstep.bundle import is_bundle
+    from skipstep.grid import labelled_grid
+
+    seeds = options.seeds if options.seeds is not None else list(range(options.num))
+    if not seeds:
+        raise InputError(got=f"--num {options.num}", expected="at least one sample", remedy="pass --num 1 or more")
+    started = time.perf_counter()
+    engine = open_engine(options, batch_sizes=sorted({1, min(len(seeds), 16)}))
+    plans = [engine.add_plan(steps, eta=options.eta) for steps in options.steps]
+    made = "loaded" if is_bundle(options.model) else "compiled"
+    print(f"{made} {options.model.name} for {engine.backend} in {time.perf_counter() - started:.2f} s")
+
+    labels = resolve_classes(engine, options.classes, len(seeds))
+    names = (
+        [_class_name(engine, label) for label in labels] if labels is not None else [f"seed {seed}" for seed in seeds]
+    )
+    guidance = options.guidance
+    if guidance is None and engine.network.null_label is not None:
+        guidance = 2.0
+    rows, table = [], []
+    for plan in plans:
+        started = time.perf_counter()
+        pictures = draw(engine, plan, seeds=seeds, class_labels=labels, guidance_scale=guidance)
+        milliseconds = (time.perf_counter() - started) * 1e3 / len(seeds)
+        folder = options.out / f"{plan.num_evaluations:04d}-steps"
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, (picture, seed, name) in enumerate(zip(pictures, seeds, names, strict=True)):
+            suffix = "" if labels is None else "-" + _file_name(name)
+            picture.save(folder / f"{index:04d}-seed{seed}{suffix}.png")
+        rows.append(pictures)
+        table.append((str(plan.steps), f"{milliseconds:.1f}", f"{engine.backend} on {engine.device}", plan.key))
+    grid = labelled_grid(rows, row_labels=[f"{plan.steps} steps" for plan in plans], column_labels=names)
+    grid.save(options.out / "grid.png")
+    print(format_table(("steps", "ms per image", "backend", "plan key"), table))
+    print(f"wrote {options.out / 'grid.png'} and {len(plans) * len(seeds)} single pictures beside it")
+
+
+def open_engine(options: argparse.Namespace, *, batch_sizes: Sequence[int]) -> Engine:
+    """The engine of `options.model`: loaded from a bundle, or compiled from a diffusers folder."""
+    from skipstep.bundle import is_bundle, load
+    from skipstep.engine import Engine
+
+    if not is_bundle(options.model):
+        return Engine.build(
+            options.model,
+            plans=[],
+            batch_sizes=batch_sizes,
+            backend=options.backend,
+            device=options.device,
+            compile_on_miss=True,
+        )
+    if options.backend not in ("auto", "onnxruntime") or options.device not in ("auto", "cpu"):
+        raise InputError(
+            got=f"--backend {options.backend} --device {options.device} for a bundle",
+            expected="onnxruntime on the cpu, which runs bundles",
+            remedy="leave both out, or pass the diffusers folder that the bundle was made from",
+        )
+    # Package managers install by hard links, and what came with this package is this package's.
+    return load(options.model, allow_hard_links=options.model == SHIPPED_BUNDLE, compile_on_miss=True)
+
+
+def draw(engine: Engine, plan: Plan, **arguments: Any) -> list[Image.Image]:
+    """`Engine.sample` to pictures, with a progress bar if it takes longer than two seconds."""
+    from tqdm import tqdm
+
+    with tqdm(desc=f"{plan.steps} steps", unit="eval", delay=2.0, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        pictures: list[Image.Image] = engine.sample(plan=plan, output_type="pil", progress=progress, **arguments)
+    return pictures
+
+
+def resolve_classes(engine: Engine, classes: Sequence[str] | None, num_samples: int) -> list[int] | None:
+    """Labels for `num_samples` from class names or numbers, repeated in turn; all classes where none are named."""
+    network = engine.network
+    if network.num_classes is None:
+        if classes is not None:
+            raise InputError(
+                got=f"--classes {' '.join(classes)} for an unconditional model",
+                expected="no classes",
+                remedy="leave --classes out",
+            )
+        return None
+    known = {name: label for label, name in enumerate(network.class_names or ())}
+    labels = list(range(network.num_classes))
+    if classes is not None:
+        try:
+            labels = [known[name] if name in known else int(name) for name in classes]
+        except ValueError as error:
+            raise InputError(
+                got=f"--classes {' '.join(classes)}",
+                expected=f"numbers below {network.num_classes}" + (f", or {', '.join(known)}" if known else ""),
+                remedy="pick from these",
+            ) from error
+    return [labels[i % len(labels)] for i in range(num_samples)]
+
+
+def _class_name(engine: Engine, label: int) -> str:
+    names = engine.network.class_names
+    return names[label] if names and 0 <= label < len(names) else f"class {label}"
+
+
+def _file_name(name: str) -> str:
+    """A class name comes from a downloaded file: nothing of it but letters, digits and dashes reaches a path."""
+    return "".join(c if c.isalnum() or c == "-" else "_" for c in name)

@@ -1,0 +1,46 @@
+"""skipstep verify: whether a bundle is whole, whose it is, and whether it draws here what it drew where it was made."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from skipstep.demo import SHIPPED_BUNDLE
+
+HELP = "check a bundle's files and signature, and draw its golden samples"
+DESCRIPTION = "Hash every file of a bundle, check its signature where one is required, and draw its golden samples."
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "bundle", type=Path, nargs="?", default=SHIPPED_BUNDLE, help="its folder (default: the shipped bundle)"
+    )
+    parser.add_argument("--require-signature", type=Path, metavar="KEY", help="the public key that must have signed it")
+
+
+def run(options: argparse.Namespace) -> None:
+    from skipstep.bundle import load, open_bundle
+    from skipstep.golden import replay_golden
+
+    shipped = options.bundle == SHIPPED_BUNDLE
+    bundle = open_bundle(options.bundle, require_signature=options.require_signature, allow_hard_links=shipped)
+    signed = "signed" if bundle.signed else "unsigned"
+    print(
+        f"manifest    schema {bundle.manifest.schema}, "
+        + ("signature verified" if options.require_signature else signed)
+    )
+    started = time.perf_counter()
+    total = sum(len(bundle.read(name)) for name in bundle.manifest.files)
+    seconds = time.perf_counter() - started
+    print(f"files       {len(bundle.manifest.files)} hashed, {total / 1e6:.1f} MB in {seconds:.2f} s")
+    if bundle.manifest.golden is None:
+        print("golden      none in this bundle")
+        return
+    started = time.perf_counter()
+    engine = load(options.bundle, require_signature=options.require_signature, allow_hard_links=shipped)
+    error = replay_golden(engine, bundle.manifest.golden, bundle.read_arrays(bundle.manifest.golden.file))
+    seconds = time.perf_counter() - started
+    print(
+        f"golden      off by {error:.2g} of {bundle.manifest.golden.tolerance:g} allowed, {seconds:.2f} s with loading"
+    )

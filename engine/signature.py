@@ -1,0 +1,169 @@
+"""Ed25519 signatures of bundles: a hash says that a bundle is whole, a signature says who made it.
+
+    signature = Ed25519("skipstep bundle 1" NUL sha256(data))        64 bytes
+
+The words in front keep a signature from meaning anything elsewhere. What is signed is a manifest, which holds the size
+and hash of every other file. Ed25519: RFC 8032. Keys are PEM files, PKCS 8 and SubjectPublicKeyInfo, as openssl writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from skipstep.errors import InputError, MissingDependencyError, SignatureError, StorageError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+SIGNATURE_SIZE = 64
+_DOMAIN = b"skipstep bundle 1\0"
+_MAX_KEY_BYTES = 1 << 14
+Path = str | os.PathLike[str]
+
+
+def generate_key(private_path: Path, public_path: Path) -> None:
+    """Write a new private key, readable by its owner alone, and the public key that verifies what it signs.
+
+    Raises InputError where either file is there already, StorageError, and MissingDependencyError; then there is
+    neither new file.
+    """
+    serialization = _serialization()
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = Ed25519PrivateKey.generate()
+    pem = serialization.Encoding.PEM
+    public = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    _write_new(public_path, public, mode=0o644)
+    try:
+        _write_new(private_path, private, mode=0o600)
+    except BaseException:
+        os.unlink(public_path)
+        raise
+
+
+def sign(data: bytes, private_key_path: Path) -> bytes:
+    """The signature of `data`, 64 bytes. Raises InputError for a key that is none, and MissingDependencyError."""
+    return _private_key(private_key_path).sign(_message(data))
+
+
+def verify(data: bytes, signature: bytes, public_key_path: Path) -> None:
+    """Return if `signature` is that of `data` by this key, and raise SignatureError if it is not, or missing.
+
+    Raises InputError for a key that is none, and MissingDependencyError.
+    """
+    key = _public_key(public_key_path)
+    from cryptography.exceptions import InvalidSignature
+
+    if len(signature) != SIGNATURE_SIZE:
+        raise SignatureError(
+            got=f"{len(signature)} bytes as a signature" if signature else "no signature",
+            expected=f"{SIGNATURE_SIZE} bytes, an Ed25519 signature",
+            remedy="sign the bundle with skipstep sign, or take it from a source that does",
+        )
+    try:
+        key.verify(signature, _message(data))
+    except InvalidSignature as error:
+        raise SignatureError(
+            got="a signature by another key, or of other bytes",
+            expected=f"one of these bytes by the key {os.fspath(public_key_path)}",
+            remedy="do not use what was signed; take it again from its source, and check whose key this is",
+        ) from error
+
+
+def _message(data: bytes) -> bytes:
+    return _DOMAIN + hashlib.sha256(data).digest()
+
+
+def _private_key(path: Path) -> Ed25519PrivateKey:
+    serialization = _serialization()
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = _parsed(path, lambda data: serialization.load_pem_private_key(data, password=None), "private")
+    if not isinstance(key, Ed25519PrivateKey):
+        raise _not_a_key(path, f"a key of another kind, {type(key).__name__}", "private")
+    return key
+
+
+def _public_key(path: Path) -> Ed25519PublicKey:
+    serialization = _serialization()
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    key = _parsed(path, serialization.load_pem_public_key, "public")
+    if not isinstance(key, Ed25519PublicKey):
+        raise _not_a_key(path, f"a key of another kind, {type(key).__name__}", "public")
+    return key
+
+
+def _parsed(path: Path, parse: Callable[[bytes], Any], kind: str) -> Any:
+    from cryptography.exceptions import UnsupportedAlgorithm
+
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MAX_KEY_BYTES)
+    except (OSError, ValueError) as error:
+        raise _not_a_key(path, getattr(error, "strerror", None) or str(error), kind) from error
+    try:
+        return parse(data)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        # The parser's own words can quote the file; a wrong file may be a secret.
+        encrypted = isinstance(error, TypeError)
+        raise _not_a_key(path, "an encrypted key" if encrypted else "no such key", kind) from None
+
+
+def _not_a_key(path: Path, got: str, kind: str) -> InputError:
+    return InputError(
+        got=f"{os.fspath(path)!r}: {got}",
+        expected=f"a readable PEM file with an unencrypted Ed25519 {kind} key",
+        remedy="make a pair with skipstep keygen, and pass the private one to sign and the public one to verify",
+    )
+
+
+def _serialization() -> Any:
+    """What reads and writes keys. Imported where keys are used: a bundle without a signature does not pay for it."""
+    try:
+        from cryptography.hazmat.primitives import serialization
+    except ImportError as error:
+        raise MissingDependencyError(
+            got="no package cryptography",
+            expected="cryptography, which signs and verifies",
+            remedy="pip install 'skipstep[sign]'",
+        ) from error
+    return serialization
+
+
+def _write_new(path: Path, data: bytes, *, mode: int) -> None:
+    """Write a file that is not there yet; one that is, be it a link to nowhere, is left as it is."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    except FileExistsError as error:
+        raise InputError(
+            got=f"{os.fspath(path)!r}, which is there already",
+            expected="a free name: a private key that is overwritten is lost",
+            remedy="choose another name, or move the file away",
+        ) from error
+    except OSError as error:
+        raise _not_written(path, error) from error
+    try:
+        with open(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(fd)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        if isinstance(error, OSError):
+            raise _not_written(path, error) from error
+        raise
+
+
+def _not_written(path: Path, error: OSError) -> StorageError:
+    return StorageError(
+        got=f"{os.fspath(path)!r}: {error.strerror or error}",
+        expected="a key file written whole",
+        remedy="choose a folder on a disk with room that this user may write to",
+    )

@@ -1,0 +1,384 @@
+"""Writing a bundle (skipstep.bundle says what is in one): everything is made, written, loaded and tried, then named.
+
+A bundle takes its name in one step, after the engine that was loaded from it drew the golden samples again. Killed at
+any moment before, the writer leaves what was there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save as save_arrays
+
+from skipstep import __version__
+from skipstep.backends.onnxruntime import LoopConstants
+from skipstep.bundle import is_bundle, load, open_bundle, plan_arrays
+from skipstep.cache import ArtefactCache, cache_key
+from skipstep.errors import BundleError, ExportError, InputError, StorageError
+from skipstep.export.graph_cost import costs_as_json, partition_costs
+from skipstep.export.onnx_loop import build_loop
+from skipstep.export.partition import Partition
+from skipstep.export.targets import Targets
+from skipstep.export.tensorrt_engine import EngineTarget, build_engine
+from skipstep.export.weight_storage import compress_weights
+from skipstep.files import atomic_folder
+from skipstep.golden import GOLDEN_FILE, draw_golden, replay_golden
+from skipstep.loop_table import shared_features
+from skipstep.manifest import (
+    FILE_NAME,
+    SIGNATURE_NAME,
+    EngineEntry,
+    FileEntry,
+    KernelEntry,
+    LoopEntry,
+    Manifest,
+    PlanEntry,
+)
+from skipstep.network import NetworkSpec, network_batch_sizes
+from skipstep.plan import Plan
+from skipstep.schedule import NoiseSchedule
+from skipstep.stages import Stages
+
+if TYPE_CHECKING:
+    from skipstep.engine import Engine
+
+PRECISIONS = ("float32", "float16", "bfloat16")
+_TABLES = "tables.safetensors"
+_TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "triton", "tensorrt-rtx", "tensorrt", "numpy")
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class BundleRequest:
+    """What is wanted of a bundle; see Engine.save."""
+
+    name: str
+    license: str
+    targets: tuple[str, ...] = ("cpu",)
+    precision: str = "float32"
+    any_plan: bool = False
+    overwrite: bool = False
+    sign_key: str | os.PathLike[str] | None = None
+
+
+class _Files:
+    """The files of a bundle under way: each is written once, and noted with its size and hash."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.entries: dict[str, FileEntry] = {}
+
+    def add(self, name: str, data: bytes) -> str:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        self.entries[name] = FileEntry(len(data), hashlib.sha256(data).hexdigest())
+        return name
+
+    def add_graph(self, name: str, graph: bytes) -> str:
+        if b"location" in graph:
+            raise ExportError(
+                got=f"a graph with 'location' in a name, {name}",
+                expected="none: a loader takes the word for a reference to another file",
+                remedy="rename the module or parameter that is called so",
+            )
+        return self.add(name, graph)
+
+
+def write_bundle(
+    engine: Engine,
+    parts: Partition,
+    path: str | os.PathLike[str],
+    request: BundleRequest,
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Write `engine`, whose network is `parts`, to the folder `path`. See Engine.save."""
+    report = progress or (lambda message: None)
+    targets = Targets.parse(request.targets)
+    _check(engine, path, request)
+    with atomic_folder(path, replace=request.overwrite) as folder:
+        files = _Files(folder)
+        plans = tuple(engine.plans.values())
+        schedules = _distinct_schedules(plans, engine.plan_defaults)
+        files.add(_TABLES, _tables(engine, parts, plans, schedules))
+        graphs = _network_graphs(files, parts, targets, request.precision)
+        loops = _loops(files, engine, parts, plans, request)
+        engines = []
+        for target in targets.engines:
+            step = (folder / graphs["step"]).read_bytes()
+            for entry, data in _built_engines(
+                step, target, engine.network, engine.batch_sizes, request.precision, report
+            ):
+                files.add(entry.file, data)
+                engines.append(entry)
+        kernels = _kernels(files, engine, plans, targets, request, report) if targets.kernels else []
+        if targets.server:
+            _server(files, engine, parts, plans, request, report)
+        report("golden samples")
+        golden, arrays = draw_golden(engine)
+        files.add(GOLDEN_FILE, save_arrays(arrays))
+        defaults = {name: value for name, value in engine.plan_defaults.items() if name != "schedule"}
+        schedule = engine.plan_defaults.get("schedule")
+        manifest = Manifest(
+            model=request.name,
+            digest=_digest(parts),
+            license=request.license,
+            network=engine.network,
+            batch_sizes=engine.batch_sizes,
+            plans=tuple(PlanEntry(plan.key, schedules.index(plan.schedule), plan.options()) for plan in plans),
+            graphs=graphs,
+            loops=tuple(loops),
+            tables=_TABLES,
+            golden=golden,
+            files=files.entries,
+            tools=_tools(),
+            partition=costs_as_json(partition_costs(parts)),
+            defaults=None if schedule is None else defaults,
+            default_schedule=None if schedule is None else schedules.index(schedule),
+            engines=tuple(engines),
+            kernels=tuple(kernels),
+        )
+        data = manifest.to_json()
+        (folder / FILE_NAME).write_bytes(data)
+        if request.sign_key is not None:
+            from skipstep.signature import sign
+
+            (folder / SIGNATURE_NAME).write_bytes(sign(data, request.sign_key))
+        report("replay")
+        replay_golden(load(folder), manifest.golden, arrays)
+
+
+def add_engines(
+    path: str | os.PathLike[str],
+    targets: Iterable[EngineTarget],
+    *,
+    require_signature: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Build engines from a bundle's step network, here, and add them to it; the files' names.
+
+    Every file is verified on its way into the new bundle, which takes the old one's place when it is whole. Engines of
+    the same target are replaced. Raises BundleError and its kinds, ExportError, DeviceUnavailableError.
+    """
+    report = progress or (lambda message: None)
+    bundle = open_bundle(path, require_signature=require_signature)
+    manifest = bundle.manifest
+    if "step" not in manifest.graphs:
+        raise BundleError(
+            got=f"a bundle without the step network, {path}",
+            expected="one that was exported for engines",
+            remedy="export it with --target tensorrt",
+        )
+    step = bundle.read_graph(manifest.graphs["step"])
+    precision = Path(manifest.graphs["step"]).stem.removeprefix("step-")
+    built = [
+        each
+        for target in targets
+        for each in _built_engines(step, target, manifest.network, manifest.batch_sizes, precision, report)
+    ]
+    replaced = {entry.file for entry, _ in built}
+    with atomic_folder(path, replace=True) as folder:
+        files = _Files(folder)
+        for name in manifest.files:
+            if name not in replaced:
+                files.add(name, bundle.read(name))
+        for entry, data in built:
+            files.add(entry.file, data)
+        kept = tuple(entry for entry in manifest.engines if entry.file not in replaced)
+        engines = (*kept, *(entry for entry, _ in built))
+        changed = dataclasses.replace(manifest, engines=engines, files=files.entries)
+        (folder / FILE_NAME).write_bytes(changed.to_json())
+    return sorted(replaced)
+
+
+def _check(engine: Engine, path: str | os.PathLike[str], request: BundleRequest) -> None:
+    if request.precision not in PRECISIONS:
+        raise InputError(
+            got=f"precision={request.precision!r}",
+            expected=f"one of {', '.join(PRECISIONS)}",
+            remedy="use float16 for GPUs, unless the network overflows in it",
+        )
+    if not request.license.strip():
+        raise InputError(
+            got="no licence of the weights",
+            expected="an SPDX expression, or the terms in words",
+            remedy="pass license='Apache-2.0', or what the weights came with",
+        )
+    if not engine.plans:
+        raise InputError(got="an engine without plans", expected="at least one", remedy="call add_plan first")
+    if Path(path).exists() and not (request.overwrite and is_bundle(path)):
+        raise StorageError(
+            got=f"something at {path} already",
+            expected="a free name" + (", or a bundle to replace" if request.overwrite else ""),
+            remedy="choose another name" + ("" if request.overwrite else ", or allow a bundle to be overwritten"),
+        )
+
+
+def _distinct_schedules(plans: tuple[Plan, ...], defaults: Mapping[str, Any]) -> list[NoiseSchedule]:
+    schedules = [plan.schedule for plan in plans]
+    if "schedule" in defaults:
+        schedules.append(defaults["schedule"])
+    return list(dict.fromkeys(schedules))
+
+
+def _tables(engine: Engine, parts: Partition, plans: tuple[Plan, ...], schedules: list[NoiseSchedule]) -> bytes:
+    constants = LoopConstants(parts.graphs.before_loop, engine.network)
+    arrays: dict[str, NDArray[Any]] = {f"schedule/{i}": each.alpha_bar for i, each in enumerate(schedules)}
+    for plan in plans:
+        arrays |= plan_arrays(plan, constants.tables_at(np.unique(plan.evaluation_timesteps)))
+    return save_arrays(arrays)
+
+
+def _network_graphs(files: _Files, parts: Partition, targets: Targets, precision: str) -> dict[str, str]:
+    graphs = {
+        part: files.add_graph(f"network/{part}.onnx", compress_weights(graph))
+        for part, graph in parts.graphs.before_loop.items()
+    }
+    if targets.engines or targets.step_network:
+        step = parts.graphs.step
+        if precision != "float32":
+            from skipstep.export.precision import lower_precision
+
+            step = lower_precision(step, "float16" if precision == "float16" else "bfloat16")
+        graphs["step"] = files.add_graph(f"network/step-{precision}.onnx", step)
+    return graphs
+
+
+def _loops(
+    files: _Files, engine: Engine, parts: Partition, plans: tuple[Plan, ...], request: BundleRequest
+) -> list[LoopEntry]:
+    stages = [Stages.of([plan]) for plan in plans]
+    features = shared_features(engine.network, stages, any_plan=request.any_plan)
+    return [
+        LoopEntry(
+            files.add_graph(
+                f"cpu/loop{f'-{i}' if i else ''}.onnx", compress_weights(build_loop(parts, engine.network, each))
+            ),
+            each,
+        )
+        for i, each in enumerate(features)
+    ]
+
+
+def _built_engines(
+    step: bytes,
+    target: EngineTarget,
+    network: NetworkSpec,
+    batch_sizes: Sequence[int],
+    precision: str,
+    report: Progress,
+) -> list[tuple[EngineEntry, bytes]]:
+    """One engine a batch size: of a fixed shape the library makes the same bytes every time."""
+    built = []
+    for size in network_batch_sizes(network, batch_sizes):
+        report(f"{target}, batch {size}")
+        data, facts = build_engine_cached(step, target, size)
+        name = f"engines/{str(target).replace(':', '-')}-{precision}-batch{size}.engine"
+        built.append((EngineEntry(name, str(target), precision, facts), data))
+    return built
+
+
+def build_engine_cached(step: bytes, target: EngineTarget, batch_size: int) -> tuple[bytes, dict[str, Any]]:
+    """The engine and its facts, from the user's cache where the same one was built before."""
+    key = cache_key(
+        kind="engine",
+        graph=hashlib.sha256(step).hexdigest(),
+        target=str(target),
+        batch_size=batch_size,
+        library=_version("tensorrt-rtx" if target.library == "tensorrt_rtx" else "tensorrt"),
+    )
+
+    def build() -> bytes:
+        built = build_engine(
+            step, library=target.library, compute_capability=target.compute_capability, batch_sizes=(batch_size,)
+        )
+        facts = json.dumps(built.describe()).encode()
+        return len(facts).to_bytes(4, "little") + facts + built.engine
+
+    stored = ArtefactCache().get_or_build(key, build, f"{target} engine, batch {batch_size}")
+    end = 4 + int.from_bytes(stored[:4], "little")
+    return stored[end:], json.loads(stored[4:end])
+
+
+def _kernels(
+    files: _Files,
+    engine: Engine,
+    plans: tuple[Plan, ...],
+    targets: Targets,
+    request: BundleRequest,
+    report: Progress,
+) -> list[KernelEntry]:
+    from skipstep.export.cubins import compile_step_kernels, needed_variants
+
+    report("step kernels for " + ", ".join(f"sm_{each}" for each in targets.kernels))
+    variants = needed_variants(
+        [flags for plan in plans for flags in plan.stage_flags],
+        guided=engine.network.can_guide,
+        wide_output=engine.network.learns_variance,
+        rescale=request.any_plan,
+    )
+    binaries = compile_step_kernels(
+        targets.kernels, variants, [request.precision], num_elements=engine.network.num_elements
+    )
+    entries = []
+    for binary in binaries:
+        facts = binary.facts.to_json()
+        digest = hashlib.sha256(binary.cubin).hexdigest()[:12]
+        name = files.add(f"kernels/sm_{binary.facts.architecture}-{request.precision}-{digest}.cubin", binary.cubin)
+        entries.append(KernelEntry(name, facts))
+    return entries
+
+
+def _server(
+    files: _Files,
+    engine: Engine,
+    parts: Partition,
+    plans: tuple[Plan, ...],
+    request: BundleRequest,
+    report: Progress,
+) -> None:
+    from skipstep.export.onnx_sampler import build_sampler
+    from skipstep.export.triton_server import model_repository
+
+    report("model repository")
+    graphs = {
+        f"{request.name}-{plan.steps}-{plan.key}": build_sampler(
+            parts, engine.network, plan, batch_size=None, guided=engine.network.can_guide
+        )
+        for plan in plans
+    }
+    for name, data in model_repository(graphs).items():
+        files.add(f"server/{name}", data)
+
+
+def _digest(parts: Partition) -> str:
+    """sha256 over the network's graphs, weights included."""
+    digest = hashlib.sha256()
+    for name, graph in sorted({**parts.graphs.before_loop, "step": parts.graphs.step}.items()):
+        digest.update(f"{name} {len(graph)} ".encode())
+        digest.update(graph)
+    return digest.hexdigest()
+
+
+def _tools() -> dict[str, str]:
+    found = {name: _version(name) for name in _TOOLS}
+    return {"skipstep": __version__, "python": platform.python_version(), **{n: v for n, v in found.items() if v}}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

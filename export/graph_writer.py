@@ -1,0 +1,89 @@
+"""Writing ONNX graphs: nodes and constants by the names of what they give, and names changed to fit another graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+Dims = list[int | str | None]
+
+
+class GraphWriter:
+    """Nodes and constants of one graph. Names start with `prefix`, which no other writer of the graph has."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._count = 0
+        self.nodes: list[NodeProto] = []
+        self.constants: list[TensorProto] = []
+
+    def name(self) -> str:
+        self._count += 1
+        return f"{self._prefix}/{self._count}"
+
+    def add(self, op_type: str, *inputs: str, to: str | None = None, **attributes: Any) -> str:
+        output = to or self.name()
+        self.nodes.append(helper.make_node(op_type, inputs, [output], name=output, **attributes))
+        return output
+
+    def cast(self, value: str, elem_type: int) -> str:
+        output = self.name()
+        self.nodes.append(helper.make_node("Cast", [value], [output], name=output, to=elem_type))
+        return output
+
+    def split(self, value: str, num_outputs: int, *, axis: int) -> list[str]:
+        outputs = [self.name() for _ in range(num_outputs)]
+        self.nodes.append(
+            helper.make_node("Split", [value], outputs, name=outputs[0], axis=axis, num_outputs=num_outputs)
+        )
+        return outputs
+
+    def constant(self, value: Any, dtype: Any = np.int64, *, to: str | None = None) -> str:
+        name = to or f"{self._prefix}/constant{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.array(value, dtype), name))
+        return name
+
+
+def floats(name: str, shape: Sequence[int | str | None]) -> ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape))
+
+
+def rename_graph(graph: GraphProto, rename: Callable[[str], str]) -> None:
+    """Change every name in `graph`, those inside the subgraphs of its nodes too; drop exporters' notes of origins."""
+    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        value.name = rename(value.name)
+    for node in graph.node:
+        _rename_node(node, rename)
+
+
+def renamed_nodes(nodes: Iterable[NodeProto], rename: Callable[[str], str]) -> list[NodeProto]:
+    """Copies of `nodes` with every name changed, without what exporters note about their origin."""
+    copies = []
+    for node in nodes:
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        _rename_node(copy, rename)
+        copies.append(copy)
+    return copies
+
+
+def renamed_value(value: ValueInfoProto, rename: Callable[[str], str]) -> ValueInfoProto:
+    copy = ValueInfoProto()
+    copy.CopyFrom(value)
+    copy.name = rename(value.name)
+    return copy
+
+
+def _rename_node(node: NodeProto, rename: Callable[[str], str]) -> None:
+    node.name = rename(node.name)
+    # Where in the network's source a node comes from, at ten times the size of the node.
+    node.ClearField("doc_string")
+    node.ClearField("metadata_props")
+    for names in (node.input, node.output):
+        names[:] = [name and rename(name) for name in names]  # An empty name is an input or output left out.
+    for attribute in node.attribute:
+        for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+            rename_graph(graph, rename)

@@ -1,0 +1,104 @@
+"""What a plan's loop reads beside its state, written into the loop's own graph: constants, and nodes that run once.
+
+    plan     values that follow from the timestep        rows of a constant, one for each of D distinct timesteps
+    prompt   values that follow from the conditioning    the partition's prompt graph, on the N samples
+    call     values that follow from both                the partition's call graph, on all D·N pairs in one batch
+
+N is the network's batch, 2B where it is guided: the second half has the null label, or the negative prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+from onnx import GraphProto, TensorProto, helper
+
+from skipstep.backends.onnxruntime import LoopConstants
+from skipstep.conditioning import LABELS, PROMPTS
+from skipstep.export.graph_writer import GraphWriter, rename_graph
+from skipstep.export.onnx_loop import INDEX_NAMES, StepNetwork
+from skipstep.export.partition import Binding, Partition
+from skipstep.network import NetworkSpec
+from skipstep.plan import Plan
+
+NEGATIVE_PROMPTS = f"negative_{PROMPTS}"
+
+
+def write_prologue(
+    writer: GraphWriter,
+    parts: Partition,
+    step: StepNetwork,
+    network: NetworkSpec,
+    plan: Plan,
+    *,
+    samples: str,
+    guided: bool,
+) -> None:
+    """Write all that `step`, the step network of `parts`, reads beside its state (skipstep.export.onnx_loop).
+
+    The graph has inputs class_labels, encoder_hidden_states and negative_encoder_hidden_states where the network has
+    classes or prompts. `samples` names N, int64 [1].
+    """
+    prefix = step.prefix
+    _write_conditioning(writer, network, guided=guided, prefix=prefix)
+    if parts.graphs.prompt is not None:
+        prompt = onnx.load_from_string(parts.graphs.prompt).graph
+        given = {each.name: prefix + each.name for each in prompt.input}
+        _splice(writer, prompt, "prompt/", given, {each.name: prefix + each.name for each in prompt.output})
+
+    call = None if parts.graphs.call is None else onnx.load_from_string(parts.graphs.call).graph
+    timesteps, place = np.unique(plan.evaluation_timesteps, return_inverse=True)
+    tables = LoopConstants(parts.graphs.before_loop, network).tables_at(timesteps)
+    read = {*step.conditions, *(prefix + each.name for each in (call.input if call is not None else ()))}
+    for name, values in tables.items():
+        if prefix + name in read:
+            writer.constant(values, values.dtype, to=f"{prefix}{name}/rows")
+    # Stage e of sample n has row place[e] of the constants, and row place[e]·N + n of what is computed for all pairs.
+    stage_place = writer.constant(place.reshape(-1, 1))
+    if Binding.PLAN in step.conditions.values():
+        shape = writer.add("Concat", writer.constant([len(place)]), samples, axis=0)
+        writer.add("Expand", stage_place, shape, to=INDEX_NAMES[Binding.PLAN])
+    if call is None:
+        return
+    sample = writer.add("Range", writer.constant(0), writer.add("Squeeze", samples), writer.constant(1))
+    writer.add("Add", writer.add("Mul", stage_place, samples), sample, to=INDEX_NAMES[Binding.CALL])
+    pairs = writer.add("Concat", writer.constant([len(timesteps)]), samples, axis=0)
+    row_of_pair, sample_of_pair = (
+        writer.add("Reshape", writer.add("Expand", each, pairs), writer.constant([-1]))
+        for each in (writer.constant(np.arange(len(timesteps)).reshape(-1, 1)), sample)
+    )
+    given = {
+        name: writer.add("Gather", f"{prefix}{name}/rows", row_of_pair)
+        if name in tables
+        else writer.add("Gather", prefix + name, sample_of_pair)
+        for name in (each.name for each in call.input)
+    }
+    _splice(writer, call, "call/", given, {each.name: f"{prefix}{each.name}/rows" for each in call.output})
+
+
+def _write_conditioning(writer: GraphWriter, network: NetworkSpec, *, guided: bool, prefix: str) -> None:
+    """Labels and prompts of the N samples."""
+    null = LABELS
+    if network.null_label is not None and guided:
+        label = helper.make_tensor("value", TensorProto.INT64, [1], [network.null_label])
+        null = writer.add("ConstantOfShape", writer.add("Shape", LABELS), value=label)
+    for name, other, takes in (
+        (LABELS, null, network.num_classes is not None),
+        (PROMPTS, NEGATIVE_PROMPTS, network.prompt_shape is not None),
+    ):
+        if takes and guided:
+            writer.add("Concat", name, other, axis=0, to=prefix + name)
+        elif takes:
+            writer.add("Identity", name, to=prefix + name)
+
+
+def _splice(
+    writer: GraphWriter, graph: GraphProto, prefix: str, inputs: Mapping[str, str], outputs: Mapping[str, str]
+) -> None:
+    """Write a whole graph's nodes and constants, with its inputs and outputs as named, all other names prefixed."""
+    names = {**inputs, **outputs}
+    rename_graph(graph, lambda name: names.get(name, prefix + name))
+    writer.nodes.extend(graph.node)
+    writer.constants.extend(graph.initializer)

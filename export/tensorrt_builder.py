@@ -1,0 +1,355 @@
+"""The process that builds an engine: a graph in, an engine or one of our errors out.
+
+The library is native code that a graph can crash, so all that can be refused is refused before it sees the graph: an
+installation or device that cannot serve, bytes that are no valid graph, files beside it, dtypes that it would change,
+shapes without bounds, operators that it lacks.
+
+skipstep.export.tensorrt_engine starts this as `python -P -m skipstep.export.tensorrt_builder` and says on standard
+input what to build: a line of JSON, then the graph's bytes and the timing cache's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import re
+import signal
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from skipstep.cuda_probe import cuda_device
+from skipstep.errors import ExportError, InputError, MissingDependencyError, SkipstepError
+from skipstep.export.tensorrt_engine import EXTRAS, Library, Progress
+
+BATCH = "batch"
+# What a strongly typed network holds. The parser would turn float64 into float32 without a word.
+_DTYPES = (
+    "FLOAT",
+    "FLOAT16",
+    "BFLOAT16",
+    "FLOAT8E4M3FN",
+    "FLOAT4E2M1",
+    "INT64",
+    "INT32",
+    "INT8",
+    "UINT8",
+    "INT4",
+    "BOOL",
+)
+_DTYPE_NAMES: Mapping[str, str] = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+_NO_DEVICE = "build on the machine that will run the engine, or name an architecture, as in rtx:sm86"
+_SECONDS_BETWEEN_REPORTS = 0.05
+
+
+def _serve() -> None:
+    """Answer one request with lines of progress, then with the error, or facts and bytes."""
+    # Linux: a caller that is killed takes its builder along.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    # Native code may print what it likes, but not between the answers.
+    channel = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    request = json.loads(sys.stdin.buffer.readline())
+    model = sys.stdin.buffer.read(request["model_bytes"])
+    cache = sys.stdin.buffer.read(request["cache_bytes"])
+
+    def send(message: Mapping[str, Any], *payload: bytes) -> None:
+        # One write a message: the library reports progress from threads of its own.
+        channel.write(json.dumps(message).encode() + b"\n" + b"".join(payload))
+        channel.flush()
+
+    def report(phase: str, done: int, of: int) -> None:
+        if request["progress"]:
+            send({"progress": (phase, done, of)})
+
+    try:
+        facts, engine, new_cache = _build(request, model, cache, report)
+    except SkipstepError as error:
+        send({"error": type(error).__name__, "got": error.got, "expected": error.expected, "remedy": error.remedy})
+    else:
+        send({**facts, "engine_bytes": len(engine), "cache_bytes": len(new_cache)}, engine, new_cache)
+
+
+def _build(
+    request: Mapping[str, Any], onnx_model: bytes, cache: bytes, report: Progress
+) -> tuple[dict[str, Any], bytes, bytes]:
+    """Facts, engine and timing cache; all refusals come before the library gets to see the graph."""
+    library: Library = request["library"]
+    trt = _import_library(library)
+    number, device = _resolve_architecture(trt, library, request["compute_capability"])
+    report("check the graph", 0, 1)
+    model = _checked_graph(onnx_model)
+    profile = _profile(model, request["batch_sizes"])
+    report("check the graph", 1, 1)
+
+    logger = _error_logger(trt)
+    builder = trt.Builder(logger)
+    # TensorRT 11's networks are always strongly typed, and the flag is gone.
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
+    _parse(trt, network, model, logger)
+    inputs = _tensors(model.graph.input, network.get_input, network.num_inputs)
+
+    config = builder.create_builder_config()
+    if library == "tensorrt_rtx":
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{number}"], 0)
+    if not request["tf32"]:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if request["for_capture"] and hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    if request["workspace_bytes"] is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_bytes"])
+    if profile is not None:
+        shapes = builder.create_optimization_profile()
+        for name, _, shape in inputs:
+            if BATCH in shape:
+                shapes.set_shape(name, *(tuple(size if d == BATCH else d for d in shape) for size in profile))
+        config.add_optimization_profile(shapes)
+    timings = _timing_cache(config, cache) if library == "tensorrt" else None
+    if request["progress"] and hasattr(trt, "IProgressMonitor"):
+        config.progress_monitor = monitor = _monitor(trt, report)  # noqa: F841 - the config does not keep it alive
+    report("build", 0, 1)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise ExportError(
+            got=f"no engine from {library} {trt.__version__} for sm_{number}: {logger.summary()}",
+            expected="a graph that the library can build for this architecture",
+            remedy="choose another architecture, or export the network in another dtype, as the message suggests",
+        )
+    report("build", 1, 1)
+    facts = {
+        "library_version": trt.__version__,
+        "compute_capability": number,
+        "device": device,
+        "platform": sysconfig.get_platform(),
+        "flags": sorted(name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag)),
+        "inputs": inputs,
+        "outputs": _tensors(model.graph.output, network.get_output, network.num_outputs),
+        "profile": profile,
+    }
+    return facts, bytes(engine), b"" if timings is None else bytes(timings.serialize())
+
+
+def _import_library(library: Library) -> Any:
+    try:
+        trt = importlib.import_module(library)
+    except (ImportError, OSError) as error:
+        found = str(error)
+    else:
+        # Its networks were weakly typed, and built float16 where nobody had asked for it.
+        if library == "tensorrt_rtx" or int(trt.__version__.split(".")[0]) >= 10:
+            return trt
+        found = f"version {trt.__version__}"
+    raise MissingDependencyError(
+        got=f"{library} that cannot be used: {found}",
+        expected="an installation that works, TensorRT from version 10 on",
+        remedy=f"pip install 'skipstep[{EXTRAS[library]}]'",
+    )
+
+
+def _resolve_architecture(trt: Any, library: Library, wanted: int | None) -> tuple[int, str | None]:
+    """The compute capability to build for, and the name of the GPU where the engine is for that one alone."""
+    if library == "tensorrt":
+        # Without a device this library may crash instead of saying so.
+        return cuda_device(remedy=_NO_DEVICE)
+    number = cuda_device(remedy=_NO_DEVICE)[0] if wanted is None else wanted
+    known = sorted(int(name[2:]) for name in trt.ComputeCapability.__members__ if re.fullmatch(r"SM\d+", name))
+    if number not in known:
+        raise InputError(
+            got=f"architecture sm_{number}",
+            expected=f"one that {library} {trt.__version__} knows: {', '.join(f'sm_{each}' for each in known)}",
+            remedy="choose one of these, or build with TensorRT on the device itself",
+        )
+    return number, None
+
+
+def _checked_graph(onnx_model: bytes) -> Any:
+    """The graph as a message that holds all it needs, valid and of dtypes that stay what they are."""
+    onnx = importlib.import_module("onnx")
+    try:
+        model = onnx.load_from_string(onnx_model)
+    except Exception as error:  # protobuf's DecodeError, whose module has no stable name.
+        raise _unusable(
+            f"{len(onnx_model)} bytes that are no ONNX model: {error}", "export the network again"
+        ) from error
+    # Unknown fields would be read by the library's parser alone.
+    model.DiscardUnknownFields()
+    allowed = {onnx.TensorProto.DataType.Value(name) for name in _DTYPES}
+    for owner, message in _messages(model):
+        dtype = None
+        if isinstance(message, onnx.TensorProto):
+            # The library would follow the path anywhere, links included.
+            if message.data_location == onnx.TensorProto.EXTERNAL or message.external_data:
+                raise _unusable(f"tensor {owner!r} stored in a file beside the model", "save the weights in the model")
+            dtype = message.data_type
+        elif isinstance(message, onnx.TypeProto.Tensor):
+            dtype = message.elem_type
+        elif isinstance(message, onnx.AttributeProto) and message.name in ("to", "dtype"):
+            dtype = message.i
+        if dtype is not None and dtype not in allowed:
+            names = {value: name for name, value in onnx.TensorProto.DataType.items()}
+            raise _unusable(
+                f"{owner!r} of dtype {names.get(dtype, dtype)}", f"export with one of {', '.join(_DTYPES).lower()}"
+            )
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise _unusable(f"an invalid graph: {str(error).splitlines()[0]}", "export the network again") from error
+    return model
+
+
+def _unusable(got: str, remedy: str) -> ExportError:
+    return ExportError(
+        got=got, expected="a valid ONNX graph, complete in itself, that TensorRT can hold", remedy=remedy
+    )
+
+
+def _messages(message: Any, owner: str = "") -> Iterator[tuple[str, Any]]:
+    """Every message inside, each with the name of the node or tensor that it belongs to."""
+    for descriptor, value in message.ListFields():
+        if descriptor.type == descriptor.TYPE_MESSAGE:
+            for each in (value,) if hasattr(value, "ListFields") else value:
+                # An attribute's own name says nothing; a node without a name is known by what it computes.
+                kind = type(each).__name__
+                name = each.name or each.output[0] if kind == "NodeProto" and each.output else getattr(each, "name", "")
+                inner = owner if kind == "AttributeProto" or not name else name
+                yield inner, each
+                yield from _messages(each, inner)
+
+
+def _profile(model: Any, batch_sizes: Sequence[int]) -> tuple[int, int, int] | None:
+    """Least, favoured and greatest batch for an open batch dimension; a single size is written into the graph."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    inputs = [each for each in model.graph.input if each.name not in stored]
+    leading = set()
+    for each in inputs:
+        kind = each.type.tensor_type
+        if not kind.HasField("shape") or any(not d.dim_value and d.dim_param != BATCH for d in kind.shape.dim):
+            raise _unusable(
+                f"input {each.name!r} with a dimension that is neither a number nor {BATCH!r}",
+                f"export with fixed shapes, or with one open dimension named {BATCH!r}",
+            )
+        leading |= {d.dim_param or d.dim_value for d in kind.shape.dim[:1]}
+        if any(d.dim_param for d in kind.shape.dim):
+            leading.add(BATCH)
+    if BATCH not in leading:
+        if set(batch_sizes) - leading:
+            raise InputError(
+                got=f"batch_sizes={tuple(batch_sizes)} for a graph fixed at {sorted(leading)}",
+                expected="its own batch size, or none",
+                remedy=f"leave batch_sizes out, or export with an open dimension named {BATCH!r}",
+            )
+        return None
+    if not batch_sizes:
+        raise InputError(
+            got="no batch sizes for a graph with an open batch", expected="one or more", remedy="pass such as (1, 8)"
+        )
+    if len(set(batch_sizes)) > 1:
+        return min(batch_sizes), batch_sizes[0], max(batch_sizes)
+    for each in (*inputs, *model.graph.output, *model.graph.value_info):
+        for dimension in each.type.tensor_type.shape.dim:
+            if dimension.dim_param == BATCH:
+                dimension.dim_value = batch_sizes[0]
+    return None
+
+
+def _parse(trt: Any, network: Any, model: Any, logger: Any) -> None:
+    parser = trt.OnnxParser(network, logger)
+    own = {function.name for function in model.functions}
+    nodes = [(name, each) for name, each in _messages(model) if type(each).__name__ == "NodeProto"]
+    unknown = [
+        f"{node.op_type} (node {name!r})"
+        for name, node in nodes
+        if node.op_type not in own and not parser.supports_operator(node.op_type)
+    ]
+    problems = unknown
+    if not unknown and not parser.parse(model.SerializeToString()):
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        problems = [f"{e.node_operator()} (node {e.node_name() or e.node()!r}): {e.desc()}" for e in errors]
+        problems = problems or [logger.summary()]
+    if problems:
+        raise ExportError(
+            got="a graph that the library does not support: " + "; ".join(problems[:3])[:1000],
+            expected="operators that TensorRT implements",
+            remedy="rewrite the module that these nodes come from, or run it with onnxruntime",
+        )
+
+
+def _tensors(infos: Any, get: Callable[[int], Any], count: int) -> list[tuple[str, str, list[int | str]]]:
+    """Name, dtype and shape of the network's inputs or outputs: dtypes as the library has them, shapes as the graph."""
+    shapes = {
+        info.name: [
+            d.dim_param or (d.dim_value if d.HasField("dim_value") else "?") for d in info.type.tensor_type.shape.dim
+        ]
+        for info in infos
+    }
+    tensors = map(get, range(count))
+    return [
+        (each.name, _DTYPE_NAMES.get(each.dtype.name, each.dtype.name.lower()), shapes[each.name]) for each in tensors
+    ]
+
+
+def _timing_cache(config: Any, stored: bytes) -> Any:
+    cache = config.create_timing_cache(stored)
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise InputError(
+            got=f"a timing cache of {len(stored)} bytes that the library does not take",
+            expected="one that the same version wrote on the same GPU",
+            remedy="leave timing_cache out; the build writes a new one",
+        )
+    return cache
+
+
+def _error_logger(trt: Any) -> Any:
+    class ErrorLogger(trt.ILogger):  # type: ignore[misc]
+        """Keeps what the library complains about, for the error that follows."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self._errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            # Without a GPU the library adds to each complaint that it finds no driver.
+            if severity <= trt.ILogger.Severity.ERROR and "catchCudaError" not in message:
+                self._errors.append(message)
+
+        def summary(self) -> str:
+            return "; ".join(self._errors[:3])[:1000] or "it does not say why"
+
+    return ErrorLogger()
+
+
+def _monitor(trt: Any, report: Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Reports the library's phases: each start and end, and of the steps between as many as an eye can follow."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+            self._last = 0.0
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self._steps[phase] = steps
+            report(phase, 0, steps)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            now = time.monotonic()
+            if now - self._last > _SECONDS_BETWEEN_REPORTS:
+                self._last = now
+                report(phase, step + 1, self._steps.get(phase, step + 1))
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            steps = self._steps.get(phase, 1)
+            report(phase, steps, steps)
+
+    return Monitor()
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,170 @@
+"""A model repository for NVIDIA's Triton Inference Server: self-contained graphs, for the stock server to run.
+
+    NAME/config.pbtxt    what the server must know of a graph, read from the graph's own inputs and outputs
+    NAME/1/model.onnx    the graph, which the server's onnxruntime backend runs
+
+The server batches requests itself where the first dimension of every input and output is one open batch: then
+max_batch_size counts samples, and the dims leave that dimension out. Any other graph takes the shapes that it states
+(max_batch_size 0), with -1 for a dimension that is open. The schema is the server's model_config.proto.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # Its stubs are a package apart.
+from onnx import TensorProto, ValueInfoProto
+
+from skipstep.errors import ExportError, InputError
+from skipstep.files import atomic_folder
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
+_TYPES: Mapping[int, str] = {
+    TensorProto.FLOAT: "TYPE_FP32",
+    TensorProto.DOUBLE: "TYPE_FP64",
+    TensorProto.FLOAT16: "TYPE_FP16",
+    TensorProto.BFLOAT16: "TYPE_BF16",
+    TensorProto.INT64: "TYPE_INT64",
+    TensorProto.INT32: "TYPE_INT32",
+    TensorProto.BOOL: "TYPE_BOOL",
+}
+_OPEN = -1
+Device = Literal["cpu", "gpu"]
+
+
+def write_model_repository(
+    folder: str | os.PathLike[str],
+    graphs: Mapping[str, bytes],
+    *,
+    max_batch_size: int = 8,
+    device: Device = "cpu",
+    instances: int = 1,
+    overwrite: bool = False,
+) -> None:
+    """Write `graphs`, ONNX by model name, as the folder that `tritonserver --model-repository` takes.
+
+    max_batch_size  how many samples the server may join into one run, where it can.
+    device          what each of the `instances` of a model runs on: "cpu", or each "gpu" of the server.
+    overwrite       replace an existing folder.
+
+    Raises InputError, ExportError and StorageError; then nothing is written.
+    """
+    files = model_repository(graphs, max_batch_size=max_batch_size, device=device, instances=instances)
+    with atomic_folder(folder, replace=overwrite) as new:
+        for name, data in files.items():
+            path = new / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
+
+def model_repository(
+    graphs: Mapping[str, bytes], *, max_batch_size: int = 8, device: Device = "cpu", instances: int = 1
+) -> dict[str, bytes]:
+    """The files of a repository by relative name. See write_model_repository."""
+    files: dict[str, bytes] = {}
+    for name, graph in graphs.items():
+        config = model_config(name, graph, max_batch_size=max_batch_size, device=device, instances=instances)
+        files[f"{name}/config.pbtxt"] = config.encode()
+        files[f"{name}/1/model.onnx"] = graph
+    # Models whose names differ in case alone would share a folder on some file systems.
+    if not graphs or len({name.lower() for name in graphs}) < len(graphs):
+        raise InputError(
+            got=f"models named {', '.join(graphs)}" if graphs else "no graphs",
+            expected="at least one, with names that differ in more than case",
+            remedy="name them by model, steps and plan",
+        )
+    return files
+
+
+def model_config(
+    name: str, graph: bytes, *, max_batch_size: int = 8, device: Device = "cpu", instances: int = 1
+) -> str:
+    """The text of config.pbtxt for one graph. See write_model_repository."""
+    _check(name, max_batch_size, device, instances)
+    try:
+        model = onnx.load_from_string(graph)
+    except DecodeError as error:
+        raise InputError(
+            got=f"{len(graph)} bytes that are no ONNX model, for {name}",
+            expected="a serialised graph",
+            remedy="pass what build_sampler returns",
+        ) from error
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [_Tensor.of(each) for each in model.graph.input if each.name not in weights]
+    outputs = [_Tensor.of(each) for each in model.graph.output]
+    first_dimensions = {each.batch for each in (*inputs, *outputs)}
+    batched = len(first_dimensions) == 1 and "" not in first_dimensions
+    lines = [
+        f"name: {_quoted(name)}",
+        'platform: "onnxruntime_onnx"',
+        'backend: "onnxruntime"',
+        f"max_batch_size: {max_batch_size if batched else 0}",
+    ]
+    for kind, tensors in (("input", inputs), ("output", outputs)):
+        for each in tensors:
+            lines += [f"{kind} {{", *(f"  {line}" for line in each.described(batched)), "}"]
+    lines += ["instance_group {", f"  count: {instances}", f"  kind: KIND_{device.upper()}", "}"]
+    if batched and max_batch_size > 1:
+        lines.append("dynamic_batching { }")
+    return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """An input or output: -1 in `dims` where a dimension is open; `batch` is the name of the first if that one is."""
+
+    name: str
+    data_type: str
+    dims: tuple[int, ...]
+    batch: str
+
+    @classmethod
+    def of(cls, value: ValueInfoProto) -> _Tensor:
+        tensor = value.type.tensor_type
+        if tensor.elem_type not in _TYPES or not tensor.HasField("shape"):
+            raise ExportError(
+                got=f"{value.name} of {onnx.helper.printable_type(value.type)}",
+                expected="a tensor of numbers and known rank",
+                remedy="build the graph with build_sampler",
+            )
+        dims = tensor.shape.dim
+        return cls(
+            value.name,
+            _TYPES[tensor.elem_type],
+            tuple(dim.dim_value if dim.HasField("dim_value") else _OPEN for dim in dims),
+            dims[0].dim_param if dims else "",
+        )
+
+    def described(self, batched: bool) -> Sequence[str]:
+        dims = self.dims[1:] if batched else self.dims
+        lines = [f"name: {_quoted(self.name)}", f"data_type: {self.data_type}"]
+        if dims:
+            return [*lines, f"dims: [ {', '.join(map(str, dims))} ]"]
+        # A request's tensor has at least one dimension beside the batch; the graph's has none.
+        return [*lines, "dims: [ 1 ]", "reshape { shape: [ ] }"]
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _check(name: str, max_batch_size: int, device: str, instances: int) -> None:
+    if not _SAFE_NAME.fullmatch(name):
+        raise InputError(
+            got=f"the model name {name!r}",
+            expected="letters, digits, '_', '.', '+' and '-', at most 200 and not a '.', '+' or '-' first",
+            remedy="choose another name: it becomes a folder's and part of a URL",
+        )
+    for option, value in (("max_batch_size", max_batch_size), ("instances", instances)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+            raise InputError(
+                got=f"{option}={value!r}", expected="an integer ≥ 1", remedy=f"pass {option} in this range"
+            )
+    if device not in ("cpu", "gpu"):
+        raise InputError(got=f"device={device!r}", expected="'cpu' or 'gpu'", remedy="pick one of these")

@@ -1,0 +1,264 @@
+"""A plan as one graph, run by ONNX Runtime alone, against the engine's loops: the same samples from the same x_T."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from networks import Curve, LearnedVariance, tiny_unet
+from onnxruntime import InferenceSession
+from tolerances import STATIC_SHAPES
+from torch import Tensor, nn
+
+from skipstep import Engine, NoiseSchedule, Plan
+from skipstep.errors import InputError, PlanError
+from skipstep.export.onnx_sampler import build_sampler
+from skipstep.kernels.layout import Stream
+from skipstep.noise import standard_normal
+
+SCHEDULE = NoiseSchedule.linear(1000)
+OPTIONS = {
+    "ddim": {},
+    "paper": {"convention": "paper"},
+    "eta": {"eta": 0.7, "convention": "guided"},
+    "v": {"prediction_type": "v_prediction"},
+    "sample": {"prediction_type": "sample", "convention": "guided"},
+    "ddpm": {"solver": "ddpm"},
+    "heun": {"solver": "heun"},
+    "rk4": {"solver": "rk4"},
+    "dpm_solver_2": {"solver": "dpm_solver_2"},
+    "dpm_solver_pp_2m": {"solver": "dpm_solver_pp_2m"},
+    "dynamic": {"clip": "dynamic", "dynamic_quantile": 0.93, "dynamic_maximum": 1.5},
+    "inversion": {"solver": "ddim_inversion"},
+}
+# Below the noisiest timesteps, where x0 = x/sqrt(a) - ... magnifies any rounding of the network by up to 157.
+PLANS = {name: Plan(schedule=SCHEDULE, timesteps=[599, 399, 199, 49], **given) for name, given in OPTIONS.items()}
+SEEDS = [0, 7, 2**64 - 1]
+LABELS = [0, 2, 1]
+SCALES = [2.0, 3.0, 1.5]
+X_T = np.random.default_rng(0).standard_normal((3, 1, 8, 8), dtype=np.float32)
+
+
+def engine_of(network, plans, *, loop="onnx", **options):
+    given = {"batch_sizes": [len(X_T)], "backend": "onnxruntime", "device": "cpu", "schedule": SCHEDULE, **options}
+    return Engine.build(network, plans=plans, loop=loop, **given)
+
+
+def sampler_of(engine, plan, **options):
+    graph = build_sampler(engine._built.parts(), engine.network, plan, **options)
+    onnx.checker.check_model(onnx.load_from_string(graph), full_check=True)
+    return InferenceSession(graph, providers=["CPUExecutionProvider"])
+
+
+def run(session, plan, **given):
+    """Outputs by name. The graph must read all that is given, and nothing else but the noise of SEEDS."""
+    if plan.adds_noise:
+        shape = given["x_T"].shape
+        noise = standard_normal(
+            np.array(SEEDS[: shape[0]], np.uint64),
+            int(np.prod(shape[1:])),
+            stage=range(plan.num_evaluations),
+            stream=Stream.STEP,
+        )
+        given["noise"] = noise.reshape(-1, *shape)
+    assert {each.name for each in session.get_inputs()} == set(given)
+    names = [each.name for each in session.get_outputs()]
+    return dict(zip(names, session.run(names, given), strict=True))
+
+
+class Small(nn.Module):
+    """Two convolutions, with what follows from the timestep and the label between them; quick to load many times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
+        self.norm = nn.GroupNorm(4, 8)
+        self.label, self.mix = nn.Embedding(4, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        angles = t.to(x.dtype)[:, None] / 1000 * torch.arange(1, 9, dtype=x.dtype)
+        told = self.mix(torch.sin(angles) + self.label(labels))
+        hidden = nn.functional.silu(self.norm(self.first(x)) + told[:, :, None, None])
+        return self.last(hidden) + x
+
+
+LABELLED = {"sample_shape": (1, 8, 8), "num_classes": 3, "null_label": 3, "fractional_timesteps": True}
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    return engine_of(Small().eval(), list(PLANS.values()), **LABELLED)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return engine_of(tiny_unet(num_class_embeds=4), list(PLANS.values()), **LABELLED)
+
+
+@pytest.fixture(scope="module")
+def prompted():
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    network = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+    )
+    return engine_of(network.eval(), list(PLANS.values()), prompt_shape=(5, 8), fractional_timesteps=True)
+
+
+def expected_and_given(engine, plan, *, guided):
+    """What the engine draws, with its trajectory, and the inputs of a graph that shall draw the same."""
+    arguments = {"plan": plan, "x_T": X_T, "seeds": SEEDS}
+    given = {"x_T": X_T}
+    if engine.network.num_classes is not None:
+        arguments["class_labels"] = LABELS
+        given["class_labels"] = np.array(LABELS)
+    if engine.network.prompt_shape is not None:
+        shape = (len(X_T), *engine.network.prompt_shape)
+        prompts, negative = np.random.default_rng(1).standard_normal((2, *shape), dtype=np.float32)
+        arguments["prompt_embeds"] = given["encoder_hidden_states"] = prompts
+        if guided:
+            arguments["negative_prompt_embeds"] = given["negative_encoder_hidden_states"] = negative
+    if guided:
+        arguments["guidance_scale"] = SCALES
+        given["guidance_scale"] = np.array(SCALES, np.float32)
+    return *engine.sample(**arguments, trajectory=True), given
+
+
+@pytest.mark.parametrize("form", ["loop", "unrolled"])
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("name", PLANS)
+def test_draws_what_the_engine_draws(labelled, name, guided, form):
+    """With an open batch the network is the same graph, so the bits are the same."""
+    plan = PLANS[name]
+    samples, seen, given = expected_and_given(labelled, plan, guided=guided)
+    options = {"guided": guided, "form": form}
+    found = run(sampler_of(labelled, plan, batch_size=None, trajectory=True, **options), plan, **given)
+    steps = np.flatnonzero(plan.ends_step)
+    np.testing.assert_array_equal(found["x_0"], samples)
+    np.testing.assert_array_equal(found["x_t"][steps], seen.x_t)
+    np.testing.assert_array_equal(found["x0"][steps], seen.x0)
+    assert found["x0"].shape == found["x_t"].shape == (plan.num_evaluations, *X_T.shape)
+
+    found = run(sampler_of(labelled, plan, batch_size=3, **options), plan, **given)
+    assert set(found) == {"x_0"}
+    np.testing.assert_allclose(found["x_0"], samples, rtol=0, atol=STATIC_SHAPES * np.abs(samples).max())
+
+
+@pytest.mark.parametrize("form", ["loop", "unrolled"])
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_prompts_are_inputs(prompted, name, guided, form):
+    plan = PLANS[name]
+    samples, _, given = expected_and_given(prompted, plan, guided=guided)
+    for batch_size in (3, None):
+        found = run(sampler_of(prompted, plan, batch_size=batch_size, guided=guided, form=form), plan, **given)
+        np.testing.assert_allclose(found["x_0"], samples, rtol=0, atol=STATIC_SHAPES * np.abs(samples).max())
+
+
+def test_labels_beside_prompts_keep_their_meaning_under_guidance():
+    """Without a null label both halves have the samples' labels, and the prompts alone differ."""
+
+    class Both(nn.Module):
+        def forward(self, x: Tensor, t: Tensor, prompts: Tensor, labels: Tensor) -> Tensor:
+            told = prompts.mean(dim=(1, 2)) + labels.to(x.dtype) / 10 + t.to(x.dtype) / 1000
+            return torch.tanh(0.5 * x + told.view(-1, 1, 1, 1))
+
+    plan = PLANS["eta"]
+    engine = engine_of(Both(), [plan], sample_shape=(1, 8, 8), num_classes=4, prompt_shape=(2, 3))
+    samples, _, given = expected_and_given(engine, plan, guided=True)
+    found = run(sampler_of(engine, plan, batch_size=None, guided=True), plan, **given)
+    np.testing.assert_allclose(found["x_0"], samples, rtol=0, atol=STATIC_SHAPES * np.abs(samples).max())
+
+
+@pytest.mark.parametrize("form", ["loop", "unrolled"])
+@pytest.mark.parametrize("name", ["ddim", "eta"])
+def test_a_unet_keeps_its_weights_once(unet, name, form):
+    plan = PLANS[name]
+    samples, _, given = expected_and_given(unet, plan, guided=True)
+    for batch_size in (3, None):
+        found = run(sampler_of(unet, plan, batch_size=batch_size, guided=True, form=form), plan, **given)
+        np.testing.assert_allclose(found["x_0"], samples, rtol=0, atol=STATIC_SHAPES * np.abs(samples).max())
+    network = unet._built.parts().graphs
+    whole = sum(len(graph) for graph in (*network.before_loop.values(), network.step))
+    graph = build_sampler(unet._built.parts(), unet.network, plan, guided=True)
+    assert len(graph) < whole + 20_000
+
+
+def test_equals_the_stepwise_loop_too(labelled):
+    stepwise = engine_of(Small().eval(), list(PLANS.values()), loop="stepwise", **LABELLED)
+    for name in ("eta", "heun"):
+        samples, _, given = expected_and_given(stepwise, PLANS[name], guided=True)
+        found = run(sampler_of(labelled, PLANS[name], batch_size=None, guided=True), PLANS[name], **given)
+        np.testing.assert_array_equal(found["x_0"], samples)
+
+
+@pytest.mark.parametrize("form", ["loop", "unrolled"])
+def test_an_open_batch_takes_any_size(labelled, form):
+    plan = PLANS["ddpm"]
+    session = sampler_of(labelled, plan, batch_size=None, form=form)
+    whole = run(session, plan, x_T=X_T, class_labels=np.array(LABELS))["x_0"]
+    first = run(session, plan, x_T=X_T[:1], class_labels=np.array(LABELS[:1]))["x_0"]
+    np.testing.assert_allclose(first, whole[:1], rtol=0, atol=STATIC_SHAPES * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("form", ["loop", "unrolled"])
+def test_a_learned_variance_scales_the_noise(form):
+    plan = Plan(schedule=SCHEDULE, timesteps=[599, 299, 99], solver="ddpm", variance="learned_range")
+    engine = engine_of(LearnedVariance(), [plan], sample_shape=(1, 8, 8))
+    samples = engine.sample(plan=plan, x_T=X_T, seeds=SEEDS)
+    found = run(sampler_of(engine, plan, batch_size=3, form=form), plan, x_T=X_T)
+    np.testing.assert_allclose(found["x_0"], samples, rtol=0, atol=STATIC_SHAPES * np.abs(samples).max())
+
+
+def test_an_unrolled_stage_does_what_its_flags_say_and_no_more(labelled):
+    """Of DPM-Solver++ 2M the first step has no memory to read and the last writes none."""
+    plan = PLANS["dpm_solver_pp_2m"]
+    graph = build_sampler(labelled._built.parts(), labelled.network, plan, form="unrolled")
+    model = onnx.load_from_string(graph).graph
+    assert not any(node.op_type in ("Loop", "Equal", "Where") for node in model.node)
+    weights = [tensor.name for tensor in model.initializer if tensor.name.endswith("first.weight")]
+    assert len(weights) == 1
+    lean = build_sampler(labelled._built.parts(), labelled.network, PLANS["ddim"], form="unrolled")
+    added = len(model.node) - len(onnx.load_from_string(lean).graph.node)
+    flags = plan.stage_flags
+    reads, writes = sum(f.read_memory for f in flags), sum(f.write_memory for f in flags)
+    assert writes < len(flags)
+    both = sum(f.read_memory and f.write_memory for f in flags)
+    assert added == 2 * (reads + sum(f.add_state for f in flags)) + 5 * writes + 2 * both
+
+
+def test_nan_reaches_the_output(labelled):
+    x_T = X_T.copy()
+    x_T[1, 0, 0, 0] = np.nan
+    given = {"class_labels": np.array(LABELS), "x_T": x_T}
+    found = run(sampler_of(labelled, PLANS["ddim"], batch_size=None), PLANS["ddim"], **given)["x_0"]
+    np.testing.assert_array_equal(np.isnan(found).any(axis=(1, 2, 3)), [False, True, False])
+
+
+def test_what_does_not_fit_is_refused():
+    plan = PLANS["ddim"]
+    engine = engine_of(Curve(), [plan], sample_shape=(1, 8, 8))
+    parts, network = engine._built.parts(), engine.network
+    with pytest.raises(InputError, match="guided=True"):
+        build_sampler(parts, network, plan, guided=True)
+    with pytest.raises(InputError, match="form='flat'"):
+        build_sampler(parts, network, plan, form="flat")
+    for batch_size in (0, True, 1.5):
+        with pytest.raises(InputError, match="batch_size="):
+            build_sampler(parts, network, plan, batch_size=batch_size)
+    with pytest.raises(PlanError, match="fractional timesteps"):
+        build_sampler(parts, network, PLANS["rk4"])
+    with pytest.raises(PlanError, match="output channels"):
+        build_sampler(parts, network, Plan(schedule=SCHEDULE, steps=3, solver="ddpm", variance="learned_range"))
