@@ -60,9 +60,7 @@ def make_bundle(name: str, folder: Path) -> dict[str, Any]:
     return {
         "model": name,
         "build_seconds": round(build_seconds, 2),
-        "seconds": {
-            message: round(after - before, 2) for (message, before), (_, after) in itertools.pairwise(marks)
-        },
+        "seconds": {message: round(after - before, 2) for (message, before), (_, after) in itertools.pairwise(marks)},
         "bytes": _bytes_by_kind(bundle),
         "engines": len(bundle.manifest.engines),
         "kernels": len(bundle.manifest.kernels),

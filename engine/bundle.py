@@ -23,9 +23,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.errors import BundleError, MissingDependencyError, PlanError, ScheduleError, SignatureError
+from skipstep.errors import (
+    BundleError,
+    DeviceUnavailableError,
+    MissingDependencyError,
+    PlanError,
+    ScheduleError,
+    SignatureError,
+)
 from skipstep.files import read_up_to, read_verified
-from skipstep.manifest import FILE_NAME, MAX_BYTES, SIGNATURE_NAME, Manifest, PlanEntry, parse_manifest
+from skipstep.manifest import FILE_NAME, MAX_BYTES, SIGNATURE_NAME, EngineEntry, Manifest, PlanEntry, parse_manifest
 from skipstep.plan import Plan
 from skipstep.schedule import NoiseSchedule
 
@@ -81,6 +88,44 @@ class Bundle:
                 expected="tables as skipstep export writes them",
                 remedy="export the bundle again",
             ) from error
+
+
+def read_engine(
+    bundle: Bundle, *, library: str, version: str, compute_capability: int, batch_size: int
+) -> tuple[bytes, EngineEntry]:
+    """The TensorRT engine of a bundle that this device and library can run, verified, for a network batch size.
+
+    An engine runs on the architecture and with the library version that it was built for; anything else may crash
+    instead of failing, so it is refused here. `library` is "tensorrt" or "tensorrt_rtx", `compute_capability` 86 for
+    8.6. Raises DeviceUnavailableError, which lists what there is, and IntegrityError.
+    """
+    wanted = {
+        "library": library,
+        "library_version": version,
+        "compute_capability": compute_capability,
+        "batch_size": batch_size,
+    }
+    engines = [(entry, {name: _engine_fact(entry, name) for name in wanted}) for entry in bundle.manifest.engines]
+    for entry, facts in engines:
+        if facts == wanted:
+            return bundle.read(entry.file), entry
+
+    def described(facts: Mapping[str, Any]) -> str:
+        return "{library} {library_version} for sm_{compute_capability} at batch {batch_size}".format(**facts)
+
+    raise DeviceUnavailableError(
+        got=f"a device and library that need {described(wanted)}",
+        expected="; or ".join(described(facts) for _, facts in engines) or "engines: this bundle has none",
+        remedy="build engines on this device: skipstep build, on a bundle exported with --target tensorrt",
+    )
+
+
+def _engine_fact(entry: EngineEntry, name: str) -> Any:
+    if name != "batch_size":
+        return entry.facts.get(name)
+    inputs = entry.facts.get("inputs")
+    shapes = [each.get("shape") for each in inputs if isinstance(each, dict)] if isinstance(inputs, list) else []
+    return shapes[0][0] if shapes and isinstance(shapes[0], list) and shapes[0] else None
 
 
 def open_bundle(

@@ -112,4 +112,4 @@ def _flops(node: NodeProto, shapes: Mapping[str, Shape]) -> int:
 
 def _tensor_bytes(tensor: TensorProto) -> int:
     itemsize: int = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return math.prod(tensor.dims) * itemsize
+    return int(math.prod(tensor.dims)) * itemsize

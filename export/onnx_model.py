@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from skipstep.backends.torch import DenoisingModule, zero_conditioning
 from skipstep.errors import ExportError, MissingDependencyError
@@ -46,30 +49,13 @@ def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int |
         shapes = ({0: batch}, {0: batch}, *rest)
     try:
         with _quiet_exporter():
-            program = torch.onnx.export(
-                module.eval(),
-                tuple(arguments),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=names,
-                output_names=["out_sample"],
-                dynamic_shapes=shapes,
-                verbose=False,
-            )
+            program = _export(module.eval(), tuple(arguments), names, shapes)
     except ImportError as error:
         raise MissingDependencyError(
             got=f"no package {error.name}",
             expected="torch's ONNX exporter with onnx and onnxscript",
             remedy="pip install 'skipstep[export]'",
         ) from error
-    except Exception as error:  # The exporter wraps whatever the traced module raised.
-        cause = error.__cause__ or error
-        raise ExportError(
-            got=f"{type(cause).__name__} while capturing {type(module.network).__name__}: {cause}",
-            expected="a network whose control flow does not depend on tensor values",
-            remedy="use backend='torch', or rewrite the module that the message names",
-        ) from error
-    assert program is not None
     size = program.model_proto.ByteSize()
     if size > _MAX_BYTES:
         raise ExportError(
@@ -78,6 +64,81 @@ def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int |
             remedy="use backend='torch', or convert the weights to float16",
         )
     return bytes(program.model_proto.SerializeToString())
+
+
+def _export(
+    module: DenoisingModule, arguments: tuple[Tensor, ...], names: list[str], shapes: Any
+) -> torch.onnx.ONNXProgram:
+    """Raises ExportError, naming the submodule that could not be captured or the operator that ONNX has not."""
+    with _first_failure(module.network) as stopped_in:
+        try:
+            program = torch.onnx.export(
+                module,
+                arguments,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=names,
+                output_names=["out_sample"],
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
+        except ImportError:
+            raise
+        except Exception as error:  # The exporter wraps whatever the traced module raised; its errors are not public.
+            cause = error.__cause__ or error
+            culprit = _untranslated(module, arguments, str(cause))
+            where = culprit or f"{type(cause).__name__} in {stopped_in() or type(module.network).__name__}"
+            raise ExportError(
+                got=where + ("" if culprit else f": {_first_paragraph(cause)}"),
+                expected=f"operators that ONNX opset {OPSET} can express"
+                if culprit
+                else "a network whose control flow does not depend on tensor values",
+                remedy="use backend='torch', or rewrite the module that is named",
+            ) from error
+    assert program is not None, "it returns nothing only where it writes a file"
+    return program
+
+
+@contextlib.contextmanager
+def _first_failure(network: nn.Module) -> Iterator[Callable[[], str | None]]:
+    """Watches the network's modules run; what it gives tells which of them the first failed run stopped in."""
+    running: list[str] = []
+    first: list[str] = []
+
+    def enter(name: str, outermost: bool) -> None:
+        if outermost and running:  # The exporter tries again in another way.
+            first.extend(running[-1:])
+            running.clear()
+        running.append(name)
+
+    hooks = []
+    for path, each in network.named_modules():
+        name = f"{path or 'the network'} ({type(each).__name__})"
+        hooks.append(each.register_forward_pre_hook(lambda *_, name=name, path=path: enter(name, not path)))
+        hooks.append(each.register_forward_hook(lambda *_: running.pop() and None if running else None))
+    try:
+        yield lambda: next(iter(first or running[-1:]), None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _untranslated(module: DenoisingModule, arguments: tuple[Tensor, ...], cause: str) -> str | None:
+    """The operator of which the exporter says that it could not translate it, and the module that calls it."""
+    found = re.search(r"translating node %(\w+)", cause)
+    if found is None:
+        return None
+    nodes = torch.export.export(module, arguments, strict=False).run_decompositions().graph.nodes
+    for node in nodes:
+        if node.name == found[1]:
+            path, owner = list(node.meta.get("nn_module_stack", {"": ("", "the network")}).values())[-1]
+            owner = str(getattr(owner, "__name__", owner)).rsplit(".", 1)[-1]
+            return f"the operator {node.target} in {path.removeprefix('network.') or 'the network'} ({owner})"
+    return f"the operator {found[1]}"
+
+
+def _first_paragraph(error: BaseException) -> str:
+    return str(error).strip().split("\n\n")[0].replace("\n", " ")[:500]
 
 
 def exporter_versions() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -166,6 +167,18 @@ def test_nothing_is_overwritten_unasked(engine, saved, tmp_path):
 def test_bad_requests_leave_nothing(engine, tmp_path, options, said):
     with pytest.raises(InputError, match=said):
         engine.save(tmp_path / "bundle", **{"license": "MIT", **options})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(engine, tmp_path):
+    """No file may grow beyond this: as on a full disk, writing fails half-way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(StorageError, match="bundle"):
+            engine.save(tmp_path / "bundle", license="MIT")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,9 +14,10 @@ import pytest
 from networks import tiny_unet
 from PIL import Image
 
-from skipstep.bundle import open_bundle
+from skipstep.bundle import open_bundle, read_engine
 from skipstep.cli import COMMANDS, main
 from skipstep.demo import SHIPPED_BUNDLE, SHIPPED_MODEL
+from skipstep.errors import DeviceUnavailableError
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,14 @@ def test_build_adds_engines(bundle, capsys, tmp_path):
     assert [engine.target for engine in engines] == ["rtx:sm89"] * 3
     assert [engine.facts["compute_capability"] for engine in engines] == [89] * 3
     assert all(open_bundle(copy).read(engine.file) for engine in engines)
+    # This engine, this library, this architecture: and no other.
+    version = engines[0].facts["library_version"]
+    fitting = {"library": "tensorrt_rtx", "version": version, "compute_capability": 89, "batch_size": 4}
+    data, entry = read_engine(open_bundle(copy), **fitting)
+    assert hashlib.sha256(data).hexdigest() == entry.facts["sha256"]
+    for other in ({"version": "9.9"}, {"compute_capability": 86}, {"library": "tensorrt"}, {"batch_size": 3}):
+        with pytest.raises(DeviceUnavailableError, match="sm_89 at batch 4"):
+            read_engine(open_bundle(copy), **{**fitting, **other})
     assert run(capsys, "verify", copy)[0] == 0
     # The same again comes from the cache, and takes the place of what was there.
     status, _, _ = run(capsys, "build", copy, "--target", "rtx:sm89")
