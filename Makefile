@@ -83,7 +83,8 @@ gpu:
 	@$(PYTHON) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make gpu: got a machine where torch sees no CUDA device; expected one. Remedy: run it where nvidia-smi lists a GPU, with a CUDA build of torch.')"
 	rm -rf build && mkdir -p $(OUT)
 	$(PYTHON) -m pip install --quiet --no-deps --no-index --no-build-isolation --target build/gpu .
-	PYTHONPATH=build/gpu $(PYTHON) -m pytest tests/kernels/test_step_kernel.py tests/test_cuda.py --junitxml=$(OUT)/tests.xml
+	PYTHONPATH=build/gpu $(PYTHON) -m pytest tests/kernels/test_step_kernel.py tests/test_cuda.py tests/export/test_cubins.py \
+		tests/test_cuda_probe.py --junitxml=$(OUT)/tests.xml
 	PYTHONPATH=build/gpu $(PYTHON) -m skipstep.bench.step_bandwidth --out $(OUT)/step-bandwidth.json
 
 $(VENV)/bin/python:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["SKIPSTEP_CACHE"] = f"{folder}/cache"  # Nothing was built before.
         bundles = [make_bundle(name, Path(folder) / name) for name in ALL_MODELS]
     write_json(
         options.out,

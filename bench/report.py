@@ -86,6 +86,58 @@ def partition_table(results: Path) -> str:
     return markdown(header, rows)
 
 
+def cold_start_table(results: Path) -> str:
+    """Whole processes, from their start to the first image."""
+    result = _read(results / "cold-start.json")
+    seconds = result["median_seconds"]
+    rows = [
+        ["Python alone", f"{seconds['interpreter'] * 1e3:.0f}", ""],
+        [
+            "skipstep, from the bundle",
+            f"{seconds['bundle'] * 1e3:.0f}",
+            f"**{result['ratio_to_diffusers']:.1f}×** sooner",
+        ],
+        ["diffusers, from the checkpoint", f"{seconds['diffusers'] * 1e3:.0f}", ""],
+    ]
+    return markdown(["process", "ms", ""], rows) + (
+        f"\n\n{result['steps']} steps at batch 1, medians of {len(result['seconds']['bundle'])} processes each, taking "
+        f"turns. {describe_environment(result['environment'])}."
+    )
+
+
+def bundles_table(results: Path) -> str:
+    """What bundles hold for each kind of target, and how long that took to make."""
+    result = _read(results / "bundles.json")
+    rows = []
+    for bundle in result["bundles"]:
+        sizes, seconds = bundle["bytes"], bundle["seconds"]
+        engines = sum(time for step, time in seconds.items() if step.startswith("rtx"))
+        kernels = sum(time for step, time in seconds.items() if step.startswith("step kernels"))
+        rows.append(
+            [
+                bundle["model"],
+                f"{bundle['build_seconds']:.0f}",
+                f"{sizes['cpu'] / 1e6:.1f}",
+                f"{bundle['engines']} in {engines:.0f} s, {sizes['engines'] / 1e6:.0f} MB",
+                f"{bundle['kernels']} in {kernels:.0f} s, {sizes['kernels'] / 1e6:.2f} MB",
+                f"{bundle['golden_error']:.1g}",
+            ]
+        )
+    header = [
+        "network",
+        "export, s",
+        "one graph for the CPU, MB",
+        "RTX engines",
+        "step kernels",
+        "golden samples off by",
+    ]
+    return markdown(header, rows) + (
+        f"\n\nTargets {', '.join(result['targets'])}; {result['precision']} on GPUs, plans of "
+        f"{', '.join(map(str, result['steps']))} steps, batch {result['batch_sizes'][0]}. "
+        f"{describe_environment(result['environment'])}."
+    )
+
+
 def kernel_table(results: Path) -> str:
     """What the step kernel compiles to, over all its variants and dtypes, one line an architecture."""
     kernels = _read(results / "step-codegen.json")["kernels"]
@@ -103,6 +155,8 @@ TABLES: Mapping[str, Callable[[Path], str]] = {
     "agreement": agreement_table,
     "kernel": kernel_table,
     "partition": partition_table,
+    "cold-start": cold_start_table,
+    "bundles": bundles_table,
 }
 
 

@@ -140,7 +140,8 @@ def build_network(
     if chosen == "onnxruntime":
         from skipstep.backends.onnxruntime import LoopConstants, OnnxRuntimeDenoiser, make_session
         from skipstep.export.onnx_loop import build_loop
-        from skipstep.graph_loop import GraphLoop, LoopSessions
+        from skipstep.graph_loop import GraphLoop
+        from skipstep.loop_sessions import LoopSessions
 
         parts = exported()
         constants = LoopConstants(parts.graphs.before_loop, network, num_threads)

@@ -20,9 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from skipstep.distinct import distinct
 from skipstep.errors import (
     BundleError,
     DeviceUnavailableError,
@@ -33,11 +31,13 @@ from skipstep.errors import (
 )
 from skipstep.files import read_up_to, read_verified
 from skipstep.manifest import FILE_NAME, MAX_BYTES, SIGNATURE_NAME, EngineEntry, Manifest, PlanEntry, parse_manifest
-from skipstep.plan import Plan
-from skipstep.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from skipstep.engine import Engine
+    from skipstep.plan import Plan
+    from skipstep.schedule import NoiseSchedule
 
 # ONNX graphs may keep tensors in files of their own, which a runtime would open wherever the path leads. Such a tensor
 # says so by this key; without the word in its bytes a graph is complete in itself.
@@ -181,16 +181,24 @@ def load(
     bundle = open_bundle(path, require_signature=require_signature, allow_hard_links=allow_hard_links)
     try:
         from skipstep.backends.onnxruntime import LoopConstants, make_session
+        from skipstep.loop_sessions import LoopSessions
     except ImportError as error:
         raise MissingDependencyError(
             got=f"no package {error.name}",
             expected="onnxruntime, which runs bundles on the CPU",
             remedy="pip install 'skipstep[cpu]'",
         ) from error
-    from skipstep.engine import Engine
-    from skipstep.graph_loop import GraphLoop, LoopSessions
 
     manifest = bundle.manifest
+    held = {entry.features: entry.file for entry in manifest.loops}
+    sessions = LoopSessions(
+        lambda features: make_session(bundle.read_graph(held[features]), num_threads=num_threads), tuple(held)
+    )
+    # The longest part of loading, while the rest, imports included, goes on here.
+    sessions.prefetch(manifest.loops[0].features)
+    from skipstep.engine import Engine
+    from skipstep.graph_loop import GraphLoop
+
     graphs = {part: bundle.read_graph(manifest.graphs[part]) for part in _PARTS if part in manifest.graphs}
     arrays = bundle.read_arrays(manifest.tables)
     schedules = stored_schedules(arrays)
@@ -199,11 +207,7 @@ def load(
         graphs,
         manifest.network,
         num_threads,
-        tables={np.unique(plan.evaluation_timesteps).tobytes(): _values(plan.key, arrays) for plan in plans},
-    )
-    held = {entry.features: entry.file for entry in manifest.loops}
-    sessions = LoopSessions(
-        lambda features: make_session(bundle.read_graph(held[features]), num_threads=num_threads), tuple(held)
+        tables={distinct(plan.evaluation_timesteps)[0].tobytes(): _values(plan.key, arrays) for plan in plans},
     )
     defaults = {}
     if manifest.defaults is not None and manifest.default_schedule is not None:
@@ -242,6 +246,8 @@ def stored_schedules(arrays: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
 
 
 def _schedule(schedules: list[NDArray[Any]], number: int) -> NoiseSchedule:
+    from skipstep.schedule import NoiseSchedule
+
     if number >= len(schedules):
         raise _mismatch(f"schedule {number} of {len(schedules)}")
     try:
@@ -251,6 +257,8 @@ def _schedule(schedules: list[NDArray[Any]], number: int) -> NoiseSchedule:
 
 
 def _stored_plan(entry: PlanEntry, schedules: list[NDArray[Any]], arrays: Mapping[str, NDArray[Any]]) -> Plan:
+    from skipstep.plan import Plan
+
     try:
         plan = Plan(schedule=_schedule(schedules, entry.schedule), **entry.options)
         stored = plan.with_tables(arrays[f"{entry.key}/coefficients"], arrays[f"{entry.key}/timesteps"])

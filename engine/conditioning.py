@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.network import NetworkSpec
-from skipstep.request import SampleRequest
+from skipstep.distinct import distinct
+
+if TYPE_CHECKING:
+    from skipstep.network import NetworkSpec
+    from skipstep.request import SampleRequest
 
 LABELS: Final = "class_labels"
 PROMPTS: Final = "encoder_hidden_states"
@@ -45,8 +48,8 @@ class Conditioning:
         """Conditioning on labels `[N]`, or on nothing."""
         if labels is None:
             return cls({}, np.zeros(num_samples, np.int64))
-        distinct, index = np.unique(labels, return_inverse=True)
-        return cls({LABELS: distinct}, index.reshape(-1).astype(np.int64))
+        rows, index = distinct(labels)
+        return cls({LABELS: rows}, index)
 
 
 def call_conditioning(network: NetworkSpec, request: SampleRequest) -> Conditioning:
@@ -71,8 +74,9 @@ def call_conditioning(network: NetworkSpec, request: SampleRequest) -> Condition
     prompts = np.concatenate(halves)
     if labels is None:
         return Conditioning({PROMPTS: prompts}, index)
-    pairs, position = np.unique(np.stack([index, labels], axis=1), axis=0, return_inverse=True)
-    return Conditioning({PROMPTS: prompts[pairs[:, 0]], LABELS: pairs[:, 1].copy()}, position.reshape(-1))
+    kinds = int(labels.max()) + 1
+    pairs, position = distinct(index * kinds + labels)
+    return Conditioning({PROMPTS: prompts[pairs // kinds], LABELS: pairs % kinds}, position)
 
 
 def _rows_of(prompts: NDArray[np.float32], num_samples: int) -> NDArray[np.int64]:

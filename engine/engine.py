@@ -101,8 +101,8 @@ class Engine(ImageEditing):
                     build makes an engine of on its device; "server" for a Triton Inference Server repository
                     (skipstep.export.targets).
         precision   of the network for GPUs: "float32", "float16" or "bfloat16". The CPU's is float32.
-        any_plan    whether the CPU's loop can run any solver, noise and guidance rescale, not only what the plans
-                    need; it costs two or three per cent of a small network's time.
+        any_plan    a second loop for the CPU, which runs any solver, noise and guidance rescale, not only what the
+                    plans need; it holds the network's weights once more.
         sign_key    an Ed25519 private key to sign the manifest with (skipstep.signature).
 
         The bundle is loaded and draws the golden samples again before it takes its name; an existing one is replaced

@@ -7,17 +7,15 @@ that graph, one stage at a time. So is a loop whose noise would not fit into mem
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from onnxruntime import InferenceSession
 
 from skipstep.backends.onnxruntime import LoopConstants, Values, run_session
 from skipstep.conditioning import call_conditioning
-from skipstep.errors import PlanError
 from skipstep.kernels.layout import Stream
 from skipstep.loop import Array, Run, initial_state
+from skipstep.loop_sessions import LoopSessions
 from skipstep.loop_table import LoopFeatures, loop_table, shared_features
 from skipstep.network import NetworkSpec
 from skipstep.noise import standard_normal
@@ -26,42 +24,6 @@ from skipstep.stages import Stages
 
 # Of noise at once: what fits into the caches is drawn about as fast as what does not, and memory stays bounded.
 MAX_NOISE_BYTES = 1 << 26
-
-
-class LoopSessions:
-    """Sessions of the loop by what they can do, made when first needed and shared by all batch sizes.
-
-    `available` are the only features that `make` can give a session for; None: it makes any.
-    """
-
-    def __init__(
-        self,
-        make: Callable[[LoopFeatures], InferenceSession],
-        available: Sequence[LoopFeatures] | None = None,
-    ) -> None:
-        self._make = make
-        self._available = available
-        self._held: dict[LoopFeatures, InferenceSession] = {}
-        self._lock = threading.Lock()
-
-    def get(self, needed: LoopFeatures) -> tuple[LoopFeatures, InferenceSession]:
-        """The leanest held session that covers `needed`, or a new one. Raises PlanError where there can be none."""
-        with self._lock:
-            features = _leanest(self._held, needed)
-            if features is None:
-                features = needed if self._available is None else _leanest(self._available, needed)
-                if features is None:
-                    raise PlanError(
-                        got=f"a call that needs {needed}",
-                        expected="what the loops of this bundle can do",
-                        remedy="export the bundle with such a plan, or with any_plan=True (--any-plan)",
-                    )
-                self._held[features] = self._make(features)
-            return features, self._held[features]
-
-
-def _leanest(there: Iterable[LoopFeatures], needed: LoopFeatures) -> LoopFeatures | None:
-    return min((each for each in there if each.covers(needed)), key=lambda each: each.size, default=None)
 
 
 class GraphLoop:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skipstep.kernels.layout import NUM_COLUMNS, Column
 from skipstep.kernels.statistics import Thresholding
-from skipstep.network import NetworkSpec
-from skipstep.stages import Stages
+
+if TYPE_CHECKING:
+    from skipstep.network import NetworkSpec
+    from skipstep.stages import Stages
 
 # A column of this table alone: 1 where a stage keeps its state as the base, 0 where it leaves the base as it was.
 WRITE_BASE: Final = NUM_COLUMNS
@@ -111,11 +113,19 @@ class LoopFeatures:
         return tuple(columns)
 
 
-def shared_features(network: NetworkSpec, stages: Iterable[Stages], *, any_plan: bool = False) -> list[LoopFeatures]:
-    """As few sets of features as cover all these stages: one for all that threshold alike.
+# What walking back up needs: a product and a sum a stage.
+INVERSION = LoopFeatures(state=True)
 
-    `any_plan`: what any plan without thresholding needs as well.
+
+def shared_features(network: NetworkSpec, stages: Iterable[Stages], *, any_plan: bool = False) -> list[LoopFeatures]:
+    """As few sets of features as cover all these stages, and inversion: one for all that threshold alike.
+
+    `any_plan`: one more, for whatever a plan without thresholding may need.
     """
+    shared: dict[Thresholding | None, LoopFeatures] = {}
+    for each in stages:
+        features = LoopFeatures.of(network, each)
+        shared[features.thresholding] = features.union(shared.get(features.thresholding, INVERSION))
     everything = LoopFeatures(
         guided=network.can_guide,
         rescale=network.can_guide,
@@ -128,11 +138,7 @@ def shared_features(network: NetworkSpec, stages: Iterable[Stages], *, any_plan:
         noise=True,
         learned_variance=network.learns_variance,
     )
-    shared: dict[Thresholding | None, LoopFeatures] = {None: everything} if any_plan else {}
-    for each in stages:
-        features = LoopFeatures.of(network, each)
-        shared[features.thresholding] = features.union(shared.get(features.thresholding, features))
-    return list(shared.values())
+    return [*shared.values(), *([everything] if any_plan and everything not in shared.values() else [])]
 
 
 def loop_table(stages: Stages, features: LoopFeatures) -> NDArray[np.float32]:

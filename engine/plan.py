@@ -20,7 +20,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,9 @@ from skipstep.kernels.statistics import Thresholding
 from skipstep.schedule import NoiseSchedule
 from skipstep.solvers import BETWEEN, SOLVERS, UPDATE_COLUMNS, VARIANCES, Solver, SolverOptions, UpdateWeights, Variance
 from skipstep.spacing import Spacing, space_timesteps
+
+if TYPE_CHECKING:
+    from skipstep.network import NetworkSpec
 
 Convention = Literal["diffusers", "guided", "paper"]
 CONVENTIONS: tuple[str, ...] = get_args(Convention)
@@ -383,6 +386,23 @@ class Plan:
                 remedy="use final_alpha_bar=1.0, or stop at an earlier timestep",
             )
         return final
+
+
+def check_plan_fits(plan: Plan, network: NetworkSpec) -> None:
+    """Raise PlanError for a plan that asks of the network what it cannot do."""
+    if plan.is_fractional and not network.fractional_timesteps:
+        first = float(plan.evaluation_timesteps[plan.evaluation_timesteps % 1.0 != 0.0][0])
+        raise PlanError(
+            got=f"fractional timesteps, {first}, from {plan!r}",
+            expected="integers: this network takes no others",
+            remedy="pass midpoints='nearest' to the plan, or fractional_timesteps=True when building the engine",
+        )
+    if plan.learns_variance and not network.learns_variance:
+        raise PlanError(
+            got=f"{plan!r} for a network with {network.sample_shape[0]} output channels",
+            expected=f"{2 * network.sample_shape[0]}: a prediction, and where its variance lies",
+            remedy="use variance='fixed_small' or 'fixed_large'",
+        )
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ from skipstep.batching import split_batch
 from skipstep.errors import InputError, NonFiniteError, PlanError, PlanNotFoundError
 from skipstep.loop import Loop, run_loop
 from skipstep.network import NetworkSpec
-from skipstep.plan import Plan
+from skipstep.plan import Plan, check_plan_fits
 from skipstep.request import Conditions, SampleRequest, resolve_request
 from skipstep.stages import Stages
 from skipstep.trajectory import Callback, Progress, Trajectory, Watch
@@ -68,18 +68,7 @@ class Sampler:
                 expected=f"{trained}, which this network was trained to predict",
                 remedy=f"make the plan with prediction_type={trained!r}",
             )
-        if plan.is_fractional and not self.network.fractional_timesteps:
-            raise PlanError(
-                got=f"fractional timesteps, {_first_fractional(plan)}, from {plan!r}",
-                expected="integers: this network takes no others",
-                remedy="pass midpoints='nearest' to the plan, or fractional_timesteps=True when building the engine",
-            )
-        if plan.learns_variance and not self.network.learns_variance:
-            raise PlanError(
-                got=f"{plan!r} for a network with {self.network.sample_shape[0]} output channels",
-                expected=f"{2 * self.network.sample_shape[0]}: a prediction, and where its variance lies",
-                remedy="use variance='fixed_small' or 'fixed_large'",
-            )
+        check_plan_fits(plan, self.network)
         self.plans[plan.key] = plan
         return plan
 
@@ -266,10 +255,6 @@ class Sampler:
 def _check_output_type(output_type: str) -> None:
     if output_type not in get_args(OutputType):
         raise InputError(got=f"output_type={output_type!r}", expected="'np', 'pt' or 'pil'", remedy="pick one of these")
-
-
-def _first_fractional(plan: Plan) -> float:
-    return float(plan.evaluation_timesteps[plan.evaluation_timesteps % 1.0 != 0.0][0])
 
 
 def check_finite(result: NDArray[np.float32]) -> None:

@@ -17,7 +17,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save as save_arrays
 
@@ -25,6 +24,8 @@ from skipstep import __version__
 from skipstep.backends.onnxruntime import LoopConstants
 from skipstep.bundle import is_bundle, load, open_bundle, plan_arrays
 from skipstep.cache import ArtefactCache, cache_key
+from skipstep.cuda_probe import cuda_device
+from skipstep.distinct import distinct
 from skipstep.errors import BundleError, ExportError, InputError, StorageError
 from skipstep.export.graph_cost import costs_as_json, partition_costs
 from skipstep.export.onnx_loop import build_loop
@@ -165,12 +166,14 @@ def add_engines(
     targets: Iterable[EngineTarget],
     *,
     require_signature: str | os.PathLike[str] | None = None,
+    workspace_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
     """Build engines from a bundle's step network, here, and add them to it; the files' names.
 
     Every file is verified on its way into the new bundle, which takes the old one's place when it is whole. Engines of
-    the same target are replaced. Raises BundleError and its kinds, ExportError, DeviceUnavailableError.
+    the same target are replaced. `workspace_bytes` bounds the memory that the builder may use for a kernel.
+    Raises BundleError and its kinds, ExportError, DeviceUnavailableError.
     """
     report = progress or (lambda message: None)
     bundle = open_bundle(path, require_signature=require_signature)
@@ -186,7 +189,9 @@ def add_engines(
     built = [
         each
         for target in targets
-        for each in _built_engines(step, target, manifest.network, manifest.batch_sizes, precision, report)
+        for each in _built_engines(
+            step, target, manifest.network, manifest.batch_sizes, precision, report, workspace_bytes
+        )
     ]
     replaced = {entry.file for entry, _ in built}
     with atomic_folder(path, replace=True) as folder:
@@ -237,7 +242,7 @@ def _tables(engine: Engine, parts: Partition, plans: tuple[Plan, ...], schedules
     constants = LoopConstants(parts.graphs.before_loop, engine.network)
     arrays: dict[str, NDArray[Any]] = {f"schedule/{i}": each.alpha_bar for i, each in enumerate(schedules)}
     for plan in plans:
-        arrays |= plan_arrays(plan, constants.tables_at(np.unique(plan.evaluation_timesteps)))
+        arrays |= plan_arrays(plan, constants.tables_at(distinct(plan.evaluation_timesteps)[0]))
     return save_arrays(arrays)
 
 
@@ -279,35 +284,66 @@ def _built_engines(
     batch_sizes: Sequence[int],
     precision: str,
     report: Progress,
+    workspace_bytes: int | None = None,
 ) -> list[tuple[EngineEntry, bytes]]:
     """One engine a batch size: of a fixed shape the library makes the same bytes every time."""
     built = []
     for size in network_batch_sizes(network, batch_sizes):
         report(f"{target}, batch {size}")
-        data, facts = build_engine_cached(step, target, size)
+        data, facts = build_engine_cached(step, target, size, workspace_bytes=workspace_bytes, progress=report)
         name = f"engines/{str(target).replace(':', '-')}-{precision}-batch{size}.engine"
         built.append((EngineEntry(name, str(target), precision, facts), data))
     return built
 
 
-def build_engine_cached(step: bytes, target: EngineTarget, batch_size: int) -> tuple[bytes, dict[str, Any]]:
-    """The engine and its facts, from the user's cache where the same one was built before."""
+def build_engine_cached(
+    step: bytes,
+    target: EngineTarget,
+    batch_size: int,
+    *,
+    workspace_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[bytes, dict[str, Any]]:
+    """The engine and its facts, from the user's cache where the same one was built before.
+
+    TensorRT builds for the GPU that it finds, so that GPU is part of the key; what it measured of its kernels is kept
+    for the next build on it.
+    """
+    cache = ArtefactCache()
+    library = _version("tensorrt-rtx" if target.library == "tensorrt_rtx" else "tensorrt")
+    device = cuda_device() if target.compute_capability is None else (target.compute_capability, "")
+    timings_key = cache_key(kind="timings", library=library, compute_capability=device[0], gpu=device[1])
     key = cache_key(
         kind="engine",
         graph=hashlib.sha256(step).hexdigest(),
         target=str(target),
         batch_size=batch_size,
-        library=_version("tensorrt-rtx" if target.library == "tensorrt_rtx" else "tensorrt"),
+        workspace_bytes=workspace_bytes,
+        library=library,
+        compute_capability=device[0],
+        gpu=device[1],
     )
+
+    def report(phase: str, done: int, total: int) -> None:
+        if done == 0 and progress is not None:
+            progress(f"{target}, batch {batch_size}: {phase}")
 
     def build() -> bytes:
         built = build_engine(
-            step, library=target.library, compute_capability=target.compute_capability, batch_sizes=(batch_size,)
+            step,
+            library=target.library,
+            compute_capability=target.compute_capability,
+            batch_sizes=(batch_size,),
+            workspace_bytes=workspace_bytes,
+            timing_cache=cache.get(timings_key) if target.library == "tensorrt" else None,
+            progress=report,
         )
+        if built.timing_cache is not None:
+            cache.put(timings_key, built.timing_cache, f"kernel timings of {target} on {device[1]}")
         facts = json.dumps(built.describe()).encode()
         return len(facts).to_bytes(4, "little") + facts + built.engine
 
-    stored = ArtefactCache().get_or_build(key, build, f"{target} engine, batch {batch_size}")
+    stored = cache.get_or_build(key, build, f"{target} engine, batch {batch_size}")
     end = 4 + int.from_bytes(stored[:4], "little")
     return stored[end:], json.loads(stored[4:end])
 

@@ -17,6 +17,7 @@ from onnx import GraphProto, TensorProto, helper
 
 from skipstep.backends.onnxruntime import LoopConstants
 from skipstep.conditioning import LABELS, PROMPTS
+from skipstep.distinct import distinct
 from skipstep.export.graph_writer import GraphWriter, rename_graph
 from skipstep.export.onnx_loop import INDEX_NAMES, StepNetwork
 from skipstep.export.partition import Binding, Partition
@@ -49,7 +50,7 @@ def write_prologue(
         _splice(writer, prompt, "prompt/", given, {each.name: prefix + each.name for each in prompt.output})
 
     call = None if parts.graphs.call is None else onnx.load_from_string(parts.graphs.call).graph
-    timesteps, place = np.unique(plan.evaluation_timesteps, return_inverse=True)
+    timesteps, place = distinct(plan.evaluation_timesteps)
     tables = LoopConstants(parts.graphs.before_loop, network).tables_at(timesteps)
     read = {*step.conditions, *(prefix + each.name for each in (call.input if call is not None else ()))}
     for name, values in tables.items():

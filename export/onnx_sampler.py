@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from skipstep.conditioning import LABELS, PROMPTS
-from skipstep.errors import ExportError, InputError, PlanError
+from skipstep.errors import ExportError, InputError
 from skipstep.export.graph_writer import Dims, GraphWriter, floats
 from skipstep.export.onnx_loop import StepNetwork, loop_body, write_evaluation
 from skipstep.export.onnx_prologue import NEGATIVE_PROMPTS, write_prologue
@@ -37,7 +37,7 @@ from skipstep.export.partition import BATCH, Partition
 from skipstep.kernels.layout import Column, StepFlags
 from skipstep.loop_table import LoopFeatures, loop_table
 from skipstep.network import NetworkSpec
-from skipstep.plan import Plan
+from skipstep.plan import Plan, check_plan_fits
 from skipstep.stages import Stages
 
 Form = Literal["loop", "unrolled"]
@@ -242,15 +242,4 @@ def _check(network: NetworkSpec, plan: Plan, *, batch_size: int | None, guided: 
             expected="a network that can predict without its conditioning",
             remedy="build with null_label=, or leave guided out",
         )
-    if plan.is_fractional and not network.fractional_timesteps:
-        raise PlanError(
-            got=f"fractional timesteps from {plan!r}",
-            expected="integers: this network takes no others",
-            remedy="pass midpoints='nearest' to the plan",
-        )
-    if plan.learns_variance and not network.learns_variance:
-        raise PlanError(
-            got=f"{plan!r} for a network with {network.sample_shape[0]} output channels",
-            expected=f"{2 * network.sample_shape[0]}: a prediction, and where its variance lies",
-            remedy="use variance='fixed_small' or 'fixed_large'",
-        )
+    check_plan_fits(plan, network)

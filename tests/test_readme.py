@@ -12,7 +12,8 @@ from skipstep.demo import SHIPPED_MODEL
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_its_examples_run(capsys):
+def test_its_examples_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) == 2
     rng = np.random.default_rng(0)

@@ -48,6 +48,7 @@ def model_named(name: str) -> BenchModel:
     return MODELS[name]()
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("batch_size", [1, 16])
 @pytest.mark.parametrize("name", MODELS)
 def test_sampling(name: str, batch_size: int, benchmark: Any) -> None:

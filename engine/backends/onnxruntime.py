@@ -16,6 +16,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from skipstep.conditioning import Conditioning
+from skipstep.distinct import distinct
 from skipstep.errors import ExportError
 from skipstep.network import NetworkSpec
 
@@ -87,9 +88,8 @@ class LoopConstants:
 
     def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> StageConstants:
         """For `timesteps` `[E, N]` and the conditioning of N samples."""
-        distinct, index = np.unique(timesteps, return_inverse=True)
-        index = index.reshape(timesteps.shape)
-        plan = self.tables_at(distinct)
+        each_timestep, index = distinct(timesteps)
+        plan = self.tables_at(each_timestep)
         rows = dict(conditioning.rows)
         prompt: Values = {**rows, **self._run("prompt", rows)}
         call: Values = {}
@@ -97,8 +97,7 @@ class LoopConstants:
         if "call" in self.graphs:
             # Pairs of timestep and conditioning as numbers, so that each is computed once.
             numbers = index * conditioning.num_rows + conditioning.index
-            pairs, pair_index = np.unique(numbers, return_inverse=True)
-            pair_index = pair_index.reshape(timesteps.shape)
+            pairs, pair_index = distinct(numbers)
             of_time, of_prompt = np.divmod(pairs, conditioning.num_rows)
             given = {name: values[of_time] for name, values in plan.items()}
             given |= {name: values[of_prompt] for name, values in rows.items()}

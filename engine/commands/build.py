@@ -19,6 +19,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="its folder")
     parser.add_argument("--target", default="tensorrt", help="tensorrt, rtx, or rtx:smNN (default: tensorrt)")
     parser.add_argument(
+        "--workspace", type=int, metavar="MIB", help="memory that the builder may use for a kernel (default: all)"
+    )
+    parser.add_argument(
         "--require-signature", type=Path, metavar="KEY", help="the public key that must have signed the bundle"
     )
 
@@ -36,6 +39,7 @@ def run(options: argparse.Namespace) -> None:
         options.bundle,
         parse_targets(options.target),
         require_signature=options.require_signature,
+        workspace_bytes=None if options.workspace is None else options.workspace << 20,
         progress=progress,
     )
     print(f"added {', '.join(added)}")

@@ -52,7 +52,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of the network for GPUs (default: float32)",
     )
     parser.add_argument(
-        "--any-plan", action="store_true", help="let the CPU's loop run any solver, not only what these plans need"
+        "--any-plan",
+        action="store_true",
+        help="a second loop for the CPU, for any solver and not only what these plans need",
     )
     parser.add_argument("--sign", type=Path, metavar="KEY", help="sign with this private key (skipstep keygen)")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
