@@ -56,6 +56,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m skipstep.bench.partition_report --out bench/results/partition.json
 	$(BIN)/python -m skipstep.bench.cold_start --out bench/results/cold-start.json
 	$(BIN)/python -m skipstep.bench.bundles --out bench/results/bundles.json
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check openvino
+	$(BIN)/python -m skipstep.bench.openvino_trial --out bench/results/openvino.json
 	$(BIN)/python -m skipstep.bench.step_codegen --out bench/results/step-codegen.json
 	$(MAKE) readme-tables
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "triton", "diffusers", "onnx", "onnxruntime", "numpy")
+_PACKAGES = ("torch", "triton", "diffusers", "onnx", "onnxruntime", "openvino", "tensorrt-rtx", "numpy")
 
 
 def environment() -> dict[str, str | int]:

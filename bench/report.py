@@ -112,14 +112,13 @@ def bundles_table(results: Path) -> str:
     for bundle in result["bundles"]:
         sizes, seconds = bundle["bytes"], bundle["seconds"]
         engines = sum(time for step, time in seconds.items() if step.startswith("rtx"))
-        kernels = sum(time for step, time in seconds.items() if step.startswith("step kernels"))
         rows.append(
             [
                 bundle["model"],
                 f"{bundle['build_seconds']:.0f}",
                 f"{sizes['cpu'] / 1e6:.1f}",
                 f"{bundle['engines']} in {engines:.0f} s, {sizes['engines'] / 1e6:.0f} MB",
-                f"{bundle['kernels']} in {kernels:.0f} s, {sizes['kernels'] / 1e6:.2f} MB",
+                f"{bundle['kernels']}, {sizes['kernels'] / 1e3:.0f} kB",
                 f"{bundle['golden_error']:.1g}",
             ]
         )
@@ -135,6 +134,23 @@ def bundles_table(results: Path) -> str:
         f"\n\nTargets {', '.join(result['targets'])}; {result['precision']} on GPUs, plans of "
         f"{', '.join(map(str, result['steps']))} steps, batch {result['batch_sizes'][0]}. "
         f"{describe_environment(result['environment'])}."
+    )
+
+
+def openvino_table(results: Path) -> str:
+    """The step network in two runtimes, and what OpenVINO made of being asked for bfloat16."""
+    result = _read(results / "openvino.json")
+    rows = [
+        [
+            network["model"],
+            *(f"{milliseconds:.1f}" for milliseconds in network["milliseconds"].values()),
+            network["ran_in"]["openvino bf16"],
+        ]
+        for network in result["networks"]
+    ]
+    contenders = [f"{name}, ms" for name in result["networks"][0]["milliseconds"]]
+    return markdown(["network, batch 1", *contenders, "asked for bf16, it ran in"], rows) + (
+        f"\n\nMedians over processes that take turns. {describe_environment(result['environment'])}."
     )
 
 
@@ -157,6 +173,7 @@ TABLES: Mapping[str, Callable[[Path], str]] = {
     "partition": partition_table,
     "cold-start": cold_start_table,
     "bundles": bundles_table,
+    "openvino": openvino_table,
 }
 
 

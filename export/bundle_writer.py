@@ -6,32 +6,28 @@ any moment before, the writer leaves what was there.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from numpy.typing import NDArray
 from safetensors.numpy import save as save_arrays
 
 from skipstep import __version__
 from skipstep.backends.onnxruntime import LoopConstants
-from skipstep.bundle import is_bundle, load, open_bundle, plan_arrays
-from skipstep.cache import ArtefactCache, cache_key
-from skipstep.cuda_probe import cuda_device
+from skipstep.bundle import is_bundle, load, plan_arrays
 from skipstep.distinct import distinct
-from skipstep.errors import BundleError, ExportError, InputError, StorageError
+from skipstep.errors import InputError, StorageError
+from skipstep.export.bundle_files import BundleFiles, package_version
+from skipstep.export.engines import Progress, built_engines
 from skipstep.export.graph_cost import costs_as_json, partition_costs
 from skipstep.export.onnx_loop import build_loop
 from skipstep.export.partition import Partition
 from skipstep.export.targets import Targets
-from skipstep.export.tensorrt_engine import EngineTarget, build_engine
 from skipstep.export.weight_storage import compress_weights
 from skipstep.files import atomic_folder
 from skipstep.golden import GOLDEN_FILE, draw_golden, replay_golden
@@ -39,14 +35,11 @@ from skipstep.loop_table import shared_features
 from skipstep.manifest import (
     FILE_NAME,
     SIGNATURE_NAME,
-    EngineEntry,
-    FileEntry,
     KernelEntry,
     LoopEntry,
     Manifest,
     PlanEntry,
 )
-from skipstep.network import NetworkSpec, network_batch_sizes
 from skipstep.plan import Plan
 from skipstep.schedule import NoiseSchedule
 from skipstep.stages import Stages
@@ -57,7 +50,6 @@ if TYPE_CHECKING:
 PRECISIONS = ("float32", "float16", "bfloat16")
 _TABLES = "tables.safetensors"
 _TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "triton", "tensorrt-rtx", "tensorrt", "numpy")
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,30 +65,6 @@ class BundleRequest:
     sign_key: str | os.PathLike[str] | None = None
 
 
-class _Files:
-    """The files of a bundle under way: each is written once, and noted with its size and hash."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.entries: dict[str, FileEntry] = {}
-
-    def add(self, name: str, data: bytes) -> str:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        self.entries[name] = FileEntry(len(data), hashlib.sha256(data).hexdigest())
-        return name
-
-    def add_graph(self, name: str, graph: bytes) -> str:
-        if b"location" in graph:
-            raise ExportError(
-                got=f"a graph with 'location' in a name, {name}",
-                expected="none: a loader takes the word for a reference to another file",
-                remedy="rename the module or parameter that is called so",
-            )
-        return self.add(name, graph)
-
-
 def write_bundle(
     engine: Engine,
     parts: Partition,
@@ -110,7 +78,7 @@ def write_bundle(
     targets = Targets.parse(request.targets)
     _check(engine, path, request)
     with atomic_folder(path, replace=request.overwrite) as folder:
-        files = _Files(folder)
+        files = BundleFiles(folder)
         plans = tuple(engine.plans.values())
         schedules = _distinct_schedules(plans, engine.plan_defaults)
         files.add(_TABLES, _tables(engine, parts, plans, schedules))
@@ -119,7 +87,7 @@ def write_bundle(
         engines = []
         for target in targets.engines:
             step = (folder / graphs["step"]).read_bytes()
-            for entry, data in _built_engines(
+            for entry, data in built_engines(
                 step, target, engine.network, engine.batch_sizes, request.precision, report
             ):
                 files.add(entry.file, data)
@@ -161,53 +129,6 @@ def write_bundle(
         replay_golden(load(folder), manifest.golden, arrays)
 
 
-def add_engines(
-    path: str | os.PathLike[str],
-    targets: Iterable[EngineTarget],
-    *,
-    require_signature: str | os.PathLike[str] | None = None,
-    workspace_bytes: int | None = None,
-    progress: Progress | None = None,
-) -> list[str]:
-    """Build engines from a bundle's step network, here, and add them to it; the files' names.
-
-    Every file is verified on its way into the new bundle, which takes the old one's place when it is whole. Engines of
-    the same target are replaced. `workspace_bytes` bounds the memory that the builder may use for a kernel.
-    Raises BundleError and its kinds, ExportError, DeviceUnavailableError.
-    """
-    report = progress or (lambda message: None)
-    bundle = open_bundle(path, require_signature=require_signature)
-    manifest = bundle.manifest
-    if "step" not in manifest.graphs:
-        raise BundleError(
-            got=f"a bundle without the step network, {path}",
-            expected="one that was exported for engines",
-            remedy="export it with --target tensorrt",
-        )
-    step = bundle.read_graph(manifest.graphs["step"])
-    precision = Path(manifest.graphs["step"]).stem.removeprefix("step-")
-    built = [
-        each
-        for target in targets
-        for each in _built_engines(
-            step, target, manifest.network, manifest.batch_sizes, precision, report, workspace_bytes
-        )
-    ]
-    replaced = {entry.file for entry, _ in built}
-    with atomic_folder(path, replace=True) as folder:
-        files = _Files(folder)
-        for name in manifest.files:
-            if name not in replaced:
-                files.add(name, bundle.read(name))
-        for entry, data in built:
-            files.add(entry.file, data)
-        kept = tuple(entry for entry in manifest.engines if entry.file not in replaced)
-        engines = (*kept, *(entry for entry, _ in built))
-        changed = dataclasses.replace(manifest, engines=engines, files=files.entries)
-        (folder / FILE_NAME).write_bytes(changed.to_json())
-    return sorted(replaced)
-
-
 def _check(engine: Engine, path: str | os.PathLike[str], request: BundleRequest) -> None:
     if request.precision not in PRECISIONS:
         raise InputError(
@@ -246,7 +167,7 @@ def _tables(engine: Engine, parts: Partition, plans: tuple[Plan, ...], schedules
     return save_arrays(arrays)
 
 
-def _network_graphs(files: _Files, parts: Partition, targets: Targets, precision: str) -> dict[str, str]:
+def _network_graphs(files: BundleFiles, parts: Partition, targets: Targets, precision: str) -> dict[str, str]:
     graphs = {
         part: files.add_graph(f"network/{part}.onnx", compress_weights(graph))
         for part, graph in parts.graphs.before_loop.items()
@@ -255,14 +176,17 @@ def _network_graphs(files: _Files, parts: Partition, targets: Targets, precision
         step = parts.graphs.step
         if precision != "float32":
             from skipstep.export.precision import lower_precision
+            from skipstep.export.precision_check import check_precision
 
-            step = lower_precision(step, "float16" if precision == "float16" else "bfloat16")
+            dtype: Literal["float16", "bfloat16"] = "float16" if precision == "float16" else "bfloat16"
+            exact, step = step, lower_precision(step, dtype)
+            check_precision(step, exact, dtype)
         graphs["step"] = files.add_graph(f"network/step-{precision}.onnx", step)
     return graphs
 
 
 def _loops(
-    files: _Files, engine: Engine, parts: Partition, plans: tuple[Plan, ...], request: BundleRequest
+    files: BundleFiles, engine: Engine, parts: Partition, plans: tuple[Plan, ...], request: BundleRequest
 ) -> list[LoopEntry]:
     stages = [Stages.of([plan]) for plan in plans]
     features = shared_features(engine.network, stages, any_plan=request.any_plan)
@@ -277,79 +201,8 @@ def _loops(
     ]
 
 
-def _built_engines(
-    step: bytes,
-    target: EngineTarget,
-    network: NetworkSpec,
-    batch_sizes: Sequence[int],
-    precision: str,
-    report: Progress,
-    workspace_bytes: int | None = None,
-) -> list[tuple[EngineEntry, bytes]]:
-    """One engine a batch size: of a fixed shape the library makes the same bytes every time."""
-    built = []
-    for size in network_batch_sizes(network, batch_sizes):
-        report(f"{target}, batch {size}")
-        data, facts = build_engine_cached(step, target, size, workspace_bytes=workspace_bytes, progress=report)
-        name = f"engines/{str(target).replace(':', '-')}-{precision}-batch{size}.engine"
-        built.append((EngineEntry(name, str(target), precision, facts), data))
-    return built
-
-
-def build_engine_cached(
-    step: bytes,
-    target: EngineTarget,
-    batch_size: int,
-    *,
-    workspace_bytes: int | None = None,
-    progress: Progress | None = None,
-) -> tuple[bytes, dict[str, Any]]:
-    """The engine and its facts, from the user's cache where the same one was built before.
-
-    TensorRT builds for the GPU that it finds, so that GPU is part of the key; what it measured of its kernels is kept
-    for the next build on it.
-    """
-    cache = ArtefactCache()
-    library = _version("tensorrt-rtx" if target.library == "tensorrt_rtx" else "tensorrt")
-    device = cuda_device() if target.compute_capability is None else (target.compute_capability, "")
-    timings_key = cache_key(kind="timings", library=library, compute_capability=device[0], gpu=device[1])
-    key = cache_key(
-        kind="engine",
-        graph=hashlib.sha256(step).hexdigest(),
-        target=str(target),
-        batch_size=batch_size,
-        workspace_bytes=workspace_bytes,
-        library=library,
-        compute_capability=device[0],
-        gpu=device[1],
-    )
-
-    def report(phase: str, done: int, total: int) -> None:
-        if done == 0 and progress is not None:
-            progress(f"{target}, batch {batch_size}: {phase}")
-
-    def build() -> bytes:
-        built = build_engine(
-            step,
-            library=target.library,
-            compute_capability=target.compute_capability,
-            batch_sizes=(batch_size,),
-            workspace_bytes=workspace_bytes,
-            timing_cache=cache.get(timings_key) if target.library == "tensorrt" else None,
-            progress=report,
-        )
-        if built.timing_cache is not None:
-            cache.put(timings_key, built.timing_cache, f"kernel timings of {target} on {device[1]}")
-        facts = json.dumps(built.describe()).encode()
-        return len(facts).to_bytes(4, "little") + facts + built.engine
-
-    stored = cache.get_or_build(key, build, f"{target} engine, batch {batch_size}")
-    end = 4 + int.from_bytes(stored[:4], "little")
-    return stored[end:], json.loads(stored[4:end])
-
-
 def _kernels(
-    files: _Files,
+    files: BundleFiles,
     engine: Engine,
     plans: tuple[Plan, ...],
     targets: Targets,
@@ -378,7 +231,7 @@ def _kernels(
 
 
 def _server(
-    files: _Files,
+    files: BundleFiles,
     engine: Engine,
     parts: Partition,
     plans: tuple[Plan, ...],
@@ -409,12 +262,5 @@ def _digest(parts: Partition) -> str:
 
 
 def _tools() -> dict[str, str]:
-    found = {name: _version(name) for name in _TOOLS}
+    found = {name: package_version(name) for name in _TOOLS}
     return {"skipstep": __version__, "python": platform.python_version(), **{n: v for n, v in found.items() if v}}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""

@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from skipstep.export.bundle_writer import add_engines
+    from skipstep.export.engines import add_engines
     from skipstep.export.tensorrt_engine import parse_targets
 
     started = time.perf_counter()

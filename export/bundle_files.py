@@ -1,0 +1,41 @@
+"""The files of a bundle under way, and the versions of what makes them."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from skipstep.errors import ExportError
+from skipstep.manifest import FileEntry
+
+
+class BundleFiles:
+    """The files of a bundle under way: each is written once, and noted with its size and hash."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.entries: dict[str, FileEntry] = {}
+
+    def add(self, name: str, data: bytes) -> str:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        self.entries[name] = FileEntry(len(data), hashlib.sha256(data).hexdigest())
+        return name
+
+    def add_graph(self, name: str, graph: bytes) -> str:
+        if b"location" in graph:
+            raise ExportError(
+                got=f"a graph with 'location' in a name, {name}",
+                expected="none: a loader takes the word for a reference to another file",
+                remedy="rename the module or parameter that is called so",
+            )
+        return self.add(name, graph)
+
+
+def package_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

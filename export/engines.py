@@ -1,0 +1,144 @@
+"""TensorRT engines of a bundle's step network: built for one, or added to one where they will run.
+
+Nothing here needs torch: on the device there is the bundle, ONNX and TensorRT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from skipstep.bundle import open_bundle
+from skipstep.cache import ArtefactCache, cache_key
+from skipstep.cuda_probe import cuda_device
+from skipstep.errors import BundleError
+from skipstep.export.bundle_files import BundleFiles, package_version
+from skipstep.export.tensorrt_engine import EngineTarget, build_engine
+from skipstep.files import atomic_folder
+from skipstep.manifest import FILE_NAME, EngineEntry
+from skipstep.network import NetworkSpec, network_batch_sizes
+
+Progress = Callable[[str], None]
+
+
+def add_engines(
+    path: str | os.PathLike[str],
+    targets: Iterable[EngineTarget],
+    *,
+    require_signature: str | os.PathLike[str] | None = None,
+    workspace_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Build engines from a bundle's step network, here, and add them to it; the files' names.
+
+    Every file is verified on its way into the new bundle, which takes the old one's place when it is whole. Engines of
+    the same target are replaced. `workspace_bytes` bounds the memory that the builder may use for a kernel.
+    Raises BundleError and its kinds, ExportError, DeviceUnavailableError.
+    """
+    report = progress or (lambda message: None)
+    bundle = open_bundle(path, require_signature=require_signature)
+    manifest = bundle.manifest
+    if "step" not in manifest.graphs:
+        raise BundleError(
+            got=f"a bundle without the step network, {path}",
+            expected="one that was exported for engines",
+            remedy="export it with --target tensorrt",
+        )
+    step = bundle.read_graph(manifest.graphs["step"])
+    precision = Path(manifest.graphs["step"]).stem.removeprefix("step-")
+    built = [
+        each
+        for target in targets
+        for each in built_engines(
+            step, target, manifest.network, manifest.batch_sizes, precision, report, workspace_bytes
+        )
+    ]
+    replaced = {entry.file for entry, _ in built}
+    with atomic_folder(path, replace=True) as folder:
+        files = BundleFiles(folder)
+        for name in manifest.files:
+            if name not in replaced:
+                files.add(name, bundle.read(name))
+        for entry, data in built:
+            files.add(entry.file, data)
+        kept = tuple(entry for entry in manifest.engines if entry.file not in replaced)
+        engines = (*kept, *(entry for entry, _ in built))
+        changed = dataclasses.replace(manifest, engines=engines, files=files.entries)
+        (folder / FILE_NAME).write_bytes(changed.to_json())
+    return sorted(replaced)
+
+
+def built_engines(
+    step: bytes,
+    target: EngineTarget,
+    network: NetworkSpec,
+    batch_sizes: Sequence[int],
+    precision: str,
+    report: Progress,
+    workspace_bytes: int | None = None,
+) -> list[tuple[EngineEntry, bytes]]:
+    """One engine a batch size: of a fixed shape the library makes the same bytes every time."""
+    built = []
+    for size in network_batch_sizes(network, batch_sizes):
+        report(f"{target}, batch {size}")
+        data, facts = build_engine_cached(step, target, size, workspace_bytes=workspace_bytes, progress=report)
+        name = f"engines/{str(target).replace(':', '-')}-{precision}-batch{size}.engine"
+        built.append((EngineEntry(name, str(target), precision, facts), data))
+    return built
+
+
+def build_engine_cached(
+    step: bytes,
+    target: EngineTarget,
+    batch_size: int,
+    *,
+    workspace_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[bytes, dict[str, Any]]:
+    """The engine and its facts, from the user's cache where the same one was built before.
+
+    TensorRT builds for the GPU that it finds, so that GPU is part of the key; what it measured of its kernels is kept
+    for the next build on it.
+    """
+    cache = ArtefactCache()
+    library = package_version("tensorrt-rtx" if target.library == "tensorrt_rtx" else "tensorrt")
+    device = cuda_device() if target.compute_capability is None else (target.compute_capability, "")
+    timings_key = cache_key(kind="timings", library=library, compute_capability=device[0], gpu=device[1])
+    key = cache_key(
+        kind="engine",
+        graph=hashlib.sha256(step).hexdigest(),
+        target=str(target),
+        batch_size=batch_size,
+        workspace_bytes=workspace_bytes,
+        library=library,
+        compute_capability=device[0],
+        gpu=device[1],
+    )
+
+    def report(phase: str, done: int, total: int) -> None:
+        if done == 0 and progress is not None:
+            progress(f"{target}, batch {batch_size}: {phase}")
+
+    def build() -> bytes:
+        built = build_engine(
+            step,
+            library=target.library,
+            compute_capability=target.compute_capability,
+            batch_sizes=(batch_size,),
+            workspace_bytes=workspace_bytes,
+            timing_cache=cache.get(timings_key) if target.library == "tensorrt" else None,
+            progress=report,
+        )
+        if built.timing_cache is not None:
+            cache.put(timings_key, built.timing_cache, f"kernel timings of {target} on {device[1]}")
+        facts = json.dumps(built.describe()).encode()
+        return len(facts).to_bytes(4, "little") + facts + built.engine
+
+    stored = cache.get_or_build(key, build, f"{target} engine, batch {batch_size}")
+    end = 4 + int.from_bytes(stored[:4], "little")
+    return stored[end:], json.loads(stored[4:end])
