@@ -30,7 +30,8 @@ from skipstep.errors import (
     SignatureError,
 )
 from skipstep.files import read_up_to, read_verified
-from skipstep.manifest import FILE_NAME, MAX_BYTES, SIGNATURE_NAME, EngineEntry, Manifest, PlanEntry, parse_manifest
+from skipstep.manifest import FILE_NAME, MAX_BYTES, SIGNATURE_NAME, EngineEntry, Manifest, PlanEntry
+from skipstep.manifest_reader import parse_manifest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -22,7 +22,7 @@ OutputType = Literal["np", "pt", "pil"]
 
 
 class Sampler:
-    """A network's loops and the plans that were made for it. Calls from several threads are safe and take turns.
+    """A network's loops and the plans that were made for it. Calls from several threads are safe.
 
     `plans` and `batch_sizes` say what it holds, `backend` and `device` where it runs. `loops` are by the network's
     batch size; with `any_batch` they are one, which takes every size, and the largest of batch_sizes is the most that

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import tiny_unet
 from test_manifest import FUZZ
+from tolerances import BACKENDS_AGREE
 
 import skipstep
 from skipstep import Engine, NoiseSchedule, Plan
@@ -121,6 +122,14 @@ def test_loading_and_sampling_imports_neither_torch_nor_diffusers(saved):
     )
     assert "onnxruntime" in loaded
     assert not loaded & {"torch", "diffusers", "onnx", "triton", "PIL", "cryptography"}
+
+
+def test_an_engine_of_another_backend_saves_too(tmp_path):
+    """What torch drew is what the bundle's golden samples are."""
+    built = Engine.build(tiny_unet(), plans=[3], backend="torch", device="cpu", schedule=SCHEDULE)
+    built.save(tmp_path / "bundle", license="MIT")
+    drawn = load(tmp_path / "bundle").sample(steps=3, seeds=[1, 2])
+    np.testing.assert_allclose(drawn, built.sample(steps=3, seeds=[1, 2]), rtol=0, atol=BACKENDS_AGREE)
 
 
 def test_a_bundle_says_what_made_it(engine, saved):

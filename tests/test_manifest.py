@@ -22,8 +22,8 @@ from skipstep.manifest import (
     LoopEntry,
     Manifest,
     PlanEntry,
-    parse_manifest,
 )
+from skipstep.manifest_reader import parse_manifest
 from skipstep.network import NetworkSpec
 
 # SKIPSTEP_FUZZ=100000 is what the bundle's claims rest on; a run of the suite tries fewer.
