@@ -1,6 +1,9 @@
 """Without a GPU the Triton kernels run in Triton's interpreter, which must be asked for before triton is imported."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -29,3 +32,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def kernel_device() -> str:
     """Where Triton kernels run in this session: the GPU, or host memory under the interpreter."""
     return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The suite neither reads nor fills the cache of whoever runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SKIPSTEP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
