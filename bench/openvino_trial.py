@@ -16,8 +16,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from skipstep.backends.torch import prepare_module
 from skipstep.bench.models import MODELS
 from skipstep.bench.record import write_json
@@ -72,7 +70,7 @@ def compare(name: str, folder: Path, *, rounds: int, runs: int) -> dict[str, Any
 
     model = MODELS[name]()
     spec = NetworkSpec.of_module(model.unet, null_label=10 if model.conditional else None)
-    module, spec = prepare_module(model.unet, spec, device=torch.device("cpu"), dtype=torch.float32)
+    module, spec = prepare_module(model.unet, spec)
     graph = folder / f"{name}.onnx"
     graph.write_bytes(partition(export_onnx(module, spec)).graphs.step)
     times: dict[str, list[float]] = {contender: [] for contender in _CONTENDERS}

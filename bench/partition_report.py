@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from skipstep.backends.torch import prepare_module
 from skipstep.bench.models import ALL_MODELS
 from skipstep.bench.record import write_json
@@ -23,7 +21,7 @@ def describe(name: str) -> dict[str, Any]:
     spec = NetworkSpec.of_module(
         model.unet, null_label=10 if model.conditional else None, prompt_shape=model.prompt_shape
     )
-    prepared, spec = prepare_module(model.unet, spec, device=torch.device("cpu"), dtype=torch.float32)
+    prepared, spec = prepare_module(model.unet, spec)
     parts = partition(export_onnx(prepared, spec))
     return {"model": name, "parts": costs_as_json(partition_costs(parts))}
 

@@ -20,6 +20,7 @@ def environment() -> dict[str, str | int]:
         "commit": _output("git", "rev-parse", "--short", "HEAD") or "unknown",
         "cpu": _cpu_name(),
         "cores": os.cpu_count() or 0,
+        "machine_class": machine_class(),
         "python": platform.python_version(),
     }
     gpu = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
@@ -31,6 +32,17 @@ def environment() -> dict[str, str | int]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return facts
+
+
+def machine_class() -> str:
+    """What two machines must have in common for their results to be compared: the GPU, or the CPU's vector width and
+    cores."""
+    gpu = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    if gpu:
+        return f"gpu {gpu.splitlines()[0]}"
+    flags = set(_cpu_fact("flags").split())
+    widest = next((name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in flags), "scalar")
+    return f"cpu {platform.machine()} {widest}, {os.cpu_count()} cores"
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
@@ -49,8 +61,12 @@ def _output(*command: str) -> str:
 
 
 def _cpu_name() -> str:
+    return _cpu_fact("model name") or platform.processor()
+
+
+def _cpu_fact(name: str) -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith(name))
     except (OSError, StopIteration):
-        return platform.processor()
+        return ""

@@ -14,28 +14,38 @@ from skipstep.backends import BackendName, Denoiser, resolve_backend
 from skipstep.checkpoint import load_unet, read_checkpoint
 from skipstep.conditioning import LABELS, PROMPTS, Conditioning
 from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError
+from skipstep.lifecycle import Lifecycle
 from skipstep.loop import HostLoop, Loop
 from skipstep.network import NetworkSpec, network_batch_sizes, takes_fractional_timesteps
 
 if TYPE_CHECKING:
+    from skipstep.backends.torch import DenoisingModule
+    from skipstep.cuda.denoiser import DeviceDenoiser
+    from skipstep.cuda.loop import Lane
     from skipstep.export.partition import Partition
 
 # How far an exported graph may be from the module it came from, relative to the largest output: float32 rounding in
 # another order over a few hundred layers stays below 1e-5, a wrong operator is orders of magnitude off.
 EXPORT_TOLERANCE = 1e-4
 
-LoopName = Literal["stepwise", "onnx"]
+LoopName = Literal["onnx", "captured", "step_graph", "stepwise"]
 LOOPS: tuple[str, ...] = get_args(LoopName)
+Precision = Literal["float32", "float16", "bfloat16"]
 
 
 class BuildOptions(TypedDict, total=False):
     """How a network is compiled; each may be left out.
 
-    backend         "torch", "onnxruntime" or "auto" (skipstep.backends.resolve_backend has the rule).
-    loop            "onnx", the whole loop as one graph (onnxruntime), "stepwise", or "auto": the first where it is
-                    there. `Engine.describe` says which.
+    backend         "torch", "onnxruntime", "tensorrt" or "auto" (skipstep.backends.resolve_backend has the rule).
+    loop            on the CPU "onnx", the whole loop as one graph (onnxruntime), or "stepwise"; on a GPU "captured",
+                    "step_graph" or "stepwise" (skipstep.cuda.programs). "auto": the first of these that there is.
+                    `Engine.describe` says which runs, and why it is not more.
+    require_captured
+                    on a GPU: raise CaptureError where a loop cannot run as `loop` says, instead of a simpler one.
     device          "cpu", "cuda", "cuda:1", or "auto": the GPU where there is one.
-    num_threads     of ONNX Runtime; None leaves it to use every core. torch keeps its process-wide setting.
+    precision       of the network on a GPU: "float32", "float16" or "bfloat16"; the state is always float32.
+    compile_network run torch's module through torch.compile first (torch on a GPU).
+    num_threads     of ONNX Runtime on the CPU; None leaves it to use every core. torch keeps its process-wide setting.
     sample_shape, num_classes, null_label, prompt_shape
                     complete what the model's configuration does not say (skipstep.network.NetworkSpec).
     fractional_timesteps
@@ -45,7 +55,10 @@ class BuildOptions(TypedDict, total=False):
 
     backend: str
     loop: str
+    require_captured: bool
     device: str
+    precision: str
+    compile_network: bool
     num_threads: int | None
     sample_shape: tuple[int, int, int] | None
     num_classes: int | None
@@ -56,16 +69,33 @@ class BuildOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class BuiltNetwork:
-    """Loops, what a step count needs to become a Plan, and the network as graphs when asked (skipstep.sampler)."""
+    """Loops, what a step count needs to become a Plan, and the network as graphs when asked (skipstep.sampler).
+
+    `lane` is what the loops share on a GPU, None on the CPU.
+    """
 
     name: str
     network: NetworkSpec
     loops: Mapping[int, Loop]
     backend: BackendName
     device: str
+    precision: str
     any_batch: bool
     plan_defaults: Mapping[str, Any]
     parts: Callable[[], Partition]
+    lifecycle: Lifecycle
+    lane: Lane | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A float32 module that predicts, in eval mode, and what is known of it. `digest` is a checkpoint's."""
+
+    name: str
+    module: DenoisingModule
+    network: NetworkSpec
+    digest: str | None
+    plan_defaults: Mapping[str, Any]
 
 
 def build_network(
@@ -74,7 +104,10 @@ def build_network(
     batch_sizes: Sequence[int],
     backend: str = "auto",
     loop: str = "auto",
+    require_captured: bool = False,
     device: str = "auto",
+    precision: str = "float32",
+    compile_network: bool = False,
     num_threads: int | None = None,
     sample_shape: tuple[int, int, int] | None = None,
     num_classes: int | None = None,
@@ -84,22 +117,78 @@ def build_network(
 ) -> BuiltNetwork:
     """See Engine.build and BuildOptions."""
     try:
-        import torch
+        import torch  # noqa: F401 - for the message, where it is missing
     except ImportError as error:
         raise MissingDependencyError(
             got="no package torch", expected="torch, which builds engines", remedy="pip install 'skipstep[torch]'"
         ) from error
-    from skipstep.backends.torch import TorchDenoiser, prepare_module
-
     resolved_device = _resolve_device(device)
     chosen = resolve_backend(backend, device=resolved_device.type)
-    kind = resolve_loop(loop, chosen)
+    wanted = resolve_loop(loop, chosen, device=resolved_device.type)
+    _check_options(precision, resolved_device.type, chosen, compile_network, require_captured)
+    source = _read_model(
+        model,
+        sample_shape=sample_shape,
+        num_classes=num_classes,
+        null_label=null_label,
+        prompt_shape=prompt_shape,
+        fractional_timesteps=fractional_timesteps,
+    )
+    exported = lru_cache(maxsize=1)(lambda: _exported(source))
+    sizes = network_batch_sizes(source.network, batch_sizes)
+    lifecycle, lane = Lifecycle(), None
+    if resolved_device.type == "cpu":
+        loops = _host_loops(source, exported, chosen, wanted, sizes, num_threads)
+    else:
+        from skipstep.cuda.device import CudaDevice
+        from skipstep.cuda.loop import Lane
+
+        lane = Lane(CudaDevice(resolved_device), lifecycle)
+        loops = _device_loops(
+            source,
+            exported,
+            chosen,
+            lane,
+            batch_sizes,
+            wanted=wanted,
+            required=require_captured,
+            precision=precision,
+            compiled=compile_network,
+        )
+    return BuiltNetwork(
+        source.name,
+        source.network,
+        loops,
+        chosen,
+        str(resolved_device if lane is None else lane.device.torch_device),
+        precision,
+        wanted == "onnx",
+        source.plan_defaults,
+        exported,
+        lifecycle,
+        lane,
+    )
+
+
+def _read_model(
+    model: Any,
+    *,
+    sample_shape: tuple[int, int, int] | None,
+    num_classes: int | None,
+    null_label: int | None,
+    prompt_shape: tuple[int, int] | None,
+    fractional_timesteps: bool | None,
+) -> _Model:
+    import torch
+
+    from skipstep.backends.torch import prepare_module
+
     plan_defaults: dict[str, Any] = {}
     name, digest = type(model).__name__, None
     if isinstance(model, str | os.PathLike):
         checkpoint = read_checkpoint(model)
         name, digest = checkpoint.folder.resolve().name, checkpoint.digest()
-        module = load_unet(checkpoint).to(resolved_device)
+        module = load_unet(checkpoint)
         network = NetworkSpec(
             sample_shape or checkpoint.sample_shape,
             checkpoint.num_classes if num_classes is None else num_classes,
@@ -128,81 +217,163 @@ def build_network(
             expected="a torch.nn.Module, or the path of a diffusers folder",
             remedy="pass pipeline.unet, or the folder that pipeline.save_pretrained() wrote",
         )
+    prepared, network = prepare_module(module, network)
+    return _Model(name, prepared, network, digest, plan_defaults)
 
-    prepared, network = prepare_module(module, network, device=resolved_device, dtype=torch.float32)
+
+def _host_loops(
+    source: _Model,
+    exported: Callable[[], Partition],
+    backend: BackendName,
+    wanted: LoopName,
+    sizes: Sequence[int],
+    num_threads: int | None,
+) -> dict[int, Loop]:
+    """Loops on the CPU, by the network's batch size."""
+    from skipstep.backends.torch import TorchDenoiser, module_on
+
+    network, module = source.network, module_on(source.module, "cpu")
+    if backend == "torch":
+        return {size: HostLoop(TorchDenoiser(module, network, batch_size=size), network) for size in sizes}
+
+    from skipstep.backends.onnxruntime import LoopConstants, OnnxRuntimeDenoiser, make_session
+    from skipstep.export.onnx_loop import build_loop
+    from skipstep.graph_loop import GraphLoop
+    from skipstep.loop_sessions import LoopSessions
+
+    parts = exported()
+    constants = LoopConstants(parts.graphs.before_loop, network, num_threads)
+    step = make_session(parts.graphs.step, num_threads=num_threads)
+    check_equal(
+        OnnxRuntimeDenoiser(step, constants, network, batch_size=2),
+        TorchDenoiser(module, network, batch_size=2),
+        network,
+    )
+    if wanted == "stepwise":
+        return {
+            size: HostLoop(OnnxRuntimeDenoiser(step, constants, network, batch_size=size), network) for size in sizes
+        }
+    sessions = LoopSessions(
+        lambda features: make_session(build_loop(parts, network, features), num_threads=num_threads)
+    )
+    return {0: GraphLoop(sessions, constants, network)}
+
+
+def _device_loops(
+    source: _Model,
+    exported: Callable[[], Partition],
+    backend: BackendName,
+    lane: Lane,
+    batch_sizes: Sequence[int],
+    *,
+    wanted: LoopName,
+    required: bool,
+    precision: str,
+    compiled: bool,
+) -> dict[int, Loop]:
+    """Loops on a GPU, by the network's batch size."""
+    import torch
+
+    from skipstep.cuda.loop import CudaLoop
+    from skipstep.cuda.programs import LADDER
+
+    network, device = source.network, lane.device.torch_device
     sizes = network_batch_sizes(network, batch_sizes)
-    loops: dict[int, Loop] = {}
+    denoisers: Mapping[int, DeviceDenoiser]
+    if backend == "torch":
+        from skipstep.backends.torch import TorchDeviceDenoiser, device_forward, module_on
 
-    @lru_cache(maxsize=1)
-    def exported() -> Partition:
-        return _exported(prepared, network, digest)
+        dtype = getattr(torch, precision)
+        forward = device_forward(module_on(source.module, device, dtype), compiled=compiled)
+        denoisers = {
+            size: TorchDeviceDenoiser(forward, network, batch_size=size, device=device, dtype=dtype) for size in sizes
+        }
+    elif backend == "tensorrt":
+        from skipstep.backends.tensorrt import denoisers_from_partition
 
-    if chosen == "onnxruntime":
-        from skipstep.backends.onnxruntime import LoopConstants, OnnxRuntimeDenoiser, make_session
-        from skipstep.export.onnx_loop import build_loop
-        from skipstep.graph_loop import GraphLoop
-        from skipstep.loop_sessions import LoopSessions
-
-        parts = exported()
-        constants = LoopConstants(parts.graphs.before_loop, network, num_threads)
-
-        step = make_session(parts.graphs.step, num_threads=num_threads)
-        check_equal(
-            OnnxRuntimeDenoiser(step, constants, network, batch_size=2),
-            TorchDenoiser(prepared, network, batch_size=2, device=resolved_device, dtype=torch.float32),
-            network,
-        )
-        if kind == "stepwise":
-            loops = {
-                size: HostLoop(OnnxRuntimeDenoiser(step, constants, network, batch_size=size), network)
-                for size in sizes
-            }
-        else:
-            sessions = LoopSessions(
-                lambda features: make_session(build_loop(parts, network, features), num_threads=num_threads)
-            )
-            loops = {0: GraphLoop(sessions, constants, network)}
+        denoisers = denoisers_from_partition(exported(), network, sizes, precision=precision, device=device)
     else:
-        for size in sizes:
-            denoiser: Denoiser = TorchDenoiser(
-                prepared, network, batch_size=size, device=resolved_device, dtype=torch.float32
-            )
-            if resolved_device.type == "cpu":
-                loops[size] = HostLoop(denoiser, network)
-            else:
-                from skipstep.cuda_loop import CudaLoop
+        from skipstep.backends.onnxruntime_cuda import denoisers_from_partition as onnxruntime_denoisers
 
-                loops[size] = CudaLoop(denoiser, network, resolved_device)
-    return BuiltNetwork(name, network, loops, chosen, str(resolved_device), kind == "onnx", plan_defaults, exported)
+        denoisers = onnxruntime_denoisers(exported(), network, sizes, precision=precision, device=device)
+    return {
+        size: CudaLoop(
+            denoiser,
+            network,
+            lane,
+            wanted=next(name for name in LADDER if name == wanted),
+            required=required,
+            copies=[copies for copies in (1, 2) if size in {copies * each for each in batch_sizes}][
+                : 2 if network.can_guide else 1
+            ],
+        )
+        for size, denoiser in denoisers.items()
+    }
 
 
-def _exported(prepared: Any, network: NetworkSpec, digest: str | None) -> Partition:
+def _exported(source: _Model) -> Partition:
     """The network's parts. A checkpoint's export is kept in the user's cache: it takes longer than all the rest."""
+    from skipstep.backends.torch import module_on
     from skipstep.cache import ArtefactCache, cache_key
     from skipstep.export.onnx_model import export_onnx, exporter_versions
     from skipstep.export.partition import partition
 
-    if digest is None:
-        return partition(export_onnx(prepared, network))
-    key = cache_key(kind="network.onnx", weights=digest, network=repr(network), exporter=exporter_versions())
-    description = f"{type(prepared.network).__name__} {network.sample_shape}, exported to ONNX"
-    return partition(ArtefactCache().get_or_build(key, lambda: export_onnx(prepared, network), description))
+    network = source.network
+
+    def export() -> bytes:
+        return export_onnx(module_on(source.module, "cpu"), network)
+
+    if source.digest is None:
+        return partition(export())
+    key = cache_key(kind="network.onnx", weights=source.digest, network=repr(network), exporter=exporter_versions())
+    description = f"{type(source.module.network).__name__} {network.sample_shape}, exported to ONNX"
+    return partition(ArtefactCache().get_or_build(key, export, description))
 
 
-def resolve_loop(name: str, backend: BackendName) -> LoopName:
-    """Turn "auto" into a loop: the whole loop as one graph where there is one, with onnxruntime; else stepwise.
+def resolve_loop(name: str, backend: BackendName, *, device: str) -> LoopName:
+    """Turn "auto" into the loop that leaves the host least to do: one launch a call where there is such a form.
 
-    Raises InputError for an unknown name, and for a loop that the backend has not.
+    On a GPU that is what is tried first, and the engine reports what it came to. Raises InputError for an unknown name,
+    and for a loop that there is not.
     """
+    there: tuple[LoopName, ...] = ("captured", "step_graph", "stepwise")
+    if device == "cpu":
+        there = ("onnx", "stepwise") if backend == "onnxruntime" else ("stepwise",)
     if name == "auto":
-        return "onnx" if backend == "onnxruntime" else "stepwise"
-    if name not in LOOPS or (name == "onnx" and backend != "onnxruntime"):
+        return there[0]
+    for known in there:
+        if name == known:
+            return known
+    raise InputError(
+        got=f"loop={name!r} with the {backend} backend on {device}",
+        expected=f"'auto', or one of {', '.join(there)}",
+        remedy="use 'auto' to let the engine choose",
+    )
+
+
+def _check_options(
+    precision: str, device: str, backend: BackendName, compile_network: bool, require_captured: bool
+) -> None:
+    if precision not in get_args(Precision):
         raise InputError(
-            got=f"loop={name!r} with the {backend} backend",
-            expected="'auto', 'stepwise', or 'onnx' with onnxruntime",
-            remedy="use 'auto' to let the engine choose",
+            got=f"precision={precision!r}", expected=", ".join(get_args(Precision)), remedy="pick one of these"
         )
-    return "onnx" if name == "onnx" else "stepwise"
+    only_on_gpu = {
+        f"precision={precision!r}": precision != "float32",
+        "require_captured=True": require_captured,
+        "compile_network=True": compile_network,
+    }
+    for option, given in only_on_gpu.items():
+        if given and device == "cpu":
+            raise InputError(
+                got=f"{option} on the CPU", expected="a CUDA device", remedy="leave it out, or see device="
+            )
+    if compile_network and backend != "torch":
+        raise InputError(
+            got=f"compile_network=True with the {backend} backend",
+            expected="backend='torch': torch.compile takes its modules",
+            remedy="leave it out",
+        )
 
 
 def _resolve_device(name: str) -> Any:

@@ -6,6 +6,7 @@
     cpu/loop.onnx         the whole loop as one graph
     network/*.onnx        the network by binding time
     engines/, kernels/    TensorRT engines and step kernels by target
+    calibration.json      how long its plans take, by device, where somebody measured (skipstep.calibration)
 
 Nothing is parsed before its hash matches what the manifest says, and the very bytes that were hashed are the bytes
 that are parsed. Loading takes NumPy and ONNX Runtime; neither torch nor diffusers is imported.
@@ -36,6 +37,7 @@ from skipstep.manifest_reader import parse_manifest
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from skipstep.device_identity import DeviceIdentity
     from skipstep.engine import Engine
     from skipstep.plan import Plan
     from skipstep.schedule import NoiseSchedule
@@ -176,8 +178,9 @@ def load(
 ) -> Engine:
     """An engine from the bundle at `path`, on the CPU with ONNX Runtime.
 
-    It holds the bundle's plans; others can be added as the network's time path is there too. Raises BundleError and its
-    kinds, and MissingDependencyError without onnxruntime.
+    It holds the bundle's plans; others can be added as the network's time path is there too. It is calibrated if the
+    bundle was, on a device like this one. Raises BundleError and its kinds, and MissingDependencyError without
+    onnxruntime.
     """
     bundle = open_bundle(path, require_signature=require_signature, allow_hard_links=allow_hard_links)
     try:
@@ -222,10 +225,26 @@ def load(
         plan_defaults=defaults,
         compile_on_miss=compile_on_miss,
         any_batch=True,
+        num_threads=num_threads,
     )
     for plan in plans:
         engine.add_plan(plan)
+    if manifest.calibration is not None:
+        from skipstep.calibration import matching, read_calibrations
+
+        engine.calibration = matching(
+            read_calibrations(bundle.read(manifest.calibration)), loaded_identity(num_threads=num_threads)
+        )
     return engine
+
+
+def loaded_identity(*, num_threads: int | None = None) -> DeviceIdentity:
+    """What must be equal for latencies to count for an engine that is loaded here."""
+    import onnxruntime  # noqa: F401  # Its version is part of it.
+
+    from skipstep.device_identity import device_identity
+
+    return device_identity(backend="onnxruntime", loop="onnx", device="cpu", num_threads=num_threads)
 
 
 _PARTS = ("plan", "prompt", "call")

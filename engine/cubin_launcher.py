@@ -173,7 +173,7 @@ class StepLauncher:
             if num_bytes
         }
         # An operand that the flags leave out is never touched; any pointer will do.
-        addresses = dict.fromkeys(needed, checked["state"]) | checked
+        addresses = dict.fromkeys((*needed, "counter", "broken"), checked["state"]) | checked
         output = addresses.pop("model_output")
         return {f"{name}_ptr": address for name, address in addresses.items()} | {
             "next_ptr": addresses["state"],

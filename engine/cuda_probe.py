@@ -41,3 +41,13 @@ def cuda_device(*, remedy: str = "run this on a machine with an NVIDIA GPU and i
     call("cuDeviceGetAttribute", ctypes.byref(minor), _COMPUTE_CAPABILITY_MINOR, device)
     call("cuDeviceGetName", name, len(name), device)
     return 10 * major.value + minor.value, name.value.decode()
+
+
+def graph_num_nodes(graph: int) -> int | None:
+    """How many nodes a CUDA graph has (a CUgraph handle); None where the driver does not say."""
+    count = ctypes.c_size_t()
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(ctypes.c_void_p(graph), None, ctypes.byref(count))
+    except (OSError, AttributeError):
+        return None
+    return count.value if status == 0 else None

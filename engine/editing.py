@@ -195,6 +195,7 @@ class ImageEditing(Sampler):
         return self.sample(steps=steps, plan=plan, x_T=x_T, seeds=seeds, output_type=output_type, **conditions)
 
     def _invert(self, plan: Plan, request: SampleRequest, *, refinements: int = 0, tolerance: float = 0.0) -> Inversion:
+        self._lifecycle.check()
         stages = Stages.of([plan])
         latents = np.empty((request.num_samples, *self.network.sample_shape), np.float32)
         residuals = np.empty((len(stages), request.num_samples), np.float32)

@@ -70,6 +70,10 @@ class Engine(ImageEditing):
             plan_defaults=defaults,
             compile_on_miss=compile_on_miss,
             any_batch=built.any_batch,
+            precision=built.precision,
+            num_threads=options.get("num_threads"),
+            lifecycle=built.lifecycle,
+            lane=built.lane,
         )
         for plan in plans:
             engine.add_plan(plan)
@@ -124,6 +128,7 @@ class Engine(ImageEditing):
             any_plan=any_plan,
             overwrite=overwrite,
             sign_key=sign_key,
+            calibration=self.calibration,
         )
         write_bundle(self, self._built.parts(), path, request, progress=progress)
 

@@ -75,3 +75,19 @@ class CacheError(SkipstepError, OSError):
 
 class StorageError(SkipstepError, OSError):
     """A file could not be written whole; what was there before is untouched."""
+
+
+class EngineStateError(SkipstepError, RuntimeError):
+    """An engine that cannot be used any more: it was closed, its process was forked, or its CUDA context is lost."""
+
+
+class CaptureError(SkipstepError, RuntimeError):
+    """A loop that could not become a CUDA graph, where nothing less would do."""
+
+
+class DeviceMemoryError(SkipstepError, MemoryError):
+    """The device has too little free memory; the remedy says what would fit."""
+
+
+class DeadlineError(SkipstepError, TimeoutError):
+    """No plan of the engine is fast enough; the message lists how long each takes."""

@@ -14,7 +14,7 @@ import numpy as np
 from skipstep.backends.onnxruntime import LoopConstants, Values, run_session
 from skipstep.conditioning import call_conditioning
 from skipstep.kernels.layout import Stream
-from skipstep.loop import Array, Run, initial_state
+from skipstep.loop import Array, Finished, Pending, Run, initial_state
 from skipstep.loop_sessions import LoopSessions
 from skipstep.loop_table import LoopFeatures, loop_table, shared_features
 from skipstep.network import NetworkSpec
@@ -30,7 +30,6 @@ class GraphLoop:
     """One graph launch per batch of `batch_size` samples. Calls from several threads run side by side."""
 
     name = "onnx"
-    can_observe = True
 
     def __init__(self, sessions: LoopSessions, constants: LoopConstants, network: NetworkSpec) -> None:
         self._sessions = sessions
@@ -46,10 +45,14 @@ class GraphLoop:
     def start(self, stages: Stages, request: SampleRequest, *, keep_x0: bool = False) -> Iterator[Run]:
         yield _GraphRun(self._sessions, self._constants, self._network, stages, request)
 
-    def run(self, stages: Stages, request: SampleRequest) -> Array:
+    def enqueue(self, stages: Stages, request: SampleRequest, out: Array) -> Pending:
         run = _GraphRun(self._sessions, self._constants, self._network, stages, request)
         run.advance_to_end()
-        return run.state()
+        out[...] = run.state()[: len(out)]
+        return Finished(out)
+
+    def close(self) -> None:
+        self._sessions.close()
 
 
 class _GraphRun:

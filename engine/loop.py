@@ -51,51 +51,67 @@ class Run(Protocol):
 Observer = Callable[[int, Run], None]
 
 
+class Pending(Protocol):
+    """Samples that are being drawn, or have been."""
+
+    def wait(self) -> dict[int, int | None]:
+        """Return when they are where they were wanted: those that are not finite, and since which stage if known."""
+        ...
+
+
 class Loop(Protocol):
     """One network at one batch size, ready to run any plan."""
 
     name: str
-    can_observe: bool
 
     def prepare(self, stages: Sequence[Stages]) -> None:
         """Compile what these need, so that no call has to."""
         ...
 
-    def run(self, stages: Stages, request: SampleRequest) -> Array:
-        """Walk all stages from x_T and return x_0 in memory that nothing else writes to."""
+    def enqueue(self, stages: Stages, request: SampleRequest, out: Any) -> Pending:
+        """Walk all stages from x_T, and write the first len(out) samples of x_0 to `out`, float32 `[n, C, H, W]`.
+
+        On a GPU it returns while the device works; `out` may be a tensor there.
+        """
         ...
 
     def start(self, stages: Stages, request: SampleRequest, *, keep_x0: bool = False) -> AbstractContextManager[Run]:
         """The same one evaluation at a time. It may hold the loop's buffers until the context ends: others wait."""
         ...
 
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...
 
-def run_loop(
-    loop: Loop, stages: Stages, request: SampleRequest, *, observer: Observer | None = None, keep_x0: bool = False
-) -> Array:
-    """Walk all stages, one at a time where somebody looks on, and return x_0 in memory that nothing else writes to."""
-    if observer is None:
-        return loop.run(stages, request)
+
+class Finished:
+    """Samples that are there."""
+
+    def __init__(self, out: Array) -> None:
+        self._out = out
+
+    def wait(self) -> dict[int, int | None]:
+        # The step keeps NaN, so one look at the end sees every NaN that the network returned on the way.
+        broken = np.flatnonzero(~np.isfinite(self._out).all(axis=(1, 2, 3)))
+        return dict.fromkeys(broken.tolist())
+
+
+def run_observed(
+    loop: Loop, stages: Stages, request: SampleRequest, out: Array, *, observer: Observer, keep_x0: bool = False
+) -> Pending:
+    """`Loop.enqueue` by `Loop.start`, for somebody who looks on after every evaluation."""
     with loop.start(stages, request, keep_x0=keep_x0) as run:
         for stage in range(len(stages)):
             run.advance(stage)
             observer(stage, run)
-        return run.state()
-
-
-def run_stepwise(loop: Loop, stages: Stages, request: SampleRequest) -> Array:
-    """`Loop.run` by `Loop.start`, for loops that know no shorter way."""
-    with loop.start(stages, request) as run:
-        for stage in range(len(stages)):
-            run.advance(stage)
-        return run.state()
+        out[...] = run.state()[: len(out)]
+    return Finished(out)
 
 
 class HostLoop:
     """The stepwise loop in host memory: NumPy does the step, any backend the network."""
 
     name = "stepwise"
-    can_observe = True
 
     def __init__(self, denoiser: Denoiser, network: NetworkSpec) -> None:
         self.denoiser = denoiser
@@ -105,8 +121,11 @@ class HostLoop:
     def prepare(self, stages: Sequence[Stages]) -> None:
         """Any plan runs as it is."""
 
-    def run(self, stages: Stages, request: SampleRequest) -> Array:
-        return run_stepwise(self, stages, request)
+    def enqueue(self, stages: Stages, request: SampleRequest, out: Array) -> Pending:
+        return run_observed(self, stages, request, out, observer=lambda stage, run: None)
+
+    def close(self) -> None:
+        """Its memory goes with it."""
 
     @contextlib.contextmanager
     def start(self, stages: Stages, request: SampleRequest, *, keep_x0: bool = False) -> Iterator[Run]:
@@ -169,7 +188,8 @@ def _call_flags(flags: StepFlags, guided: bool, rescale: bool, wide_output: bool
 def initial_state(network: NetworkSpec, request: SampleRequest) -> Array:
     """x_T `[B, C, H, W]`: a copy of the caller's, or noise that depends on each sample's seed alone."""
     if request.x_T is not None:
-        return request.x_T.copy()
+        given: Array = request.x_T.copy()
+        return given
     assert request.seeds is not None, "a request has seeds or x_T"
     return seeded_noise(network, request.seeds, Stream.INITIAL)
 

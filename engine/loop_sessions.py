@@ -41,6 +41,10 @@ class LoopSessions:
         # Not a daemon: a process that ends waits for the runtime to come to rest.
         threading.Thread(target=make, name="skipstep-prefetch").start()
 
+    def close(self) -> None:
+        with self._lock:
+            self._held.clear()
+
     def get(self, needed: LoopFeatures) -> tuple[LoopFeatures, InferenceSession]:
         """The leanest held session that covers `needed`, or a new one. Raises PlanError where there can be none."""
         with self._lock:

@@ -84,6 +84,7 @@ class Manifest:
     """The whole of it. `graphs` names the files of the network's parts (plan, prompt, call, step and its halves).
 
     `defaults` are the options of a step count's plan, with `default_schedule`; None where the model names none.
+    `calibration` is the file of measured latencies (skipstep.calibration), None where nobody measured.
     """
 
     model: str
@@ -103,11 +104,14 @@ class Manifest:
     default_schedule: int | None = None
     engines: tuple[EngineEntry, ...] = ()
     kernels: tuple[KernelEntry, ...] = ()
+    calibration: str | None = None
     schema: int = field(default=SCHEMA)
 
     def to_json(self) -> bytes:
         """The same manifest always gives the same bytes."""
         contents = asdict(self)
+        if self.calibration is None:
+            del contents["calibration"]  # A bundle that was never calibrated has the bytes that it always had.
         for loop in contents["loops"]:
             thresholding = loop["features"]["thresholding"]
             if thresholding is not None and math.isinf(thresholding["maximum"]):

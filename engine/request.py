@@ -41,12 +41,13 @@ class SampleRequest:
     """B samples: `seeds` uint64 `[B]`, `x_T` float32 `[B, C, H, W]`, `class_labels` int64 `[B]`; `guidance` and
     `rescale` float32 `[B]`; `prompts` and `negative_prompts` float32 `[B, L, D]`, or `[1, L, D]` for all samples.
 
-    What a call does not use is None; at least one of `seeds` and `x_T` is there.
+    What a call does not use is None; at least one of `seeds` and `x_T` is there. x_T is a NumPy array, or a tensor of
+    the device that the engine runs on, where the caller gave one.
     """
 
     num_samples: int
     seeds: NDArray[np.uint64] | None
-    x_T: NDArray[np.float32] | None
+    x_T: Any
     class_labels: NDArray[np.int64] | None
     guidance: NDArray[np.float32] | None
     rescale: NDArray[np.float32] | None = None
@@ -66,8 +67,21 @@ class SampleRequest:
             name for name in ("prompts", "negative_prompts") if arrays[name] is not None and len(arrays[name]) == 1
         }
         return SampleRequest(
-            batch_size, **{name: a if a is None or name in shared else a[index] for name, a in arrays.items()}
+            batch_size, **{name: a if a is None or name in shared else _rows(a, index) for name, a in arrays.items()}
         )
+
+
+def _rows(array: Any, index: NDArray[np.int64]) -> Any:
+    """Those rows, in consecutive order but for repetitions of the last."""
+    if isinstance(array, np.ndarray):
+        return array[index]
+    rows = array[int(index[0]) : int(index[-1]) + 1]
+    missing = len(index) - len(rows)
+    if not missing:
+        return rows
+    import torch
+
+    return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
 
 
 def resolve_request(
@@ -83,10 +97,11 @@ def resolve_request(
     adds_noise: bool = False,
     num_plans: int = 1,
     latents_name: str = "x_T",
+    device: str = "cpu",
 ) -> SampleRequest:
     """Check and complete the arguments of one call; `num_plans` above 1 is one per sample. Raises InputError.
 
-    `latents_name` is what the caller calls x_T.
+    `latents_name` is what the caller calls x_T; given as a tensor on `device` it stays there.
     """
     if seeds is None and (x_T is None or adds_noise):
         raise InputError(
@@ -95,7 +110,7 @@ def resolve_request(
             remedy="pass seeds=[...]"
             + (", or the initial noise as x_T=" if x_T is None else ", or use a plan with eta=0"),
         )
-    latents = None if x_T is None else resolve_latents(x_T, network, name=latents_name)
+    latents = None if x_T is None else resolve_latents(x_T, network, name=latents_name, device=device)
     given = {
         "seeds": None if seeds is None else resolve_seeds(seeds),
         "class_labels": _resolve_labels(class_labels, network),
@@ -272,15 +287,25 @@ def _int_vector(
     return np.array(listed[0] if scalar else listed, dtype=dtype)
 
 
-def resolve_latents(x_T: Any, network: NetworkSpec, *, name: str = "x_T") -> NDArray[np.float32]:
-    """Float32 `[B, C, H, W]`, contiguous, from NumPy or torch. Raises InputError, which calls it `name`."""
-    x_T = _host_floats(name, x_T)
-    if x_T.ndim != 4 or x_T.shape[1:] != network.sample_shape:
+def resolve_latents(x_T: Any, network: NetworkSpec, *, name: str = "x_T", device: str = "cpu") -> Any:
+    """Float32 `[B, C, H, W]`, contiguous, from NumPy, torch or DLPack. Raises InputError, which calls it `name`.
+
+    A tensor on `device`, where that is a GPU, stays there: nobody waits for it, and NaN in it shows in what is drawn.
+    """
+    x_T = _from_dlpack(name, x_T)
+    on_device = device != "cpu" and hasattr(x_T, "detach") and str(x_T.device) == device
+    if not on_device:
+        x_T = _host_floats(name, x_T)
+    if x_T.ndim != 4 or tuple(x_T.shape[1:]) != network.sample_shape:
         raise InputError(
             got=f"{name} of shape {list(x_T.shape)}",
             expected=f"[B, {', '.join(map(str, network.sample_shape))}]",
             remedy="give one [C, H, W] block per sample",
         )
+    if on_device:
+        if not x_T.dtype.is_floating_point:
+            raise InputError(got=f"{name} of {x_T.dtype}", expected="floating-point numbers", remedy="pass float32")
+        return x_T.detach().float().contiguous()
     broken = np.flatnonzero(~np.isfinite(x_T).all(axis=(1, 2, 3)))
     if broken.size:
         raise InputError(
@@ -289,6 +314,28 @@ def resolve_latents(x_T: Any, network: NetworkSpec, *, name: str = "x_T") -> NDA
             remedy="check where they come from",
         )
     return np.ascontiguousarray(x_T, dtype=np.float32)
+
+
+# Of DLPack's device types.
+_DLPACK_CUDA = 2
+
+
+def _from_dlpack(name: str, given: Any) -> Any:
+    """Arrays of other libraries without a copy: as NumPy's where they are in host memory, as torch's on a GPU."""
+    if isinstance(given, np.ndarray) or hasattr(given, "detach") or not hasattr(given, "__dlpack__"):
+        return given
+    try:
+        if given.__dlpack_device__()[0] != _DLPACK_CUDA:
+            return np.from_dlpack(given)
+        import torch
+
+        return torch.from_dlpack(given)
+    except (RuntimeError, BufferError, TypeError, ValueError, ImportError) as error:
+        raise InputError(
+            got=f"{name} of type {type(given).__name__}, whose memory cannot be read through DLPack: {error}",
+            expected="floating-point numbers in host memory or on a CUDA device",
+            remedy="pass a NumPy array or a torch tensor",
+        ) from error
 
 
 def _host_floats(name: str, given: Any) -> NDArray[np.floating[Any]]:

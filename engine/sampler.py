@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Unpack, get_args
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skipstep.backends import BackendName
 from skipstep.batching import split_batch
-from skipstep.errors import InputError, NonFiniteError, PlanError, PlanNotFoundError
-from skipstep.loop import Loop, run_loop
+from skipstep.destination import callers_memory, copy_samples, new_samples
+from skipstep.errors import InputError, NonFiniteError
+from skipstep.lifecycle import Lifecycle
+from skipstep.loop import Finished, Loop, Pending, run_observed
 from skipstep.network import NetworkSpec
-from skipstep.plan import Plan, check_plan_fits
+from skipstep.plan import Plan
+from skipstep.plan_holder import PlanHolder
 from skipstep.request import Conditions, SampleRequest, resolve_request
 from skipstep.stages import Stages
 from skipstep.trajectory import Callback, Progress, Trajectory, Watch
 
+if TYPE_CHECKING:
+    from skipstep.calibration import Calibration
+    from skipstep.cuda.loop import Lane
+    from skipstep.cuda.programs import CaptureReport
+    from skipstep.device_identity import DeviceIdentity
+
 OutputType = Literal["np", "pt", "pil"]
 
 
-class Sampler:
+class Sampler(PlanHolder):
     """A network's loops and the plans that were made for it. Calls from several threads are safe.
 
     `plans` and `batch_sizes` say what it holds, `backend` and `device` where it runs. `loops` are by the network's
     batch size; with `any_batch` they are one, which takes every size, and the largest of batch_sizes is the most that
-    it is given at once.
+    it is given at once. `precision` is the network's, `num_threads` what it may use on the CPU (None: every core).
+    `lane` is what its loops share on a GPU.
     """
 
     def __init__(
@@ -40,71 +53,148 @@ class Sampler:
         plan_defaults: Mapping[str, Any],
         compile_on_miss: bool = False,
         any_batch: bool = False,
+        precision: str = "float32",
+        num_threads: int | None = None,
+        lifecycle: Lifecycle | None = None,
+        lane: Lane | None = None,
     ) -> None:
-        self.network = network
+        super().__init__(network, plan_defaults=plan_defaults, compile_on_miss=compile_on_miss)
         self.any_batch = any_batch
         self.batch_sizes = tuple(sorted(batch_sizes))
         self.backend = backend
         self.device = device
-        self.compile_on_miss = compile_on_miss
-        self.plans: dict[str, Plan] = {}
+        self.precision, self.num_threads = precision, num_threads
         self.loops = loops
-        self.plan_defaults = plan_defaults
-
-    def add_plan(self, plan: int | Plan, *, eta: float = 0.0) -> Plan:
-        """Hold one more plan and return it; `eta` is that of a step count. Raises PlanError where it does not fit."""
-        if not isinstance(plan, Plan):
-            if "schedule" not in self.plan_defaults:
-                raise PlanError(
-                    got=f"the step count {plan!r} for a model without a scheduler configuration",
-                    expected="a noise schedule",
-                    remedy="pass schedule=, e.g. NoiseSchedule.linear(1000), or a Plan",
-                )
-            plan = Plan(**{**self.plan_defaults, "steps": plan, "eta": eta})
-        trained = self.plan_defaults.get("prediction_type")
-        if trained is not None and plan.prediction_type != trained:
-            raise PlanError(
-                got=f"a plan for {plan.prediction_type} prediction",
-                expected=f"{trained}, which this network was trained to predict",
-                remedy=f"make the plan with prediction_type={trained!r}",
-            )
-        check_plan_fits(plan, self.network)
-        self.plans[plan.key] = plan
-        return plan
+        # Latencies that were measured here, for deadlines; `calibrate` makes them, and bundles bring them.
+        self.calibration: Calibration | None = None
+        self._lifecycle = lifecycle or Lifecycle()
+        self._lane = lane
+        self._worker: ThreadPoolExecutor | None = None
+        self._worker_lock = threading.Lock()
 
     def sample(
         self,
         *,
         steps: int | None = None,
         plan: Plan | Sequence[Plan] | None = None,
+        deadline_ms: float | None = None,
         seeds: int | Sequence[int] | None = None,
         x_T: Any = None,
         output_type: OutputType = "np",
+        out: Any = None,
         trajectory: bool | int = False,
         callback: Callback | None = None,
         progress: Progress | None = None,
         **conditions: Unpack[Conditions],
     ) -> Any:
-        """Draw samples with the plan of `steps` steps, or with `plan`.
+        """Draw samples with the plan of `steps` steps, with `plan`, or with the longest that meets a deadline.
 
         plan            one for all samples, or a list with one for each: of equal structure, but each with its own
                         timesteps and eta (skipstep.stages.Stages).
+        deadline_ms     milliseconds that the call may take: the plan with the most steps whose measured p99 fits, with
+                        a margin (skipstep.deadline). Needs `calibrate`, once on this device.
         seeds           an int for every sample, or one each, in [0, 2**64): a sample depends on its seed, not on its
                         place in the batch. They also key the noise that a plan adds.
-        x_T             `[B, C, H, W]` NumPy or torch, the initial noise instead of that of the seeds.
+        x_T             `[B, C, H, W]` NumPy, torch or DLPack, the initial noise instead of that of the seeds. A tensor
+                        on the engine's GPU is read there, in the order of the caller's stream.
         conditions      class_labels, prompt_embeds, negative_prompt_embeds, guidance_scale and guidance_rescale
                         (skipstep.request.Conditions).
         output_type     "np": float32 `[B, C, H, W]` in the network's range ([-1, 1] for pixels); "pt": the same as a
-                        torch tensor; "pil": a list of 8-bit pictures.
+                        torch tensor, on the engine's device; "pil": a list of 8-bit pictures.
+        out             float32 `[B, C, H, W]` to draw into, NumPy, torch or DLPack, in host memory or on the engine's
+                        device; it is returned.
         trajectory      True, or a stride of steps: returns (samples, Trajectory) instead of the samples.
         callback        called as callback(StepEvent) after every step.
         progress        called as progress(done, total), in network evaluations.
 
-        Returns new memory every time. Raises InputError, PlanError, PlanNotFoundError, and NonFiniteError where the
-        network returned NaN.
+        Who looks on, by trajectory, callback or progress, makes the loop run one evaluation at a time.
+        Returns new memory every time, unless there is `out`. Raises InputError, PlanError, PlanNotFoundError,
+        DeadlineError where no plan is fast enough, NonFiniteError where the network returned NaN, and EngineStateError
+        for an engine that was closed or forked.
         """
+        call = self._call(steps, plan, deadline_ms, seeds, x_T, output_type, out, conditions)
+        if trajectory is not False:
+            shape = (call.request.num_samples, *self.network.sample_shape)
+            stride = 1 if trajectory is True else trajectory
+            kept = Trajectory.empty(sum(call.stages.ends_step), stride, shape)
+            return self._perform(call, progress=progress, callback=callback, trajectory=kept), kept
+        return self._perform(call, progress=progress, callback=callback)
+
+    def sample_async(
+        self,
+        *,
+        steps: int | None = None,
+        plan: Plan | Sequence[Plan] | None = None,
+        deadline_ms: float | None = None,
+        seeds: int | Sequence[int] | None = None,
+        x_T: Any = None,
+        output_type: OutputType = "np",
+        out: Any = None,
+        **conditions: Unpack[Conditions],
+    ) -> Future[Any]:
+        """`sample` in the background, first come first served; what is wrong with the arguments is raised here.
+
+        The future's result is what `sample` returns, complete on every stream; asyncio.wrap_future makes it awaitable.
+        x_T and `out` are the engine's until then.
+        """
+        call = self._call(steps, plan, deadline_ms, seeds, x_T, output_type, out, conditions)
+        # The worker has a stream of its own: what this thread has enqueued comes first.
+        before = None if self._lane is None else self._lane.device.caller_stream().record()
+
+        def work() -> Any:
+            if self._lane is not None:
+                self._lane.device.stream.wait(before)
+            return self._perform(call)
+
+        with self._worker_lock:
+            self._lifecycle.check()
+            if self._worker is None:
+                self._worker = ThreadPoolExecutor(1, thread_name_prefix="skipstep")
+            return self._worker.submit(work)
+
+    def close(self) -> None:
+        """Give back memory and threads, after the calls that are under way. Later ones raise EngineStateError."""
+        with self._worker_lock:
+            self._lifecycle.close()
+        if self._worker is not None:
+            self._worker.shutdown()
+        for loop in self.loops.values():
+            loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, stages: Stages, request: SampleRequest) -> NDArray[np.float32]:
+        """Walk a request to x_0 `[B, C, H, W]`. Arguments are taken as checked. Raises NonFiniteError."""
+        result = np.empty((request.num_samples, *self.network.sample_shape), np.float32)
+        self._draw(stages, request, result)
+        return result
+
+    def _call(
+        self,
+        steps: int | None,
+        plan: Plan | Sequence[Plan] | None,
+        deadline_ms: float | None,
+        seeds: int | Sequence[int] | None,
+        x_T: Any,
+        output_type: OutputType,
+        out: Any,
+        conditions: Conditions,
+    ) -> _Call:
+        """Everything about a call that can be wrong is found here, before anything is drawn."""
+        self._lifecycle.check()
         _check_output_type(output_type)
-        plans = self._chosen_plans(steps, plan)
+        if deadline_ms is None:
+            plans = self.chosen_plans(steps, plan)
+        elif steps is None and plan is None:
+            plans = [self._plan_within(deadline_ms, seeds, x_T, conditions)]
+        else:
+            raise InputError(
+                got="deadline_ms beside steps or plan", expected="one of them", remedy="leave the others out"
+            )
         stages = Stages.of(plans)
         request = resolve_request(
             self.network,
@@ -112,54 +202,61 @@ class Sampler:
             x_T=x_T,
             adds_noise=stages.adds_noise,
             num_plans=len(plans),
+            device=self.device,
             **conditions,
         )
-        kept = None
-        if trajectory is not False:
-            shape = (request.num_samples, *self.network.sample_shape)
-            kept = Trajectory.empty(sum(stages.ends_step), 1 if trajectory is True else trajectory, shape)
-        result = self.run(stages, request, progress=progress, callback=callback, trajectory=kept)
-        samples = self.as_output(result, output_type)
-        return samples if kept is None else (samples, kept)
+        shape = (request.num_samples, *self.network.sample_shape)
+        if out is None:
+            on_device = self.device if output_type == "pt" and self._lane is not None else None
+            return _Call(stages, request, new_samples(shape, on_device=on_device), output_type, None)
+        if output_type == "pil":
+            raise InputError(got="out with output_type='pil'", expected="'np' or 'pt'", remedy="leave one of them out")
+        return _Call(stages, request, callers_memory(out, shape, device=self.device), output_type, out)
 
-    def run(
+    def _perform(
         self,
-        stages: Stages,
-        request: SampleRequest,
+        call: _Call,
         *,
         progress: Progress | None = None,
         callback: Callback | None = None,
         trajectory: Trajectory | None = None,
-    ) -> NDArray[np.float32]:
-        """Split a request over the batch sizes and walk them all; x_0 `[B, C, H, W]`. Arguments are taken as checked.
+    ) -> Any:
+        self._draw(call.stages, call.request, call.samples, progress=progress, callback=callback, trajectory=trajectory)
+        return self.as_output(call.samples, call.output_type) if call.out is None else call.out
 
-        Raises NonFiniteError where the network returned NaN.
-        """
+    def _draw(
+        self,
+        stages: Stages,
+        request: SampleRequest,
+        samples: Any,
+        *,
+        progress: Progress | None = None,
+        callback: Callback | None = None,
+        trajectory: Trajectory | None = None,
+    ) -> None:
+        """Split a request over the batch sizes, enqueue them all, and wait once. Raises NonFiniteError."""
+        self._lifecycle.check()
         runs = self.split(request.num_samples)
         watch = Watch(stages, len(runs), progress, callback, trajectory)
-        result = np.empty((request.num_samples, *self.network.sample_shape), np.float32)
+        pending: list[tuple[int, Pending]] = []
         start = 0
         for size in runs:
             loop = self.loop_for(size, request)
-            wanted = min(size, request.num_samples - start)
-            observer = watch.chunk(start, wanted)
-            if observer is not None and not loop.can_observe:
-                raise InputError(
-                    got=f"progress, callback or trajectory with the {loop.name} loop",
-                    expected="nothing that looks on: it runs all steps in one launch",
-                    remedy="use the stepwise loop",
-                )
-            drawn = run_loop(
-                loop,
-                stages.chunk(start, size),
-                request.chunk(start, size),
-                observer=observer,
-                keep_x0=watch.needs_x0,
-            )
-            result[start : start + wanted] = drawn[:wanted]
+            part = samples[start : start + size]
+            observer = watch.chunk(start, len(part))
+            here, asked = stages.chunk(start, size), request.chunk(start, size)
+            if observer is None:
+                pending.append((start, loop.enqueue(here, asked, part)))
+            else:
+                drawn = np.empty((len(part), *self.network.sample_shape), np.float32)
+                done = run_observed(loop, here, asked, drawn, observer=observer, keep_x0=watch.needs_x0)
+                pending.append((start, done))
+                copy_samples(drawn, part)
             start += size
-        check_finite(result)
-        return result
+        broken: dict[int, int | None] = {}
+        for first, each in pending:
+            broken |= {first + sample: stage for sample, stage in each.wait().items()}
+        _check_finite(broken, request.num_samples, len(stages))
 
     def split(self, num_samples: int) -> list[int]:
         """The batch sizes of the runs that draw so many samples; the last may draw more than are left."""
@@ -173,34 +270,10 @@ class Sampler:
         """The loop that runs `batch_size` samples of this request; with guidance the network's batch is twice that."""
         return next(iter(self.loops.values())) if self.any_batch else self.loops[request.num_copies * batch_size]
 
-    def select_plan(self, *, steps: int | None = None, plan: Plan | None = None) -> Plan:
-        """The held plan with that step count, or the given one. Raises PlanNotFoundError, listing what is held."""
-        if (steps is None) == (plan is None):
-            raise InputError(
-                got="neither steps nor plan" if steps is None else "both steps and plan",
-                expected="one of them",
-                remedy="pass steps=20, or plan=",
-            )
-        if plan is not None:
-            if not isinstance(plan, Plan):
-                raise InputError(
-                    got=f"plan of type {type(plan).__name__}", expected="a Plan", remedy="pass one, or use steps=20"
-                )
-            if plan.key not in self.plans and not self.compile_on_miss:
-                raise self._miss(f"{plan!r}, which this engine does not hold")
-            return self.plans.get(plan.key) or self.add_plan(plan)
-        held = [p for p in self.plans.values() if p.steps == steps]
-        if len(held) == 1:
-            return held[0]
-        if len(held) > 1:
-            raise PlanNotFoundError(
-                got=f"steps={steps}, which {len(held)} plans have: {', '.join(map(repr, held))}",
-                expected="a choice between them",
-                remedy="pass plan=",
-            )
-        if self.compile_on_miss and steps is not None:
-            return self.add_plan(steps)
-        raise self._miss(f"steps={steps!r}, which no plan of this engine has")
+    @property
+    def captures(self) -> tuple[CaptureReport, ...]:
+        """On a GPU: how each structure of plans runs, why it is no more, and what it takes. Empty on the CPU."""
+        return tuple(report for loop in self.loops.values() for report in getattr(loop, "reports", ()))
 
     def describe(self) -> str:
         """What the engine holds and how it runs, one fact a line."""
@@ -211,6 +284,11 @@ class Sampler:
         guidance = ", with guidance" if self.network.can_guide else ""
         loop = next(iter(self.loops.values())).name
         sizes = self.batch_sizes
+        latencies: list[str] = []
+        if self.calibration is not None:
+            from skipstep.calibration import describe_latencies
+
+            latencies = describe_latencies(self.calibration, self.plans)
         return "\n".join(
             [
                 f"network     {shape}, {classes}{guidance}",
@@ -218,22 +296,67 @@ class Sampler:
                 f"loop        {loop}",
                 f"batch sizes {f'up to {max(sizes)}' if self.any_batch else ', '.join(map(str, sizes))}",
                 *(f"plan        {plan!r}" for plan in self.plans.values()),
+                *(f"graph       {report}" for report in self.captures),
+                *latencies,
             ]
         )
 
-    def _chosen_plans(self, steps: int | None, plan: Plan | Sequence[Plan] | None) -> list[Plan]:
-        if isinstance(plan, Sequence) and not isinstance(plan, str):
-            if not plan or steps is not None:
-                raise InputError(
-                    got="an empty list of plans" if not plan else "both steps and plan",
-                    expected="a plan per sample",
-                    remedy="pass plan=[...], one for each sample, and leave steps out",
-                )
-            return [self.select_plan(plan=each) for each in plan]
-        return [self.select_plan(steps=steps, plan=plan)]
+    def identity(self) -> DeviceIdentity:
+        """What must be equal for latencies that were measured elsewhere to count here."""
+        from skipstep.device_identity import device_identity
 
-    def as_output(self, result: NDArray[np.float32], output_type: OutputType) -> Any:
-        """x_0 `[B, C, H, W]` as the caller asked for it."""
+        return device_identity(
+            backend=self.backend,
+            loop=next(iter(self.loops.values())).name,
+            device=self.device,
+            precision=self.precision,
+            num_threads=self.num_threads,
+            gpu_name=None if self._lane is None else self._lane.device.name,
+        )
+
+    def calibrate(
+        self,
+        *,
+        repeats: int = 100,
+        max_seconds: float = 120.0,
+        plans: Iterable[int | Plan] | None = None,
+        batch_sizes: Iterable[int] | None = None,
+        progress: Progress | None = None,
+    ) -> Calibration:
+        """Measure whole calls, p50, p90 and p99, of every plan and batch size on this device (skipstep.latency).
+
+        What was measured before and is not now stays. `Engine.save` writes it into the bundle.
+        """
+        from skipstep.latency import calibrate
+
+        fresh = calibrate(
+            self,
+            self.identity(),
+            repeats=repeats,
+            max_seconds=max_seconds,
+            plans=plans,
+            batch_sizes=batch_sizes,
+            progress=progress,
+        )
+        held = self.calibration
+        self.calibration = held.updated_by(fresh) if held is not None and held.identity == fresh.identity else fresh
+        return self.calibration
+
+    def _plan_within(self, deadline_ms: float, seeds: Any, x_T: Any, conditions: Conditions) -> Plan:
+        from skipstep.deadline import choose_plan
+
+        asked = resolve_request(self.network, seeds=seeds, x_T=x_T, device=self.device, **conditions)
+        return choose_plan(
+            self.calibration,
+            self.plans.values(),
+            self.split(asked.num_samples),
+            deadline_ms=deadline_ms,
+            guided=asked.guidance is not None,
+            identity=self.identity(),
+        )
+
+    def as_output(self, result: Any, output_type: OutputType) -> Any:
+        """x_0 `[B, C, H, W]`, NumPy or a tensor where it is one already, as the caller asked for it."""
         if output_type == "pil":
             from skipstep.images import to_pil
 
@@ -241,15 +364,8 @@ class Sampler:
         if output_type == "pt":
             import torch
 
-            return torch.from_numpy(result).to(self.device)
+            return torch.as_tensor(result, device=self.device)
         return result
-
-    def _miss(self, got: str) -> PlanNotFoundError:
-        return PlanNotFoundError(
-            got=got,
-            expected=f"one of {', '.join(repr(p) for p in self.plans.values()) or 'none yet'}",
-            remedy="call add_plan() first, or build the engine with compile_on_miss=True",
-        )
 
 
 def _check_output_type(output_type: str) -> None:
@@ -257,13 +373,29 @@ def _check_output_type(output_type: str) -> None:
         raise InputError(got=f"output_type={output_type!r}", expected="'np', 'pt' or 'pil'", remedy="pick one of these")
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call whose arguments have been checked: `samples` is where they go, `out` what the caller gave for that."""
+
+    stages: Stages
+    request: SampleRequest
+    samples: Any
+    output_type: OutputType
+    out: Any
+
+
 def check_finite(result: NDArray[np.float32]) -> None:
     """Raise NonFiniteError naming the samples of `[B, C, H, W]` that hold NaN or infinity."""
-    # The step keeps NaN, so one look at the end sees every NaN that the network returned on the way.
-    broken = np.flatnonzero(~np.isfinite(result).all(axis=(1, 2, 3)))
-    if broken.size:
-        raise NonFiniteError(
-            got=f"NaN or infinity in samples {broken[:8].tolist()} of {len(result)}",
-            expected="finite predictions from the network",
-            remedy="check the weights and the inputs; a network that overflows in half precision needs float32",
-        )
+    _check_finite(Finished(result).wait(), len(result), 0)
+
+
+def _check_finite(broken: Mapping[int, int | None], num_samples: int, num_stages: int) -> None:
+    if not broken:
+        return
+    first = min((stage for stage in broken.values() if stage is not None), default=None)
+    since = "" if first is None else f", since evaluation {first + 1} of {num_stages}"
+    raise NonFiniteError(
+        got=f"NaN or infinity in samples {sorted(broken)[:8]} of {num_samples}{since}",
+        expected="finite predictions from the network",
+        remedy="check the weights and the inputs; a network that overflows in half precision needs float32",
+    )

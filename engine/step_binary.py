@@ -43,6 +43,8 @@ def argument_types(network_dtype: str) -> dict[str, str]:
         "guidance_ptr": "*float32",
         "rescale_ptr": "*float32",
         "bound_ptr": "*float32",
+        "counter_ptr": "*int32",
+        "broken_ptr": "*int32",
         "num_elements": "int32",
         "stage": "int32",
     }

@@ -20,6 +20,8 @@ from safetensors.numpy import save as save_arrays
 from skipstep import __version__
 from skipstep.backends.onnxruntime import LoopConstants
 from skipstep.bundle import is_bundle, load, plan_arrays
+from skipstep.calibration import FILE_NAME as CALIBRATION_NAME
+from skipstep.calibration import Calibration, write_calibrations
 from skipstep.distinct import distinct
 from skipstep.errors import InputError, StorageError
 from skipstep.export.bundle_files import BundleFiles, package_version
@@ -54,7 +56,7 @@ _TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "triton", "
 
 @dataclass(frozen=True, slots=True)
 class BundleRequest:
-    """What is wanted of a bundle; see Engine.save."""
+    """What is wanted of a bundle; see Engine.save. `calibration` is what was measured of the engine, if anything."""
 
     name: str
     license: str
@@ -63,6 +65,7 @@ class BundleRequest:
     any_plan: bool = False
     overwrite: bool = False
     sign_key: str | os.PathLike[str] | None = None
+    calibration: Calibration | None = None
 
 
 def write_bundle(
@@ -98,6 +101,10 @@ def write_bundle(
         report("golden samples")
         golden, arrays = draw_golden(engine)
         files.add(GOLDEN_FILE, save_arrays(arrays))
+        calibration = None
+        if request.calibration is not None:
+            measured = request.calibration.only(engine.plans)
+            calibration = files.add(CALIBRATION_NAME, write_calibrations([measured]))
         defaults = {name: value for name, value in engine.plan_defaults.items() if name != "schedule"}
         schedule = engine.plan_defaults.get("schedule")
         manifest = Manifest(
@@ -118,6 +125,7 @@ def write_bundle(
             default_schedule=None if schedule is None else schedules.index(schedule),
             engines=tuple(engines),
             kernels=tuple(kernels),
+            calibration=calibration,
         )
         data = manifest.to_json()
         (folder / FILE_NAME).write_bytes(data)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from skipstep.errors import ExportError, InputError, MissingDependencyError
-from skipstep.kernels.launch import DEFAULT_LAUNCH, step_constants
+from skipstep.kernels.launch import DEFAULT_LAUNCH, StepLaunch, step_constants
 from skipstep.kernels.layout import StepFlags
 from skipstep.step_binary import HIDDEN_ARGUMENTS, POINTER_ALIGNMENT, KernelArgument, StepBinaryFacts, argument_types
 
@@ -78,8 +78,9 @@ class StepBinary:
 class KernelFacts:
     """One compiled kernel. Accesses are per thread: "ld.v4.b32" → how many instructions of that form.
 
-    Accesses to shared memory exchange elements between threads, where the network's dtype is narrower than the state
-    and both are still to be read and written 16 bytes at a time.
+    `machine_accesses` are those of the machine code, by kind and bits: "LDG.128". Accesses to shared memory exchange
+    elements between threads, where the network's dtype is narrower than the state and both are still to be read and
+    written 16 bytes at a time; `barriers` are what threads wait at for each other there.
     """
 
     arch: int
@@ -91,7 +92,9 @@ class KernelFacts:
     spill_instructions: int
     fused_multiply_adds: int
     shared_accesses: int
+    barriers: int
     global_accesses: Mapping[str, int]
+    machine_accesses: Mapping[str, int]
 
 
 def parse_architecture(name: str) -> int:
@@ -218,21 +221,36 @@ def _step_pointers(dtype: str) -> dict[str, str]:
     return pointers | {"output_ptr": f"*{dtype}", "network_input_ptr": f"*{dtype}"}
 
 
-def compile_step(arch: int, flags: StepFlags, dtype: str) -> tuple[str, bytes]:
+def compile_step(
+    arch: int, flags: StepFlags, dtype: str, *, launch: StepLaunch = DEFAULT_LAUNCH, checked: bool = False
+) -> tuple[str, bytes]:
     """PTX and cubin of `ddim_step_kernel` for sm_`arch`, the network in `dtype` ("fp16", "bf16" or "fp32")."""
-    constants = step_constants(flags, per_sample=False, store_x0=False)
-    return compile_kernel(ddim_step_kernel, arch, _step_pointers(dtype), constants)
+    constants = step_constants(flags, per_sample=False, store_x0=False, checked=checked)
+    return compile_kernel(ddim_step_kernel, arch, _step_pointers(dtype), constants, launch=launch)
 
 
 def compile_kernel(
-    kernel: Any, arch: int, pointers: Mapping[str, str], constants: Mapping[str, bool]
+    kernel: Any,
+    arch: int,
+    pointers: Mapping[str, str],
+    constants: Mapping[str, bool],
+    *,
+    launch: StepLaunch = DEFAULT_LAUNCH,
 ) -> tuple[str, bytes]:
     """PTX and cubin of a kernel over (pointers, num_elements, stage, constants, BLOCK), launched as the step is."""
-    compiled = _compile(kernel, arch, pointers, constants, wide=True)
+    compiled = _compile(kernel, arch, pointers, constants, wide=True, launch=launch)
     return compiled.asm["ptx"], compiled.asm["cubin"]
 
 
-def _compile(kernel: Any, arch: int, pointers: Mapping[str, str], constants: Mapping[str, bool], *, wide: bool) -> Any:
+def _compile(
+    kernel: Any,
+    arch: int,
+    pointers: Mapping[str, str],
+    constants: Mapping[str, bool],
+    *,
+    wide: bool,
+    launch: StepLaunch = DEFAULT_LAUNCH,
+) -> Any:
     """What Triton makes of it. `wide`: num_elements is a multiple of 16, so every sample begins at one."""
     if not isinstance(kernel, triton.JITFunction):
         raise ExportError(
@@ -240,7 +258,7 @@ def _compile(kernel: Any, arch: int, pointers: Mapping[str, str], constants: Map
             expected="kernels that can be compiled",
             remedy="unset TRITON_INTERPRET and start again",
         )
-    values: dict[str, int] = {**constants, "BLOCK": DEFAULT_LAUNCH.block_size}
+    values: dict[str, int] = {**constants, "BLOCK": launch.block_size}
     signature = {**pointers, "num_elements": "i32", "stage": "i32", **dict.fromkeys(values, "constexpr")}
     names = list(signature)
     assert names == kernel.arg_names, "a kernel's arguments are told by position"
@@ -251,13 +269,19 @@ def _compile(kernel: Any, arch: int, pointers: Mapping[str, str], constants: Map
         return triton.compile(
             ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned),
             target=GPUTarget("cuda", arch, 32),
-            options={"num_warps": DEFAULT_LAUNCH.num_warps, "enable_fp_fusion": False},
+            options={"num_warps": launch.num_warps, "enable_fp_fusion": False},
         )
 
 
-def inspect_step(arch: int, variant: str, dtype: str) -> KernelFacts:
-    """Compile one variant and read the facts out of its PTX, its cubin and its machine code."""
-    return inspect_kernel(*compile_step(arch, VARIANTS[variant], dtype), arch=arch, variant=variant, dtype=dtype)
+def inspect_step(
+    arch: int, variant: str, dtype: str, *, launch: StepLaunch = DEFAULT_LAUNCH, checked: bool = False
+) -> KernelFacts:
+    """Compile one variant and read the facts out of its PTX, its cubin and its machine code.
+
+    `checked`: with the mark for samples that are not finite, as loops on a GPU launch it.
+    """
+    ptx, cubin = compile_step(arch, VARIANTS[variant], dtype, launch=launch, checked=checked)
+    return inspect_kernel(ptx, cubin, arch=arch, variant=variant, dtype=dtype)
 
 
 def inspect_kernel(ptx: str, cubin: bytes, *, arch: int, variant: str, dtype: str) -> KernelFacts:
@@ -268,6 +292,11 @@ def inspect_kernel(ptx: str, cubin: bytes, *, arch: int, variant: str, dtype: st
         vector = next((part for part in form.split(".") if re.fullmatch(r"v\d", part)), "v1")
         key = f"{operation}.{vector}.{width}"
         accesses[key] = accesses.get(key, 0) + 1
+    machine: dict[str, int] = {}
+    for form in re.findall(r"\b(?:LDG|STG)(?:\.\w+)*", sass):  # LDG.E.128.SYS; of 32 bits where it says none.
+        kind, *rest = form.split(".")
+        key = f"{kind}.{next(filter(str.isdigit, rest), 32)}"
+        machine[key] = machine.get(key, 0) + 1
     return KernelFacts(
         arch=arch,
         variant=variant,
@@ -279,7 +308,9 @@ def inspect_kernel(ptx: str, cubin: bytes, *, arch: int, variant: str, dtype: st
         # In PTX, where every operation of ours stands; machine code has more, inside the exact square root.
         fused_multiply_adds=len(re.findall(r"\bfma\.", ptx)),
         shared_accesses=len(re.findall(r"\b(?:ld|st)\.shared|ldmatrix|stmatrix", ptx)),
+        barriers=len(re.findall(r"\bbar(?:rier)?\.(?:cta\.)?sync", ptx)),
         global_accesses=accesses,
+        machine_accesses=machine,
     )
 
 

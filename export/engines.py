@@ -17,10 +17,10 @@ from skipstep.bundle import open_bundle
 from skipstep.cache import ArtefactCache, cache_key
 from skipstep.cuda_probe import cuda_device
 from skipstep.errors import BundleError
-from skipstep.export.bundle_files import BundleFiles, package_version
+from skipstep.export.bundle_files import package_version
+from skipstep.export.bundle_rewriter import rewrite_bundle
 from skipstep.export.tensorrt_engine import EngineTarget, build_engine
-from skipstep.files import atomic_folder
-from skipstep.manifest import FILE_NAME, EngineEntry
+from skipstep.manifest import EngineEntry
 from skipstep.network import NetworkSpec, network_batch_sizes
 
 Progress = Callable[[str], None]
@@ -59,17 +59,9 @@ def add_engines(
         )
     ]
     replaced = {entry.file for entry, _ in built}
-    with atomic_folder(path, replace=True) as folder:
-        files = BundleFiles(folder)
-        for name in manifest.files:
-            if name not in replaced:
-                files.add(name, bundle.read(name))
-        for entry, data in built:
-            files.add(entry.file, data)
-        kept = tuple(entry for entry in manifest.engines if entry.file not in replaced)
-        engines = (*kept, *(entry for entry, _ in built))
-        changed = dataclasses.replace(manifest, engines=engines, files=files.entries)
-        (folder / FILE_NAME).write_bytes(changed.to_json())
+    kept = tuple(entry for entry in manifest.engines if entry.file not in replaced)
+    changed = dataclasses.replace(manifest, engines=(*kept, *(entry for entry, _ in built)))
+    rewrite_bundle(bundle, changed, {entry.file: data for entry, data in built})
     return sorted(replaced)
 
 

@@ -1,31 +1,166 @@
-"""How the step is launched: a frozen choice, apart from what the kernel computes."""
+"""How the step is launched: a frozen choice, apart from what the kernel computes, and the rule that makes it.
+
+    a program   block_size elements of one sample, by num_warps warps of 32 threads
+    a thread    e = block_size / (32·num_warps) elements, 16 bytes an access: e is 8 for float16, at least 4 for float32
+
+Results do not depend on the launch. The step is elementwise, and the noise counter counts elements and not programs.
+
+What a launch can win or lose, all of it small beside a network, is
+  latency     of small samples. A 3×32×32 sample is 3 programs of 1024 elements, and all other multiprocessors idle.
+              Programs of one warp also need neither shared memory nor a barrier to regroup elements between float32 and
+              float16 accesses: shuffles do.
+  bandwidth   of large ones: enough warps on every multiprocessor that the bytes under way cover the memory's latency
+              (on an H200 4.8 TB/s · 0.7 µs / 132 = 25 kB), and few programs, because each of them costs the scheduler
+              and reads the row of coefficients anew.
+More than eight elements a thread gain nothing: noise then takes up to 105 registers, which halves the warps that fit.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
+from skipstep.errors import InputError
 from skipstep.kernels.layout import StepFlags
+
+# A thread draws its noise four elements at a time, one Philox block; a program's blocks are counted by a 32-bit word.
+MIN_ELEMENTS_PER_THREAD: Final = 4
+MAX_BLOCK_SIZE: Final = 2**16  # As skipstep.step_binary has it; far below 2^34, at which that word would end.
+MAX_WARPS: Final = 32
+
+_ACCESS_BYTES: Final = 16
+_WIDE_ELEMENTS: Final = 8  # One access of float16, two of float32.
 
 
 @dataclass(frozen=True, slots=True)
 class StepLaunch:
-    """`block_size` elements of one sample per program, by `num_warps` warps of 32 threads."""
+    """`block_size` elements of one sample per program, by `num_warps` warps of 32 threads.
+
+    Both are powers of two, with at least four elements a thread. Raises InputError for others.
+    """
 
     block_size: int
     num_warps: int
+
+    def __post_init__(self) -> None:
+        for name, most in (("block_size", MAX_BLOCK_SIZE), ("num_warps", MAX_WARPS)):
+            value = getattr(self, name)
+            # A bool is an int, and 1 is a power of two.
+            if type(value) is not int or not 1 <= value <= most or value & (value - 1):
+                raise InputError(
+                    got=f"{name}={value!r}",
+                    expected=f"a power of two, 1 to {most}",
+                    remedy="take the launch that choose_launch gives",
+                )
+        if self.elements_per_thread < MIN_ELEMENTS_PER_THREAD:
+            raise InputError(
+                got=f"{self.block_size} elements by {self.num_warps} warps",
+                expected=f"at least {MIN_ELEMENTS_PER_THREAD} elements for each of the {32 * self.num_warps} threads",
+                remedy="take fewer warps, or a larger block",
+            )
+
+    @property
+    def elements_per_thread(self) -> int:
+        return self.block_size // (32 * self.num_warps)
 
     def grid(self, num_elements: int, batch_size: int) -> tuple[int, int]:
         """Programs along a sample, and samples."""
         return -(-num_elements // self.block_size), batch_size
 
 
-# Eight elements a thread: one 128-bit access of float16, two of float32. Fewer would halve the width of the former;
-# more would leave a 28×28 sample to too few threads.
+# Where nothing is known of the device, and for kernels that are compiled ahead of time for any sample.
 DEFAULT_LAUNCH = StepLaunch(block_size=1024, num_warps=4)
 
 
-def step_constants(flags: StepFlags, *, per_sample: bool, store_x0: bool) -> dict[str, bool]:
-    """The kernel's compile-time constants but for BLOCK; launching and compiling ahead of time agree through this."""
+@dataclass(frozen=True, slots=True)
+class _Multiprocessor:
+    """The most warps and programs that one holds at a time (CUDA C++ Programming Guide, "Compute Capabilities")."""
+
+    warps: int
+    programs: int
+
+    @property
+    def fewest_warps(self) -> int:
+        """Warps that a program needs, a power of two, for programs to be able to fill it."""
+        return 1 << (-(-self.warps // self.programs) - 1).bit_length()
+
+
+# How many multiprocessors a device has is the device's own fact. Each has four schedulers, on all of these.
+_MULTIPROCESSORS: Final[Mapping[int, _Multiprocessor]] = {
+    75: _Multiprocessor(warps=32, programs=16),
+    80: _Multiprocessor(warps=64, programs=32),
+    86: _Multiprocessor(warps=48, programs=16),
+    87: _Multiprocessor(warps=48, programs=16),
+    89: _Multiprocessor(warps=48, programs=24),
+    90: _Multiprocessor(warps=64, programs=32),
+    100: _Multiprocessor(warps=64, programs=32),
+    103: _Multiprocessor(warps=64, programs=32),
+    110: _Multiprocessor(warps=48, programs=24),
+    120: _Multiprocessor(warps=48, programs=24),
+    121: _Multiprocessor(warps=48, programs=24),
+}
+_SCHEDULERS: Final = 4
+
+
+def choose_launch(
+    *, num_elements: int, batch_size: int, num_multiprocessors: int, compute_capability: int, network_item_size: int
+) -> StepLaunch:
+    """The launch for `batch_size` samples of `num_elements` = C·H·W, by rule; skipstep.kernels.autotune measures.
+
+    `compute_capability` is 90 for 9.0; one that is not known is taken for the newest that is older. `network_item_size`
+    is that of the network's dtype in bytes, 2 or 4. Raises InputError.
+    """
+    counts = {"num_elements": num_elements, "batch_size": batch_size, "num_multiprocessors": num_multiprocessors}
+    for name, value in counts.items():
+        if value < 1:
+            raise InputError(got=f"{name}={value}", expected="1 or more", remedy=f"pass the {name} that there are")
+    elements = least_elements_per_thread(network_item_size)
+    holds = _multiprocessor(compute_capability)
+
+    def programs(warps: int) -> int:
+        return batch_size * -(-num_elements // (32 * warps * elements))
+
+    # Each scheduler of the device has a warp at most: nothing is shared, so the finest division has the least latency.
+    if programs(1) <= _SCHEDULERS * num_multiprocessors:
+        return StepLaunch(32 * elements, 1)
+    # All run at once, some a scheduler: programs no larger than they have to be for a multiprocessor to take them all.
+    if programs(holds.fewest_warps) <= holds.programs * num_multiprocessors:
+        return StepLaunch(32 * holds.fewest_warps * elements, holds.fewest_warps)
+    # More than the device holds: throughput counts, so two accesses under way a thread also where float32 needs one.
+    warps = max(holds.fewest_warps, DEFAULT_LAUNCH.num_warps)
+    return StepLaunch(32 * warps * _WIDE_ELEMENTS, warps)
+
+
+def least_elements_per_thread(network_item_size: int) -> int:
+    """The fewest elements a thread with which all accesses are 16 bytes wide. Raises InputError."""
+    if network_item_size not in (2, 4):
+        raise InputError(
+            got=f"network_item_size={network_item_size}",
+            expected="2 or 4 bytes: float16, bfloat16 or float32",
+            remedy="pass the item size of the network's dtype",
+        )
+    return _ACCESS_BYTES // network_item_size
+
+
+def _multiprocessor(compute_capability: int) -> _Multiprocessor:
+    older = [known for known in _MULTIPROCESSORS if known <= compute_capability]
+    if not older:
+        raise InputError(
+            got=f"compute_capability={compute_capability}",
+            expected=f"{min(_MULTIPROCESSORS)} or more, 90 for 9.0",
+            remedy="pass 10·major + minor of a GPU of the Turing generation or later",
+        )
+    return _MULTIPROCESSORS[max(older)]
+
+
+def step_constants(
+    flags: StepFlags, *, per_sample: bool, store_x0: bool, counted: bool = False, checked: bool = False
+) -> dict[str, bool]:
+    """The kernel's compile-time constants but for BLOCK; launching and compiling ahead of time agree through this.
+
+    `counted`: the stage is read on the device. `checked`: samples that are not finite are marked.
+    """
     return {
         "PER_SAMPLE": per_sample,
         "CLIPPED": flags.clip,
@@ -42,4 +177,6 @@ def step_constants(flags: StepFlags, *, per_sample: bool, store_x0: bool) -> dic
         "GUIDED": flags.guided,
         "RESCALED": flags.rescale,
         "STORE_X0": store_x0,
+        "COUNTED": counted,
+        "CHECKED": checked,
     }

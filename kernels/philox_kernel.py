@@ -82,19 +82,27 @@ def philox_normal_kernel(
     state_ptr,  # float32 [B, n], written
     network_input_ptr,  # network's dtype [B or 2B, n], written
     seeds_ptr,  # int64 [B]
+    given_ptr,  # int32 [1], read if CHOOSES: not zero where the state is already there
     num_elements,  # n
     stage,
     STREAM: tl.constexpr,
     COPIES: tl.constexpr,  # 2 where guidance doubles the network's batch
+    CHOOSES: tl.constexpr,  # whether to draw or to take what is there is decided on the device
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < num_elements
-    seed = tl.load(seeds_ptr + sample)
-    z = standard_normal_block(seed, tl.program_id(0), tl.to_tensor(stage), tl.full((), STREAM, tl.uint32), BLOCK)
     here = sample * num_elements + offsets
-    tl.store(state_ptr + here, z, mask=mask)
+    given = False
+    if CHOOSES:
+        given = tl.load(given_ptr) != 0
+    if given:
+        z = tl.load(state_ptr + here, mask=mask)
+    else:
+        seed = tl.load(seeds_ptr + sample)
+        z = standard_normal_block(seed, tl.program_id(0), tl.to_tensor(stage), tl.full((), STREAM, tl.uint32), BLOCK)
+        tl.store(state_ptr + here, z, mask=mask)
     network_input = z.to(network_input_ptr.dtype.element_ty)
     for copy in tl.static_range(COPIES):
         tl.store(

@@ -43,6 +43,8 @@ def ddim_step(
     base: Tensor | None = None,
     memory: Tensor | None = None,
     x0: Tensor | None = None,
+    counter: Tensor | None = None,
+    broken: Tensor | None = None,
     launch: StepLaunch = DEFAULT_LAUNCH,
 ) -> None:
     """Advance `state` from x_t to x_s in place and fill the network's next input, in one launch on the current stream.
@@ -58,6 +60,8 @@ def ddim_step(
     bound         float32 `[B]`, the samples' own bounds, if flags.threshold.
     base, memory  float32 `[B, C, H, W]`, kept between stages, if flags read or write them.
     x0            optional float32 `[B, C, H, W]`, receives the predicted image.
+    counter       optional int32 `[1]`: the stage stands there, and `stage` is not read.
+    broken        optional int32 `[B]`: lowered to the stage that leaves a sample with NaN or infinity.
 
     All tensors are contiguous and on one device. Raises InputError and DeviceUnavailableError.
     """
@@ -90,6 +94,9 @@ def ddim_step(
     for name, (tensor, used) in images.items():
         if used:
             _check(name, tensor, state.shape, (torch.float32,), device)
+    for name, tensor, shape in (("counter", counter, (1,)), ("broken", broken, (batch_size,))):
+        if tensor is not None:
+            _check(name, tensor, shape, (torch.int32,), device)
     _check_runnable(state)
     num_elements = state[0].numel()
     ddim_step_kernel[launch.grid(num_elements, batch_size)](
@@ -106,9 +113,17 @@ def ddim_step(
         state if guidance is None else guidance,
         state if rescale is None else rescale,
         state if bound is None else bound,
+        state if counter is None else counter,
+        state if broken is None else broken,
         num_elements,
         stage,
-        **step_constants(flags, per_sample=rows > 1, store_x0=x0 is not None),
+        **step_constants(
+            flags,
+            per_sample=rows > 1,
+            store_x0=x0 is not None,
+            counted=counter is not None,
+            checked=broken is not None,
+        ),
         BLOCK=launch.block_size,
         num_warps=launch.num_warps,
         # Triton's default changed between versions; fused, the bits would differ from the CPU's.
@@ -116,26 +131,38 @@ def ddim_step(
     )
 
 
-def initial_noise(*, state: Tensor, network_input: Tensor, seeds: Tensor, launch: StepLaunch = DEFAULT_LAUNCH) -> None:
+def initial_noise(
+    *,
+    state: Tensor,
+    network_input: Tensor,
+    seeds: Tensor,
+    given: Tensor | None = None,
+    launch: StepLaunch = DEFAULT_LAUNCH,
+) -> None:
     """Fill `state` float32 `[B, C, H, W]` with x_T of the `seeds` int64 `[B]`, and the network's input with the same.
 
-    `network_input` is `[B, C, H, W]` or, where guidance doubles the batch, `[2B, C, H, W]`. Raises InputError.
+    `network_input` is `[B, C, H, W]` or, where guidance doubles the batch, `[2B, C, H, W]`. `given`, optional int32
+    `[1]`: where it is not zero the state is kept as it is, and only copied. Raises InputError.
     """
     batch_size = len(state)
     copies = 2 if len(network_input) == 2 * batch_size else 1
     _check("state", state, state.shape, (torch.float32,), state.device)
     _check("network_input", network_input, (copies * batch_size, *state.shape[1:]), NETWORK_DTYPES, state.device)
     _check("seeds", seeds, (batch_size,), (torch.int64,), state.device)
+    if given is not None:
+        _check("given", given, (1,), (torch.int32,), state.device)
     _check_runnable(state)
     num_elements = state[0].numel()
     philox_normal_kernel[launch.grid(num_elements, batch_size)](
         state,
         network_input,
         seeds,
+        state if given is None else given,
         num_elements,
         0,
         STREAM=int(Stream.INITIAL),
         COPIES=copies,
+        CHOOSES=given is not None,
         BLOCK=launch.block_size,
         num_warps=launch.num_warps,
         enable_fp_fusion=False,

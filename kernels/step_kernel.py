@@ -12,7 +12,8 @@
     base   = x                                      if WRITE_BASE
     memory = M_X·x + M_X0·x0 + M_EPS·eps            if WRITE_MEMORY, + M_MEMORY·memory if READ_MEMORY
 
-z is Philox in registers. All arithmetic is float32 and unfused (compile with enable_fp_fusion=False);
+z is Philox in registers. The first stage that leaves a sample with NaN or infinity is noted for it if CHECKED, so that
+nobody has to look at every step. All arithmetic is float32 and unfused (compile with enable_fp_fusion=False);
 skipstep.kernels.step_numpy does the same operations in the same order. Coefficients come from a float32 device table
 and not as scalar arguments: those are rounded differently by different launchers, and a captured graph could not change
 them. skipstep.kernels.layout has the columns, skipstep.kernels.step the launcher.
@@ -44,6 +45,7 @@ M_MEMORY = tl.constexpr(int(Column.M_MEMORY))
 SIGMA = tl.constexpr(int(Column.SIGMA))
 LOG_SIGMA = tl.constexpr(int(Column.LOG_SIGMA))
 LOG_SIGMA_OUT = tl.constexpr(int(Column.LOG_SIGMA_OUT))
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 STEP_STREAM = tl.constexpr(int(Stream.STEP))
 
 
@@ -61,6 +63,8 @@ def ddim_step_kernel(
     guidance_ptr,  # float32 [B], read if GUIDED
     rescale_ptr,  # float32 [B], read if RESCALED
     bound_ptr,  # float32 [B], read if THRESHOLDED
+    counter_ptr,  # int32 [1], the stage if COUNTED
+    broken_ptr,  # int32 [B], lowered to the first stage that left a sample not finite, if CHECKED
     num_elements,  # n = C·H·W
     stage,  # row of the table and word of the noise counter
     PER_SAMPLE: tl.constexpr,  # the table has a row per sample
@@ -78,6 +82,8 @@ def ddim_step_kernel(
     GUIDED: tl.constexpr,
     RESCALED: tl.constexpr,
     STORE_X0: tl.constexpr,
+    COUNTED: tl.constexpr,
+    CHECKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
@@ -87,6 +93,8 @@ def ddim_step_kernel(
     here = sample * num_elements + offsets
     second_half = batch_size * num_elements
 
+    if COUNTED:
+        stage = tl.load(counter_ptr)
     row_ptr = table_ptr + tl.to_tensor(stage).to(tl.int64) * ROW
     if PER_SAMPLE:
         row_ptr = table_ptr + (tl.to_tensor(stage).to(tl.int64) * batch_size + sample) * ROW
@@ -136,6 +144,11 @@ def ddim_step_kernel(
         x_next += z * tl.load(row_ptr + SIGMA)
 
     tl.store(next_ptr + here, x_next, mask=mask)
+    if CHECKED:
+        # A comparison with NaN is false.
+        sound = (tl.abs(x_next) <= LARGEST) | ~mask
+        if tl.min(sound.to(tl.int32)) == 0:
+            tl.atomic_min(broken_ptr + sample, tl.to_tensor(stage), sem="relaxed")
     network_input = x_next.to(network_input_ptr.dtype.element_ty)
     tl.store(network_input_ptr + here, network_input, mask=mask)
     if GUIDED:

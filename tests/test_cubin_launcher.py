@@ -62,6 +62,7 @@ def test_arguments_are_passed_in_the_order_that_the_facts_state(shuffled):
 
     expected = {f"{name}_ptr": buffer.address for name, buffer in OPERANDS.items()}
     expected |= {"next_ptr": expected["state_ptr"], "output_ptr": expected.pop("model_output_ptr")}
+    expected |= dict.fromkeys(("counter_ptr", "broken_ptr"), expected["state_ptr"])
     expected |= {"num_elements": NUM_ELEMENTS, "stage": STAGE, "global_scratch": 0, "profile_scratch": 0}
     [launch] = driver.launches
     assert launch == {

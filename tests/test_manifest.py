@@ -32,7 +32,7 @@ KEY = "0123456789abcdef"
 
 
 def a_manifest() -> Manifest:
-    names = ["tables", "call", "loop", "loop2", "golden", "engine", "cubin"]
+    names = ["tables", "call", "loop", "loop2", "golden", "engine", "cubin", "calibration.json"]
     return Manifest(
         model="clothes",
         digest="a" * 64,
@@ -54,6 +54,7 @@ def a_manifest() -> Manifest:
         default_schedule=0,
         engines=(EngineEntry("engine", "rtx:sm86", "float16", {"flags": ["A"]}),),
         kernels=(KernelEntry("cubin", {"architecture": 87}),),
+        calibration="calibration.json",
     )
 
 
@@ -66,6 +67,15 @@ def test_what_was_written_is_read():
     assert parse_manifest(manifest.to_json()) == manifest
     assert manifest.to_json() == a_manifest().to_json()
     assert math.isinf(parse_manifest(manifest.to_json()).loops[1].features.thresholding.maximum)
+
+
+def test_a_manifest_from_before_there_were_calibrations_is_read():
+    changed = contents()
+    del changed["calibration"]
+    manifest = parse_manifest(json.dumps(changed).encode())
+    assert manifest.calibration is None
+    assert json.loads(manifest.to_json()) == changed
+    assert parse_manifest(json.dumps(changed | {"calibration": None}).encode()) == manifest
 
 
 def test_a_newer_schema_is_named():
@@ -100,6 +110,8 @@ def test_a_newer_schema_is_named():
         (("files", "loop", "size"), 1 << 60, "size"),
         (("files", "loop", "sha256"), "b" * 63, "sha256"),
         (("files", "loop", "more"), 1, "more"),
+        (("calibration",), "absent", "absent"),
+        (("calibration",), 7, "a text"),
         (("more",), 1, "more"),
     ],
 )

@@ -297,11 +297,3 @@ def test_an_error_in_a_callback_reaches_the_caller_and_frees_the_engine(gaussian
     with pytest.raises(KeyError, match="0"):
         gaussian.sample(plan=plan, seeds=[1], callback=fail)
     assert np.all(np.isfinite(gaussian.sample(plan=plan, seeds=[1])))
-
-
-def test_a_loop_that_cannot_be_watched_says_so(gaussian, monkeypatch):
-    monkeypatch.setattr(type(gaussian.loops[1]), "can_observe", False)
-    plan = Plan(schedule=SCHEDULE, steps=3)
-    with pytest.raises(InputError, match="stepwise"):
-        gaussian.sample(plan=plan, seeds=[1], callback=print)
-    gaussian.sample(plan=plan, seeds=[1])

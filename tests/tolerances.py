@@ -62,3 +62,7 @@ STATIC_SHAPES = 1e-5
 # layers add up at random: eight of them in one direction are two to three times what small UNets show.
 FLOAT16_NETWORK = 8 * 2.0**-11
 BFLOAT16_NETWORK = 8 * 2.0**-8
+
+# A loop of a few steps with a small random network in half precision against the same in float32, relative to the
+# largest value: the network's rounding, which the first step magnifies by up to 1/sqrt(a) = 157 before it clips.
+HALF_PRECISION_LOOP = {"float16": 0.1, "bfloat16": 0.5}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -11,19 +12,28 @@ from numpy.typing import NDArray
 from skipstep.conditioning import Conditioning
 from skipstep.errors import InputError, MissingDependencyError
 
-BackendName = Literal["torch", "onnxruntime"]
-BACKENDS: tuple[str, ...] = get_args(BackendName)
+BackendName = Literal["torch", "onnxruntime", "tensorrt"]
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
-_NEEDS = {"torch": ("torch",), "onnxruntime": ("onnxruntime", "torch", "onnx", "onnxscript")}
-_INSTALL = {"torch": "pip install 'skipstep[torch]'", "onnxruntime": "pip install 'skipstep[cpu,export]'"}
+_EXPORT = ("torch", "onnx", "onnxscript")
+# Either TensorRT will do; which one is found when it is needed.
+_NEEDS: Mapping[BackendName, tuple[str, ...]] = {
+    "torch": ("torch",),
+    "onnxruntime": ("onnxruntime", *_EXPORT),
+    "tensorrt": ("tensorrt|tensorrt_rtx", "onnxruntime", *_EXPORT),
+}
+_INSTALL: Mapping[BackendName, str] = {
+    "torch": "pip install 'skipstep[torch]'",
+    "onnxruntime": "pip install 'skipstep[cpu,export]', or 'skipstep[gpu,export]' on a GPU",
+    "tensorrt": "pip install 'skipstep[gpu,export]', or 'skipstep[rtx,cpu,export]'",
+}
 
 
 class Denoiser(Protocol):
-    """A network at one batch size N, behind buffers that never move: write `input`, enqueue, read `output`.
+    """A network on the CPU at one batch size N, behind buffers that never move: write `input`, enqueue, read `output`.
 
-    `input` is `[N, C, H, W]` and `output` `[N, C or 2C, H, W]` (NetworkSpec.output_shape): NumPy arrays for a network
-    on the CPU, CUDA tensors in the network's dtype for one on a GPU, where `enqueue` only launches work on the current
-    stream.
+    `input` is `[N, C, H, W]` and `output` `[N, C or 2C, H, W]` (NetworkSpec.output_shape), float32 NumPy arrays.
+    skipstep.cuda.denoiser has its like on a GPU.
     """
 
     batch_size: int
@@ -42,29 +52,37 @@ class Denoiser(Protocol):
 def resolve_backend(name: str, *, device: str) -> BackendName:
     """Turn "auto" into a backend: torch on a GPU; on the CPU onnxruntime, the fastest there, or torch without it.
 
-    Raises InputError for an unknown name and MissingDependencyError, naming the extra, for one that is not installed.
+    Raises InputError for an unknown name or one that the device has not, and MissingDependencyError, naming the extra,
+    for one that is not installed.
     """
     if name == "auto":
-        name = "onnxruntime" if device == "cpu" and not _missing("onnxruntime") else "torch"
-    if name not in ("torch", "onnxruntime"):
+        return "onnxruntime" if device == "cpu" and not _missing("onnxruntime") else "torch"
+    for known in BACKENDS:
+        if name == known:
+            break
+    else:
         raise InputError(
             got=f"backend={name!r}",
             expected=f"one of auto, {', '.join(BACKENDS)}",
             remedy="use 'auto' to let the engine choose",
         )
-    missing = _missing(name)
+    if known == "tensorrt" and device == "cpu":
+        raise InputError(
+            got="backend='tensorrt' on the CPU",
+            expected="device='cuda': TensorRT's engines run on NVIDIA GPUs",
+            remedy="use backend='onnxruntime' on the CPU",
+        )
+    missing = _missing(known)
     if missing:
         raise MissingDependencyError(
-            got=f"no package {', '.join(missing)}", expected=f"what the {name} backend needs", remedy=_INSTALL[name]
+            got=f"no package {', '.join(missing)}", expected=f"what the {known} backend needs", remedy=_INSTALL[known]
         )
-    if name == "onnxruntime" and device != "cpu":
-        raise InputError(
-            got=f"backend='onnxruntime' on {device}",
-            expected="device='cpu': this backend drives ONNX Runtime's CPU provider",
-            remedy="use backend='torch' on a GPU",
-        )
-    return "torch" if name == "torch" else "onnxruntime"
+    return known
 
 
-def _missing(name: str) -> list[str]:
-    return [package for package in _NEEDS[name] if importlib.util.find_spec(package) is None]
+def _missing(name: BackendName) -> list[str]:
+    return [
+        each.replace("|", " or ")
+        for each in _NEEDS[name]
+        if all(importlib.util.find_spec(package) is None for package in each.split("|"))
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from skipstep.conditioning import LABELS, PROMPTS, Conditioning
+from skipstep.cuda.denoiser import Constant, Enqueue, Stage
 from skipstep.errors import InputError
 from skipstep.network import NetworkSpec
 
@@ -33,23 +36,23 @@ class DenoisingModule(nn.Module):
         return predicted if isinstance(predicted, Tensor) else output[0]
 
 
-def prepare_module(
-    network: nn.Module, spec: NetworkSpec, *, device: torch.device, dtype: torch.dtype
-) -> tuple[DenoisingModule, NetworkSpec]:
-    """Check a network once, on zeros, and wrap it. It is put into eval mode; nothing else of it is changed.
+def prepare_module(network: nn.Module, spec: NetworkSpec) -> tuple[DenoisingModule, NetworkSpec]:
+    """Check a network once, on zeros, where it is, and wrap it. It is put into eval mode; nothing else is changed.
 
     Returns it with what its output tells: 2C channels are a learned variance.
-    Raises InputError for weights of another dtype or device than asked, and for an output of another shape.
+    Raises InputError for weights that are not float32 or not on one device, and for an output of another shape.
     """
+    devices = {parameter.device for parameter in network.parameters()}
     for name, parameter in network.named_parameters():
-        if parameter.dtype != dtype or parameter.device.type != device.type:
+        if parameter.dtype != torch.float32 or len(devices) > 1:
             raise InputError(
                 got=f"a network whose {name} is {parameter.dtype} on {parameter.device}",
-                expected=f"{dtype} on {device}",
-                remedy=f"call network.to(device={str(device)!r}, dtype={dtype}) first",
+                expected="float32 on one device; precision= converts it for a GPU",
+                remedy="call network.float() and network.to(device) first",
             )
+    device = next(iter(devices), torch.device("cpu"))
     module = DenoisingModule(network).eval()
-    sample = torch.zeros(1, *spec.sample_shape, device=device, dtype=dtype)
+    sample = torch.zeros(1, *spec.sample_shape, device=device)
     timestep = torch.zeros(1, device=device, dtype=_timestep_dtype(spec))
     conditioning = [tensor.to(device) for tensor in zero_conditioning(spec, 1).values()]
     with torch.inference_mode():
@@ -75,6 +78,15 @@ def prepare_module(
     return module, replace(spec, learns_variance=learns_variance)
 
 
+def module_on(
+    module: DenoisingModule, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> DenoisingModule:
+    """The module there and in that dtype: itself, or a copy where it is not."""
+    device = torch.device(device)
+    there = all(p.dtype == dtype and p.device == device for p in module.parameters())
+    return module if there else copy.deepcopy(module).to(device=device, dtype=dtype)
+
+
 def zero_conditioning(spec: NetworkSpec, batch_size: int) -> dict[str, Tensor]:
     """The conditioning that the network takes after its timestep, by name, in the order of its arguments."""
     inputs: dict[str, Tensor] = {}
@@ -90,28 +102,73 @@ def _timestep_dtype(spec: NetworkSpec) -> torch.dtype:
 
 
 class TorchDenoiser:
-    """A module behind static buffers. `input` and `output` are NumPy arrays on the CPU and tensors on a GPU."""
+    """A module on the CPU, behind buffers that NumPy and torch share."""
 
-    def __init__(
-        self, module: DenoisingModule, spec: NetworkSpec, *, batch_size: int, device: torch.device, dtype: torch.dtype
-    ):
+    def __init__(self, module: DenoisingModule, spec: NetworkSpec, *, batch_size: int) -> None:
         self._module = module
-        self._sample = torch.zeros(batch_size, *spec.sample_shape, device=device, dtype=dtype)
-        self._prediction = torch.zeros(batch_size, *spec.output_shape, device=device, dtype=dtype)
-        self._timesteps = torch.zeros(0, batch_size, device=device, dtype=_timestep_dtype(spec))
+        self._sample = torch.zeros(batch_size, *spec.sample_shape)
+        self._prediction = torch.zeros(batch_size, *spec.output_shape)
+        self._timesteps = torch.zeros(0, batch_size, dtype=_timestep_dtype(spec))
         self._names = tuple(zero_conditioning(spec, 1))
         self._conditioning: list[Tensor] = []
-        on_host = device.type == "cpu"
         self.batch_size = batch_size
-        self.input: Any = self._sample.numpy() if on_host else self._sample
-        self.output: Any = self._prediction.numpy() if on_host else self._prediction
+        self.input: Any = self._sample.numpy()
+        self.output: Any = self._prediction.numpy()
 
     def prepare(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> None:
-        device = self._sample.device
-        # All rows are on the device before the loop: a scalar read inside it would stall the GPU at every step.
-        self._timesteps = torch.from_numpy(timesteps).to(device=device, dtype=self._timesteps.dtype)
-        self._conditioning = [torch.from_numpy(conditioning.per_sample(name)).to(device) for name in self._names]
+        self._timesteps = torch.from_numpy(timesteps).to(self._timesteps.dtype)
+        self._conditioning = [torch.from_numpy(conditioning.per_sample(name)) for name in self._names]
 
     def enqueue(self, stage: int) -> None:
         with torch.inference_mode():
             self._prediction.copy_(self._module(self._sample, self._timesteps[stage], *self._conditioning))
+
+
+class TorchDeviceDenoiser:
+    """A module on a GPU (skipstep.cuda.denoiser). `forward` runs it: the module itself, or what compiled it."""
+
+    name = "torch"
+    capture_refusal = None
+
+    def __init__(
+        self,
+        forward: Callable[..., Tensor],
+        spec: NetworkSpec,
+        *,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._forward = forward
+        self.batch_size = batch_size
+        self.input = torch.zeros(batch_size, *spec.sample_shape, device=device, dtype=dtype)
+        self.output = torch.zeros(batch_size, *spec.output_shape, device=device, dtype=dtype)
+        self._names = tuple(zero_conditioning(spec, 1))
+        self.constants = {"timestep": Constant((), _timestep_dtype(spec), per_stage=True)}
+        for name, tensor in zero_conditioning(spec, 1).items():
+            # Embeddings are read in the network's own dtype, labels as they are.
+            kind = dtype if tensor.is_floating_point() else tensor.dtype
+            self.constants[name] = Constant(tuple(tensor.shape[1:]), kind, per_stage=False)
+
+    def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> dict[str, NDArray[Any]]:
+        return {"timestep": timesteps, **{name: conditioning.per_sample(name) for name in self._names}}
+
+    def new_context(self) -> Enqueue:
+        return self._enqueue
+
+    def _enqueue(self, constants: Mapping[str, Tensor], stage: Stage) -> None:
+        timesteps = constants["timestep"]
+        with torch.inference_mode():
+            timestep = timesteps[stage] if isinstance(stage, int) else timesteps.index_select(0, stage)[0]
+            conditioning = [constants[name] for name in self._names]
+            self.output.copy_(self._forward(self.input, timestep, *conditioning))
+
+
+def device_forward(module: DenoisingModule, *, compiled: bool) -> Callable[..., Tensor]:
+    """How to run a module on a GPU: convolutions in channels-last order, which tensor cores read; `compiled` by
+    torch.compile, without graphs of its own. The module's weights are laid out anew in place; nothing else changes."""
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if not compiled:
+        return module
+    forward: Callable[..., Tensor] = torch.compile(module, mode="max-autotune-no-cudagraphs", dynamic=False)
+    return forward

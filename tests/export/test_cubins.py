@@ -159,7 +159,7 @@ def test_a_launch_packs_what_the_assembly_declares(compiled):
             *(state, state, output, network_input),
             *(state, state, state),
             *(table, seeds),
-            *(state, state, state),
+            *(state, state, state, state, state),
             *(784, 9, 0, 0),
         ]
 

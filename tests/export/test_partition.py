@@ -50,7 +50,7 @@ class Blind(nn.Module):
 
 
 def exported(network: nn.Module, spec: NetworkSpec) -> tuple[bytes, NetworkSpec]:
-    module, spec = prepare_module(network, spec, device=CPU, dtype=torch.float32)
+    module, spec = prepare_module(network, spec)
     return export_onnx(module, spec), spec
 
 

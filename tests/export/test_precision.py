@@ -33,7 +33,7 @@ both = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 
 def step_graph(**options: object) -> bytes:
     spec = NetworkSpec((1, 8, 8))
-    module, spec = prepare_module(tiny_unet(**options), spec, device=torch.device("cpu"), dtype=torch.float32)
+    module, spec = prepare_module(tiny_unet(**options), spec)
     return partition(export_onnx(module, spec)).graphs.step
 
 

@@ -66,7 +66,7 @@ def matmul(dtype: type[np.floating]) -> bytes:
 @pytest.fixture(scope="module")
 def step_graph() -> bytes:
     """The step network of a small UNet, its batch open."""
-    module, spec = prepare_module(tiny_unet(), NetworkSpec((1, 8, 8)), device=torch.device("cpu"), dtype=torch.float32)
+    module, spec = prepare_module(tiny_unet(), NetworkSpec((1, 8, 8)))
     return partition(export_onnx(module, spec)).graphs.step
 
 

@@ -279,6 +279,61 @@ def test_initial_noise_has_the_bits_of_numpy(n, copies, kernel_device):
     np.testing.assert_array_equal(network_input.cpu().numpy().reshape(copies, 3, n), np.stack([expected] * copies))
 
 
+def test_the_stage_may_stand_on_the_device(kernel_device):
+    """Coefficients and noise are those of the counted stage, whatever the launch says."""
+    plan = Plan(schedule=SCHEDULE, steps=4, eta=1.0)
+    state, output = random_case(63, 2, guided=False)
+    results = []
+    for stage, counter in ((2, None), (0, torch.tensor([2], dtype=torch.int32, device=kernel_device))):
+        ours = state.to(kernel_device)
+        ddim_step(
+            state=ours,
+            model_output=output.to(kernel_device),
+            network_input=torch.empty_like(output, device=kernel_device),
+            table=torch.tensor(plan.coefficients[:, None], device=kernel_device),
+            stage=stage,
+            flags=plan.stage_flags[2],
+            seeds=seeds_tensor(2, kernel_device),
+            counter=counter,
+        )
+        results.append(ours.cpu())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_the_first_stage_that_breaks_a_sample_is_noted(poison, kernel_device):
+    plan = Plan(schedule=SCHEDULE, steps=4, convention="paper", clip=None)
+    state, output = random_case(1030, 3, guided=False)
+    broken = torch.full((3,), 99, dtype=torch.int32, device=kernel_device)
+    ours, buffer = state.to(kernel_device), torch.empty_like(output, device=kernel_device)
+    for stage in range(4):
+        prediction = output.clone()
+        if stage == 2:
+            prediction[1, 1027] = poison
+        ddim_step(
+            state=ours,
+            model_output=prediction.to(kernel_device),
+            network_input=buffer,
+            table=torch.tensor(plan.coefficients[:, None], device=kernel_device),
+            stage=stage,
+            flags=plan.stage_flags[stage],
+            broken=broken,
+        )
+    assert broken.tolist() == [99, 2, 99]
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_given_state_is_only_copied(copies, kernel_device):
+    state = torch.randn(3, 63, 1, 1, generator=torch.Generator().manual_seed(0)).to(kernel_device)
+    kept = state.clone()
+    for given, expected in ((1, kept.cpu().numpy()), (0, standard_normal(SEEDS, 63, stage=0, stream=Stream.INITIAL))):
+        network_input = torch.full((3 * copies, 63, 1, 1), float("nan"), device=kernel_device)
+        flag = torch.tensor([given], dtype=torch.int32, device=kernel_device)
+        initial_noise(state=state, network_input=network_input, seeds=seeds_tensor(3, kernel_device), given=flag)
+        for array in (state, *network_input.chunk(copies)):
+            np.testing.assert_array_equal(array.cpu().numpy().reshape(3, 63), expected.reshape(3, 63))
+
+
 def valid_arguments():
     plan = Plan(schedule=SCHEDULE, steps=3, eta=1.0)
     return {
@@ -316,6 +371,8 @@ NARROW = {"model_output": torch.zeros(2, 1, 4, 4), "network_input": torch.zeros(
         ({"guidance": None}, "no guidance"),
         ({"guidance": torch.ones(2, dtype=torch.float64)}, "guidance [2]"),
         ({"x0": torch.zeros(1, 1, 4, 4)}, "x0 [1, 1, 4, 4]"),
+        ({"counter": torch.zeros(2, dtype=torch.int32)}, "counter [2]"),
+        ({"broken": torch.zeros(2)}, "broken [2] torch.float32"),
         ({"flags": StepFlags(read_memory=True), **NARROW}, "no memory"),
         ({"flags": StepFlags(write_base=True), **NARROW}, "no base"),
         ({"flags": StepFlags(threshold=True), **NARROW}, "no bound"),

@@ -1,0 +1,63 @@
+"""skipstep report: benchmark results as one HTML page and PNG plots."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from skipstep.errors import InputError, MissingDependencyError
+
+HELP = "make one HTML page and PNG plots from benchmark results"
+DESCRIPTION = "Make one self-contained HTML page, and PNG plots beside it, from what skipstep bench measured."
+EPILOG = """\
+examples:
+  skipstep report results.json
+  skipstep report bench/results/*.json --out out/report
+  skipstep report v1.json v2.json v3.json        the course of the ratios over commits, too
+
+JSON files of other kinds in bench/results are used where the page has a place for them (cold start, step bandwidth,
+step code), and left aside with a note where not. Needs skipstep[evaluate].
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", type=Path, nargs="+", metavar="FILE", help="JSON that skipstep bench wrote")
+    parser.add_argument("--out", type=Path, default=Path("out/report"), help="folder to write (default: out/report)")
+    parser.add_argument(
+        "--evaluation",
+        type=Path,
+        metavar="FOLDER",
+        help="what skipstep evaluate wrote, for quality against latency (default: `evaluation` beside a result)",
+    )
+    parser.add_argument(
+        "--evaluated-model",
+        default="fashion-mnist",
+        metavar="NAME",
+        help="what the results call the model that was evaluated (default: fashion-mnist)",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    try:
+        from skipstep.bench.report_page import write_report
+    except ImportError as error:
+        raise MissingDependencyError(
+            got=f"no package {error.name}", expected="it, for the report", remedy="pip install 'skipstep[evaluate]'"
+        ) from error
+    evaluation = options.evaluation
+    if evaluation is None:
+        beside = (path.parent / "evaluation" for path in options.results)
+        evaluation = next((folder for folder in beside if (folder / "quality.csv").is_file()), None)
+    elif not evaluation.is_dir():
+        raise InputError(
+            got=f"{evaluation}, which is no folder",
+            expected="the folder that skipstep evaluate wrote",
+            remedy="run skipstep evaluate first, or correct --evaluation",
+        )
+    page, notes = write_report(
+        options.results, options.out, evaluation=evaluation, evaluated_model=options.evaluated_model
+    )
+    for note in notes:
+        print(note, file=sys.stderr)
+    print(f"wrote {page}")

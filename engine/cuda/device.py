@@ -1,0 +1,182 @@
+"""The CUDA device, as little of it as recording and running loops takes: the one place that talks to torch.cuda.
+
+`Device` is what the loops need; `CudaDevice` is the real one. Tests put another in its place, whose streams run late
+and in any order that the events allow, so that a missing dependency shows without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from skipstep.cuda_probe import graph_num_nodes
+
+Work = Callable[[], object]
+
+# One capture at a time in a process: while one goes on, others could not tell their allocations apart.
+_CAPTURE_LOCK = threading.Lock()
+# Before it is recorded, work runs this often: libraries load kernels, choose algorithms and take workspaces.
+_WARM_UP_RUNS = 2
+
+
+class Event(Protocol):
+    def synchronize(self) -> None:
+        """Wait, on the host, for all that the stream was given before the event."""
+        ...
+
+
+class Stream(Protocol):
+    def run(self, work: Work) -> None:
+        """Enqueue what `work` launches, after all that the stream was given before."""
+        ...
+
+    def record(self) -> Any:
+        """An event after all that the stream was given so far."""
+        ...
+
+    def wait(self, event: Any) -> None:
+        """What the stream is given from now on comes after the event. The host does not wait."""
+        ...
+
+
+class Graph(Protocol):
+    """Recorded work: its nodes (None: this driver does not say), and the device memory that recording it took."""
+
+    num_nodes: int | None
+    num_bytes: int
+
+    def replay(self) -> None:
+        """Enqueue all of it on the current stream, in one launch."""
+        ...
+
+
+class Device(Protocol):
+    """One device with one stream for an engine's work, and one pool of memory that its graphs share."""
+
+    torch_device: torch.device
+    name: str
+    stream: Stream
+
+    def caller_stream(self) -> Stream:
+        """The calling thread's own."""
+        ...
+
+    def staging(self, num_bytes: int) -> Tensor:
+        """Host memory uint8 `[num_bytes]` that copies to and from the device may use while the host goes on."""
+        ...
+
+    def warm_up(self, work: Work) -> int:
+        """Run `work` on the stream until it is settled, and wait; the bytes that it took at its peak."""
+        ...
+
+    def capture(self, work: Work) -> Graph:
+        """Record what `work` launches on the stream. Raises RuntimeError where it may not be recorded."""
+        ...
+
+    def free_bytes(self) -> int: ...
+
+    def release_memory(self) -> None:
+        """Give back what nobody holds."""
+        ...
+
+    def range(self, name: str) -> AbstractContextManager[object]:
+        """A range in a profiler's timeline."""
+        ...
+
+    def is_lost(self) -> bool:
+        """Whether an error has broken the context for good."""
+        ...
+
+
+class CudaStream:
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.torch_stream = stream
+
+    def run(self, work: Work) -> None:
+        with torch.cuda.stream(self.torch_stream):
+            work()
+
+    def record(self) -> torch.cuda.Event:
+        return self.torch_stream.record_event()
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        self.torch_stream.wait_event(event)
+
+
+class CudaGraph:
+    def __init__(self, graph: torch.cuda.CUDAGraph, num_bytes: int) -> None:
+        self._graph = graph
+        self.num_nodes = graph_num_nodes(graph.raw_cuda_graph())
+        self.num_bytes = num_bytes
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class CudaDevice:
+    def __init__(self, torch_device: torch.device) -> None:
+        index = torch.cuda.current_device() if torch_device.index is None else torch_device.index
+        self.torch_device = torch.device("cuda", index)
+        self.name = torch.cuda.get_device_name(self.torch_device)
+        self._stream = CudaStream(torch.cuda.Stream(self.torch_device))
+        self.stream: Stream = self._stream
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def caller_stream(self) -> Stream:
+        return CudaStream(torch.cuda.current_stream(self.torch_device))
+
+    def staging(self, num_bytes: int) -> Tensor:
+        # torch keeps pinned memory for the next caller until the copies that use it are done.
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def warm_up(self, work: Work) -> int:
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        before = torch.cuda.memory_allocated(self.torch_device)
+        for _ in range(_WARM_UP_RUNS):
+            self.stream.run(work)
+        self._stream.torch_stream.synchronize()
+        return torch.cuda.max_memory_allocated(self.torch_device) - before
+
+    def capture(self, work: Work) -> Graph:
+        free = self.free_bytes()
+        # Kept apart from its executable form, so that its nodes can be counted.
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with (
+            _CAPTURE_LOCK,
+            # Other threads may go on with their own work on the device.
+            torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream.torch_stream, capture_error_mode="thread_local"
+            ),
+        ):
+            work()
+        graph.instantiate()
+        return CudaGraph(graph, max(0, free - self.free_bytes()))
+
+    def free_bytes(self) -> int:
+        return int(torch.cuda.mem_get_info(self.torch_device)[0])
+
+    def release_memory(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def range(self, name: str) -> Iterator[None]:
+        torch.cuda.nvtx.range_push(name)
+        try:
+            yield
+        finally:
+            torch.cuda.nvtx.range_pop()
+
+    def is_lost(self) -> bool:
+        try:
+            torch.cuda.synchronize(self.torch_device)
+        except RuntimeError:
+            return True
+        return False

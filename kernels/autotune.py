@@ -1,0 +1,221 @@
+"""Choosing a launch by measuring, where the rule of skipstep.kernels.launch may be off.
+
+All candidates take turns, so that a slow spell of the device does not hit one alone, and the rule's choice runs at both
+ends of every turn: how far its two times are apart is the noise. Another launch replaces it only if the median of its
+gains within turns is more than twice the median of that noise, and more than 2 %. So on a device where nothing matters
+the rule's choice stands, and two tunings of one device agree.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Self
+
+from skipstep.errors import InputError, ModelFormatError
+from skipstep.kernels.launch import StepLaunch, choose_launch, least_elements_per_thread
+from skipstep.kernels.layout import NUM_COLUMNS, Column, StepFlags
+
+ITEM_SIZES: Final[Mapping[str, int]] = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+_LEAST_GAIN: Final = 0.02
+_NOISE_FACTOR: Final = 2.0
+_WARPS: Final = (1, 2, 4, 8)
+# Above these the kernel with noise takes up to 105 registers and half of the warps fit.
+_MOST_ELEMENTS_PER_THREAD: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchCase:
+    """What a launch is tuned for: `batch_size` samples of `num_elements` = C·H·W, and the network's dtype."""
+
+    num_elements: int
+    batch_size: int
+    network_dtype: str
+
+    def __post_init__(self) -> None:
+        for name in ("num_elements", "batch_size"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise InputError(got=f"{name}={value!r}", expected="an integer, 1 or more", remedy=f"correct {name}")
+        if self.network_dtype not in ITEM_SIZES:
+            raise InputError(
+                got=f"network_dtype={self.network_dtype!r}",
+                expected="one of " + ", ".join(ITEM_SIZES),
+                remedy="pass the dtype of the network's input and output",
+            )
+
+    @property
+    def item_size(self) -> int:
+        return ITEM_SIZES[self.network_dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class TunedLaunch:
+    """The launch for a case. `gain`, not stored, is how much less time it took than the rule's: 0 where that was kept."""
+
+    case: LaunchCase
+    launch: StepLaunch
+    gain: float = field(default=0.0, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """A flat object that `from_json` reads."""
+        return {
+            "num_elements": self.case.num_elements,
+            "batch_size": self.case.batch_size,
+            "network_dtype": self.case.network_dtype,
+            "block_size": self.launch.block_size,
+            "num_warps": self.launch.num_warps,
+        }
+
+    @classmethod
+    def from_json(cls, value: object) -> Self:
+        """Read what `to_json` wrote. Raises ModelFormatError for anything else, down to unknown keys."""
+        names = ("num_elements", "batch_size", "network_dtype", "block_size", "num_warps")
+        if not isinstance(value, dict) or set(value) != set(names):
+            raise _unreadable(f"{value!r}", f"an object of {', '.join(names)}")
+        try:
+            case = LaunchCase(*(value[name] for name in names[:3]))
+            return cls(case, StepLaunch(value["block_size"], value["num_warps"]))
+        except (InputError, TypeError) as error:
+            raise _unreadable(f"{value!r} ({error})", "what a tuning wrote") from error
+
+
+def _unreadable(got: str, expected: str) -> ModelFormatError:
+    return ModelFormatError(got=f"the launch {got}", expected=expected, remedy="calibrate the engine again")
+
+
+def candidates(case: LaunchCase, *, num_multiprocessors: int, compute_capability: int) -> tuple[StepLaunch, ...]:
+    """The rule's choice, then every other launch with 16-byte accesses of 1 to 8 warps. Raises InputError."""
+    chosen = choose_launch(
+        num_elements=case.num_elements,
+        batch_size=case.batch_size,
+        num_multiprocessors=num_multiprocessors,
+        compute_capability=compute_capability,
+        network_item_size=case.item_size,
+    )
+    launches = {chosen: None}
+    elements = least_elements_per_thread(case.item_size)
+    while elements <= _MOST_ELEMENTS_PER_THREAD:
+        launches |= dict.fromkeys(StepLaunch(32 * warps * elements, warps) for warps in _WARPS)
+        elements *= 2
+    return tuple(launches)
+
+
+def tune_launch(
+    measure: Callable[[StepLaunch], float], launches: Sequence[StepLaunch], *, case: LaunchCase, repeats: int = 20
+) -> TunedLaunch:
+    """The launch for `case`: the first, unless another beats it by the rule above.
+
+    `measure` gives the seconds of one step; what it compiles it does in a first call, which does not count. `repeats`
+    turns, at least 5. Raises InputError, also where a measurement is not a positive number.
+    """
+    if not launches or repeats < 5:
+        raise InputError(
+            got=f"{len(launches)} launches, {repeats} repeats",
+            expected="at least 1 launch and 5 repeats",
+            remedy="pass candidates(...) and more repeats",
+        )
+    rule, *others = launches
+
+    def seconds(launch: StepLaunch) -> float:
+        value = measure(launch)
+        if not 0 < value < math.inf:
+            raise InputError(
+                got=f"{value} seconds for a step", expected="a positive number", remedy="correct the measuring function"
+            )
+        return value
+
+    for launch in launches:
+        seconds(launch)
+    noise: list[float] = []
+    gains: dict[StepLaunch, list[float]] = {launch: [] for launch in others}
+    for turn in range(repeats):
+        before = seconds(rule)
+        # Back and forth, so that none always follows the same one.
+        times = {launch: seconds(launch) for launch in (others if turn % 2 else others[::-1])}
+        after = seconds(rule)
+        noise.append(abs(math.log(after / before)))
+        for launch, time in times.items():
+            gains[launch].append(math.log((before + after) / 2 / time))
+    needed = max(_NOISE_FACTOR * statistics.median(noise), _LEAST_GAIN)
+    medians = {launch: statistics.median(values) for launch, values in gains.items()}
+    best = max(medians, key=lambda launch: medians[launch], default=rule)
+    if best == rule or medians[best] <= needed:
+        return TunedLaunch(case, rule)
+    return TunedLaunch(case, best, gain=1 - math.exp(-medians[best]))
+
+
+def step_to_measure(case: LaunchCase, flags: StepFlags, device: str) -> Callable[[StepLaunch], None]:
+    """A step of a plan with `flags` in buffers of its own, as a function of its launch. Raises InputError."""
+    import torch
+
+    from skipstep.kernels.step import ddim_step
+
+    dtype: torch.dtype = getattr(torch, case.network_dtype)
+    shape = (case.batch_size, 1, case.num_elements, 1)
+    copies, channels = 1 + flags.guided, 1 + flags.wide_output
+    state = torch.zeros(shape, device=device)
+    ones = torch.ones(case.batch_size, device=device)
+    # As many steps as one likes, and the state stays finite: it tends to what the network is said to have predicted.
+    table = torch.zeros(1, 1, NUM_COLUMNS, device=device)
+    for column in (Column.X0_X, Column.EPS_OUT, Column.CLIP):
+        table[..., column] = 1.0
+    for column in (Column.C_X0, Column.C_EPS):
+        table[..., column] = 0.5
+    operands: dict[str, Any] = {
+        "state": state,
+        "model_output": torch.ones(copies * case.batch_size, channels, *shape[2:], dtype=dtype, device=device),
+        "network_input": torch.empty(copies * case.batch_size, *shape[1:], dtype=dtype, device=device),
+        "table": table,
+        "stage": 0,
+        "flags": flags,
+        "seeds": torch.arange(case.batch_size, device=device),
+        "guidance": ones,
+        "rescale": ones,
+        "bound": ones,
+        "base": torch.zeros_like(state) if flags.read_base or flags.write_base else None,
+        "memory": torch.zeros_like(state) if flags.read_memory or flags.write_memory else None,
+        "broken": torch.ones(case.batch_size, dtype=torch.int32, device=device),
+    }
+    return lambda launch: ddim_step(**operands, launch=launch)
+
+
+def device_seconds(step: Callable[[StepLaunch], None], *, launches: int = 64) -> Callable[[StepLaunch], float]:
+    """The measuring function of a CUDA device: seconds a step, by events around a graph of `launches` steps.
+
+    A graph, because launches from the host take longer than the step of a small sample.
+    """
+    import torch
+
+    graphs: dict[StepLaunch, torch.cuda.CUDAGraph] = {}
+
+    def measure(launch: StepLaunch) -> float:
+        if launch not in graphs:
+            step(launch)
+            torch.cuda.synchronize()
+            graphs[launch] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[launch]):
+                for _ in range(launches):
+                    step(launch)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        graphs[launch].replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / launches
+
+    return measure
+
+
+def tune_on_device(case: LaunchCase, flags: StepFlags, *, repeats: int = 20) -> TunedLaunch:
+    """Measure on the current CUDA device: about 12 launches, a second or two, most of it compilation."""
+    import torch
+
+    facts = torch.cuda.get_device_properties(torch.cuda.current_device())
+    launches = candidates(
+        case, num_multiprocessors=facts.multi_processor_count, compute_capability=10 * facts.major + facts.minor
+    )
+    return tune_launch(device_seconds(step_to_measure(case, flags, "cuda")), launches, case=case, repeats=repeats)
