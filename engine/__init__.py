@@ -6,8 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from skipstep.bundle import load
     from skipstep.engine import Engine
+    from skipstep.loading import load
     from skipstep.plan import Plan
     from skipstep.schedule import NoiseSchedule
 
@@ -20,7 +20,7 @@ _HOME = {
     "Engine": "skipstep.engine",
     "NoiseSchedule": "skipstep.schedule",
     "Plan": "skipstep.plan",
-    "load": "skipstep.bundle",
+    "load": "skipstep.loading",
 }
 
 

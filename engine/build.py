@@ -21,7 +21,7 @@ from skipstep.network import NetworkSpec, network_batch_sizes, takes_fractional_
 if TYPE_CHECKING:
     from skipstep.backends.torch import DenoisingModule
     from skipstep.cuda.denoiser import DeviceDenoiser
-    from skipstep.cuda.loop import Lane
+    from skipstep.cuda.loop import CudaLoop, Lane
     from skipstep.export.partition import Partition
 
 # How far an exported graph may be from the module it came from, relative to the largest output: float32 rounding in
@@ -136,7 +136,9 @@ def build_network(
     )
     exported = lru_cache(maxsize=1)(lambda: _exported(source))
     sizes = network_batch_sizes(source.network, batch_sizes)
-    lifecycle, lane = Lifecycle(), None
+    lifecycle = Lifecycle()
+    lane: Lane | None = None
+    loops: Mapping[int, Loop]
     if resolved_device.type == "cpu":
         loops = _host_loops(source, exported, chosen, wanted, sizes, num_threads)
     else:
@@ -270,12 +272,9 @@ def _device_loops(
     required: bool,
     precision: str,
     compiled: bool,
-) -> dict[int, Loop]:
+) -> Mapping[int, Loop]:
     """Loops on a GPU, by the network's batch size."""
     import torch
-
-    from skipstep.cuda.loop import CudaLoop
-    from skipstep.cuda.programs import LADDER
 
     network, device = source.network, lane.device.torch_device
     sizes = network_batch_sizes(network, batch_sizes)
@@ -295,7 +294,31 @@ def _device_loops(
     else:
         from skipstep.backends.onnxruntime_cuda import denoisers_from_partition as onnxruntime_denoisers
 
-        denoisers = onnxruntime_denoisers(exported(), network, sizes, precision=precision, device=device)
+        denoisers = onnxruntime_denoisers(
+            exported(),
+            network,
+            sizes,
+            precision=precision,
+            device=device,
+            stream=getattr(lane.device.stream, "torch_stream", None),
+        )
+    return make_device_loops(denoisers, network, lane, batch_sizes, wanted=wanted, required=required)
+
+
+def make_device_loops(
+    denoisers: Mapping[int, DeviceDenoiser],
+    network: NetworkSpec,
+    lane: Lane,
+    batch_sizes: Sequence[int],
+    *,
+    wanted: LoopName,
+    required: bool,
+) -> dict[int, CudaLoop]:
+    """A loop for each denoiser, which prepares for the calls that will come to it: with guidance, without, or both."""
+    from skipstep.cuda.loop import CudaLoop
+    from skipstep.cuda.programs import LADDER
+
+    all_copies = (1, 2) if network.can_guide else (1,)
     return {
         size: CudaLoop(
             denoiser,
@@ -303,9 +326,7 @@ def _device_loops(
             lane,
             wanted=next(name for name in LADDER if name == wanted),
             required=required,
-            copies=[copies for copies in (1, 2) if size in {copies * each for each in batch_sizes}][
-                : 2 if network.can_guide else 1
-            ],
+            copies=[copies for copies in all_copies if size in {copies * each for each in batch_sizes}],
         )
         for size, denoiser in denoisers.items()
     }

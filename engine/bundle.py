@@ -21,26 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skipstep.distinct import distinct
 from skipstep.errors import (
     BundleError,
     DeviceUnavailableError,
-    MissingDependencyError,
-    PlanError,
-    ScheduleError,
     SignatureError,
 )
 from skipstep.files import read_up_to, read_verified
-from skipstep.manifest import FILE_NAME, MAX_BYTES, SIGNATURE_NAME, EngineEntry, Manifest, PlanEntry
+from skipstep.manifest import FILE_NAME, MAX_BYTES, SIGNATURE_NAME, EngineEntry, Manifest
 from skipstep.manifest_reader import parse_manifest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from skipstep.device_identity import DeviceIdentity
-    from skipstep.engine import Engine
-    from skipstep.plan import Plan
-    from skipstep.schedule import NoiseSchedule
 
 # ONNX graphs may keep tensors in files of their own, which a runtime would open wherever the path leads. Such a tensor
 # says so by this key; without the word in its bytes a graph is complete in itself.
@@ -166,140 +158,6 @@ def open_bundle(
 
 def is_bundle(path: str | os.PathLike[str]) -> bool:
     return (Path(path) / FILE_NAME).is_file()
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    num_threads: int | None = None,
-    require_signature: str | os.PathLike[str] | None = None,
-    allow_hard_links: bool = False,
-    compile_on_miss: bool = False,
-) -> Engine:
-    """An engine from the bundle at `path`, on the CPU with ONNX Runtime.
-
-    It holds the bundle's plans; others can be added as the network's time path is there too. It is calibrated if the
-    bundle was, on a device like this one. Raises BundleError and its kinds, and MissingDependencyError without
-    onnxruntime.
-    """
-    bundle = open_bundle(path, require_signature=require_signature, allow_hard_links=allow_hard_links)
-    try:
-        from skipstep.backends.onnxruntime import LoopConstants, make_session
-        from skipstep.loop_sessions import LoopSessions
-    except ImportError as error:
-        raise MissingDependencyError(
-            got=f"no package {error.name}",
-            expected="onnxruntime, which runs bundles on the CPU",
-            remedy="pip install 'skipstep[cpu]'",
-        ) from error
-
-    manifest = bundle.manifest
-    held = {entry.features: entry.file for entry in manifest.loops}
-    sessions = LoopSessions(
-        lambda features: make_session(bundle.read_graph(held[features]), num_threads=num_threads), tuple(held)
-    )
-    # The longest part of loading, while the rest, imports included, goes on here.
-    sessions.prefetch(manifest.loops[0].features)
-    from skipstep.engine import Engine
-    from skipstep.graph_loop import GraphLoop
-
-    graphs = {part: bundle.read_graph(manifest.graphs[part]) for part in _PARTS if part in manifest.graphs}
-    arrays = bundle.read_arrays(manifest.tables)
-    schedules = stored_schedules(arrays)
-    plans = [_stored_plan(entry, schedules, arrays) for entry in manifest.plans]
-    constants = LoopConstants(
-        graphs,
-        manifest.network,
-        num_threads,
-        tables={distinct(plan.evaluation_timesteps)[0].tobytes(): _values(plan.key, arrays) for plan in plans},
-    )
-    defaults = {}
-    if manifest.defaults is not None and manifest.default_schedule is not None:
-        defaults = {**manifest.defaults, "schedule": _schedule(schedules, manifest.default_schedule)}
-    engine = Engine(
-        manifest.network,
-        loops={0: GraphLoop(sessions, constants, manifest.network)},
-        batch_sizes=manifest.batch_sizes,
-        backend="onnxruntime",
-        device="cpu",
-        plan_defaults=defaults,
-        compile_on_miss=compile_on_miss,
-        any_batch=True,
-        num_threads=num_threads,
-    )
-    for plan in plans:
-        engine.add_plan(plan)
-    if manifest.calibration is not None:
-        from skipstep.calibration import matching, read_calibrations
-
-        engine.calibration = matching(
-            read_calibrations(bundle.read(manifest.calibration)), loaded_identity(num_threads=num_threads)
-        )
-    return engine
-
-
-def loaded_identity(*, num_threads: int | None = None) -> DeviceIdentity:
-    """What must be equal for latencies to count for an engine that is loaded here."""
-    import onnxruntime  # noqa: F401  # Its version is part of it.
-
-    from skipstep.device_identity import device_identity
-
-    return device_identity(backend="onnxruntime", loop="onnx", device="cpu", num_threads=num_threads)
-
-
-_PARTS = ("plan", "prompt", "call")
-
-
-def plan_arrays(plan: Plan, values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """What the tables file holds of a plan; `values` are those of its distinct timesteps, in order."""
-    return {
-        f"{plan.key}/coefficients": plan.coefficients,
-        f"{plan.key}/timesteps": plan.evaluation_timesteps,
-        **{f"{plan.key}/values/{name}": array for name, array in values.items()},
-    }
-
-
-def stored_schedules(arrays: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    """The schedules of a tables file: alpha_bar float64 `[T]` each, by number."""
-    count = sum(name.startswith("schedule/") for name in arrays)
-    return [arrays[f"schedule/{i}"] for i in range(count) if f"schedule/{i}" in arrays]
-
-
-def _schedule(schedules: list[NDArray[Any]], number: int) -> NoiseSchedule:
-    from skipstep.schedule import NoiseSchedule
-
-    if number >= len(schedules):
-        raise _mismatch(f"schedule {number} of {len(schedules)}")
-    try:
-        return NoiseSchedule(schedules[number], name="stored")
-    except ScheduleError as error:
-        raise _mismatch(error.got) from error
-
-
-def _stored_plan(entry: PlanEntry, schedules: list[NDArray[Any]], arrays: Mapping[str, NDArray[Any]]) -> Plan:
-    from skipstep.plan import Plan
-
-    try:
-        plan = Plan(schedule=_schedule(schedules, entry.schedule), **entry.options)
-        stored = plan.with_tables(arrays[f"{entry.key}/coefficients"], arrays[f"{entry.key}/timesteps"])
-    except (PlanError, TypeError, KeyError) as error:
-        raise _mismatch(f"plan {entry.key}: {error}") from error
-    if stored.key != entry.key:
-        raise _mismatch(f"plan {entry.key} whose tables have the key {stored.key}")
-    return stored
-
-
-def _values(key: str, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    prefix = f"{key}/values/"
-    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-
-
-def _mismatch(got: str) -> BundleError:
-    return BundleError(
-        got=f"a manifest and tables that do not belong together: {got}",
-        expected="plans and the tables that they were exported with",
-        remedy="export the bundle again with this version of skipstep",
-    )
 
 
 def _read_small(folder: Path, name: str, limit: int) -> bytes | None:

@@ -10,11 +10,26 @@ from collections.abc import Sequence
 from skipstep import __version__
 from skipstep.errors import SkipstepError
 
-COMMANDS = ("sample", "export", "inspect", "verify", "build", "keygen", "sign", "cache", "evaluate")
+COMMANDS = (
+    "sample",
+    "export",
+    "inspect",
+    "verify",
+    "build",
+    "calibrate",
+    "keygen",
+    "sign",
+    "cache",
+    "evaluate",
+    "report",
+    "compare",
+    "bench",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, or 2 after a message on standard error."""
+    """Run the command line and return its exit status: the command's own (0 unless it says otherwise), or 2 after a
+    message on standard error."""
     parser = argparse.ArgumentParser(
         prog="skipstep", description="A compiled sampling engine for diffusion models.", allow_abbrev=False
     )
@@ -34,14 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
     try:
-        options.run(options)
+        status: int | None = options.run(options)
     except SkipstepError as error:
         print(f"skipstep: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("skipstep: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

@@ -10,20 +10,19 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Unpack
 
-from skipstep.editing import ImageEditing
 from skipstep.errors import InputError, PlanError
 from skipstep.plan import Plan
 from skipstep.schedule import NoiseSchedule
-from skipstep.stages import Stages
+from skipstep.tuning import Tuning
 
 if TYPE_CHECKING:
     from skipstep.build import BuildOptions, BuiltNetwork
 
 
-class Engine(ImageEditing):
+class Engine(Tuning):
     """A compiled sampler. `build` makes one; `sample` draws (skipstep.sampler); `invert`, `reconstruct`, `edit` and
-    `interpolate` start from images or between noises (skipstep.editing); `save` makes a bundle, which `skipstep.load`
-    opens."""
+    `interpolate` start from images or between noises (skipstep.editing); `calibrate` and `autotune` measure it here
+    (skipstep.tuning); `save` makes a bundle, which `skipstep.load` opens."""
 
     _built: BuiltNetwork | None = None
 
@@ -79,8 +78,7 @@ class Engine(ImageEditing):
             engine.add_plan(plan)
         if not engine.plans and not compile_on_miss:
             raise PlanError(got="no plans", expected="at least one", remedy="pass plans=[20], or compile_on_miss=True")
-        for loop in set(built.loops.values()):
-            loop.prepare([Stages.of([plan]) for plan in engine.plans.values()])
+        engine.prepare()
         engine._built = built
         return engine
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, get_args
@@ -71,6 +71,14 @@ class Sampler(PlanHolder):
         self._lane = lane
         self._worker: ThreadPoolExecutor | None = None
         self._worker_lock = threading.Lock()
+
+    def prepare(self) -> None:
+        """Compile and record what the plans need, so that no call has to. Launches that were tuned here are used."""
+        if self._lane is not None and self.calibration is not None:
+            self._lane.launches.update({each.case: each.launch for each in self.calibration.launches})
+        stages = [Stages.of([plan]) for plan in self.plans.values()]
+        for loop in self.loops.values():
+            loop.prepare(stages)
 
     def sample(
         self,
@@ -313,34 +321,6 @@ class Sampler(PlanHolder):
             num_threads=self.num_threads,
             gpu_name=None if self._lane is None else self._lane.device.name,
         )
-
-    def calibrate(
-        self,
-        *,
-        repeats: int = 100,
-        max_seconds: float = 120.0,
-        plans: Iterable[int | Plan] | None = None,
-        batch_sizes: Iterable[int] | None = None,
-        progress: Progress | None = None,
-    ) -> Calibration:
-        """Measure whole calls, p50, p90 and p99, of every plan and batch size on this device (skipstep.latency).
-
-        What was measured before and is not now stays. `Engine.save` writes it into the bundle.
-        """
-        from skipstep.latency import calibrate
-
-        fresh = calibrate(
-            self,
-            self.identity(),
-            repeats=repeats,
-            max_seconds=max_seconds,
-            plans=plans,
-            batch_sizes=batch_sizes,
-            progress=progress,
-        )
-        held = self.calibration
-        self.calibration = held.updated_by(fresh) if held is not None and held.identity == fresh.identity else fresh
-        return self.calibration
 
     def _plan_within(self, deadline_ms: float, seeds: Any, x_T: Any, conditions: Conditions) -> Plan:
         from skipstep.deadline import choose_plan

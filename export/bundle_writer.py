@@ -19,7 +19,7 @@ from safetensors.numpy import save as save_arrays
 
 from skipstep import __version__
 from skipstep.backends.onnxruntime import LoopConstants
-from skipstep.bundle import is_bundle, load, plan_arrays
+from skipstep.bundle import is_bundle
 from skipstep.calibration import FILE_NAME as CALIBRATION_NAME
 from skipstep.calibration import Calibration, write_calibrations
 from skipstep.distinct import distinct
@@ -33,6 +33,7 @@ from skipstep.export.targets import Targets
 from skipstep.export.weight_storage import compress_weights
 from skipstep.files import atomic_folder
 from skipstep.golden import GOLDEN_FILE, draw_golden, replay_golden
+from skipstep.loading import load, plan_arrays
 from skipstep.loop_table import shared_features
 from skipstep.manifest import (
     FILE_NAME,

@@ -62,19 +62,20 @@ def graph_cost(model: ModelProto, *, nodes: int, crosses: bool) -> PartCost:
 
     `nodes` are those of the exported network; the graph has some more, which compute shapes.
     """
-    model = _at_batch_one(model)
-    shapes, sizes = _shapes_and_sizes(model.graph)
+    model = at_batch_one(model)
+    shapes, sizes = shapes_and_sizes(model.graph)
     crossing = [each.name for each in model.graph.output] if crosses else []
     return PartCost(
         nodes=nodes,
-        flops=sum(_flops(node, shapes) for node in model.graph.node),
+        flops=sum(node_flops(node, shapes) for node in model.graph.node),
         weight_bytes=sum(_tensor_bytes(tensor) for tensor in model.graph.initializer),
         crossing=len(crossing),
         crossing_bytes=sum(math.prod(shapes[name]) * sizes[name] for name in crossing),
     )
 
 
-def _at_batch_one(model: ModelProto) -> ModelProto:
+def at_batch_one(model: ModelProto) -> ModelProto:
+    """A copy whose batch is one sample, with the shapes that follow from it."""
     fixed = ModelProto()
     fixed.CopyFrom(model)
     del fixed.graph.value_info[:]
@@ -85,7 +86,8 @@ def _at_batch_one(model: ModelProto) -> ModelProto:
     return onnx.shape_inference.infer_shapes(fixed, data_prop=True)
 
 
-def _shapes_and_sizes(graph: GraphProto) -> tuple[dict[str, Shape], dict[str, int]]:
+def shapes_and_sizes(graph: GraphProto) -> tuple[dict[str, Shape], dict[str, int]]:
+    """Each tensor's shape by name, and the bytes of an element of each that is no constant."""
     shapes: dict[str, Shape] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     sizes: dict[str, int] = {}
     for value in (*graph.input, *graph.value_info, *graph.output):
@@ -95,7 +97,8 @@ def _shapes_and_sizes(graph: GraphProto) -> tuple[dict[str, Shape], dict[str, in
     return shapes, sizes
 
 
-def _flops(node: NodeProto, shapes: Mapping[str, Shape]) -> int:
+def node_flops(node: NodeProto, shapes: Mapping[str, Shape]) -> int:
+    """Operations of one node, counted as the module says."""
     if node.op_type in _MOVES:
         return 0
     elements = math.prod(shapes.get(node.output[0], (0,)))

@@ -54,7 +54,7 @@ class LaunchCase:
 
 @dataclass(frozen=True, slots=True)
 class TunedLaunch:
-    """The launch for a case. `gain`, not stored, is how much less time it took than the rule's: 0 where that was kept."""
+    """The launch for a case. `gain`, not stored: how much less time it took than the rule's; 0 where that was kept."""
 
     case: LaunchCase
     launch: StepLaunch

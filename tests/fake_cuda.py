@@ -119,6 +119,7 @@ class FakeDevice:
     def __init__(self, seed: int = 0, memory: int = 1 << 30) -> None:
         self.torch_device = torch.device("cpu")
         self.name = "a stand-in"
+        self.num_multiprocessors, self.compute_capability = 132, 90
         self.lock = threading.RLock()
         self._random = random.Random(seed)
         self.stream = FakeStream(self, "engine")

@@ -21,7 +21,7 @@ from tolerances import BACKENDS_AGREE
 
 import skipstep
 from skipstep import Engine, NoiseSchedule, Plan
-from skipstep.bundle import is_bundle, load, open_bundle
+from skipstep.bundle import is_bundle, open_bundle
 from skipstep.errors import (
     BundleError,
     ExportError,
@@ -32,6 +32,7 @@ from skipstep.errors import (
     SkipstepError,
     StorageError,
 )
+from skipstep.loading import load
 
 SCHEDULE = NoiseSchedule.cosine(1000)
 PLANS = [

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from skipstep.bundle import load, open_bundle
+from skipstep.bundle import open_bundle
 from skipstep.cli import main
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.latency import calibrate
+from skipstep.loading import load
 
 QUICK = ("--steps", "10", "--batch", "1", "--repeats", "3", "--seconds", "1")
 

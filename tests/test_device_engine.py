@@ -13,6 +13,8 @@ from networks import Curve, Labelled
 
 from skipstep import Engine, NoiseSchedule, Plan
 from skipstep.errors import CaptureError, DeviceMemoryError, EngineStateError, InputError, NonFiniteError
+from skipstep.kernels.autotune import LaunchCase, TunedLaunch
+from skipstep.kernels.launch import StepLaunch
 
 SCHEDULE = NoiseSchedule.linear(1000)
 SHAPE = (1, 3, 5)
@@ -132,6 +134,26 @@ def test_a_network_that_does_not_fit_is_said_when_it_is_built(device):
     device.faults["warm_up"] = (0, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(DeviceMemoryError, match="batch"):
         build()
+
+
+def test_launches_that_were_tuned_are_recorded_anew_and_kept(device, monkeypatch):
+    engine = build(batch_sizes=[2])
+    before = engine.sample(steps=2, seeds=[1, 2])
+    cases = []
+
+    def tune(case, flags, *, repeats):
+        cases.append(case)
+        return TunedLaunch(case, StepLaunch(block_size=128, num_warps=1))
+
+    monkeypatch.setattr("skipstep.kernels.autotune.tune_on_device", tune)
+    [tuned] = engine.autotune()
+    assert cases == [LaunchCase(15, 2, "float32")]
+    assert engine.calibration.launches == (tuned,)
+    [(program, _)] = engine.loops[2]._programs.values()
+    assert program.workspace._launch == tuned.launch
+    np.testing.assert_array_equal(engine.sample(steps=2, seeds=[1, 2]), before)
+    with pytest.raises(InputError, match="autotune on cpu"):
+        on_the_cpu().autotune()
 
 
 def test_closing_gives_everything_back(device):

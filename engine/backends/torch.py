@@ -128,7 +128,7 @@ class TorchDeviceDenoiser:
     """A module on a GPU (skipstep.cuda.denoiser). `forward` runs it: the module itself, or what compiled it."""
 
     name = "torch"
-    capture_refusal = None
+    capture_refusal: str | None = None
 
     def __init__(
         self,
@@ -144,11 +144,14 @@ class TorchDeviceDenoiser:
         self.input = torch.zeros(batch_size, *spec.sample_shape, device=device, dtype=dtype)
         self.output = torch.zeros(batch_size, *spec.output_shape, device=device, dtype=dtype)
         self._names = tuple(zero_conditioning(spec, 1))
-        self.constants = {"timestep": Constant((), _timestep_dtype(spec), per_stage=True)}
-        for name, tensor in zero_conditioning(spec, 1).items():
+        self.constants: Mapping[str, Constant] = {
+            "timestep": Constant((), _timestep_dtype(spec), per_stage=True),
             # Embeddings are read in the network's own dtype, labels as they are.
-            kind = dtype if tensor.is_floating_point() else tensor.dtype
-            self.constants[name] = Constant(tuple(tensor.shape[1:]), kind, per_stage=False)
+            **{
+                name: Constant(tuple(tensor.shape[1:]), dtype if tensor.is_floating_point() else tensor.dtype, False)
+                for name, tensor in zero_conditioning(spec, 1).items()
+            },
+        }
 
     def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> dict[str, NDArray[Any]]:
         return {"timestep": timesteps, **{name: conditioning.per_sample(name) for name in self._names}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,22 +13,33 @@ from torch import Tensor
 
 from skipstep.cuda.device import Device
 
-# What the widest access of any kernel may assume of an address.
+# What TensorRT asks of an address, and more than the widest access of any kernel.
 _ALIGNMENT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A tensor of a block. `padded`: each of its rows begins at an aligned address."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    padded: bool = False
+
+    @property
+    def pitch(self) -> int:
+        """Bytes from one row to the next."""
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return _aligned(row) if self.padded else row
 
 
 class Block:
     """`tensors` by name, of the given shapes and dtypes, at addresses that never move; zeros until they are filled."""
 
-    def __init__(self, device: Device, fields: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    def __init__(self, device: Device, fields: Mapping[str, Field]) -> None:
         self._device = device
-        self._places: dict[str, tuple[int, int, tuple[int, ...], torch.dtype]] = {}
-        end = 0
-        for name, (shape, dtype) in fields.items():
-            num_bytes = math.prod(shape) * dtype.itemsize
-            self._places[name] = (end, num_bytes, shape, dtype)
-            end += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-        self._memory = torch.zeros(end, dtype=torch.uint8, device=device.torch_device)
+        self._fields = fields
+        size = sum(_aligned(each.shape[0] * each.pitch) for each in fields.values())
+        self._memory = torch.zeros(size, dtype=torch.uint8, device=device.torch_device)
         self.tensors = self._views(self._memory)
 
     def fill(self, values: Mapping[str, Any]) -> None:
@@ -42,7 +54,14 @@ class Block:
         self._device.stream.run(lambda: self._memory.copy_(staging, non_blocking=True))
 
     def _views(self, memory: Tensor) -> dict[str, Tensor]:
-        return {
-            name: memory[start : start + num_bytes].view(dtype).view(shape)
-            for name, (start, num_bytes, shape, dtype) in self._places.items()
-        }
+        views = {}
+        start = 0
+        for name, each in self._fields.items():
+            rows = memory[start : start + each.shape[0] * each.pitch].view(each.dtype).view(each.shape[0], -1)
+            views[name] = rows[:, : math.prod(each.shape[1:])].view(each.shape)
+            start += _aligned(each.shape[0] * each.pitch)
+        return views
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

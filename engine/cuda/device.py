@@ -20,8 +20,9 @@ from skipstep.cuda_probe import graph_num_nodes
 
 Work = Callable[[], object]
 
-# One capture at a time in a process: while one goes on, others could not tell their allocations apart.
-_CAPTURE_LOCK = threading.Lock()
+# One capture at a time in a process: while one goes on, others could not tell their allocations apart, and nobody may
+# wait for the device.
+CAPTURE_LOCK = threading.Lock()
 # Before it is recorded, work runs this often: libraries load kernels, choose algorithms and take workspaces.
 _WARM_UP_RUNS = 2
 
@@ -62,6 +63,9 @@ class Device(Protocol):
 
     torch_device: torch.device
     name: str
+    num_multiprocessors: int
+    # 90 for 9.0.
+    compute_capability: int
     stream: Stream
 
     def caller_stream(self) -> Stream:
@@ -124,7 +128,10 @@ class CudaDevice:
     def __init__(self, torch_device: torch.device) -> None:
         index = torch.cuda.current_device() if torch_device.index is None else torch_device.index
         self.torch_device = torch.device("cuda", index)
-        self.name = torch.cuda.get_device_name(self.torch_device)
+        facts = torch.cuda.get_device_properties(self.torch_device)
+        self.name = facts.name
+        self.num_multiprocessors = facts.multi_processor_count
+        self.compute_capability = 10 * facts.major + facts.minor
         self._stream = CudaStream(torch.cuda.Stream(self.torch_device))
         self.stream: Stream = self._stream
         self._pool = torch.cuda.graph_pool_handle()
@@ -149,7 +156,7 @@ class CudaDevice:
         # Kept apart from its executable form, so that its nodes can be counted.
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         with (
-            _CAPTURE_LOCK,
+            CAPTURE_LOCK,
             # Other threads may go on with their own work on the device.
             torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream.torch_stream, capture_error_mode="thread_local"

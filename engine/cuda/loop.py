@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,8 @@ from skipstep.cuda.device import Device
 from skipstep.cuda.programs import CaptureReport, DeviceLoopName, Program, Stepwise, compile_program, too_little_memory
 from skipstep.cuda.workspace import Drawn, Structure, Workspace
 from skipstep.errors import EngineStateError
-from skipstep.kernels.launch import DEFAULT_LAUNCH, StepLaunch
+from skipstep.kernels.autotune import LaunchCase
+from skipstep.kernels.launch import StepLaunch, choose_launch
 from skipstep.lifecycle import Lifecycle
 from skipstep.loop import Array, Run, replicate
 from skipstep.network import NetworkSpec
@@ -34,8 +35,6 @@ from skipstep.stages import Stages
 
 # Structures that a loop keeps ready: plans of every length that a product offers, with and without guidance.
 MAX_PROGRAMS = 64
-
-ChooseLaunch = Callable[[int], StepLaunch]
 
 
 class Lane:
@@ -46,6 +45,8 @@ class Lane:
         self.lifecycle = lifecycle
         # What networks took while they ran, by batch size: to say what would fit where one did not.
         self.peaks: dict[int, int] = {}
+        # Launches that were measured to be better than the rule's.
+        self.launches: dict[LaunchCase, StepLaunch] = {}
         self._lock = threading.RLock()
 
     @contextlib.contextmanager
@@ -83,13 +84,11 @@ class CudaLoop:
         wanted: DeviceLoopName = "captured",
         required: bool = False,
         copies: Sequence[int] = (1,),
-        choose_launch: ChooseLaunch = lambda num_samples: DEFAULT_LAUNCH,
     ) -> None:
         self.name: str = wanted
         self.denoiser = denoiser
         self._network, self._lane = network, lane
         self._wanted, self._required, self._copies = wanted, required, tuple(copies)
-        self._choose_launch = choose_launch
         self._programs: OrderedDict[Structure, tuple[Program, CaptureReport]] = OrderedDict()
 
     @property
@@ -131,15 +130,36 @@ class CudaLoop:
                 self._network,
                 Structure.of(self._network, stages, request),
                 keep_x0=keep_x0,
-                launch=self._choose_launch(request.num_samples),
+                launch=self._launch(request.num_samples),
             )
             self._lane.device.stream.wait(self._lane.device.caller_stream().record())
             yield CudaRun(workspace, stages, request)
 
-    def close(self) -> None:
+    def launch_cases(self) -> list[LaunchCase]:
+        """What the step is launched for, once for each number of samples."""
+        return [self._case(self.denoiser.batch_size // copies) for copies in self._copies]
+
+    def forget(self) -> None:
+        """Give back all programs; the next calls make them anew."""
         with self._lane._lock:
             self._programs.clear()
             self._lane.device.release_memory()
+
+    close = forget
+
+    def _case(self, num_samples: int) -> LaunchCase:
+        dtype = str(self.denoiser.input.dtype).removeprefix("torch.")
+        return LaunchCase(self._network.num_elements, num_samples, dtype)
+
+    def _launch(self, num_samples: int) -> StepLaunch:
+        case, device = self._case(num_samples), self._lane.device
+        return self._lane.launches.get(case) or choose_launch(
+            num_elements=case.num_elements,
+            batch_size=case.batch_size,
+            num_multiprocessors=device.num_multiprocessors,
+            compute_capability=device.compute_capability,
+            network_item_size=case.item_size,
+        )
 
     def _program(self, structure: Structure) -> Program:
         held = self._programs.get(structure)
@@ -148,7 +168,7 @@ class CudaLoop:
                 self._programs.popitem(last=False)
             device, free = self._lane.device, self._lane.device.free_bytes()
             try:
-                launch = self._choose_launch(structure.num_samples)
+                launch = self._launch(structure.num_samples)
                 workspace = Workspace(device, self.denoiser, self._network, structure, launch=launch)
             except torch.OutOfMemoryError as error:
                 device.release_memory()

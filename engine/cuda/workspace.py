@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from skipstep.conditioning import call_conditioning
-from skipstep.cuda.block import Block
+from skipstep.cuda.block import Block, Field
 from skipstep.cuda.denoiser import DeviceDenoiser, Enqueue
 from skipstep.cuda.device import Device, Event
 from skipstep.kernels.launch import DEFAULT_LAUNCH, StepLaunch
@@ -73,28 +73,24 @@ class Workspace:
     ) -> None:
         self.device, self.denoiser, self.structure = device, denoiser, structure
         self._network, self._launch = network, launch
-        count, stages = structure.num_samples, len(structure)
+        count, size, stages = structure.num_samples, denoiser.batch_size, len(structure)
         self._call = Block(
             device,
             {
-                "seeds": ((count,), torch.int64),
-                "guidance": ((count,), torch.float32),
-                "rescale": ((count,), torch.float32),
-                "given": ((1,), torch.int32),
-                "counter": ((1,), torch.int32),
-                "broken": ((count,), torch.int32),
+                "seeds": Field((count,), torch.int64),
+                "guidance": Field((count,), torch.float32),
+                "rescale": Field((count,), torch.float32),
+                "given": Field((1,), torch.int32),
+                "counter": Field((1,), torch.int32),
+                "broken": Field((count,), torch.int32),
             },
         )
-        self._plan = Block(
-            device,
-            {
-                "table": ((stages, structure.rows, NUM_COLUMNS), torch.float32),
-                **{
-                    name: ((*((stages,) if each.per_stage else ()), denoiser.batch_size, *each.shape), each.dtype)
-                    for name, each in denoiser.constants.items()
-                },
-            },
-        )
+        looked_up = {
+            name: Field((*((stages,) if each.per_stage else ()), size, *each.shape), each.dtype, each.per_stage)
+            for name, each in denoiser.constants.items()
+        }
+        table = Field((stages, structure.rows, NUM_COLUMNS), torch.float32)
+        self._plan = Block(device, {"table": table, **looked_up})
         self._table = self._plan.tensors["table"]
         self._constants = {name: self._plan.tensors[name] for name in denoiser.constants}
         self._planned: tuple[bytes, ...] = ()

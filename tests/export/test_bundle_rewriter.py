@@ -11,12 +11,13 @@ import pytest
 from networks import tiny_unet
 
 from skipstep import Engine, NoiseSchedule
-from skipstep.bundle import load, loaded_identity, open_bundle
+from skipstep.bundle import open_bundle
 from skipstep.calibration import FILE_NAME, Calibration, Latency, RunKind, read_calibrations
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.errors import BundleError, IntegrityError
 from skipstep.export.bundle_rewriter import add_calibration
 from skipstep.export.bundle_writer import BundleRequest, write_bundle
+from skipstep.loading import load, loaded_identity
 
 HERE = loaded_identity()
 LATENCY = Latency(1.0, 2.0, 3.0, 100)

@@ -1,0 +1,184 @@
+"""What compiled step networks on a GPU have in common: their tensors, and the values that they look up.
+
+ONNX Runtime computes those values on the host before the loop (skipstep.backends.onnxruntime.LoopConstants); here they
+get a row for each stage and sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from skipstep.backends.onnxruntime import LoopConstants
+from skipstep.conditioning import LABELS, PROMPTS, Conditioning
+from skipstep.cuda.denoiser import Constant, Stage
+from skipstep.errors import ExportError
+from skipstep.network import NetworkSpec
+
+if TYPE_CHECKING:
+    from skipstep.export.partition import Partition
+
+SAMPLE: Final = "sample"
+PREDICTION: Final = "out_sample"
+
+
+_KEPT_RESULTS, _KEPT_BYTES = 8, 256 << 20
+# NumPy has no bfloat16; the copy to the device rounds.
+HOST_DTYPES: Mapping[torch.dtype, type[np.generic]] = {
+    torch.float32: np.float32,
+    torch.float16: np.float16,
+    torch.bfloat16: np.float32,
+    torch.int64: np.int64,
+    torch.int32: np.int32,
+    torch.bool: np.bool_,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StepTensor:
+    """An input or output of a compiled step network; the leading dimension of `shape` is the batch."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def check_step_tensors(
+    inputs: Mapping[str, StepTensor], outputs: Mapping[str, StepTensor], spec: NetworkSpec, *, batch_size: int, of: str
+) -> None:
+    """Whether these are the step network of `spec` at this batch size. Raises ExportError; `of` says whose they are."""
+
+    def mismatch(got: str, expected: str) -> ExportError:
+        remedy = f"build it again from this network, for batch size {batch_size}"
+        return ExportError(got=f"{of} with {got}", expected=expected, remedy=remedy)
+
+    if SAMPLE not in inputs or set(outputs) != {PREDICTION}:
+        raise mismatch(
+            f"inputs {', '.join(sorted(inputs))} and outputs {', '.join(sorted(outputs))}",
+            f"an input {SAMPLE} and the output {PREDICTION} alone",
+        )
+    dtype = inputs[SAMPLE].dtype
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise mismatch(f"a sample of {dtype}", "float32, float16 or bfloat16")
+    wanted = {
+        SAMPLE: StepTensor((batch_size, *spec.sample_shape), dtype),
+        PREDICTION: StepTensor((batch_size, *spec.output_shape), dtype),
+    }
+    for name, expected in wanted.items():
+        found = inputs[name] if name == SAMPLE else outputs[name]
+        if found != expected:
+            raise mismatch(f"{name} {found.dtype} {list(found.shape)}", f"{expected.dtype} {list(expected.shape)}")
+    for name, each in inputs.items():
+        if each.shape[:1] != (batch_size,) or each.dtype not in HOST_DTYPES:
+            raise mismatch(f"{name} {each.dtype} {list(each.shape)}", f"a row for each of {batch_size} samples")
+
+
+class HostConstants:
+    """What a compiled step network looks up: which values there are, and what they are for a call, in host memory.
+
+    `inputs` are the network's own but for the sample. Raises ExportError where the parts before the loop do not give
+    what they ask for.
+    """
+
+    def __init__(
+        self, source: LoopConstants, spec: NetworkSpec, inputs: Mapping[str, StepTensor], *, batch_size: int
+    ) -> None:
+        self._source = source
+        self._kept: OrderedDict[bytes, dict[str, NDArray[Any]]] = OrderedDict()
+        self._lock = threading.Lock()
+        # What follows from a timestep is told by computing some; those of a stored plan take no computing.
+        stored = np.frombuffer(next(iter(source.tables), np.zeros(1).tobytes()))
+        stages = source.compute(np.repeat(stored[:, None], batch_size, axis=1), _blank(spec, batch_size))
+        of_stages, of_samples = {**stages.plan, **stages.call}, stages.prompt
+        self.constants: dict[str, Constant] = {}
+        for name, each in inputs.items():
+            known = of_stages.get(name, of_samples.get(name))
+            if known is None or known.shape[1:] != each.shape[1:]:
+                found = "no value" if known is None else f"{list(known.shape[1:])}"
+                raise ExportError(
+                    got=f"{found} for {name}, which the step network looks up",
+                    expected=f"{list(each.shape[1:])} from the parts of the same network",
+                    remedy="build the step network again, from the same export as the other parts",
+                )
+            self.constants[name] = Constant(each.shape[1:], each.dtype, per_stage=name in of_stages)
+
+    def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> dict[str, NDArray[Any]]:
+        """See DeviceDenoiser.compute. The last few results are kept, and not to be written to."""
+        key = _digest(timesteps, conditioning)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return dict(self._kept[key])
+        stages = self._source.compute(timesteps, conditioning)
+        values = {}
+        for name, each in self.constants.items():
+            if name in stages.plan:
+                table, rows = stages.plan[name], stages.plan_index
+            elif name in stages.call:
+                table, rows = stages.call[name], stages.call_index
+            else:
+                table, rows = stages.prompt[name], stages.prompt_index
+            values[name] = table.astype(HOST_DTYPES[each.dtype], copy=False)[rows]
+        with self._lock:
+            self._keep(key, values)
+        return dict(values)
+
+    def _keep(self, key: bytes, values: dict[str, NDArray[Any]]) -> None:
+        if _num_bytes(values) > _KEPT_BYTES:
+            return
+        self._kept[key] = values
+        while len(self._kept) > _KEPT_RESULTS or sum(map(_num_bytes, self._kept.values())) > _KEPT_BYTES:
+            self._kept.popitem(last=False)
+
+
+def _num_bytes(values: Mapping[str, NDArray[Any]]) -> int:
+    return sum(array.nbytes for array in values.values())
+
+
+def _blank(spec: NetworkSpec, batch_size: int) -> Conditioning:
+    rows: dict[str, NDArray[Any]] = {}
+    if spec.prompt_shape is not None:
+        rows[PROMPTS] = np.zeros((1, *spec.prompt_shape), np.float32)
+    if spec.num_classes is not None:
+        rows[LABELS] = np.zeros(1, np.int64)
+    return Conditioning(rows, np.zeros(batch_size, np.int64))
+
+
+def _digest(timesteps: NDArray[np.float64], conditioning: Conditioning) -> bytes:
+    """Of all that the values follow from. Prompts are long, and a key outlives them."""
+    digest = hashlib.sha256()
+    named = [(name, conditioning.rows[name]) for name in sorted(conditioning.rows)]
+    for name, array in [("timesteps", timesteps), ("index", conditioning.index), *named]:
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.digest()
+
+
+def step_graph(parts: Partition, precision: str) -> bytes:
+    """The step network in "float32", "float16" or "bfloat16". Raises ExportError where it cannot be lowered."""
+    step = parts.graphs.step
+    if precision == "float32":
+        return step
+    from skipstep.export.precision import lower_precision
+    from skipstep.export.precision_check import check_precision
+
+    dtype: Literal["float16", "bfloat16"] = "float16" if precision == "float16" else "bfloat16"
+    lowered = lower_precision(step, dtype)
+    check_precision(lowered, step, dtype)
+    return lowered
+
+
+def copy_row(table: Tensor, stage: Stage, out: Tensor) -> None:
+    """Enqueue `out` = table[stage], whether the host knows the stage or only the device does."""
+    if isinstance(stage, int):
+        out.copy_(table[stage], non_blocking=True)
+    else:
+        torch.index_select(table, 0, stage, out=out.unsqueeze(0))

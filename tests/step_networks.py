@@ -1,0 +1,90 @@
+"""A network that looks something up from every binding time, for the backends that run its step on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from skipstep.backends.onnxruntime import LoopConstants, OnnxRuntimeDenoiser, make_session
+from skipstep.backends.torch import DenoisingModule
+from skipstep.conditioning import LABELS, PROMPTS, Conditioning
+from skipstep.export.onnx_model import export_onnx
+from skipstep.export.partition import Partition, partition
+from skipstep.network import NetworkSpec
+
+SPEC = NetworkSpec((2, 4, 4), num_classes=5, null_label=5, prompt_shape=(3, 6))
+
+
+class EveryTime(nn.Module):
+    """Scales by the timestep, shifts by timestep and label, adds what the prompt says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.time, self.labels = nn.Linear(4, 2), nn.Embedding(6, 2)
+        self.both, self.prompt = nn.Linear(2, 2), nn.Linear(6, 16)
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, prompts: Tensor, labels: Tensor) -> Tensor:
+        phase = t.float()[:, None] / torch.tensor([1000.0, 300.0, 100.0, 30.0])
+        time = self.time(torch.sin(phase))
+        both = torch.tanh(self.both(time + self.labels(labels)))
+        told = torch.tanh(self.prompt(prompts)).mean(1).view(-1, 1, 4, 4)
+        return self.conv(x * (1 + torch.tanh(time)[:, :, None, None]) + both[:, :, None, None]) + told
+
+
+@cache
+def parts() -> Partition:
+    """Exported once: torch takes seconds for it."""
+    return partition(export_onnx(DenoisingModule(EveryTime()), SPEC))
+
+
+def constants() -> LoopConstants:
+    return LoopConstants(parts().graphs.before_loop, SPEC)
+
+
+def call(num_stages: int, batch_size: int, seed: int = 0) -> tuple[np.ndarray, Conditioning, np.ndarray]:
+    """Timesteps of each stage and sample, who is told what, and a state of each stage."""
+    rng = np.random.default_rng(seed)
+    # Few enough that some meet again with another prompt: then pairs are not numbered as timesteps are.
+    timesteps = rng.choice(rng.integers(0, 1000, 3), (num_stages, batch_size)).astype(np.float64)
+    rows = {
+        PROMPTS: rng.standard_normal((2, 3, 6), dtype=np.float32),
+        LABELS: rng.integers(0, 5, 2),
+    }
+    states = rng.standard_normal((num_stages, batch_size, *SPEC.sample_shape), dtype=np.float32)
+    return timesteps, Conditioning(rows, rng.integers(0, 2, batch_size)), states
+
+
+def expected(timesteps: np.ndarray, conditioning: Conditioning, states: np.ndarray) -> list[np.ndarray]:
+    """What the CPU's backend predicts at each stage."""
+    session = make_session(parts().graphs.step)
+    host = OnnxRuntimeDenoiser(session, constants(), SPEC, batch_size=timesteps.shape[1])
+    host.prepare(timesteps, conditioning)
+    predictions = []
+    for stage, state in enumerate(states):
+        host.input[...] = state
+        host.enqueue(stage)
+        predictions.append(host.output.copy())
+    return predictions
+
+
+def tables(values: Mapping[str, np.ndarray], wanted: Mapping[str, Any], *, pitch: int = 1) -> dict[str, Tensor]:
+    """`values` as a loop holds them on its device: rows of stages follow each other at multiples of `pitch` bytes."""
+    laid_out = {}
+    for name, value in values.items():
+        dtype, per_stage = wanted[name].dtype, wanted[name].per_stage
+        rows = torch.from_numpy(value if per_stage else value[None]).to(dtype)
+        row_bytes = -(-rows[0].nbytes // pitch) * pitch
+        memory = torch.full((len(rows) * row_bytes + 256,), 0x7F, dtype=torch.uint8)
+        memory = memory[-memory.data_ptr() % 256 :][: len(rows) * row_bytes]
+        steps = memory.view(len(rows), row_bytes)[:, : rows[0].nbytes]
+        table = steps.view(dtype).unflatten(1, rows.shape[1:])
+        table.copy_(rows)
+        laid_out[name] = table if per_stage else table[0]
+    return laid_out
