@@ -13,7 +13,7 @@ SAMPLE_EXTRAS := cpu
 TEST_EXTRAS   := cpu,torch,export,diffusers,evaluate,sign,test
 DEV_EXTRAS    := $(TEST_EXTRAS),bench,dev
 
-.PHONY: help sample test check format types bench readme-tables evaluate data bundle fuzz gpu clean
+.PHONY: help sample test check format types bench bench-compare bench-baseline readme-tables evaluate data bundle fuzz gpu clean
 
 help:
 	@echo "make sample   draw clothes with the shipped model in 10, 20 and 50 steps (out/sample/grid.png)"
@@ -21,11 +21,14 @@ help:
 	@echo "make check    formatting, lint, types and tests: what CI runs"
 	@echo "make format   format the sources"
 	@echo "make bench    time engine.sample beside diffusers; writes bench/results/ and the README's tables"
+	@echo "make bench-compare   measure a few cases and fail if skipstep is slower than this machine class's baseline"
+	@echo "make bench-baseline  measure them with more turns and make that the baseline"
 	@echo "make evaluate measure every sampler on the shipped model; writes bench/results/evaluation/"
 	@echo "make data     fetch Fashion-MNIST (31 MB, a Debian package) into .data/"
 	@echo "make bundle   compile the shipped checkpoint into the shipped bundle again"
 	@echo "make fuzz     a hundred thousand damaged manifests and bundles against their readers"
-	@echo "make gpu      on a machine with a CUDA GPU: run the kernels on it; writes \$$OUT (out/gpu)"
+	@echo "make gpu      on a machine with a CUDA GPU: correctness, proofs and benchmarks, under ten minutes (\$$OUT, out/gpu)"
+	@echo "make gpu-wheels  download what make gpu needs on a machine without a registry"
 	@echo "make clean    remove the environment and everything built"
 
 sample: $(VENV)/.sample
@@ -47,6 +50,7 @@ format: $(VENV)/.dev
 # Four folders become one import root, which type checkers do not follow; a plain install shows it to them.
 types: $(VENV)/.dev
 	rm -rf build
+	$(BIN)/python .ci/tensorrt_stubs.py build/stubs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target build/types .
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p skipstep
 
@@ -60,6 +64,16 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m skipstep.bench.openvino_trial --out bench/results/openvino.json
 	$(BIN)/python -m skipstep.bench.step_codegen --out bench/results/step-codegen.json
 	$(MAKE) readme-tables
+
+# A baseline is measured once and compared with often: it has three times the turns.
+GATE_CASES := --model fashion-mnist --plans 10,20 --batch 1,4 --contenders textbook,skipstep-onnx,skipstep-torch-stepwise
+bench-compare: $(VENV)/.dev
+	$(BIN)/skipstep bench $(GATE_CASES) --budget 25 --rounds 15 --out out/bench/now.json
+	$(BIN)/skipstep compare bench/results/baselines out/bench/now.json --measure-again --out out/bench/comparison.json
+
+bench-baseline: $(VENV)/.dev
+	$(BIN)/skipstep bench $(GATE_CASES) --budget 75 --rounds 45 --out out/bench/baseline.json
+	$(BIN)/skipstep compare bench/results/baselines out/bench/baseline.json --accept
 
 readme-tables: $(VENV)/.dev
 	$(BIN)/python -m skipstep.bench.report README.md bench/results
@@ -80,14 +94,24 @@ $(DATA):
 	mkdir -p .data
 	cd .data && apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb .
 
-# On the GPU machine torch and triton are there already, and there may be no registry: nothing is downloaded.
+# On the GPU machine torch and triton are there already, and there may be no registry: nothing is downloaded. What else
+# is needed comes from .gpu-wheels, if `make gpu-wheels` was run where there is a registry, and travels with the sources.
 gpu:
-	@$(PYTHON) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make gpu: got a machine where torch sees no CUDA device; expected one. Remedy: run it where nvidia-smi lists a GPU, with a CUDA build of torch.')"
-	rm -rf build && mkdir -p $(OUT)
+	rm -rf build/gpu build/gpu-deps build/lib build/bdist.*
+	$(PYTHON) bench/gpu/wheels.py .gpu-wheels build/gpu-deps
 	$(PYTHON) -m pip install --quiet --no-deps --no-index --no-build-isolation --target build/gpu .
-	PYTHONPATH=build/gpu $(PYTHON) -m pytest tests/kernels/test_step_kernel.py tests/test_cuda.py tests/export/test_cubins.py \
-		tests/test_cuda_probe.py --junitxml=$(OUT)/tests.xml
-	PYTHONPATH=build/gpu $(PYTHON) -m skipstep.bench.step_bandwidth --out $(OUT)/step-bandwidth.json
+	PYTHONPATH=build/gpu:build/gpu-deps $(PYTHON) -m skipstep.bench.gpu --out $(OUT)
+
+# pip matches these names exactly, so there is one for every C library that wheels are built for. The commit goes along,
+# for a machine that gets the sources without git.
+GPU_PLATFORMS := $(foreach glibc,1 2010 2014 _2_17 _2_24 _2_27 _2_28 _2_31 _2_34,--platform manylinux$(glibc)_x86_64)
+.PHONY: gpu-wheels
+gpu-wheels: $(VENV)/bin/python
+	rm -rf .gpu-wheels && mkdir .gpu-wheels
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: $(GPU_PLATFORMS) \
+		--python-version 3.12 --implementation cp --abi cp312 --abi abi3 --abi none \
+		--dest .gpu-wheels --requirement .ci/gpu-wheels.txt
+	git rev-parse --short HEAD > .gpu-wheels/COMMIT
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -16,7 +16,7 @@ from skipstep.bench.evaluation import (
 )
 from skipstep.bench.evaluation_pictures import draw_pictures
 from skipstep.bench.record import environment
-from skipstep.bench.report import describe_environment, markdown
+from skipstep.bench.markdown import describe_environment, markdown
 from skipstep.errors import MissingDependencyError
 
 PAGE = "evaluation.md"

@@ -32,7 +32,7 @@ from skipstep.bench.fused_kernels import Kernel, fused_kernels
 from skipstep.bench.gpu_models import GPU_MODELS
 from skipstep.bench.models import BenchModel, shipped_model
 from skipstep.bench.record import write_json
-from skipstep.bench.report import describe_environment, markdown
+from skipstep.bench.markdown import describe_environment, markdown
 from skipstep.export.onnx_model import export_onnx
 from skipstep.export.partition import partition
 from skipstep.network import NetworkSpec

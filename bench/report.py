@@ -7,19 +7,19 @@ nothing is written, and the exit status says whether the page shows what the res
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from skipstep.bench.markdown import describe_environment, markdown, read_result
 from skipstep.errors import InputError
 
 
 def sampling_table(results: Path) -> str:
     """`engine.sample` beside diffusers' pipeline, one line a network and batch size."""
-    runs = [run["extra_info"] for run in _read(results / "sampling-cpu.json")["benchmarks"]]
+    runs = [run["extra_info"] for run in read_result(results / "sampling-cpu.json")["benchmarks"]]
     contenders = ("diffusers", "torch", "stepwise", "onnx")
     rows = [
         [
@@ -51,7 +51,7 @@ def sampling_table(results: Path) -> str:
 
 def agreement_table(results: Path) -> str:
     """Samples that a separate classifier recognises as the class that was asked for."""
-    result = _read(results / "class-agreement.json")
+    result = read_result(results / "class-agreement.json")
     runs = result["results"]
     weakest = {run["steps"]: min(run["agreement_by_class"].items(), key=lambda item: item[1]) for run in runs}
     rows = [
@@ -67,7 +67,7 @@ def agreement_table(results: Path) -> str:
 def partition_table(results: Path) -> str:
     """What each network evaluates at which time: nodes, operations for one sample, and weights."""
     rows = []
-    for network in _read(results / "partition.json")["networks"]:
+    for network in read_result(results / "partition.json")["networks"]:
         parts = network["parts"]
         cells = [
             f"{part['nodes']} ({part['flops'] / 1e6:,.1f} MFLOP, {part['weight_bytes'] / 1e6:.1f} MB)" if part else "–"
@@ -88,7 +88,7 @@ def partition_table(results: Path) -> str:
 
 def cold_start_table(results: Path) -> str:
     """Whole processes, from their start to the first image."""
-    result = _read(results / "cold-start.json")
+    result = read_result(results / "cold-start.json")
     seconds = result["median_seconds"]
     rows = [
         ["Python alone", f"{seconds['interpreter'] * 1e3:.0f}", ""],
@@ -107,7 +107,7 @@ def cold_start_table(results: Path) -> str:
 
 def bundles_table(results: Path) -> str:
     """What bundles hold for each kind of target, and how long that took to make."""
-    result = _read(results / "bundles.json")
+    result = read_result(results / "bundles.json")
     rows = []
     for bundle in result["bundles"]:
         sizes, seconds = bundle["bytes"], bundle["seconds"]
@@ -139,7 +139,7 @@ def bundles_table(results: Path) -> str:
 
 def openvino_table(results: Path) -> str:
     """The step network in two runtimes, and what OpenVINO made of being asked for bfloat16."""
-    result = _read(results / "openvino.json")
+    result = read_result(results / "openvino.json")
     rows = [
         [
             network["model"],
@@ -154,43 +154,19 @@ def openvino_table(results: Path) -> str:
     )
 
 
-def kernel_table(results: Path) -> str:
-    """What the step kernel compiles to, over all its variants and dtypes, one line an architecture."""
-    kernels = _read(results / "step-codegen.json")["kernels"]
-    rows = []
-    for arch in dict.fromkeys(kernel["arch"] for kernel in kernels):
-        of_arch = [kernel for kernel in kernels if kernel["arch"] == arch]
-        registers = [kernel["registers"] for kernel in of_arch]
-        lost = sum(k["spill_instructions"] + k["stack_bytes"] + k["local_bytes"] for k in of_arch)
-        rows.append([f"sm_{arch}", str(len(of_arch)), f"{min(registers)}–{max(registers)}", str(lost)])
-    return markdown(["architecture", "kernels", "registers", "spills, stack and local memory"], rows)
-
-
-TABLES: Mapping[str, Callable[[Path], str]] = {
-    "sampling": sampling_table,
-    "agreement": agreement_table,
-    "kernel": kernel_table,
-    "partition": partition_table,
-    "cold-start": cold_start_table,
-    "bundles": bundles_table,
-    "openvino": openvino_table,
+# Where each table is made. Modules are imported when their table is wanted: some measure, and need much for that.
+TABLES: Mapping[str, str] = {
+    "sampling": "skipstep.bench.report:sampling_table",
+    "agreement": "skipstep.bench.report:agreement_table",
+    "kernel": "skipstep.bench.step_codegen:codegen_table",
+    "partition": "skipstep.bench.report:partition_table",
+    "cold-start": "skipstep.bench.report:cold_start_table",
+    "bundles": "skipstep.bench.report:bundles_table",
+    "openvino": "skipstep.bench.report:openvino_table",
+    "estimate": "skipstep.bench.gpu_estimate:estimate_table",
+    "gpu": "skipstep.bench.gpu.report:gpu_tables",
+    "planted": "skipstep.bench.planted:planted_table",
 }
-
-
-def describe_environment(facts: Mapping[str, Any]) -> str:
-    """One line: where it ran, with which versions, at which commit."""
-    versions = ", ".join(f"{p} {facts[p]}" for p in ("torch", "diffusers", "onnxruntime", "triton") if p in facts)
-    return f"{facts.get('gpu') or facts['cpu']}, {facts['cores']} cores, {versions}, commit {facts['commit']}"
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with its numbers to the right."""
-    lines = [header, ["---:" if _is_number(cell) else "---" for cell in rows[0]], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _is_number(cell: str) -> bool:
-    return cell.lstrip("*-")[:1].isdigit()
 
 
 def fill(page: str, results: Path) -> str:
@@ -204,7 +180,9 @@ def fill(page: str, results: Path) -> str:
                 expected=f"one of {', '.join(TABLES)}",
                 remedy="correct the page, or add the table to skipstep.bench.report",
             )
-        return f"<!-- table {name} -->\n{TABLES[name](results)}\n<!-- end {name} -->"
+        module, function = TABLES[name].split(":")
+        made = getattr(importlib.import_module(module), function)(results)
+        return f"<!-- table {name} -->\n{made}\n<!-- end {name} -->"
 
     filled, count = re.subn(r"<!-- table (?P<name>[\w-]+) -->\n.*?<!-- end (?P=name) -->", table, page, flags=re.DOTALL)
     marks = len(re.findall(r"<!-- table [\w-]+ -->", page))
@@ -215,16 +193,6 @@ def fill(page: str, results: Path) -> str:
             remedy="close every table's mark",
         )
     return filled
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        contents: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            got=f"{path} ({error})", expected="a result", remedy="run make bench, which writes it"
-        ) from error
-    return contents
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

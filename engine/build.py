@@ -146,17 +146,18 @@ def build_network(
         from skipstep.cuda.loop import Lane
 
         lane = Lane(CudaDevice(resolved_device), lifecycle)
-        loops = _device_loops(
-            source,
-            exported,
-            chosen,
-            lane,
-            batch_sizes,
-            wanted=wanted,
-            required=require_captured,
-            precision=precision,
-            compiled=compile_network,
-        )
+        with lane.device.range(f"skipstep build {source.name}"):
+            loops = _device_loops(
+                source,
+                exported,
+                chosen,
+                lane,
+                batch_sizes,
+                wanted=wanted,
+                required=require_captured,
+                precision=precision,
+                compiled=compile_network,
+            )
     return BuiltNetwork(
         source.name,
         source.network,

@@ -57,10 +57,10 @@ def callers_memory(out: Any, shape: tuple[int, ...], *, device: str) -> Any:
 
 
 def _tensor(out: Any) -> Any:
-    import torch
+    from torch.utils.dlpack import from_dlpack
 
     try:
-        return torch.from_dlpack(out)
+        return from_dlpack(out)
     except (RuntimeError, BufferError, TypeError, ValueError) as error:
         raise _unfit(out, f"whose memory cannot be shared: {error}", "memory that can be written to") from error
 

@@ -294,6 +294,12 @@ def resolve_latents(x_T: Any, network: NetworkSpec, *, name: str = "x_T", device
     """
     x_T = _from_dlpack(name, x_T)
     on_device = device != "cpu" and hasattr(x_T, "detach") and str(x_T.device) == device
+    if device != "cpu" and not on_device and str(getattr(x_T, "device", "cpu")).startswith("cuda"):
+        raise InputError(
+            got=f"{name} on {x_T.device} for an engine on {device}",
+            expected=f"a tensor on {device}, or in host memory",
+            remedy=f"move it with {name}.to({device!r}), in the order of your own streams",
+        )
     if not on_device:
         x_T = _host_floats(name, x_T)
     if x_T.ndim != 4 or tuple(x_T.shape[1:]) != network.sample_shape:
@@ -327,9 +333,9 @@ def _from_dlpack(name: str, given: Any) -> Any:
     try:
         if given.__dlpack_device__()[0] != _DLPACK_CUDA:
             return np.from_dlpack(given)
-        import torch
+        from torch.utils.dlpack import from_dlpack
 
-        return torch.from_dlpack(given)
+        return from_dlpack(given)
     except (RuntimeError, BufferError, TypeError, ValueError, ImportError) as error:
         raise InputError(
             got=f"{name} of type {type(given).__name__}, whose memory cannot be read through DLPack: {error}",

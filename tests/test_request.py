@@ -4,7 +4,7 @@ import torch
 
 from skipstep.errors import InputError
 from skipstep.network import NetworkSpec
-from skipstep.request import resolve_request
+from skipstep.request import resolve_latents, resolve_request
 
 CONDITIONAL = NetworkSpec((1, 4, 4), num_classes=10, null_label=10)
 NO_NULL = NetworkSpec((1, 4, 4), num_classes=10)
@@ -119,3 +119,19 @@ def test_refuses(network, options, names):
 def test_network_specs_that_contradict_themselves_are_refused(options):
     with pytest.raises(InputError, match="Remedy"):
         NetworkSpec(**options)
+
+
+class OnAnotherGpu:
+    """A tensor of a device that this machine has not."""
+
+    device = "cuda:1"
+    shape = (1, 1, 4, 4)
+    ndim = 4
+
+    def detach(self):
+        raise AssertionError("it was read")
+
+
+def test_latents_on_another_gpu_than_the_engines_are_refused():
+    with pytest.raises(InputError, match=r"x_T on cuda:1 for an engine on cuda:0.*x_T.to\('cuda:0'\)"):
+        resolve_latents(OnAnotherGpu(), NetworkSpec((1, 4, 4)), device="cuda:0")

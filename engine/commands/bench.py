@@ -42,7 +42,7 @@ _FULL = {
     "model": ["fashion-mnist"],
     "plans": (1, 5, 10, 20, 50, 100),
     "batch": (1, 4, 16, 64),
-    "contenders": None,
+    "contenders": (),
     "budget": 60.0,
     "measure": ("fits",),
 }
@@ -104,7 +104,6 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(got="--resume without --out", expected="the file of the interrupted run", remedy="pass --out")
     preset: dict[str, Any] = _QUICK if options.quick else _FULL
     chosen = {name: getattr(options, name) or value for name, value in preset.items()}
-    contenders = {} if chosen["contenders"] is None else {"contenders": chosen["contenders"]}
     started = time.perf_counter()
 
     def progress(message: str) -> None:
@@ -114,6 +113,7 @@ def run(options: argparse.Namespace) -> None:
         Options(
             models=tuple(chosen["model"]),
             steps=chosen["plans"],
+            contenders=chosen["contenders"],
             batch_sizes=chosen["batch"],
             budget_seconds=chosen["budget"],
             max_rounds=options.rounds,
@@ -121,7 +121,6 @@ def run(options: argparse.Namespace) -> None:
             dtype=options.dtype,
             threads=options.threads,
             compile_seconds=options.compile_budget,
-            **contenders,
         ),
         measurements=tuple(MEASUREMENTS) if chosen["measure"] == ("all",) else chosen["measure"],
         out=options.out,

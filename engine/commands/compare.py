@@ -97,7 +97,7 @@ def describe(comparison: Comparison) -> str:
 
 def to_markdown(comparison: Comparison) -> str:
     """The same for a page of a CI service."""
-    from skipstep.bench.report import markdown
+    from skipstep.bench.markdown import markdown
 
     lines = [f"### {_conclusion(comparison)}", "", markdown(_HEADER, [_cells(each) for each in comparison.changes])]
     return "\n".join([*lines, "", *(f"- {remark}" for remark in _remarks(comparison))]).rstrip() + "\n\n"
@@ -129,7 +129,8 @@ def _remarks(comparison: Comparison) -> list[str]:
 
 def _conclusion(comparison: Comparison) -> str:
     compared = [change for change in comparison.changes if change.slowdown is not None]
-    count = {name: sum(each.verdict == name for each in compared) for name in ("faster", "unclear")}
+    told = ("faster", "unclear", "unmeasured", "lost")
+    count = {name: sum(each.verdict == name for each in comparison.changes) for name in told}
     against = f"against the baseline of commit {comparison.baseline.get('commit', 'unknown')}"
     if comparison.failures:
         names = "; ".join(f"{each.contender} ({each.case}) is {each.verdict}" for each in comparison.failures)

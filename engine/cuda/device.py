@@ -108,7 +108,8 @@ class CudaStream:
             work()
 
     def record(self) -> torch.cuda.Event:
-        return self.torch_stream.record_event()
+        event: torch.cuda.Event = self.torch_stream.record_event()
+        return event
 
     def wait(self, event: torch.cuda.Event) -> None:
         self.torch_stream.wait_event(event)
@@ -132,7 +133,7 @@ class CudaDevice:
         self.name = facts.name
         self.num_multiprocessors = facts.multi_processor_count
         self.compute_capability = 10 * facts.major + facts.minor
-        self._stream = CudaStream(torch.cuda.Stream(self.torch_device))
+        self._stream = CudaStream(torch.cuda.Stream(self.torch_device))  # type: ignore[no-untyped-call]
         self.stream: Stream = self._stream
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -155,15 +156,21 @@ class CudaDevice:
         free = self.free_bytes()
         # Kept apart from its executable form, so that its nodes can be counted.
         graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with (
-            CAPTURE_LOCK,
-            # Other threads may go on with their own work on the device.
-            torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream.torch_stream, capture_error_mode="thread_local"
-            ),
-        ):
-            work()
-        graph.instantiate()
+        stream = self._stream.torch_stream
+        try:
+            with (
+                CAPTURE_LOCK,
+                # A recording that fails leaves its stream the current one; this takes that back.
+                torch.cuda.stream(stream),
+                # Other threads may go on with their own work on the device.
+                torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+            ):
+                work()
+            graph.instantiate()
+        except BaseException:
+            # torch would go on taking it for a pool that is being recorded into.
+            self._pool = torch.cuda.graph_pool_handle()
+            raise
         return CudaGraph(graph, max(0, free - self.free_bytes()))
 
     def free_bytes(self) -> int:
@@ -175,11 +182,11 @@ class CudaDevice:
 
     @contextlib.contextmanager
     def range(self, name: str) -> Iterator[None]:
-        torch.cuda.nvtx.range_push(name)
+        torch.cuda.nvtx.range_push(name)  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
-            torch.cuda.nvtx.range_pop()
+            torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
 
     def is_lost(self) -> bool:
         try:

@@ -59,7 +59,8 @@ class CaptureReport:
 class Program(Protocol):
     """A loop that is ready to be launched, on whatever the workspace was filled with."""
 
-    workspace: Workspace
+    @property
+    def workspace(self) -> Workspace: ...
 
     def launch(self) -> None:
         """Enqueue all of it on the engine's stream."""

@@ -1,0 +1,109 @@
+"""What was measured, held against what the design aims at on a GPU. An aim without a number says why there is none.
+
+The network sizes that launches bound are the CIFAR-10 architecture's at batch 1; arithmetic bounds the 256×256 one.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from skipstep.bench.gpu.provenance import write_whole
+from skipstep.bench.gpu.tasks import AIMS_FILE, CAPTURED, EAGER, LATENCY_FILE, REPLAYED
+from skipstep.bench.results import Run, read_run
+
+_LAUNCH_BOUND: Final = "cifar10-architecture"
+_COMPUTE_BOUND: Final = "celebahq256-architecture"
+# Of what a step moves: below this, launching it is most of what is measured.
+_LARGE_BYTES: Final = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """`measured` shall be at least or at most `bound`; None for either where nothing was measured, and `why`."""
+
+    aim: str
+    unit: str
+    sense: str
+    bound: float
+    measured: float | None
+    met: bool | None
+    why: str = ""
+
+
+def hold_against_aims(results: Path) -> list[Aim]:
+    """The aims in order, from whatever files of a run there are."""
+    latency, run = results / LATENCY_FILE, None
+    if latency.exists():
+        run = read_run(latency)
+    per_step = {} if run is None else seconds_per_step(run)
+    ours = per_step.get((_LAUNCH_BOUND, 1, CAPTURED))
+
+    def ratio_to(other: str) -> float | None:
+        theirs = per_step.get((_LAUNCH_BOUND, 1, other))
+        return theirs / ours if theirs and ours else None
+
+    proofs = _read(results / "proofs.json")
+    return [
+        _aim("CIFAR-10 UNet at batch 1, a step", "ms", "at most", 0.4, None if ours is None else ours * 1e3),
+        _aim("the same against eager diffusers, per step", "×", "at least", 10.0, ratio_to(EAGER)),
+        _aim("the same against its network replayed as one graph per step", "×", "at least", 1.3, ratio_to(REPLAYED)),
+        _aim("256×256, batch 1: time beyond S × the network", "%", "at most", 1.0, _beyond_network(run, per_step)),
+        _aim("step kernel against a copy, large tensors, the slowest", "%", "at least", 90.0, _bandwidth(results)),
+        _aim("graph launches a call", "", "at most", 1.0, proofs.get("graph_launches")),
+        _aim("kernels launched outside of the graph", "", "at most", 0.0, proofs.get("kernel_launches")),
+        _aim("waits of the host a call", "", "at most", 1.0, proofs.get("waits")),
+    ]
+
+
+def write_aims(results: Path, environment: Mapping[str, Any]) -> None:
+    aims = [asdict(aim) for aim in hold_against_aims(results)]
+    write_whole(results / AIMS_FILE, {"environment": dict(environment), "aims": aims})
+
+
+def seconds_per_step(run: Run) -> dict[tuple[str, int, str], float]:
+    """The slope of each line through the step counts, by network, batch size and contender."""
+    fits = run.measurements.get("fits", ())
+    return {(fit["model"], fit["batch_size"], fit["contender"]): fit["per_step_seconds"] for fit in fits}
+
+
+def _beyond_network(run: Run | None, per_step: Mapping[tuple[str, int, str], float]) -> float | None:
+    if run is None:
+        return None
+    for network in run.measurements["networks"]:
+        ours = per_step.get((_COMPUTE_BOUND, 1, CAPTURED))
+        if network["model"] == _COMPUTE_BOUND and network["batch_size"] == 1 and ours:
+            # A whole call's, so that what it costs once counts as well.
+            longest = max(
+                (case for case in run.cases if case.model == _COMPUTE_BOUND and case.batch_size == 1),
+                key=lambda case: case.steps,
+            )
+            captured = longest.contender(CAPTURED)
+            if captured is not None and captured.seconds:
+                share: float = statistics.median(captured.seconds) / (longest.steps * network["seconds"])
+                return 100 * (share - 1)
+    return None
+
+
+def _bandwidth(results: Path) -> float | None:
+    cases = _read(results / "step-kernel.json").get("cases", ())
+    shares = [case["step_against_copy"] for case in cases if case.get("bytes", 0) >= _LARGE_BYTES]
+    return 100 * min(shares) if shares else None
+
+
+def _aim(aim: str, unit: str, sense: str, bound: float, measured: float | None) -> Aim:
+    if measured is None:
+        return Aim(aim, unit, sense, bound, None, None, "not measured")
+    met = measured <= bound if sense == "at most" else measured >= bound
+    return Aim(aim, unit, sense, bound, float(measured), met)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    contents: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return contents

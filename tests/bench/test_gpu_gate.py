@@ -1,0 +1,407 @@
+"""The GPU gate without a GPU: a dry run of all of it, faults planted in its tasks, and what it makes of numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from skipstep.bench.gpu import memory_check, proofs
+from skipstep.bench.gpu.__main__ import Gate, main
+from skipstep.bench.gpu.aims import hold_against_aims, write_aims
+from skipstep.bench.gpu.contenders import CONTENDERS
+from skipstep.bench.gpu.correctness import GROUPS
+from skipstep.bench.gpu.device import Trace
+from skipstep.bench.gpu.latency_file import merge_runs
+from skipstep.bench.gpu.process import run_limited
+from skipstep.bench.gpu.provenance import gate_environment, write_whole
+from skipstep.bench.gpu.report import NOT_RUN, gpu_tables
+from skipstep.bench.gpu.tasks import BUDGET, CAPTURED, EAGER, LATENCY_FILE, REPLAYED, TASKS, Task, limit_for
+from skipstep.bench.gpu.wheels import lacking
+from skipstep.bench.gpu_models import GPU_MODELS
+from skipstep.bench.results import Case, Contender, Run, read_run, write_run
+from skipstep.errors import DeviceUnavailableError, InputError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """The whole gate, as make gpu runs it but for --dry-run."""
+    folder = tmp_path_factory.mktemp("gate")
+    command = [
+        sys.executable,
+        "-m",
+        "skipstep.bench.gpu",
+        "--dry-run",
+        "--out",
+        folder / "out",
+        "--cache",
+        folder / "c",
+    ]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return ended, folder / "out"
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+@pytest.mark.timeout(600)
+def test_a_dry_run_does_everything_and_passes(dry_run):
+    ended, out = dry_run
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    summary = read(out / "summary.json")
+    assert summary["complete"]
+    assert summary["passed"]
+    statuses = {each["task"]: each["status"] for each in summary["tasks"]}
+    assert list(statuses) == [task.name for task in TASKS]
+    assert set(statuses.values()) <= {"ok", "absent"}
+    # What a machine without the tool or the library may lack, and nothing else.
+    assert {name for name, status in statuses.items() if status == "absent"} <= {"memory-check", "latency-tensorrt"}
+    for task in TASKS:
+        assert f"{task.name}  " in ended.stdout
+
+
+@pytest.mark.timeout(600)
+def test_every_file_of_a_dry_run_says_where_it_comes_from(dry_run):
+    _, out = dry_run
+    names = {task.file for task in TASKS} | {"aims.json", "summary.json"}
+    assert {path.name for path in out.iterdir()} == names
+    for name in names:
+        facts = read(out / name)["environment"]
+        assert facts["machine_class"].startswith("dry run on ")
+        assert facts["commit"]
+        assert facts["torch"] == torch.__version__
+    for name, keys in {
+        "kernels.json": {"status", "outcomes", "failures", "skipped", "seconds_by_file"},
+        "engine.json": {"status", "outcomes", "failures", "skipped", "seconds_by_file"},
+        "memory-check.json": {"status", "reason"},
+        "proofs.json": {"status", "functions", "graph_launches", "kernel_launches", "waits", "refused", "same_result"},
+        "step-kernel.json": {"status", "cases"},
+        "aims.json": {"aims"},
+    }.items():
+        assert keys <= set(read(out / name)), name
+    assert read(out / "kernels.json")["outcomes"]["passed"] > 0
+
+
+@pytest.mark.timeout(600)
+def test_every_contender_of_a_dry_run_is_checked_and_timed(dry_run):
+    _, out = dry_run
+    run = read_run(out / LATENCY_FILE)
+    assert {case.batch_size for case in run.cases} == {1, 2}
+    expected = {each.name for contenders in CONTENDERS.values() for each in contenders}
+    [first] = [case for case in run.cases if case.batch_size == 1 and case.steps == min(c.steps for c in run.cases)]
+    assert {each.name for each in first.contenders} == expected
+    for case in run.cases:
+        assert case.plan
+        for each in case.contenders:
+            if each.status != "absent":
+                assert each.status == "ok", each
+                assert len(each.seconds) >= 3
+                assert 0 <= each.error <= each.tolerance
+    assert first.contender(CAPTURED).nodes_per_step == 4
+    fitted = {(fit["batch_size"], fit["contender"]) for fit in run.measurements["fits"]}
+    assert {(1, CAPTURED), (2, EAGER)} <= fitted
+    [jitter] = run.measurements["jitter"]
+    assert 0 < jitter["p50"] <= jitter["p90"] <= jitter["p99"] <= jitter["max"]
+    assert {capture["loop"] for capture in run.measurements["captures"]} == {"captured"}
+
+
+@pytest.mark.timeout(600)
+def test_the_step_kernel_is_measured_beside_a_copy(dry_run):
+    _, out = dry_run
+    cases = read(out / "step-kernel.json")["cases"]
+    assert {(case["dtype"], case["eta"], case["guided"]) for case in cases} == {
+        (dtype, eta, guided)
+        for dtype in ("float16", "bfloat16", "float32")
+        for eta, guided in ((0.0, False), (1.0, False), (0.0, True))
+    }
+    # State in and out in float32, the network's two tensors in its dtype, twice where it is guided.
+    [half] = [c for c in cases if c["dtype"] == "float16" and not c["guided"] and c["eta"] == 0]
+    assert half["bytes"] == 3 * half["state_bytes"]
+    assert all(case["step_against_copy"] > 0 for case in cases)
+
+
+def test_planted_faults_are_reported_and_fail_the_gate(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    tasks = (
+        Task("kernels", 60, "kernels.json"),
+        Task("step-kernel", 60, "step-kernel.json", needs=("kernels",)),
+        Task("latency-skipstep", 120, LATENCY_FILE),
+        Task("proofs", 3, "proofs.json"),
+    )
+    plants = {"kernels": "raise", "latency-skipstep": "wrong", "proofs": "hang"}
+    budget = sum(task.seconds for task in tasks[:-1])
+    gate = Gate(tmp_path / "out", dry_run=True, cache=tmp_path / "c", tasks=tasks, plants=plants, budget=budget)
+    # What the earlier ones left would let the last hang for minutes.
+    monkeypatch.setattr("skipstep.bench.gpu.__main__.limit_for", lambda later, remaining: 120.0 if later else 3.0)
+    assert gate.run() is False
+    assert {name: verdict.status for name, verdict in gate.verdicts.items()} == {
+        "kernels": "failed",
+        "step-kernel": "not run",
+        "latency-skipstep": "failed",
+        "proofs": "timed out",
+    }
+    assert "RuntimeError: planted" in gate.verdicts["kernels"].reason
+    assert "skipstep-captured wrong" in gate.verdicts["latency-skipstep"].reason
+    summary = read(tmp_path / "out" / "summary.json")
+    assert not summary["passed"]
+    assert "RuntimeError: planted" in summary["tasks"][0]["tail"]
+    for name in ("kernels.json", "step-kernel.json", "proofs.json"):
+        assert not (tmp_path / "out" / name).exists()
+    for case in read_run(tmp_path / "out" / LATENCY_FILE).cases:
+        for each in case.contenders:
+            assert (each.status, each.seconds) == ("wrong", ())
+            assert each.error > each.tolerance
+
+
+def test_without_a_gpu_it_says_what_to_do(tmp_path, capsys, monkeypatch):
+    def no_device(*, remedy: str) -> None:
+        raise DeviceUnavailableError(got="a machine without a CUDA driver", expected="a CUDA device", remedy=remedy)
+
+    monkeypatch.setattr("skipstep.bench.gpu.__main__.cuda_device", no_device)
+    assert main(["--out", str(tmp_path / "out")]) == 2
+    assert "Remedy: run make gpu where nvidia-smi lists a GPU" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_limits_together_stay_below_ten_minutes():
+    assert sum(task.seconds for task in TASKS) <= BUDGET <= 580
+    # However long each takes of what it may, the last one ends within the budget.
+    remaining = BUDGET
+    for index in range(len(TASKS)):
+        limit = limit_for(TASKS[index + 1 :], remaining=remaining)
+        assert TASKS[index].seconds - 1e-9 <= limit <= remaining
+        remaining -= limit
+    assert remaining >= 0
+
+
+def test_a_task_that_hangs_is_ended_with_all_that_it_started(tmp_path):
+    script = "import subprocess, sys, time\nprint('begun', flush=True)\n"
+    script += f"subprocess.Popen([sys.executable, '-c', {WRITES_LATE!r}, {str(tmp_path / 'late')!r}])\ntime.sleep(60)"
+    ended = run_limited([sys.executable, "-c", script], seconds=2, environment=os.environ, log=tmp_path / "log")
+    assert ended.status is None
+    assert ended.seconds < 20
+    assert "begun" in ended.tail
+    time.sleep(4)
+    assert not (tmp_path / "late").exists()
+
+
+WRITES_LATE = "import sys, time; time.sleep(5); open(sys.argv[1], 'w')"
+
+
+@pytest.mark.parametrize(
+    ("test", "status", "outcomes"),
+    [
+        ("def test_a(): pass", "ok", {"passed": 1, "failed": 0, "skipped": 0}),
+        ("def test_a(): pass\ndef test_b(): assert 1 == 2", "failed", {"passed": 1, "failed": 1, "skipped": 0}),
+        ("import pytest\ndef test_a(): pytest.skip('no GPU')", "failed", {"passed": 0, "failed": 0, "skipped": 1}),
+        ("import nothing_of_that_name", "failed", {"passed": 0, "failed": 1, "skipped": 0}),
+    ],
+)
+def test_a_group_of_tests_is_right_only_if_some_passed_and_none_failed(tmp_path, test, status, outcomes):
+    (tmp_path / "test_it.py").write_text(test)
+    script = "import json, sys\nfrom skipstep.bench.gpu.correctness import run_tests\n"
+    script += "results, verdict = run_tests(['test_it.py'])\n"
+    script += "open('found.json', 'w').write(json.dumps([verdict.status, verdict.reason, results]))"
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True)
+    found, _, results = json.loads((tmp_path / "found.json").read_text())
+    assert (found, results["outcomes"]) == (status, outcomes)
+    assert len(results["failures"]) == outcomes["failed"]
+    if outcomes["skipped"]:
+        assert "no GPU" in next(iter(results["skipped"]))
+
+
+def test_the_groups_name_tests_that_there_are():
+    for patterns, few in GROUPS.values():
+        assert [path for pattern in patterns for path in ROOT.glob(pattern)]
+        assert (ROOT / few[0]).exists()
+
+
+REPORT = """========= COMPUTE-SANITIZER
+========= Invalid __global__ write of size 4 bytes
+=========     at {kernel}+0x90 in checked_kernels.py:24
+=========     by thread (0,0,0) in block (0,0,0)
+=========     Address 0x7f0000400000 is out of bounds
+"""
+
+
+@pytest.mark.parametrize(
+    ("kernels", "status", "says"),
+    [
+        (["planted_write_kernel"], "ok", "only the planted write"),
+        (["planted_write_kernel", "ddim_step_kernel"], "failed", "ddim_step_kernel"),
+        ([], "failed", "planted write was not reported"),
+    ],
+)
+def test_a_memory_checker_must_find_the_planted_write_and_nothing_else(tmp_path, monkeypatch, kernels, status, says):
+    tool = tmp_path / memory_check.TOOL
+    said = "".join(REPORT.format(kernel=kernel) for kernel in kernels)
+    # Its probe works; the kernels themselves would need the device.
+    tool.write_text(f"#!/bin/sh\ncat <<'END'\n{said}Version 2025.3.1\nEND\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    facts, verdict = memory_check.check_memory(dry_run=False)
+    assert (verdict.status, facts["version"]) == (status, "Version 2025.3.1")
+    assert says in verdict.reason
+    assert facts["reports"] == dict(Counter(kernels))
+
+
+def test_a_memory_checker_that_does_not_work_here_is_absent_and_says_why(tmp_path, monkeypatch):
+    tool = tmp_path / memory_check.TOOL
+    tool.write_text("#!/bin/sh\necho '========= Device not supported'\nexit 1\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    _, verdict = memory_check.check_memory(dry_run=False)
+    assert verdict.status == "absent"
+    assert "Device not supported" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("functions", "says"),
+    [
+        ({"cudaGraphLaunch": 1, "cudaMemcpyAsync": 2, "cudaEventSynchronize": 1}, ""),
+        ({"cudaGraphLaunch": 20, "cudaEventSynchronize": 1}, "20 graph launches"),
+        ({"cuGraphLaunch": 1, "cuLaunchKernelEx": 2, "cudaLaunchKernel": 1}, "3 kernels launched outside"),
+        ({"cudaGraphLaunch": 1, "cudaStreamSynchronize": 2, "cudaEventSynchronize": 1}, "waited 3 times"),
+    ],
+)
+def test_proofs_count_launches_and_waits(functions, says):
+    facts = {**proofs.count(Trace(functions, 61)), "functions": functions, "refused": "", "same_result": True}
+    verdict = proofs.judge(facts)
+    assert verdict.status == ("failed" if says else "ok")
+    assert says in verdict.reason
+
+
+def test_a_proof_that_nobody_could_look_at_is_none():
+    facts = {**proofs.count(Trace({}, 0)), "functions": {}, "refused": "", "same_result": True}
+    assert proofs.judge(facts).status == "absent"
+    assert proofs.judge({**facts, "refused": "called a synchronizing operation"}).status == "failed"
+    assert proofs.judge({**facts, "same_result": False}).status == "failed"
+
+
+def measured_run(*, ours: float, eager: float, replayed: float) -> Run:
+    """Medians that lie on lines of so many seconds per step; the 256×256 network is 1 ms a step, and 0.99 alone."""
+    names = {CAPTURED: ours, EAGER: eager, REPLAYED: replayed}
+
+    def ok(name: str, seconds: float) -> Contender:
+        return Contender(name, "ok", seconds=(seconds,) * 3, error=0.0, tolerance=0.1, nodes_per_step=300)
+
+    cases = [
+        Case("cifar10-architecture", steps, 1, "float16", "key", tuple(ok(n, s * steps) for n, s in names.items()))
+        for steps in (10, 20, 50)
+    ]
+    large = [Case("celebahq256-architecture", s, 1, "float16", "key", (ok(CAPTURED, 1e-3 * s),)) for s in (10, 20, 50)]
+    lists = {"captures": [], "jitter": []}
+    alone = [{"model": "celebahq256-architecture", "batch_size": 1, "seconds": 0.99e-3}]
+    run = Run({"machine_class": "gpu X"}, {}, (*cases, *large), {**lists, "networks": alone})
+    return merge_runs([run])
+
+
+def test_the_aims_are_held_against_what_was_measured(tmp_path):
+    assert {aim.met for aim in hold_against_aims(tmp_path)} == {None}
+    write_run(tmp_path / LATENCY_FILE, measured_run(ours=0.3e-3, eager=2.4e-3, replayed=0.6e-3))
+    write_whole(
+        tmp_path / "step-kernel.json",
+        {"cases": [{"bytes": 1 << 30, "step_against_copy": 0.95}, {"bytes": 4096, "step_against_copy": 0.2}]},
+    )
+    write_whole(tmp_path / "proofs.json", {"graph_launches": 1, "kernel_launches": 0, "waits": 2})
+    found = [(round(aim.measured, 3), aim.met) for aim in hold_against_aims(tmp_path)]
+    assert found == [
+        (0.3, True),
+        (8.0, False),
+        (2.0, True),
+        (1.01, False),
+        (95.0, True),
+        (1.0, True),
+        (0.0, True),
+        (2.0, False),
+    ]
+
+
+def test_runs_of_one_case_are_merged_side_by_side():
+    first, second = (
+        Run({}, {}, (Case("net", 10, 1, "float16", plan, (Contender(name, "absent"),)),), {"captures": [name]})
+        for name, plan in (("a", ""), ("b", "key"))
+    )
+    merged = merge_runs([first, second])
+    [case] = merged.cases
+    assert [each.name for each in case.contenders] == ["a", "b"]
+    assert case.plan == "key"
+    assert merged.measurements["captures"] == ["a", "b"]
+
+
+def test_the_page_shows_a_run_and_says_where_there_is_none(tmp_path):
+    assert gpu_tables(tmp_path) == NOT_RUN
+    folder = tmp_path / "gpu"
+    facts = {"gpu": "NVIDIA H200", "cpu": "x", "cores": 16, "commit": "abc"}
+    record = {"task": "kernels", "status": "ok"}
+    write_whole(folder / "summary.json", {"environment": facts, "dry_run": False, "tasks": [record]})
+    run = measured_run(ours=0.3e-3, eager=2.4e-3, replayed=0.6e-3)
+    write_run(folder / LATENCY_FILE, run)
+    case = {"state_bytes": 1 << 30, "dtype": "float16", "eta": 0.0, "guided": False}
+    write_whole(folder / "step-kernel.json", {"cases": [{**case, "bytes": 3 << 30, "step_against_copy": 0.93}]})
+    write_aims(folder, facts)
+    page = gpu_tables(tmp_path)
+    assert "| cifar10-architecture | 1 | diffusers | 2.400 | 8.00× | 300 |" in page
+    assert "| CIFAR-10 UNet at batch 1, a step | at most 0.4 ms | 0.3 ms | yes |" in page
+    assert "| 1 GiB | 93% |" in page
+    assert "NVIDIA H200, 16 cores" in page
+    assert "kernels ok" in page
+    write_whole(folder / "summary.json", {"environment": facts, "dry_run": True, "tasks": []})
+    with pytest.raises(InputError, match="dry run"):
+        gpu_tables(tmp_path)
+
+
+def test_the_committed_results_make_a_page():
+    assert gpu_tables(ROOT / "bench" / "results")
+
+
+def test_tasks_and_contenders_fit_together():
+    assert set(CONTENDERS) == {task.name for task in TASKS if task.file == LATENCY_FILE}
+    names = [each.name for contenders in CONTENDERS.values() for each in contenders]
+    assert len(set(names)) == len(names)
+    assert {CAPTURED, EAGER, REPLAYED} <= set(names)
+    # No benchmark number of ours where the kernels or the engine are red.
+    for task in TASKS:
+        if any(each.name.startswith("skipstep") for each in CONTENDERS.get(task.name, ())):
+            assert set(task.needs) == {"kernels", "engine"}
+
+
+@pytest.mark.parametrize(("name", "millions"), list(zip(GPU_MODELS, (35.7, 78.7, 113.7), strict=True)))
+def test_networks_have_the_sizes_that_were_published(name, millions):
+    with torch.device("meta"):
+        unet = GPU_MODELS[name][0]().unet
+    assert sum(parameter.numel() for parameter in unet.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_only_what_is_lacking_is_installed():
+    wheels = [Path("NumPy-9.9-cp312-cp312-any.whl"), Path("no_such_package-1.0-py3-none-any.whl")]
+    assert lacking(wheels) == [wheels[1]]
+    named = [line.split("=")[0].split(">")[0] for line in (ROOT / ".ci" / "gpu-wheels.txt").read_text().splitlines()]
+    assert not {"torch", "triton", "numpy"} & set(named)
+
+
+def test_the_commit_travels_without_git(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert gate_environment(dry_run=True)["commit"] == "unknown"
+    (tmp_path / ".gpu-wheels").mkdir()
+    (tmp_path / ".gpu-wheels" / "COMMIT").write_text("0123abc\n")
+    assert gate_environment(dry_run=True)["commit"] == "0123abc"
+    monkeypatch.setenv("GATE_COMMIT", "feed123")
+    assert gate_environment(dry_run=True)["commit"] == "feed123"
+
+
+def test_numbers_that_are_none_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_whole(tmp_path / "x.json", {"seconds": float("nan")})
+    assert list(tmp_path.iterdir()) == []
