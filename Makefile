@@ -7,20 +7,22 @@ BIN    := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 PINS   := pyproject.toml .ci/constraints.txt
 OUT    ?= out/gpu
+RUNS   := bench/results/runs
 DATA   := .data/usr/share/datasets/fashion-mnist
 
 SAMPLE_EXTRAS := cpu
 TEST_EXTRAS   := cpu,torch,export,diffusers,evaluate,sign,test
 DEV_EXTRAS    := $(TEST_EXTRAS),bench,dev
 
-.PHONY: help sample test check format types bench bench-compare bench-baseline readme-tables evaluate data bundle fuzz gpu clean
+.PHONY: help sample test check format types bench bench-report bench-compare bench-baseline readme-tables evaluate data bundle fuzz gpu clean
 
 help:
 	@echo "make sample   draw clothes with the shipped model in 10, 20 and 50 steps (out/sample/grid.png)"
 	@echo "make test     run the test suite"
 	@echo "make check    formatting, lint, types and tests: what CI runs"
 	@echo "make format   format the sources"
-	@echo "make bench    time engine.sample beside diffusers; writes bench/results/ and the README's tables"
+	@echo "make bench    everything that is measured on a CPU, an hour; writes bench/results/ and the README's tables"
+	@echo "make bench-report  the committed runs as one HTML page with plots (bench/results/report)"
 	@echo "make bench-compare   measure a few cases and fail if skipstep is slower than this machine class's baseline"
 	@echo "make bench-baseline  measure them with more turns and make that the baseline"
 	@echo "make evaluate measure every sampler on the shipped model; writes bench/results/evaluation/"
@@ -54,16 +56,26 @@ types: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target build/types .
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p skipstep
 
+# An hour on two cores. Whoever wants one part of it runs that line alone.
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest bench/suite --benchmark-only --benchmark-json=bench/results/sampling-cpu.json
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check openvino
+	$(BIN)/skipstep bench --model fashion-mnist --budget 15 --rounds 11 --measure all --out $(RUNS)/fashion-mnist-cpu.json
+	$(BIN)/skipstep bench --model cifar10-architecture --budget 60 --rounds 7 --measure fits,build,accuracy,peak_memory \
+		--out $(RUNS)/cifar10-cpu.json
+	$(BIN)/python -m skipstep.bench.planted --out bench/results/planted-slowdown.json
 	$(BIN)/python -m skipstep.bench.class_agreement --out bench/results/class-agreement.json
 	$(BIN)/python -m skipstep.bench.partition_report --out bench/results/partition.json
 	$(BIN)/python -m skipstep.bench.cold_start --out bench/results/cold-start.json
 	$(BIN)/python -m skipstep.bench.bundles --out bench/results/bundles.json
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check openvino
 	$(BIN)/python -m skipstep.bench.openvino_trial --out bench/results/openvino.json
-	$(BIN)/python -m skipstep.bench.step_codegen --out bench/results/step-codegen.json
+	$(BIN)/python -m skipstep.bench.step_codegen --small --out bench/results/step-codegen.json
+	$(BIN)/python -m skipstep.bench.gpu_estimate --out bench/results/gpu-estimate.json
 	$(MAKE) readme-tables
+	$(MAKE) bench-report
+
+# A page and its plots, from what is committed.
+bench-report: $(VENV)/.dev
+	$(BIN)/skipstep report $(RUNS)/*.json bench/results/*.json --evaluation bench/results/evaluation --out bench/results/report
 
 # A baseline is measured once and compared with often: it has three times the turns.
 GATE_CASES := --model fashion-mnist --plans 10,20 --batch 1,4 --contenders textbook,skipstep-onnx,skipstep-torch-stepwise

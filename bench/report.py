@@ -9,44 +9,98 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from skipstep.bench.markdown import describe_environment, markdown, read_result
+from skipstep.bench.results import REFERENCE, Contender, Run, read_run
+from skipstep.bench.timing import median_ratio
 from skipstep.errors import InputError
+
+# Runs of the suite, one file a network, below the folder of committed results.
+RUNS = "runs"
+# The step count whose cases the tables show; the fits tell of all.
+STEPS = 10
+OURS, DIFFUSERS = "skipstep-onnx", "diffusers"
 
 
 def sampling_table(results: Path) -> str:
-    """`engine.sample` beside diffusers' pipeline, one line a network and batch size."""
-    runs = [run["extra_info"] for run in read_result(results / "sampling-cpu.json")["benchmarks"]]
-    contenders = ("diffusers", "torch", "stepwise", "onnx")
-    rows = [
-        [
-            run["model"],
-            str(run["batch_size"]),
-            *(f"{run['median_seconds'][contender] * 1e3:.0f}" for contender in contenders),
-            f"**{run['ratio_to_diffusers']['onnx']:.2f}×**",
-            f"{run['share_outside_network']:.1%}",
-        ]
-        for run in runs
-    ]
+    """Our default engine beside the textbook loop and diffusers, one line a network and batch size."""
+    runs = _runs(results)
+    rows = []
+    for run in runs:
+        fits = {(fit["batch_size"], fit["contender"]): fit for fit in run.measurements.get("fits", [])}
+        for case in run.cases:
+            ours, diffusers, textbook = (case.contender(name) for name in (OURS, DIFFUSERS, REFERENCE))
+            if case.steps != STEPS or ours is None or diffusers is None or textbook is None:
+                continue
+            if not (ours.seconds and diffusers.seconds and ours.ratio):
+                continue
+            fit = fits.get((case.batch_size, OURS))
+            outside = case.outside_network
+            rows.append(
+                [
+                    case.model,
+                    str(case.batch_size),
+                    *(_milliseconds(each) for each in (textbook, diffusers, ours)),
+                    f"{ours.ratio:.2f}×",
+                    f"**{median_ratio(list(diffusers.seconds), list(ours.seconds)):.2f}×**",
+                    "–" if fit is None else f"{fit['fixed_seconds'] * 1e3:.1f} + {fit['per_step_seconds'] * 1e3:.1f}·S",
+                    "–" if outside is None else f"{outside:.1%}",
+                ]
+            )
     header = [
         "network",
         "batch",
+        "textbook, ms",
         "diffusers, ms",
-        "torch, stepwise, ms",
-        "onnxruntime, stepwise, ms",
-        "onnxruntime, one graph, ms",
-        "one graph against diffusers",
-        "of it outside the network",
+        "ours, ms",
+        "against textbook",
+        "against diffusers",
+        "ours over S steps, ms",
+        "outside the network",
     ]
-    first = runs[0]
     return markdown(header, rows) + (
-        f"\n\n{first['steps']} steps a call, medians of whole calls; the ratio is the median of those of single turns. "
-        "Outside the network is what as many runs of the network alone leave over: noise, where it is negative. "
-        f"{describe_environment(first)}, {first['threads']} threads."
+        f"\n\n{STEPS} steps a call, medians of whole calls; ratios are medians of those of single turns. Outside the "
+        "network is what as many runs of the network alone leave over: noise, where it is negative. "
+        f"{describe_environment(runs[0].environment)}, {runs[0].options['threads']} threads."
     )
+
+
+def contenders_table(results: Path) -> str:
+    """Everybody who drew one image in STEPS steps, with what each is off by, and why some have no number."""
+    rows = []
+    for run in _runs(results):
+        for case in run.cases:
+            if (case.steps, case.batch_size) != (STEPS, 1):
+                continue
+            for each in sorted(case.contenders, key=lambda each: -(each.ratio or 0.0)):
+                ok = each.status == "ok"
+                rows.append(
+                    [
+                        case.model,
+                        each.name,
+                        _milliseconds(each) if ok else each.status,
+                        f"{each.ratio:.2f}×" if ok and each.ratio else "–",
+                        "–" if each.error is None else f"{each.error:.1g} of {each.tolerance:g}",
+                    ]
+                )
+    return markdown(["network", "contender", "ms", "against textbook", "off by, of at most"], rows)
+
+
+def _milliseconds(contender: Contender) -> str:
+    return f"{statistics.median(contender.seconds) * 1e3:.0f}"
+
+
+def _runs(results: Path) -> list[Run]:
+    files = sorted((results / RUNS).glob("*.json"))
+    if not files:
+        raise InputError(
+            got=f"no benchmark runs in {results / RUNS}", expected="a file a network", remedy="run make bench"
+        )
+    return [read_run(file) for file in files]
 
 
 def agreement_table(results: Path) -> str:
@@ -157,6 +211,7 @@ def openvino_table(results: Path) -> str:
 # Where each table is made. Modules are imported when their table is wanted: some measure, and need much for that.
 TABLES: Mapping[str, str] = {
     "sampling": "skipstep.bench.report:sampling_table",
+    "contenders": "skipstep.bench.report:contenders_table",
     "agreement": "skipstep.bench.report:agreement_table",
     "kernel": "skipstep.bench.step_codegen:codegen_table",
     "partition": "skipstep.bench.report:partition_table",

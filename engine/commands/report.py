@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     try:
-        from skipstep.bench.report_page import write_report
+        from skipstep.bench.page.document import write_report
     except ImportError as error:
         raise MissingDependencyError(
             got=f"no package {error.name}", expected="it, for the report", remedy="pip install 'skipstep[evaluate]'"

@@ -14,6 +14,12 @@ def test_contenders_take_turns_and_warm_up_first():
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
 
 
+def test_who_is_warm_already_is_not_called_for_nothing():
+    calls: list[str] = []
+    take_turns({"a": lambda: calls.append("a")}, rounds=2, warm_up=False)
+    assert calls == ["a", "a"]
+
+
 def test_times_are_seconds():
     seconds = take_turns({"nap": lambda: time.sleep(0.02)}, rounds=2)
     assert all(0.02 <= each < 0.2 for each in seconds["nap"])

@@ -1,0 +1,120 @@
+"""The exported network, whole, in a runtime that a plain Python loop drives step by step: what people write themselves.
+
+The loop is the paper's in NumPy; the network's timestep path is evaluated at every step, as it is in the graph.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from skipstep.bench.contenders.workload import Built, ContenderKind, Draw, Samples, Setup, Workload
+from skipstep.bench.models import Subject
+from skipstep.plan import Plan
+
+Network = Callable[[dict[str, Any]], Samples]
+
+
+def ddim(network: Network, plan: Plan, x_t: Any, conditioning: dict[str, Any], timestep_dtype: Any) -> Samples:
+    """The textbook's loop in NumPy. `network` takes the graph's inputs by name."""
+    alpha_bar = plan.schedule.alpha_bar.astype(np.float32)
+    for t, s in zip(plan.timesteps, (*plan.timesteps[1:], None), strict=True):
+        a, p = alpha_bar[t], np.float32(plan.final_alpha_bar) if s is None else alpha_bar[s]
+        timestep: NDArray[Any] = np.full(len(x_t), t, timestep_dtype)
+        out: Any = network({"sample": x_t, "timestep": timestep, **conditioning})
+        if plan.prediction_type == "v_prediction":
+            x_0, eps = np.sqrt(a) * x_t - np.sqrt(1 - a) * out, np.sqrt(a) * out + np.sqrt(1 - a) * x_t
+        elif plan.prediction_type == "sample":
+            x_0, eps = out, (x_t - np.sqrt(a) * out) / np.sqrt(1 - a)
+        else:
+            x_0, eps = (x_t - np.sqrt(1 - a) * out) / np.sqrt(a), out
+        if plan.clip is not None:
+            x_0 = x_0.clip(-float(plan.clip), float(plan.clip))
+        x_t = np.sqrt(p) * x_0 + np.sqrt(1 - p) * eps
+    drawn: Samples = x_t
+    return drawn
+
+
+def build_onnxruntime(subject: Subject, setup: Setup) -> Built:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = setup.threads
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(subject.exported, options, providers=["CPUExecutionProvider"])
+    return _built(subject, lambda workload: lambda given: session.run(None, given)[0])
+
+
+def build_openvino(subject: Subject, setup: Setup) -> Built:
+    """With fixed shapes, the latency hint and float32: what it is fastest with at equal precision."""
+    import openvino  # type: ignore[import-untyped, import-not-found, unused-ignore]  # It ships no types.
+
+    core = openvino.Core()
+
+    def network_for(workload: Workload) -> Network:
+        model = core.read_model(subject.exported)
+        shapes = {each.get_any_name(): list(each.partial_shape) for each in model.inputs}
+        model.reshape(
+            {name: [workload.batch_size, *(dim.get_length() for dim in shape[1:])] for name, shape in shapes.items()}
+        )
+        request = core.compile_model(
+            model,
+            "CPU",
+            {
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_PRECISION_HINT": "f32",
+                "INFERENCE_NUM_THREADS": setup.threads,
+            },
+        ).create_infer_request()
+
+        def network(given: dict[str, Any]) -> Samples:
+            request.infer(given, share_inputs=True)
+            return np.asarray(request.get_output_tensor(0).data)
+
+        return network
+
+    return _built(subject, network_for)
+
+
+def _built(subject: Subject, network_for: Callable[[Workload], Network]) -> Built:
+    def prepare(workload: Workload) -> Draw:
+        network, conditioning = network_for(workload), workload.conditioning()
+        return lambda: ddim(network, workload.plan, workload.x_T, conditioning, subject.spec.timestep_dtype)
+
+    graph = onnx.load_from_string(subject.exported).graph
+    weights = sum(
+        math.prod(each.dims) * onnx.helper.tensor_dtype_to_np_dtype(each.data_type).itemsize
+        for each in graph.initializer
+    )
+    return Built(prepare, nodes=len(graph.node), weight_bytes=weights)
+
+
+def _lacks(package: str) -> Callable[[Subject, Setup], str | None]:
+    def lacks(subject: Subject, setup: Setup) -> str | None:
+        if importlib.util.find_spec(package) is None:
+            return f"no package {package}: pip install {package}"
+        if setup.device != "cpu" or setup.dtype != "float32":
+            return f"driven on the CPU in float32 here; this run measures {setup.dtype} on {setup.device}"
+        if subject.is_bundle:
+            return "a bundle holds no network as it was exported"
+        if any(plan.clip == "dynamic" for plan in setup.plans):
+            return "the plain NumPy loop knows no dynamic thresholding"
+        return None
+
+    return lacks
+
+
+ONNXRUNTIME = ContenderKind(
+    "onnxruntime-stepwise-python",
+    backend="onnxruntime",
+    loop="python",
+    build=build_onnxruntime,
+    lacks=_lacks("onnxruntime"),
+)
+OPENVINO = ContenderKind("openvino", backend="openvino", loop="python", build=build_openvino, lacks=_lacks("openvino"))
