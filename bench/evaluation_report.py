@@ -15,8 +15,8 @@ from skipstep.bench.evaluation import (
     Row,
 )
 from skipstep.bench.evaluation_pictures import draw_pictures
-from skipstep.bench.record import environment
 from skipstep.bench.markdown import describe_environment, markdown
+from skipstep.bench.record import environment
 from skipstep.errors import MissingDependencyError
 
 PAGE = "evaluation.md"

@@ -30,9 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from skipstep.backends.torch import DenoisingModule, prepare_module
 from skipstep.bench.fused_kernels import Kernel, fused_kernels
 from skipstep.bench.gpu_models import GPU_MODELS
+from skipstep.bench.markdown import describe_environment, markdown
 from skipstep.bench.models import BenchModel, shipped_model
 from skipstep.bench.record import write_json
-from skipstep.bench.markdown import describe_environment, markdown
 from skipstep.export.onnx_model import export_onnx
 from skipstep.export.partition import partition
 from skipstep.network import NetworkSpec

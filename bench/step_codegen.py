@@ -16,8 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from skipstep.bench.record import write_json
 from skipstep.bench.markdown import describe_environment, markdown
+from skipstep.bench.record import write_json
 from skipstep.export.cubins import ARCHITECTURES, DTYPES, VARIANTS, KernelFacts, inspect_step
 from skipstep.kernels.launch import DEFAULT_LAUNCH, StepLaunch
 from skipstep.kernels.layout import StepFlags

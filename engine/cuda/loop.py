@@ -47,15 +47,20 @@ class Lane:
         self.peaks: dict[int, int] = {}
         # Launches that were measured to be better than the rule's.
         self.launches: dict[LaunchCase, StepLaunch] = {}
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Hold the lock, and find out whether an error has broken the device for good. Raises EngineStateError."""
-        with self._lock:
+        with self.lock:
             self.lifecycle.check()
             with self.watched():
                 yield
+
+    def come_to_rest(self) -> None:
+        """Wait for what was enqueued, before the memory that it uses is given back. A lost context has nothing more."""
+        with contextlib.suppress(RuntimeError):
+            self.device.stream.record().synchronize()
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -133,7 +138,10 @@ class CudaLoop:
                 launch=self._launch(request.num_samples),
             )
             self._lane.device.stream.wait(self._lane.device.caller_stream().record())
-            yield CudaRun(workspace, stages, request)
+            try:
+                yield CudaRun(workspace, stages, request)
+            finally:
+                self._lane.come_to_rest()
 
     def launch_cases(self) -> list[LaunchCase]:
         """What the step is launched for, once for each number of samples."""
@@ -141,7 +149,8 @@ class CudaLoop:
 
     def forget(self) -> None:
         """Give back all programs; the next calls make them anew."""
-        with self._lane._lock:
+        with self._lane.lock:
+            self._lane.come_to_rest()
             self._programs.clear()
             self._lane.device.release_memory()
 
@@ -165,6 +174,7 @@ class CudaLoop:
         held = self._programs.get(structure)
         if held is None:
             while len(self._programs) >= MAX_PROGRAMS:
+                self._lane.come_to_rest()
                 self._programs.popitem(last=False)
             device, free = self._lane.device, self._lane.device.free_bytes()
             try:
