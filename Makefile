@@ -8,11 +8,12 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 PINS   := pyproject.toml .ci/constraints.txt
 OUT    ?= out/gpu
 RUNS   := bench/results/runs
+WORKERS ?= 2
 DATA   := .data/usr/share/datasets/fashion-mnist
 
 SAMPLE_EXTRAS := cpu
-TEST_EXTRAS   := cpu,torch,export,diffusers,evaluate,sign,test
-DEV_EXTRAS    := $(TEST_EXTRAS),bench,dev
+TEST_EXTRAS   := cpu,torch,export,diffusers,evaluate,sign,bench,test
+DEV_EXTRAS    := $(TEST_EXTRAS),dev
 
 .PHONY: help sample test check format types bench bench-report bench-compare bench-baseline readme-tables evaluate data bundle fuzz gpu clean
 
@@ -36,8 +37,9 @@ help:
 sample: $(VENV)/.sample
 	$(BIN)/skipstep sample --steps 10 20 50 --num 10 --out out/sample
 
+# Files are shared out between processes: most of the suite keeps one core busy.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
