@@ -71,6 +71,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m skipstep.bench.bundles --out bench/results/bundles.json
 	$(BIN)/python -m skipstep.bench.openvino_trial --out bench/results/openvino.json
 	$(BIN)/python -m skipstep.bench.step_codegen --small --out bench/results/step-codegen.json
+	$(BIN)/python -m skipstep.bench.step_reference --out bench/results/step-reference.json
 	$(BIN)/python -m skipstep.bench.gpu_estimate --out bench/results/gpu-estimate.json
 	$(MAKE) readme-tables
 	$(MAKE) bench-report

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
-from skipstep.bench.models import BenchModel, cifar10_model
+from skipstep.bench.models import BenchModel, calmed, cifar10_model
 
 
 def celeba64_model() -> BenchModel:
@@ -69,4 +69,4 @@ def _random(
         downsample_padding=0,
     )
     scheduler = DDIMScheduler(timestep_spacing="trailing", clip_sample=True)
-    return BenchModel(name, unet.eval(), scheduler, False)
+    return BenchModel(name, calmed(unet).eval(), scheduler, False)

@@ -218,6 +218,7 @@ TABLES: Mapping[str, str] = {
     "cold-start": "skipstep.bench.report:cold_start_table",
     "bundles": "skipstep.bench.report:bundles_table",
     "openvino": "skipstep.bench.report:openvino_table",
+    "step-reference": "skipstep.bench.step_reference:reference_table",
     "estimate": "skipstep.bench.gpu_estimate:estimate_table",
     "gpu": "skipstep.bench.gpu.report:gpu_tables",
     "planted": "skipstep.bench.planted:planted_table",

@@ -89,7 +89,7 @@ class BuiltNetwork:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A float32 module that predicts, in eval mode, and what is known of it. `digest` is a checkpoint's."""
+    """A module that predicts, in eval mode, and what is known of it. `digest` is a checkpoint's."""
 
     name: str
     module: DenoisingModule

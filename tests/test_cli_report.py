@@ -34,7 +34,7 @@ def test_takes_all_of_a_results_folder_and_notes_what_it_leaves_aside(results, t
     assert main(["report", *paths, "--out", str(tmp_path / "out")]) == 0
     err = capsys.readouterr().err
     assert "bundles.json is left aside" in err
-    assert "sampling-cpu.json is left aside" in err
+    assert "partition.json is left aside" in err
     assert "cold-start.json" not in err
 
 

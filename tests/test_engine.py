@@ -260,7 +260,7 @@ class Branching(torch.nn.Module):
         (Curve(), {"sample_shape": (1, 4, 4), "device": "cuda:99"}, DeviceUnavailableError, "cuda:99"),
         (Curve(), {"sample_shape": (1, 4, 4), "num_classes": 3}, InputError, "TypeError"),
         (ThreeHeads(), {"sample_shape": (1, 4, 4)}, InputError, "[1, 3, 4, 4]"),
-        (torch.nn.Conv2d(1, 1, 1).half(), {"sample_shape": (1, 4, 4)}, InputError, "torch.float16"),
+        (torch.nn.Conv2d(1, 1, 1).double(), {"sample_shape": (1, 4, 4)}, InputError, "torch.float64"),
         (Branching(), {"sample_shape": (1, 4, 4), "backend": "onnxruntime"}, ExportError, "Branching"),
     ],
 )

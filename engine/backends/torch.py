@@ -18,6 +18,9 @@ from skipstep.errors import InputError
 from skipstep.network import NetworkSpec
 
 
+NETWORK_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
 class DenoisingModule(nn.Module):
     """One calling convention over what networks return: a tensor, a tuple, or diffusers' output with `.sample`.
 
@@ -40,21 +43,27 @@ def prepare_module(network: nn.Module, spec: NetworkSpec) -> tuple[DenoisingModu
     """Check a network once, on zeros, where it is, and wrap it. It is put into eval mode; nothing else is changed.
 
     Returns it with what its output tells: 2C channels are a learned variance.
-    Raises InputError for weights that are not float32 or not on one device, and for an output of another shape.
+    Raises InputError for weights of mixed dtypes or devices, or of a dtype that no network is run in, and for an output
+    of another shape.
     """
-    devices = {parameter.device for parameter in network.parameters()}
-    for name, parameter in network.named_parameters():
-        if parameter.dtype != torch.float32 or len(devices) > 1:
+    parameters = dict(network.named_parameters())
+    devices = {parameter.device for parameter in parameters.values()} or {torch.device("cpu")}
+    dtypes = {parameter.dtype for parameter in parameters.values()} or {torch.float32}
+    for name, parameter in parameters.items():
+        if parameter.dtype not in NETWORK_DTYPES or len(devices) > 1 or len(dtypes) > 1:
             raise InputError(
                 got=f"a network whose {name} is {parameter.dtype} on {parameter.device}",
-                expected="float32 on one device; precision= converts it for a GPU",
+                expected="float32, float16 or bfloat16 throughout, on one device; precision= converts it",
                 remedy="call network.float() and network.to(device) first",
             )
-    device = next(iter(devices), torch.device("cpu"))
+    (device,), (dtype,) = devices, dtypes
     module = DenoisingModule(network).eval()
-    sample = torch.zeros(1, *spec.sample_shape, device=device)
+    sample = torch.zeros(1, *spec.sample_shape, device=device, dtype=dtype)
     timestep = torch.zeros(1, device=device, dtype=_timestep_dtype(spec))
-    conditioning = [tensor.to(device) for tensor in zero_conditioning(spec, 1).values()]
+    conditioning = [
+        tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+        for tensor in zero_conditioning(spec, 1).values()
+    ]
     with torch.inference_mode():
         try:
             output = module(sample, timestep, *conditioning)

@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[2]
 def run_suite(*arguments: object) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", *map(str, arguments), "--threads", "1", "-p", "no:cacheprovider"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ})
+    # A suite that is itself one of several processes would otherwise pass that on.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
 
 
 @pytest.fixture(scope="module")
