@@ -17,7 +17,6 @@ from skipstep.cuda.denoiser import Constant, Enqueue, Stage
 from skipstep.errors import InputError
 from skipstep.network import NetworkSpec
 
-
 NETWORK_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
