@@ -25,7 +25,11 @@ def test_its_examples_run(capsys, tmp_path, monkeypatch):
         "sneakers": pictures,
         "buffer": np.full((4, 1, 28, 28), np.nan, np.float32),
     }
-    quick = {"my-ddpm": str(SHIPPED_MODEL), "calibrate()": "calibrate(repeats=3)", "deadline_ms=40": "deadline_ms=1e6"}
+    quick = {
+        "my-ddpm": str(SHIPPED_MODEL),
+        "calibrate()": "calibrate(repeats=3, plans=[10], batch_sizes=[1])",
+        "deadline_ms=40": "deadline_ms=1e6",
+    }
     for block in blocks:
         if 'device="cuda"' in block and not torch.cuda.is_available():
             compile(block, "README.md", "exec")
