@@ -1,4 +1,4 @@
-"""From a model to loops: read the checkpoint, choose the backend, make one denoiser per batch size of the network."""
+"""From a model to a network that is ready to be sampled: read it, check what was asked, choose backend and loop."""
 
 from __future__ import annotations
 
@@ -8,25 +8,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
-import numpy as np
-
-from skipstep.backends import BackendName, Denoiser, resolve_backend
+from skipstep.backends import BackendName, resolve_backend
 from skipstep.checkpoint import load_unet, read_checkpoint
-from skipstep.conditioning import LABELS, PROMPTS, Conditioning
-from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError
+from skipstep.errors import DeviceUnavailableError, InputError, MissingDependencyError
 from skipstep.lifecycle import Lifecycle
-from skipstep.loop import HostLoop, Loop
+from skipstep.loop import Loop
 from skipstep.network import NetworkSpec, network_batch_sizes, takes_fractional_timesteps
+from skipstep.network_loops import device_loops, host_loops
 
 if TYPE_CHECKING:
     from skipstep.backends.torch import DenoisingModule
-    from skipstep.cuda.denoiser import DeviceDenoiser
-    from skipstep.cuda.loop import CudaLoop, Lane
+    from skipstep.cuda.loop import Lane
     from skipstep.export.partition import Partition
-
-# How far an exported graph may be from the module it came from, relative to the largest output: float32 rounding in
-# another order over a few hundred layers stays below 1e-5, a wrong operator is orders of magnitude off.
-EXPORT_TOLERANCE = 1e-4
 
 LoopName = Literal["onnx", "captured", "step_graph", "stepwise"]
 LOOPS: tuple[str, ...] = get_args(LoopName)
@@ -140,15 +133,16 @@ def build_network(
     lane: Lane | None = None
     loops: Mapping[int, Loop]
     if resolved_device.type == "cpu":
-        loops = _host_loops(source, exported, chosen, wanted, sizes, num_threads)
+        loops = host_loops(source.module, source.network, exported, chosen, wanted, sizes, num_threads)
     else:
         from skipstep.cuda.device import CudaDevice
         from skipstep.cuda.loop import Lane
 
         lane = Lane(CudaDevice(resolved_device), lifecycle)
         with lane.device.range(f"skipstep build {source.name}"):
-            loops = _device_loops(
-                source,
+            loops = device_loops(
+                source.module,
+                source.network,
                 exported,
                 chosen,
                 lane,
@@ -222,115 +216,6 @@ def _read_model(
         )
     prepared, network = prepare_module(module, network)
     return _Model(name, prepared, network, digest, plan_defaults)
-
-
-def _host_loops(
-    source: _Model,
-    exported: Callable[[], Partition],
-    backend: BackendName,
-    wanted: LoopName,
-    sizes: Sequence[int],
-    num_threads: int | None,
-) -> dict[int, Loop]:
-    """Loops on the CPU, by the network's batch size."""
-    from skipstep.backends.torch import TorchDenoiser, module_on
-
-    network, module = source.network, module_on(source.module, "cpu")
-    if backend == "torch":
-        return {size: HostLoop(TorchDenoiser(module, network, batch_size=size), network) for size in sizes}
-
-    from skipstep.backends.onnxruntime import LoopConstants, OnnxRuntimeDenoiser, make_session
-    from skipstep.export.onnx_loop import build_loop
-    from skipstep.graph_loop import GraphLoop
-    from skipstep.loop_sessions import LoopSessions
-
-    parts = exported()
-    constants = LoopConstants(parts.graphs.before_loop, network, num_threads)
-    step = make_session(parts.graphs.step, num_threads=num_threads)
-    check_equal(
-        OnnxRuntimeDenoiser(step, constants, network, batch_size=2),
-        TorchDenoiser(module, network, batch_size=2),
-        network,
-    )
-    if wanted == "stepwise":
-        return {
-            size: HostLoop(OnnxRuntimeDenoiser(step, constants, network, batch_size=size), network) for size in sizes
-        }
-    sessions = LoopSessions(
-        lambda features: make_session(build_loop(parts, network, features), num_threads=num_threads)
-    )
-    return {0: GraphLoop(sessions, constants, network)}
-
-
-def _device_loops(
-    source: _Model,
-    exported: Callable[[], Partition],
-    backend: BackendName,
-    lane: Lane,
-    batch_sizes: Sequence[int],
-    *,
-    wanted: LoopName,
-    required: bool,
-    precision: str,
-    compiled: bool,
-) -> Mapping[int, Loop]:
-    """Loops on a GPU, by the network's batch size."""
-    import torch
-
-    network, device = source.network, lane.device.torch_device
-    sizes = network_batch_sizes(network, batch_sizes)
-    denoisers: Mapping[int, DeviceDenoiser]
-    if backend == "torch":
-        from skipstep.backends.torch import TorchDeviceDenoiser, device_forward, module_on
-
-        dtype = getattr(torch, precision)
-        forward = device_forward(module_on(source.module, device, dtype), compiled=compiled)
-        denoisers = {
-            size: TorchDeviceDenoiser(forward, network, batch_size=size, device=device, dtype=dtype) for size in sizes
-        }
-    elif backend == "tensorrt":
-        from skipstep.backends.tensorrt import denoisers_from_partition
-
-        denoisers = denoisers_from_partition(exported(), network, sizes, precision=precision, device=device)
-    else:
-        from skipstep.backends.onnxruntime_cuda import denoisers_from_partition as onnxruntime_denoisers
-
-        denoisers = onnxruntime_denoisers(
-            exported(),
-            network,
-            sizes,
-            precision=precision,
-            device=device,
-            stream=getattr(lane.device.stream, "torch_stream", None),
-        )
-    return make_device_loops(denoisers, network, lane, batch_sizes, wanted=wanted, required=required)
-
-
-def make_device_loops(
-    denoisers: Mapping[int, DeviceDenoiser],
-    network: NetworkSpec,
-    lane: Lane,
-    batch_sizes: Sequence[int],
-    *,
-    wanted: LoopName,
-    required: bool,
-) -> dict[int, CudaLoop]:
-    """A loop for each denoiser, which prepares for the calls that will come to it: with guidance, without, or both."""
-    from skipstep.cuda.loop import CudaLoop
-    from skipstep.cuda.programs import LADDER
-
-    all_copies = (1, 2) if network.can_guide else (1,)
-    return {
-        size: CudaLoop(
-            denoiser,
-            network,
-            lane,
-            wanted=next(name for name in LADDER if name == wanted),
-            required=required,
-            copies=[copies for copies in all_copies if size in {copies * each for each in batch_sizes}],
-        )
-        for size, denoiser in denoisers.items()
-    }
 
 
 def _exported(source: _Model) -> Partition:
@@ -422,29 +307,3 @@ def _resolve_device(name: str) -> Any:
             got=f"device={name!r}", expected="'auto', 'cpu', 'cuda' or 'cuda:N'", remedy="pick one of these"
         )
     return device
-
-
-def check_equal(denoiser: Denoiser, reference: Denoiser, network: NetworkSpec) -> None:
-    """Compare a graph with its module on random inputs before it is trusted. Raises ExportError."""
-    rng = np.random.default_rng(0)
-    sample = rng.standard_normal(reference.input.shape, dtype=np.float32)
-    # Other conditioning for each sample: what a graph mixed between them would show.
-    timesteps = rng.integers(0, 1000, (3, len(sample))).astype(np.float64)
-    rows: dict[str, Any] = {}
-    if network.prompt_shape is not None:
-        rows[PROMPTS] = rng.standard_normal((len(sample), *network.prompt_shape), dtype=np.float32)
-    if network.num_classes is not None:
-        rows[LABELS] = rng.integers(0, network.num_classes, len(sample))
-    for each in (denoiser, reference):
-        each.input[...] = sample
-        each.prepare(timesteps, Conditioning(rows, np.arange(len(sample)) if rows else np.zeros(len(sample), np.int64)))
-    for stage, t in enumerate(timesteps):
-        denoiser.enqueue(stage)
-        reference.enqueue(stage)
-        error = float(np.abs(denoiser.output - reference.output).max() / np.abs(reference.output).max())
-        if not error <= EXPORT_TOLERANCE:
-            raise ExportError(
-                got=f"an exported graph that is off by {error:.2g} of the largest output at timesteps {t.tolist()}",
-                expected=f"at most {EXPORT_TOLERANCE:g}",
-                remedy="use backend='torch', and report the network: the exporter translated it wrongly",
-            )

@@ -133,10 +133,11 @@ def _device_loops(
             got="no package torch", expected="torch, which holds memory on a GPU", remedy="pip install 'skipstep[gpu]'"
         ) from error
     from skipstep.backends.tensorrt import denoisers_from_bundle
-    from skipstep.build import make_device_loops, resolve_loop
+    from skipstep.build import resolve_loop
     from skipstep.cuda.device import CudaDevice
     from skipstep.cuda.loop import Lane
     from skipstep.lifecycle import Lifecycle
+    from skipstep.network_loops import make_device_loops
 
     wanted = resolve_loop(loop, "tensorrt", device="cuda")
     network, batch_sizes = bundle.manifest.network, bundle.manifest.batch_sizes
