@@ -68,7 +68,7 @@ class Lane:
             yield
         except RuntimeError as error:
             if not isinstance(error, EngineStateError | torch.OutOfMemoryError) and self.device.is_lost():
-                self.lifecycle.lose(str(error).splitlines()[0])
+                self.lifecycle.lose((str(error) or type(error).__name__).splitlines()[0])
                 self.lifecycle.check()
             raise
 

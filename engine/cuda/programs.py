@@ -190,7 +190,7 @@ def compile_program(
     except RuntimeError as error:
         if device.is_lost():
             raise
-        reason = f"{denoiser.name} cannot be recorded: {str(error).splitlines()[0]}"
+        reason = f"{denoiser.name} cannot be recorded: {(str(error) or type(error).__name__).splitlines()[0]}"
         return _settle(plain, report("stepwise", [], [reason]), wanted, required)
     return _settle(steps, report("step_graph", steps.graphs, reasons), wanted, required)
 
