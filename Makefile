@@ -101,7 +101,7 @@ bundle: $(VENV)/.dev
 		--license "Apache-2.0; trained on Fashion-MNIST (MIT)" --steps 10 20 50 --any-plan
 
 fuzz: $(VENV)/.test
-	SKIPSTEP_FUZZ=50000 $(BIN)/python -m pytest tests/test_manifest.py tests/test_bundle.py -k "any_" --timeout 7200
+	SKIPSTEP_FUZZ=50000 $(BIN)/python -m pytest tests/bundles/test_manifest.py tests/bundles/test_bundle.py -k "any_" --timeout 7200
 
 # Debian's package of Fashion-MNIST, unpacked here: no root is needed, and nothing is installed.
 data: $(DATA)

@@ -18,10 +18,10 @@ from typing import Any
 from skipstep import Engine, Plan, load
 from skipstep.bench.models import ALL_MODELS
 from skipstep.bench.record import write_json
-from skipstep.bundle import Bundle, open_bundle
+from skipstep.bundles.bundle import Bundle, open_bundle
+from skipstep.bundles.golden import replay_golden
 from skipstep.commands.inspect import describe
-from skipstep.golden import replay_golden
-from skipstep.scheduler_config import read_scheduler_config
+from skipstep.plans.scheduler_config import read_scheduler_config
 
 TARGETS = ("cpu", "rtx:sm86,sm89,sm120", "sm_75,sm_87,sm_89,sm_90,sm_120")
 STEPS = (10, 20, 50)

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from skipstep import Engine
 from skipstep.bench.record import write_json
-from skipstep.checkpoint import read_checkpoint
 from skipstep.demo import SHIPPED_MODEL
 from skipstep.demo.classifier import SHIPPED_CLASSIFIER, classify, load_classifier
 from skipstep.demo.data import CLASS_NAMES
+from skipstep.networks.checkpoint import read_checkpoint
 
 
 def measure(

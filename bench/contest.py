@@ -21,8 +21,8 @@ from skipstep.bench.contenders.engines import ONNX
 from skipstep.bench.contenders.workload import Built, ContenderKind, Draw, Samples, Setup, Workload
 from skipstep.bench.results import REFERENCE, Case, Contender
 from skipstep.bench.timing import REST_SECONDS, median_ratio, take_turns
-from skipstep.bundle import open_bundle
-from skipstep.golden import replay_golden
+from skipstep.bundles.bundle import open_bundle
+from skipstep.bundles.golden import replay_golden
 
 # Fewer turns are no measurement.
 MIN_ROUNDS = 3

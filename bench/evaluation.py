@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 from skipstep import Engine, Plan
 from skipstep.bench.record import write_json
-from skipstep.checkpoint import read_checkpoint
 from skipstep.demo.classifier import NUM_FEATURES, load_classifier
 from skipstep.demo.data import CLASS_NAMES, DEFAULT_FOLDER, load_fashion_mnist
 from skipstep.errors import InputError, MissingDependencyError, PlanError
-from skipstep.solvers import SOLVERS, SolverOptions
+from skipstep.networks.checkpoint import read_checkpoint
+from skipstep.plans.solvers import SOLVERS, SolverOptions
 
 CHUNK = 32
 # CIFAR-10, FID, S = 10, 20, 50, 100, 1000 (Song, Meng, Ermon 2021, table 1) and reconstruction MSE (table 2): theirs.

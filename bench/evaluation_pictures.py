@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from skipstep.bench.evaluation import Evaluation
+from skipstep.calls.grid import labelled_grid
+from skipstep.calls.images import to_pil
 from skipstep.demo.data import CLASS_NAMES
-from skipstep.grid import labelled_grid
-from skipstep.images import to_pil
 
 _GUIDANCE = 2.0
 _PULLOVER, _SNEAKER, _BOOT = 2, 7, 9

@@ -35,7 +35,7 @@ from skipstep.bench.models import BenchModel, shipped_model
 from skipstep.bench.record import write_json
 from skipstep.export.onnx_model import export_onnx
 from skipstep.export.partition import partition
-from skipstep.network import NetworkSpec
+from skipstep.networks.spec import NetworkSpec
 
 MODELS: Final[Mapping[str, Callable[[], BenchModel]]] = {
     "fashion-mnist": shipped_model,

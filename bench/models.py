@@ -12,15 +12,15 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 
 from skipstep.backends.torch import DenoisingModule, prepare_module
-from skipstep.bundle import is_bundle, open_bundle
-from skipstep.cache import ArtefactCache, cache_key
-from skipstep.checkpoint import Checkpoint, load_unet, read_checkpoint
+from skipstep.bundles.bundle import is_bundle, open_bundle
+from skipstep.bundles.cache import ArtefactCache, cache_key
 from skipstep.demo import SHIPPED_MODEL
 from skipstep.errors import InputError
 from skipstep.export.onnx_model import export_onnx, exporter_versions
 from skipstep.loading import load
-from skipstep.network import NetworkSpec, takes_fractional_timesteps
-from skipstep.plan import Plan
+from skipstep.networks.checkpoint import Checkpoint, load_unet, read_checkpoint
+from skipstep.networks.spec import NetworkSpec, takes_fractional_timesteps
+from skipstep.plans.plan import Plan
 
 
 class FixedLabelUNet(UNet2DModel):  # type: ignore[misc]

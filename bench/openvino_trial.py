@@ -21,7 +21,7 @@ from skipstep.bench.models import MODELS
 from skipstep.bench.record import write_json
 from skipstep.export.onnx_model import export_onnx
 from skipstep.export.partition import partition
-from skipstep.network import NetworkSpec
+from skipstep.networks.spec import NetworkSpec
 
 _TIMING = """
 import json, statistics, sys, time

@@ -12,7 +12,7 @@ from skipstep.bench.record import write_json
 from skipstep.export.graph_cost import costs_as_json, partition_costs
 from skipstep.export.onnx_model import export_onnx
 from skipstep.export.partition import partition
-from skipstep.network import NetworkSpec
+from skipstep.networks.spec import NetworkSpec
 
 
 def describe(name: str) -> dict[str, Any]:

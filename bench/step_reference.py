@@ -20,8 +20,8 @@ from skipstep import NoiseSchedule, Plan
 from skipstep.bench.markdown import describe_environment, markdown, read_result
 from skipstep.bench.record import write_json
 from skipstep.bench.timing import median_ratio
+from skipstep.calls.noise import StageNoise
 from skipstep.kernels.step_numpy import NumpyStep
-from skipstep.noise import StageNoise
 
 # Bytes of the float32 state: 4 KiB to 64 MiB.
 SIZES = tuple(1 << shift for shift in (12, 16, 20, 24, 26))

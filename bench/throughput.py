@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from skipstep.calibration import nearest_rank
+from skipstep.latency.calibration import nearest_rank
 
 CALLERS = (1, 2, 4)
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from skipstep.engine import Engine
     from skipstep.loading import load
-    from skipstep.plan import Plan
-    from skipstep.schedule import NoiseSchedule
+    from skipstep.plans.plan import Plan
+    from skipstep.plans.schedule import NoiseSchedule
 
 __all__ = ["Engine", "NoiseSchedule", "Plan", "__version__", "load"]
 
@@ -18,8 +18,8 @@ __version__ = "0.1.0"
 # Loaded on first use: importing skipstep costs milliseconds and pulls in no array library.
 _HOME = {
     "Engine": "skipstep.engine",
-    "NoiseSchedule": "skipstep.schedule",
-    "Plan": "skipstep.plan",
+    "NoiseSchedule": "skipstep.plans.schedule",
+    "Plan": "skipstep.plans.plan",
     "load": "skipstep.loading",
 }
 

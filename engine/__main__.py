@@ -1,3 +1,3 @@
-from skipstep.cli import main
+from skipstep.commands.main import main
 
 raise SystemExit(main())

@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Unpack
 
 from skipstep.errors import InputError, PlanError
-from skipstep.plan import Plan
-from skipstep.schedule import NoiseSchedule
-from skipstep.tuning import Tuning
+from skipstep.latency.tuning import Tuning
+from skipstep.plans.plan import Plan
+from skipstep.plans.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
-    from skipstep.build import BuildOptions, BuiltNetwork
+    from skipstep.building import BuildOptions, BuiltNetwork
 
 
 class Engine(Tuning):
-    """A compiled sampler. `build` makes one; `sample` draws (skipstep.sampler); `invert`, `reconstruct`, `edit` and
-    `interpolate` start from images or between noises (skipstep.editing); `calibrate` and `autotune` measure it here
-    (skipstep.tuning); `save` makes a bundle, which `skipstep.load` opens."""
+    """A compiled sampler. `build` makes one; `sample` draws; `invert`, `reconstruct`, `edit` and
+    `interpolate` start from images or between noises; `calibrate` and `autotune` measure it here
+    (skipstep.latency.tuning); `save` makes a bundle, which `skipstep.load` opens."""
 
     _built: BuiltNetwork | None = None
 
@@ -47,11 +47,11 @@ class Engine(Tuning):
         schedule        overrides the folder's; needed for step counts where there is no scheduler configuration.
         prediction_type overrides the folder's; "epsilon" where neither says.
         compile_on_miss compile a plan that is asked for and not held, instead of raising PlanNotFoundError.
-        options         backend, loop, device and so on: skipstep.build.BuildOptions.
+        options         backend, loop, device and so on: skipstep.building.BuildOptions.
 
         Raises InputError, PlanError, ModelFormatError, ExportError, MissingDependencyError, DeviceUnavailableError.
         """
-        from skipstep.build import build_network  # The only part that needs torch.
+        from skipstep.building import build_network  # The only part that needs torch.
 
         sizes = _checked_batch_sizes(batch_sizes)
         built = build_network(model, batch_sizes=sizes, **options)
@@ -105,7 +105,7 @@ class Engine(Tuning):
         precision   of the network for GPUs: "float32", "float16" or "bfloat16". The CPU's is float32.
         any_plan    a second loop for the CPU, which runs any solver, noise and guidance rescale, not only what the
                     plans need; it holds the network's weights once more.
-        sign_key    an Ed25519 private key to sign the manifest with (skipstep.signature).
+        sign_key    an Ed25519 private key to sign the manifest with (skipstep.storage.signature).
 
         The bundle is loaded and draws the golden samples again before it takes its name; an existing one is replaced
         only with `overwrite`, and only by a whole one. Raises ExportError, StorageError, InputError.

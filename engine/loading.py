@@ -6,21 +6,21 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from skipstep.bundle import Bundle, open_bundle
-from skipstep.distinct import distinct
+from skipstep.bundles.bundle import Bundle, open_bundle
+from skipstep.bundles.manifest import PlanEntry
+from skipstep.calls.distinct import distinct
 from skipstep.errors import BundleError, InputError, MissingDependencyError, PlanError, ScheduleError
-from skipstep.manifest import PlanEntry
-from skipstep.network import network_batch_sizes
+from skipstep.networks.spec import network_batch_sizes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from skipstep.backends.onnxruntime import LoopConstants
-    from skipstep.cuda.loop import CudaLoop, Lane
-    from skipstep.device_identity import DeviceIdentity
     from skipstep.engine import Engine
-    from skipstep.plan import Plan
-    from skipstep.schedule import NoiseSchedule
+    from skipstep.latency.identity import DeviceIdentity
+    from skipstep.loops.captured import CudaLoop, Lane
+    from skipstep.plans.plan import Plan
+    from skipstep.plans.schedule import NoiseSchedule
 
 _PARTS = ("plan", "prompt", "call")
 
@@ -55,7 +55,7 @@ def load(
     bundle = open_bundle(path, require_signature=require_signature, allow_hard_links=allow_hard_links)
     try:
         from skipstep.backends.onnxruntime import LoopConstants, make_session
-        from skipstep.loop_sessions import LoopSessions
+        from skipstep.loops.loop_sessions import LoopSessions
     except ImportError as error:
         raise MissingDependencyError(
             got=f"no package {error.name}",
@@ -105,7 +105,7 @@ def load(
             **options,
         )
     else:
-        from skipstep.graph_loop import GraphLoop
+        from skipstep.loops.graph_loop import GraphLoop
 
         one_graph = {0: GraphLoop(sessions, constants, manifest.network)}
         engine = Engine(
@@ -114,7 +114,7 @@ def load(
     for plan in plans:
         engine.add_plan(plan)
     if manifest.calibration is not None:
-        from skipstep.calibration import matching, read_calibrations
+        from skipstep.latency.calibration import matching, read_calibrations
 
         engine.calibration = matching(read_calibrations(bundle.read(manifest.calibration)), engine.identity())
     if on_gpu:
@@ -133,11 +133,11 @@ def _device_loops(
             got="no package torch", expected="torch, which holds memory on a GPU", remedy="pip install 'skipstep[gpu]'"
         ) from error
     from skipstep.backends.tensorrt import denoisers_from_bundle
-    from skipstep.build import resolve_loop
+    from skipstep.building import resolve_loop
     from skipstep.cuda.device import CudaDevice
-    from skipstep.cuda.loop import Lane
-    from skipstep.lifecycle import Lifecycle
-    from skipstep.network_loops import make_device_loops
+    from skipstep.loops.captured import Lane
+    from skipstep.loops.lifecycle import Lifecycle
+    from skipstep.loops.network_loops import make_device_loops
 
     wanted = resolve_loop(loop, "tensorrt", device="cuda")
     network, batch_sizes = bundle.manifest.network, bundle.manifest.batch_sizes
@@ -153,7 +153,7 @@ def loaded_identity(*, num_threads: int | None = None) -> DeviceIdentity:
     """What must be equal for latencies to count for an engine that is loaded here."""
     import onnxruntime  # noqa: F401  # Its version is part of it.
 
-    from skipstep.device_identity import device_identity
+    from skipstep.latency.identity import device_identity
 
     return device_identity(backend="onnxruntime", loop="onnx", device="cpu", num_threads=num_threads)
 
@@ -177,7 +177,7 @@ def stored_schedules(arrays: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
 
 
 def _schedule(schedules: list[NDArray[Any]], number: int) -> NoiseSchedule:
-    from skipstep.schedule import NoiseSchedule
+    from skipstep.plans.schedule import NoiseSchedule
 
     if number >= len(schedules):
         raise _mismatch(f"schedule {number} of {len(schedules)}")
@@ -188,7 +188,7 @@ def _schedule(schedules: list[NDArray[Any]], number: int) -> NoiseSchedule:
 
 
 def _stored_plan(entry: PlanEntry, schedules: list[NDArray[Any]], arrays: Mapping[str, NDArray[Any]]) -> Plan:
-    from skipstep.plan import Plan
+    from skipstep.plans.plan import Plan
 
     try:
         plan = Plan(schedule=_schedule(schedules, entry.schedule), **entry.options)

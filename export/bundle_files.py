@@ -6,8 +6,8 @@ import hashlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from skipstep.bundles.manifest import FileEntry
 from skipstep.errors import ExportError
-from skipstep.manifest import FileEntry
 
 
 class BundleFiles:

@@ -10,13 +10,13 @@ import dataclasses
 import os
 from collections.abc import Mapping
 
-from skipstep.bundle import Bundle, open_bundle
-from skipstep.calibration import FILE_NAME as CALIBRATION_NAME
-from skipstep.calibration import Calibration, matching, read_calibrations, write_calibrations
+from skipstep.bundles.bundle import Bundle, open_bundle
+from skipstep.bundles.manifest import FILE_NAME, Manifest
 from skipstep.errors import BundleError
 from skipstep.export.bundle_files import BundleFiles
-from skipstep.files import atomic_folder
-from skipstep.manifest import FILE_NAME, Manifest
+from skipstep.latency.calibration import FILE_NAME as CALIBRATION_NAME
+from skipstep.latency.calibration import Calibration, matching, read_calibrations, write_calibrations
+from skipstep.storage.atomic import atomic_folder
 
 
 def rewrite_bundle(bundle: Bundle, changed: Manifest, added: Mapping[str, bytes]) -> None:

@@ -1,4 +1,4 @@
-"""Writing a bundle (skipstep.bundle says what is in one): everything is made, written, loaded and tried, then named.
+"""Writing a bundle (skipstep.bundles.bundle): everything is made, written, loaded and tried, then named.
 
 A bundle takes its name in one step, after the engine that was loaded from it drew the golden samples again. Killed at
 any moment before, the writer leaves what was there.
@@ -19,10 +19,17 @@ from safetensors.numpy import save as save_arrays
 
 from skipstep import __version__
 from skipstep.backends.onnxruntime import LoopConstants
-from skipstep.bundle import is_bundle
-from skipstep.calibration import FILE_NAME as CALIBRATION_NAME
-from skipstep.calibration import Calibration, write_calibrations
-from skipstep.distinct import distinct
+from skipstep.bundles.bundle import is_bundle
+from skipstep.bundles.golden import GOLDEN_FILE, draw_golden, replay_golden
+from skipstep.bundles.manifest import (
+    FILE_NAME,
+    SIGNATURE_NAME,
+    KernelEntry,
+    LoopEntry,
+    Manifest,
+    PlanEntry,
+)
+from skipstep.calls.distinct import distinct
 from skipstep.errors import InputError, StorageError
 from skipstep.export.bundle_files import BundleFiles, package_version
 from skipstep.export.engines import Progress, built_engines
@@ -31,21 +38,14 @@ from skipstep.export.onnx_loop import build_loop
 from skipstep.export.partition import Partition
 from skipstep.export.targets import Targets
 from skipstep.export.weight_storage import compress_weights
-from skipstep.files import atomic_folder
-from skipstep.golden import GOLDEN_FILE, draw_golden, replay_golden
+from skipstep.latency.calibration import FILE_NAME as CALIBRATION_NAME
+from skipstep.latency.calibration import Calibration, write_calibrations
 from skipstep.loading import load, plan_arrays
-from skipstep.loop_table import shared_features
-from skipstep.manifest import (
-    FILE_NAME,
-    SIGNATURE_NAME,
-    KernelEntry,
-    LoopEntry,
-    Manifest,
-    PlanEntry,
-)
-from skipstep.plan import Plan
-from skipstep.schedule import NoiseSchedule
-from skipstep.stages import Stages
+from skipstep.loops.loop_table import shared_features
+from skipstep.plans.plan import Plan
+from skipstep.plans.schedule import NoiseSchedule
+from skipstep.plans.stages import Stages
+from skipstep.storage.atomic import atomic_folder
 
 if TYPE_CHECKING:
     from skipstep.engine import Engine
@@ -131,7 +131,7 @@ def write_bundle(
         data = manifest.to_json()
         (folder / FILE_NAME).write_bytes(data)
         if request.sign_key is not None:
-            from skipstep.signature import sign
+            from skipstep.storage.signature import sign
 
             (folder / SIGNATURE_NAME).write_bytes(sign(data, request.sign_key))
         report("replay")

@@ -1,6 +1,6 @@
 """The step kernel compiled ahead of time, for any NVIDIA architecture, on a machine without a GPU.
 
-`compile_step_kernels` makes what skipstep.cubin_launcher runs on a machine without Triton: cubins, each with the facts
+`compile_step_kernels` makes what skipstep.edge.launcher runs on a machine without Triton: cubins, each with the facts
 that a launch needs. What the compiler says is taken from the compiler: the arguments are those of the PTX, checked
 against the kernel's own, and shared memory and registers those of the machine code.
 
@@ -19,10 +19,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
+from skipstep.edge.step_binary import (
+    HIDDEN_ARGUMENTS,
+    POINTER_ALIGNMENT,
+    KernelArgument,
+    StepBinaryFacts,
+    argument_types,
+)
 from skipstep.errors import ExportError, InputError, MissingDependencyError
 from skipstep.kernels.launch import DEFAULT_LAUNCH, StepLaunch, step_constants
 from skipstep.kernels.layout import StepFlags
-from skipstep.step_binary import HIDDEN_ARGUMENTS, POINTER_ALIGNMENT, KernelArgument, StepBinaryFacts, argument_types
 
 try:
     import triton
@@ -54,7 +60,7 @@ DTYPES = ("fp16", "fp32")
 # The compiler may only use wide accesses where it knows that addresses are multiples of 16 bytes.
 _ALIGNED = [["tt.divisibility", POINTER_ALIGNMENT]]
 
-# Triton's names for what skipstep.step_binary calls by NumPy's.
+# Triton's names for what skipstep.edge.step_binary calls by NumPy's.
 _TRITON_TYPES: Final[Mapping[str, str]] = {
     "float16": "fp16",
     "bfloat16": "bf16",

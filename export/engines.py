@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from skipstep.bundle import open_bundle
-from skipstep.cache import ArtefactCache, cache_key
-from skipstep.cuda_probe import cuda_device
+from skipstep.bundles.bundle import open_bundle
+from skipstep.bundles.cache import ArtefactCache, cache_key
+from skipstep.bundles.manifest import EngineEntry
+from skipstep.cuda.probe import cuda_device
 from skipstep.errors import BundleError
 from skipstep.export.bundle_files import package_version
 from skipstep.export.bundle_rewriter import rewrite_bundle
 from skipstep.export.tensorrt_engine import EngineTarget, build_engine
-from skipstep.manifest import EngineEntry
-from skipstep.network import NetworkSpec, network_batch_sizes
+from skipstep.networks.spec import NetworkSpec, network_batch_sizes
 
 Progress = Callable[[str], None]
 

@@ -1,7 +1,7 @@
 """The whole sampling loop as one ONNX graph: the network and the step, as many times as there are rows of weights.
 
     inputs    x, x0 [B, n]; memory, base where a solver keeps them                n = C·H·W
-              table [E, 1 or B, columns]                                          skipstep.loop_table
+              table [E, 1 or B, columns]                                          skipstep.loops.loop_table
               NAME/rows for each value that the network reads beside the state; plan_index, call_index [E, N] and
               prompt_index [N] say which row each stage and sample has            skipstep.backends.onnxruntime
               copies [2], guidance, rescale [B, 1]; noise [E or 1, B, n]          where the features have them
@@ -25,8 +25,8 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 from skipstep.export.graph_writer import Dims, GraphWriter, floats, rename_graph, renamed_nodes, renamed_value
 from skipstep.export.onnx_step import write_step
 from skipstep.export.partition import Binding, Partition
-from skipstep.loop_table import LoopFeatures
-from skipstep.network import NetworkSpec
+from skipstep.loops.loop_table import LoopFeatures
+from skipstep.networks.spec import NetworkSpec
 
 INDEX_NAMES = {Binding.PLAN: "plan_index", Binding.CALL: "call_index", Binding.PROMPT: "prompt_index"}
 

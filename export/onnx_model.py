@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from skipstep.backends.torch import DenoisingModule, zero_conditioning
 from skipstep.errors import ExportError, MissingDependencyError
-from skipstep.network import NetworkSpec
+from skipstep.networks.spec import NetworkSpec
 
 OPSET = 20
 # Raised when this module comes to write another graph for the same network: cached ones are keyed by it.

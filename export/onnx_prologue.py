@@ -16,13 +16,13 @@ import onnx
 from onnx import GraphProto, TensorProto, helper
 
 from skipstep.backends.onnxruntime import LoopConstants
-from skipstep.conditioning import LABELS, PROMPTS
-from skipstep.distinct import distinct
+from skipstep.calls.conditioning import LABELS, PROMPTS
+from skipstep.calls.distinct import distinct
 from skipstep.export.graph_writer import GraphWriter, rename_graph
 from skipstep.export.onnx_loop import INDEX_NAMES, StepNetwork
 from skipstep.export.partition import Binding, Partition
-from skipstep.network import NetworkSpec
-from skipstep.plan import Plan
+from skipstep.networks.spec import NetworkSpec
+from skipstep.plans.plan import Plan
 
 NEGATIVE_PROMPTS = f"negative_{PROMPTS}"
 

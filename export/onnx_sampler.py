@@ -11,7 +11,7 @@
 
 Coefficients and what follows from the timesteps are constants; what follows from the conditioning is computed before
 the loop, once for all stages (skipstep.export.onnx_prologue). Seeds are not in the graph: the noise of skipstep's own
-samples is skipstep.noise.standard_normal(seeds, C·H·W, stage=range(E), stream=Stream.STEP).
+samples is skipstep.calls.noise.standard_normal(seeds, C·H·W, stage=range(E), stream=Stream.STEP).
 
 Of the two forms the loop holds the network once. The unrolled one needs no Loop of a runtime, at the price of E times
 the nodes; the weights are there once, and each stage has the operations that its flags ask for, no others. It is for
@@ -28,17 +28,17 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
-from skipstep.conditioning import LABELS, PROMPTS
+from skipstep.calls.conditioning import LABELS, PROMPTS
 from skipstep.errors import ExportError, InputError
 from skipstep.export.graph_writer import Dims, GraphWriter, floats
 from skipstep.export.onnx_loop import StepNetwork, loop_body, write_evaluation
 from skipstep.export.onnx_prologue import NEGATIVE_PROMPTS, write_prologue
 from skipstep.export.partition import BATCH, Partition
 from skipstep.kernels.layout import Column, StepFlags
-from skipstep.loop_table import LoopFeatures, loop_table
-from skipstep.network import NetworkSpec
-from skipstep.plan import Plan, check_plan_fits
-from skipstep.stages import Stages
+from skipstep.loops.loop_table import LoopFeatures, loop_table
+from skipstep.networks.spec import NetworkSpec
+from skipstep.plans.plan import Plan, check_plan_fits
+from skipstep.plans.stages import Stages
 
 Form = Literal["loop", "unrolled"]
 _MAX_BYTES = 2**31 - 1

@@ -15,8 +15,8 @@ from onnx import TensorProto, ValueInfoProto, helper
 from skipstep.export.graph_writer import GraphWriter
 from skipstep.kernels.layout import Column
 from skipstep.kernels.statistics import Thresholding, rank
-from skipstep.loop_table import WRITE_BASE, LoopFeatures
-from skipstep.network import NetworkSpec
+from skipstep.loops.loop_table import WRITE_BASE, LoopFeatures
+from skipstep.networks.spec import NetworkSpec
 
 _LAST = np.iinfo(np.int64).max
 

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from skipstep.cuda_probe import cuda_device
+from skipstep.cuda.probe import cuda_device
 from skipstep.errors import ExportError, InputError, MissingDependencyError, SkipstepError
 from skipstep.export.tensorrt_engine import EXTRAS, Library, Progress
 

@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 from onnx import TensorProto, ValueInfoProto
 
 from skipstep.errors import ExportError, InputError
-from skipstep.files import atomic_folder
+from skipstep.storage.atomic import atomic_folder
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 _TYPES: Mapping[int, str] = {

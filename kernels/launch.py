@@ -26,7 +26,7 @@ from skipstep.kernels.layout import StepFlags
 
 # A thread draws its noise four elements at a time, one Philox block; a program's blocks are counted by a 32-bit word.
 MIN_ELEMENTS_PER_THREAD: Final = 4
-MAX_BLOCK_SIZE: Final = 2**16  # As skipstep.step_binary has it; far below 2^34, at which that word would end.
+MAX_BLOCK_SIZE: Final = 2**16  # As skipstep.edge.step_binary has it; far below 2^34, at which that word would end.
 MAX_WARPS: Final = 32
 
 _ACCESS_BYTES: Final = 16

@@ -1,4 +1,4 @@
-"""Normals in registers: the Triton twin of skipstep.noise, same integers and same float32 bits.
+"""Normals in registers: the Triton twin of skipstep.calls.noise, same integers and same float32 bits.
 
     w0 w1 w2 w3 = Philox4x32-10(counter = (block low, block high, stage, stream), key = seed)
     elements 4·block … 4·block+3 = Box-Muller(w0, w1), Box-Muller(w2, w3)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.integrate import solve_ivp
 from scipy.special import softmax
 
-from skipstep.solvers import SOLVERS, SolverOptions, UpdateWeights
+from skipstep.plans.solvers import SOLVERS, SolverOptions, UpdateWeights
 
 Eps = Callable[[NDArray[np.float64], float], NDArray[np.float64]]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from networks import tiny_unet
+from tiny_networks import tiny_unet
 
 from skipstep.bench.contenders import textbook
 from skipstep.bench.contenders.workload import Built, ContenderKind, Draw, Setup, Workload

@@ -20,8 +20,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from skipstep.cuda import workspace
 from skipstep.kernels.step import ddim_step, initial_noise
+from skipstep.loops import workspace
 
 
 @dataclass(eq=False)

@@ -6,8 +6,8 @@ import ctypes
 from dataclasses import dataclass, field
 from typing import Any
 
+from skipstep.edge.step_binary import HIDDEN_ARGUMENTS, KernelArgument, StepBinaryFacts, argument_types
 from skipstep.kernels.layout import StepFlags
-from skipstep.step_binary import HIDDEN_ARGUMENTS, KernelArgument, StepBinaryFacts, argument_types
 
 # An ELF header for machine 190, CUDA; nothing here looks further.
 CUBIN = b"\x7fELF" + bytes(14) + (190).to_bytes(2, "little") + bytes(44)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from skipstep.backends.onnxruntime import LoopConstants, OnnxRuntimeDenoiser, make_session
 from skipstep.backends.torch import DenoisingModule
-from skipstep.conditioning import LABELS, PROMPTS, Conditioning
+from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
 from skipstep.export.onnx_model import export_onnx
 from skipstep.export.partition import Partition, partition
-from skipstep.network import NetworkSpec
+from skipstep.networks.spec import NetworkSpec
 
 SPEC = NetworkSpec((2, 4, 4), num_classes=5, null_label=5, prompt_shape=(3, 6))
 

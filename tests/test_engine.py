@@ -6,11 +6,12 @@ import threading
 import numpy as np
 import pytest
 import torch
-from networks import Curve, Labelled, tiny_unet
 from PIL import Image
+from tiny_networks import Curve, Labelled, tiny_unet
 from tolerances import BACKENDS_AGREE, BATCH_INVARIANCE
 
 from skipstep import Engine, NoiseSchedule, Plan
+from skipstep.calls.noise import standard_normal
 from skipstep.errors import (
     DeviceUnavailableError,
     ExportError,
@@ -22,7 +23,6 @@ from skipstep.errors import (
     SkipstepError,
 )
 from skipstep.kernels.layout import Stream
-from skipstep.noise import standard_normal
 
 SCHEDULE = NoiseSchedule.linear(1000)
 NOISY = Plan(schedule=SCHEDULE, steps=4, eta=1.0)

@@ -58,7 +58,7 @@ def test_public_names():
 )
 def test_a_missing_extra_is_named(absent, code, extra, tmp_path):
     """In a process of its own, where importing `absent` fails as if it were not installed."""
-    from networks import tiny_unet
+    from tiny_networks import tiny_unet
 
     tiny_unet().save_pretrained(tmp_path)
     prelude = f"""
@@ -69,13 +69,13 @@ from skipstep.errors import MissingDependencyError
 folder = {str(tmp_path)!r}
 """
     if absent == "diffusers":
-        prelude += "from skipstep.checkpoint import load_unet, read_checkpoint\n"
+        prelude += "from skipstep.networks.checkpoint import load_unet, read_checkpoint\n"
     if absent == "onnxscript":
         prelude += """
 from torch import nn
 from skipstep.backends.torch import DenoisingModule
 from skipstep.export.onnx_model import export_onnx
-from skipstep.network import NetworkSpec
+from skipstep.networks.spec import NetworkSpec
 """
     attempt = f"try:\n    {code}\nexcept MissingDependencyError as error:\n    print(error)\n"
     message = run(prelude + attempt)

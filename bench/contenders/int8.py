@@ -27,9 +27,9 @@ from skipstep.bench.models import Subject
 from skipstep.export.graph_cost import partition_costs
 from skipstep.export.onnx_loop import build_loop
 from skipstep.export.partition import Partition, partition
-from skipstep.graph_loop import GraphLoop
-from skipstep.loop_sessions import LoopSessions
-from skipstep.stages import Stages
+from skipstep.loops.graph_loop import GraphLoop
+from skipstep.loops.loop_sessions import LoopSessions
+from skipstep.plans.stages import Stages
 
 _STEPS = 10
 _SAMPLES = 8

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from skipstep.backends.onnxruntime import LoopConstants, Values, make_session
 from skipstep.bench.contenders.workload import Samples, Workload
-from skipstep.conditioning import Conditioning
+from skipstep.calls.conditioning import Conditioning
+from skipstep.calls.request import resolve_request
 from skipstep.export.partition import Partition
-from skipstep.loop import HostLoop
-from skipstep.network import NetworkSpec
-from skipstep.request import resolve_request
-from skipstep.stages import Stages
+from skipstep.loops.stepwise import HostLoop
+from skipstep.networks.spec import NetworkSpec
+from skipstep.plans.stages import Stages
 
 
 class CastingDenoiser:

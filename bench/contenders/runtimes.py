@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from skipstep.bench.contenders.workload import Built, ContenderKind, Draw, Samples, Setup, Workload
 from skipstep.bench.models import Subject
-from skipstep.plan import Plan
+from skipstep.plans.plan import Plan
 
 Network = Callable[[dict[str, Any]], Samples]
 

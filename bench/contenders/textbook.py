@@ -12,7 +12,7 @@ from torch import Tensor
 
 from skipstep.bench.contenders.workload import Built, ContenderKind, Draw, Setup, Workload
 from skipstep.bench.models import Subject
-from skipstep.plan import Plan
+from skipstep.plans.plan import Plan
 
 
 @torch.inference_mode()

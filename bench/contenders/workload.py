@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from skipstep.bench.models import Subject
-from skipstep.plan import Plan
+from skipstep.plans.plan import Plan
 
 Samples = NDArray[np.float32]
 Draw = Callable[[], Samples]

@@ -22,7 +22,7 @@ from skipstep.bench.gpu.process import Ended, run_limited
 from skipstep.bench.gpu.provenance import gate_environment, gpu_state, write_whole
 from skipstep.bench.gpu.summary import print_summary
 from skipstep.bench.gpu.tasks import BUDGET, LATENCY_FILE, SUMMARY_FILE, TASKS, Task, Verdict, limit_for, passed
-from skipstep.cuda_probe import cuda_device
+from skipstep.cuda.probe import cuda_device
 from skipstep.errors import DeviceUnavailableError
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from skipstep.bench.gpu.device import BenchDevice
 from skipstep.bench.gpu.tasks import CAPTURED, EAGER, REPLAYED
 from skipstep.bench.models import BenchModel
-from skipstep.plan import Plan
+from skipstep.plans.plan import Plan
 
 # steps, x_T float32 [B, C, H, W] -> x_0 float32 [B, C, H, W], both on the device; all work may still be under way.
 Draw = Callable[[int, Tensor], Tensor]

@@ -21,12 +21,12 @@ from skipstep.bench.gpu.tasks import Verdict
 # Patterns below the checkout. What a dry run takes of them is little, and runs without a GPU.
 GROUPS: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "kernels": (
-        ("tests/kernels/test_*.py", "tests/export/test_cubins.py", "tests/test_cuda_probe.py"),
+        ("tests/kernels/test_*.py", "tests/export/test_cubins.py", "tests/cuda/test_cuda_probe.py"),
         ("tests/kernels/test_step_kernel.py", "-k", "initial_noise and 63"),
     ),
     "engine": (
-        ("tests/test_cuda*.py", "tests/test_captured*.py", "tests/cuda/test_*.py"),
-        ("tests/test_schedule.py", "-k", "linear"),
+        ("tests/cuda/test_cuda*.py", "tests/loops/test_captured*.py", "tests/cuda/test_*.py"),
+        ("tests/plans/test_schedule.py", "-k", "linear"),
     ),
 }
 # Compiling kernels takes most of the time, each worker's on a core of its own.

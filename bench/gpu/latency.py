@@ -33,8 +33,8 @@ from skipstep.bench.gpu.tasks import CAPTURED, Verdict
 from skipstep.bench.gpu_models import DRY_RUN_MODELS, GPU_MODELS
 from skipstep.bench.models import BenchModel
 from skipstep.bench.results import Contender
-from skipstep.plan import Plan
-from skipstep.scheduler_config import read_scheduler_config
+from skipstep.plans.plan import Plan
+from skipstep.plans.scheduler_config import read_scheduler_config
 
 # All divide the thousand timesteps of training: of other grids diffusers pairs the timesteps wrongly.
 STEPS: Final = (10, 20, 50)

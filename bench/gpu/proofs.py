@@ -12,8 +12,8 @@ import torch
 from skipstep.bench.gpu.device import BenchDevice, Trace
 from skipstep.bench.gpu.tasks import Verdict
 from skipstep.bench.gpu_models import DRY_RUN_MODELS, GPU_MODELS
-from skipstep.plan import Plan
-from skipstep.scheduler_config import read_scheduler_config
+from skipstep.plans.plan import Plan
+from skipstep.plans.scheduler_config import read_scheduler_config
 
 _STEPS: Final = 20
 _GRAPH_LAUNCHES: Final = ("cudaGraphLaunch", "cuGraphLaunch")

@@ -32,7 +32,7 @@ from skipstep.bench.page.sections import (
 from skipstep.bench.page.style import style_sheet
 from skipstep.bench.page.tables import absent_section, environment_section, measurements_section, numbers_section
 from skipstep.errors import StorageError
-from skipstep.files import atomic_write
+from skipstep.storage.atomic import atomic_write
 
 PAGE: Final = "report.html"
 # Nothing may be loaded or run, whatever a name in a result contains.

@@ -16,7 +16,7 @@ from skipstep.bench.fits import fit_line
 from skipstep.bench.page.inputs import MachineGroup, is_finite
 from skipstep.bench.page.quality import QualityPoint
 from skipstep.bench.results import REFERENCE, Case, Contender
-from skipstep.calibration import nearest_rank
+from skipstep.latency.calibration import nearest_rank
 
 # The engine that people get if they ask for nothing: the device's whole loop, else the processor's.
 OUR_DEFAULTS: Final = ("skipstep-captured", "skipstep-step-graph", "skipstep-onnx")

@@ -12,7 +12,7 @@ from skipstep.bench.page.inputs import MachineGroup, is_finite
 from skipstep.bench.page.numbers import DIFFUSERS, median, panels
 from skipstep.bench.page.parts import milliseconds, section, times, words
 from skipstep.bench.results import REFERENCE, Case
-from skipstep.calibration import nearest_rank
+from skipstep.latency.calibration import nearest_rank
 
 _MEASUREMENTS: Final = {
     "build": "From a checkpoint to an engine and a bundle",

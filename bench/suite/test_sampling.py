@@ -9,7 +9,7 @@ import pytest
 
 from skipstep.bench.measure import Bench
 from skipstep.bench.record import environment
-from skipstep.calibration import nearest_rank
+from skipstep.latency.calibration import nearest_rank
 
 
 # Compilation has a limit of its own, and a case a budget.

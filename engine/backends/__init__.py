@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.conditioning import Conditioning
+from skipstep.calls.conditioning import Conditioning
 from skipstep.errors import InputError, MissingDependencyError
 
 BackendName = Literal["torch", "onnxruntime", "tensorrt"]
@@ -33,7 +33,7 @@ class Denoiser(Protocol):
     """A network on the CPU at one batch size N, behind buffers that never move: write `input`, enqueue, read `output`.
 
     `input` is `[N, C, H, W]` and `output` `[N, C or 2C, H, W]` (NetworkSpec.output_shape), float32 NumPy arrays.
-    skipstep.cuda.denoiser has its like on a GPU.
+    skipstep.backends.denoiser has its like on a GPU.
     """
 
     batch_size: int

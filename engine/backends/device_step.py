@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from skipstep.backends.denoiser import Constant, Stage
 from skipstep.backends.onnxruntime import LoopConstants
-from skipstep.conditioning import LABELS, PROMPTS, Conditioning
-from skipstep.cuda.denoiser import Constant, Stage
+from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
 from skipstep.errors import ExportError
-from skipstep.network import NetworkSpec
+from skipstep.networks.spec import NetworkSpec
 
 if TYPE_CHECKING:
     from skipstep.export.partition import Partition

@@ -15,10 +15,10 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from skipstep.conditioning import Conditioning
-from skipstep.distinct import distinct
+from skipstep.calls.conditioning import Conditioning
+from skipstep.calls.distinct import distinct
 from skipstep.errors import ExportError
-from skipstep.network import NetworkSpec
+from skipstep.networks.spec import NetworkSpec
 
 # Some builds write usage events to the user's cache folder; a library that is embedded in products sends nothing.
 onnxruntime.disable_telemetry_events()

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from skipstep.backends.denoiser import Constant, Enqueue, Stage
 from skipstep.backends.device_step import (
     HOST_DTYPES,
     PREDICTION,
@@ -30,11 +31,10 @@ from skipstep.backends.device_step import (
     step_graph,
 )
 from skipstep.backends.onnxruntime import LoopConstants
-from skipstep.conditioning import Conditioning
-from skipstep.cuda.denoiser import Constant, Enqueue, Stage
-from skipstep.cuda_probe import cuda_device
+from skipstep.calls.conditioning import Conditioning
+from skipstep.cuda.probe import cuda_device
 from skipstep.errors import DeviceUnavailableError, ExportError, MissingDependencyError
-from skipstep.network import NetworkSpec
+from skipstep.networks.spec import NetworkSpec
 
 if TYPE_CHECKING:
     from skipstep.export.partition import Partition
@@ -121,7 +121,7 @@ def make_cuda_session(
 
 
 class OnnxRuntimeCudaDenoiser:
-    """The step graph at one batch size (skipstep.cuda.denoiser.DeviceDenoiser). Raises ExportError for another graph.
+    """The step graph at one batch size (skipstep.backends.denoiser). Raises ExportError for another graph.
 
     One session serves denoisers of several sizes. All contexts are one: the buffers are the session's only memory of a
     run.

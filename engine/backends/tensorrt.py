@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from skipstep.backends.denoiser import Constant, Enqueue, Stage
 from skipstep.backends.device_step import (
     PREDICTION,
     SAMPLE,
@@ -33,18 +34,17 @@ from skipstep.backends.device_step import (
     step_graph,
 )
 from skipstep.backends.onnxruntime import LoopConstants
-from skipstep.conditioning import Conditioning
-from skipstep.cuda.denoiser import Constant, Enqueue, Stage
+from skipstep.calls.conditioning import Conditioning
 from skipstep.cuda.device import CAPTURE_LOCK
-from skipstep.cuda_probe import cuda_device
+from skipstep.cuda.probe import cuda_device
 from skipstep.errors import CaptureError, ExportError, InputError, MissingDependencyError
-from skipstep.network import NetworkSpec
+from skipstep.networks.spec import NetworkSpec
 
 if TYPE_CHECKING:
     # The full library has no stubs either; what the type checker reads of this one stands for both.
     import tensorrt_rtx as trt
 
-    from skipstep.bundle import Bundle
+    from skipstep.bundles.bundle import Bundle
     from skipstep.export.partition import Partition
     from skipstep.export.tensorrt_engine import Library
 
@@ -95,9 +95,9 @@ def load_library(library: Library) -> _TensorRt:
 
 
 class TensorRtDenoiser:
-    """An engine of a step network at one batch size (skipstep.cuda.denoiser.DeviceDenoiser).
+    """An engine of a step network at one batch size (skipstep.backends.denoiser.DeviceDenoiser).
 
-    `engine` must be bytes that were verified: from skipstep.bundle.read_engine, or from the cache through
+    `engine` must be bytes that were verified: from skipstep.bundles.bundle.read_engine, or from the cache through
     skipstep.export.engines.build_engine_cached. Run it on a stream that is not the default one, on which TensorRT waits
     for the device.
 
@@ -339,12 +339,12 @@ def denoisers_from_bundle(
     device: torch.device,
     library: Library | None = None,
 ) -> dict[int, TensorRtDenoiser]:
-    """Denoisers of a bundle's engines by network batch size (skipstep.network.network_batch_sizes), on the first GPU.
+    """Denoisers of a bundle's engines by network batch size, on the first GPU.
 
     `constants` are made of the bundle's own graphs and tables. Raises as TensorRtDenoiser does, and IntegrityError;
     DeviceUnavailableError where the bundle has no engine for this GPU, library version and size.
     """
-    from skipstep.bundle import read_engine
+    from skipstep.bundles.bundle import read_engine
 
     library = library or find_library()
     version, network = load_library(library).__version__, bundle.manifest.network

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from skipstep.conditioning import LABELS, PROMPTS, Conditioning
-from skipstep.cuda.denoiser import Constant, Enqueue, Stage
+from skipstep.backends.denoiser import Constant, Enqueue, Stage
+from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
 from skipstep.errors import InputError
-from skipstep.network import NetworkSpec
+from skipstep.networks.spec import NetworkSpec
 
 NETWORK_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -133,7 +133,7 @@ class TorchDenoiser:
 
 
 class TorchDeviceDenoiser:
-    """A module on a GPU (skipstep.cuda.denoiser). `forward` runs it: the module itself, or what compiled it."""
+    """A module on a GPU (skipstep.backends.denoiser). `forward` runs it: the module itself, or what compiled it."""
 
     name = "torch"
     capture_refusal: str | None = None

@@ -164,7 +164,7 @@ def _table(case: Case) -> str:
 
 
 def _row(contender: Contender) -> list[str]:
-    from skipstep.calibration import nearest_rank
+    from skipstep.latency.calibration import nearest_rank
 
     return [
         contender.name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from skipstep.cache import ArtefactCache
+from skipstep.bundles.cache import ArtefactCache
 from skipstep.commands.tables import format_table
 
 HELP = "list or clear what was built before and is kept"

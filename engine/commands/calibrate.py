@@ -45,10 +45,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from skipstep.bundle import open_bundle
-    from skipstep.calibration import describe_latencies
+    from skipstep.bundles.bundle import open_bundle
     from skipstep.export.bundle_rewriter import add_calibration
-    from skipstep.latency import calibrate
+    from skipstep.latency.calibration import describe_latencies
+    from skipstep.latency.measure import calibrate
     from skipstep.loading import load, loaded_identity
 
     bundle = open_bundle(options.bundle, require_signature=options.require_signature)

@@ -11,7 +11,7 @@ from skipstep.commands.tables import format_table
 from skipstep.demo import SHIPPED_BUNDLE
 
 if TYPE_CHECKING:
-    from skipstep.bundle import Bundle
+    from skipstep.bundles.bundle import Bundle
 
 HELP = "say what is in a bundle"
 DESCRIPTION = "Read a bundle's manifest, and nothing else of it, and say what is inside."
@@ -25,14 +25,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from skipstep.bundle import open_bundle
+    from skipstep.bundles.bundle import open_bundle
 
     bundle = open_bundle(options.bundle)
     print(bundle.manifest.to_json().decode().rstrip() if options.json else describe(bundle))
 
 
 def describe_bundle(path: str | os.PathLike[str]) -> str:
-    from skipstep.bundle import open_bundle
+    from skipstep.bundles.bundle import open_bundle
 
     return describe(open_bundle(path))
 

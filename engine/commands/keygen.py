@@ -14,7 +14,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from skipstep.signature import generate_key
+    from skipstep.storage.signature import generate_key
 
     public = options.key.with_name(options.key.name + ".pub")
     generate_key(options.key, public)

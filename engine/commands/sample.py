@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from skipstep.engine import Engine
-    from skipstep.plan import Plan
+    from skipstep.plans.plan import Plan
 
 HELP = "draw samples with one or several step counts"
 DESCRIPTION = "Draw the same samples with each step count; write a labelled grid and the single pictures."
@@ -66,8 +66,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from skipstep.bundle import is_bundle
-    from skipstep.grid import labelled_grid
+    from skipstep.bundles.bundle import is_bundle
+    from skipstep.calls.grid import labelled_grid
 
     seeds = options.seeds if options.seeds is not None else list(range(options.num))
     if not seeds:
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> None:
 
 def open_engine(options: argparse.Namespace, *, batch_sizes: Sequence[int]) -> Engine:
     """The engine of `options.model`: loaded from a bundle, or compiled from a diffusers folder."""
-    from skipstep.bundle import is_bundle
+    from skipstep.bundles.bundle import is_bundle
     from skipstep.engine import Engine
     from skipstep.loading import load
 

@@ -15,10 +15,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from skipstep.bundle import open_bundle
-    from skipstep.files import atomic_write
-    from skipstep.manifest import FILE_NAME, SIGNATURE_NAME
-    from skipstep.signature import sign
+    from skipstep.bundles.bundle import open_bundle
+    from skipstep.bundles.manifest import FILE_NAME, SIGNATURE_NAME
+    from skipstep.storage.atomic import atomic_write
+    from skipstep.storage.signature import sign
 
     bundle = open_bundle(options.bundle)
     for name in bundle.manifest.files:

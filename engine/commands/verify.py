@@ -20,8 +20,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from skipstep.bundle import open_bundle
-    from skipstep.golden import replay_golden
+    from skipstep.bundles.bundle import open_bundle
+    from skipstep.bundles.golden import replay_golden
     from skipstep.loading import load
 
     shipped = options.bundle == SHIPPED_BUNDLE

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from skipstep.cuda_probe import graph_num_nodes
+from skipstep.cuda.probe import graph_num_nodes
 
 Work = Callable[[], object]
 

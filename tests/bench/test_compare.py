@@ -8,8 +8,8 @@ import pytest
 
 from skipstep.bench.compare import baseline_path, compare_cases, compare_runs, slowdown_interval
 from skipstep.bench.results import REFERENCE, Case, Contender, Run, read_run, write_run
-from skipstep.cli import main
 from skipstep.commands.compare import describe, to_markdown
+from skipstep.commands.main import main
 from skipstep.errors import InputError
 
 OURS = "skipstep-onnx"

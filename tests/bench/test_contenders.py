@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from bench_suite import save_model
-from networks import tiny_unet
+from tiny_networks import tiny_unet
 from tolerances import BACKENDS_AGREE
 
 from skipstep import Engine

@@ -7,13 +7,13 @@ import csv
 import numpy as np
 import pytest
 from demo_data import write_fashion_mnist
-from networks import tiny_unet
 from PIL import Image
+from tiny_networks import tiny_unet
 
 from skipstep import NoiseSchedule, Plan
 from skipstep.bench.evaluation import Evaluation, Grid, gaussian_spread, proxy_frechet_distance
 from skipstep.bench.evaluation_report import evaluate
-from skipstep.cli import main
+from skipstep.commands.main import main
 from skipstep.demo import SHIPPED_MODEL
 from skipstep.errors import InputError, MissingDependencyError
 

@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from networks import tiny_unet
 from onnx import TensorProto, helper, numpy_helper
+from tiny_networks import tiny_unet
 
 from skipstep.backends.torch import prepare_module
 from skipstep.bench import gpu_estimate
@@ -20,7 +20,7 @@ from skipstep.bench.gpu_models import tiny_model
 from skipstep.export.graph_cost import graph_cost
 from skipstep.export.onnx_model import export_onnx
 from skipstep.export.partition import partition
-from skipstep.network import NetworkSpec
+from skipstep.networks.spec import NetworkSpec
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 H200 = DEVICES["H200"]

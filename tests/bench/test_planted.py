@@ -12,7 +12,7 @@ import pytest
 from skipstep.bench import planted
 from skipstep.bench.compare import compare_runs
 from skipstep.bench.record import write_json
-from skipstep.cli import COMMANDS
+from skipstep.commands.main import COMMANDS
 from skipstep.errors import InputError
 
 ROOT = Path(__file__).parents[2]

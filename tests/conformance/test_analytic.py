@@ -8,7 +8,7 @@ from analytic import GAUSSIAN, MIXTURE, levels, solve
 from tolerances import FLOAT64
 
 from skipstep import NoiseSchedule
-from skipstep.solvers import SOLVERS, SolverOptions
+from skipstep.plans.solvers import SOLVERS, SolverOptions
 
 X_T = np.linspace(-2.5, 2.5, 41)
 ORDERS = {"ddim": 1, "dpm_solver_1": 1, "heun": 2, "dpm_solver_2": 2, "dpm_solver_pp_2m": 2, "rk4": 4}

@@ -12,7 +12,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from networks import Curve
+from tiny_networks import Curve
 from tolerances import DIFFUSERS_LOOP, DIFFUSERS_STEP, DIFFUSERS_STEP_SAMPLE
 
 from skipstep import Engine, NoiseSchedule, Plan

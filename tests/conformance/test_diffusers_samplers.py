@@ -11,12 +11,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from networks import Curve, LearnedVariance
+from tiny_networks import Curve, LearnedVariance
 from tolerances import DIFFUSERS_DDPM_LOOP, DIFFUSERS_LOOP, DIFFUSERS_SIGMA_LOOP
 
 from skipstep import Engine, NoiseSchedule, Plan
+from skipstep.calls.noise import standard_normal
 from skipstep.kernels.layout import Stream
-from skipstep.noise import standard_normal
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -13,8 +13,8 @@ from demo_data import write_fashion_mnist
 from safetensors.numpy import load_file
 
 from skipstep import NoiseSchedule
-from skipstep.checkpoint import read_checkpoint
 from skipstep.demo.train_unet import NULL_LABEL, learning_rate, training_batch
+from skipstep.networks.checkpoint import read_checkpoint
 
 SCHEDULE = torch.tensor(NoiseSchedule.linear(1000).alpha_bar, dtype=torch.float32)
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from networks import tiny_unet
+from tiny_networks import tiny_unet
 
 from skipstep import Engine, NoiseSchedule
-from skipstep.bundle import open_bundle
-from skipstep.calibration import FILE_NAME, Calibration, Latency, RunKind, read_calibrations
+from skipstep.bundles.bundle import open_bundle
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.errors import BundleError, IntegrityError
 from skipstep.export.bundle_rewriter import add_calibration
 from skipstep.export.bundle_writer import BundleRequest, write_bundle
+from skipstep.latency.calibration import FILE_NAME, Calibration, Latency, RunKind, read_calibrations
 from skipstep.loading import load, loaded_identity
 
 HERE = loaded_identity()

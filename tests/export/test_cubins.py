@@ -17,15 +17,15 @@ pytest.importorskip("triton")
 from step_binaries import RecordingDriver
 
 from skipstep import NoiseSchedule, Plan
-from skipstep.cubin_launcher import DeviceBuffer, StepLauncher, StepOperands
+from skipstep.calls.request import resolve_request
+from skipstep.edge.launcher import DeviceBuffer, StepLauncher, StepOperands
+from skipstep.edge.step_binary import StepBinaryFacts
 from skipstep.errors import InputError
 from skipstep.export.cubins import ARCHITECTURES, compile_step_kernels, needed_variants, parse_architecture
 from skipstep.kernels.layout import NUM_COLUMNS, StepFlags
-from skipstep.loop import call_flags
-from skipstep.network import NetworkSpec
-from skipstep.request import resolve_request
-from skipstep.stages import Stages
-from skipstep.step_binary import StepBinaryFacts
+from skipstep.loops.stepwise import call_flags
+from skipstep.networks.spec import NetworkSpec
+from skipstep.plans.stages import Stages
 
 TARGETS = {75: "sm_75", 87: "sm_87", 89: "sm_89", 90: "sm_90a", 120: "sm_120a"}
 NOISY = StepFlags(clip=True, add_noise=True)
@@ -241,7 +241,7 @@ def test_variants_are_those_of_the_calls():
 
 
 def test_plans_need_the_variants_that_their_loop_runs():
-    """Against skipstep.loop.call_flags, which decides for every call."""
+    """Against skipstep.loops.stepwise.call_flags, which decides for every call."""
     schedule = NoiseSchedule.linear()
     plans = [Plan(schedule=schedule, steps=5), Plan(schedule=schedule, steps=5, eta=1.0)]
     network = NetworkSpec((1, 4, 4), num_classes=10, null_label=10)

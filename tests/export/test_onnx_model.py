@@ -5,13 +5,13 @@ from __future__ import annotations
 import onnx
 import pytest
 import torch
-from networks import tiny_unet
+from tiny_networks import tiny_unet
 from torch import Tensor, nn
 
 from skipstep.backends.torch import DenoisingModule
 from skipstep.errors import ExportError
 from skipstep.export.onnx_model import OPSET, export_onnx
-from skipstep.network import NetworkSpec
+from skipstep.networks.spec import NetworkSpec
 
 SPEC = NetworkSpec((1, 8, 8), fractional_timesteps=True)
 

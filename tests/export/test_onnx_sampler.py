@@ -6,16 +6,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from networks import Curve, LearnedVariance, tiny_unet
 from onnxruntime import InferenceSession
+from tiny_networks import Curve, LearnedVariance, tiny_unet
 from tolerances import STATIC_SHAPES
 from torch import Tensor, nn
 
 from skipstep import Engine, NoiseSchedule, Plan
+from skipstep.calls.noise import standard_normal
 from skipstep.errors import InputError, PlanError
 from skipstep.export.onnx_sampler import build_sampler
 from skipstep.kernels.layout import Stream
-from skipstep.noise import standard_normal
 
 SCHEDULE = NoiseSchedule.linear(1000)
 OPTIONS = {

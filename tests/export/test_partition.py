@@ -6,18 +6,18 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from networks import Curve, Labelled, tiny_unet
+from tiny_networks import Curve, Labelled, tiny_unet
 from tolerances import FLOAT32_NETWORK
 from torch import Tensor, nn
 
 from skipstep import Engine, NoiseSchedule
 from skipstep.backends.onnxruntime import LoopConstants, OnnxRuntimeDenoiser, make_session
 from skipstep.backends.torch import prepare_module
-from skipstep.conditioning import Conditioning
+from skipstep.calls.conditioning import Conditioning
 from skipstep.errors import ExportError
 from skipstep.export.onnx_model import export_onnx
 from skipstep.export.partition import Binding, partition
-from skipstep.network import NetworkSpec
+from skipstep.networks.spec import NetworkSpec
 
 CPU = torch.device("cpu")
 # Per stage and sample, some of them repeated: what is computed once must reach every place that it belongs to.

@@ -7,9 +7,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from networks import tiny_unet
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from tiny_networks import tiny_unet
 from tolerances import BFLOAT16_NETWORK, FLOAT16_NETWORK
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from skipstep.errors import ExportError
 from skipstep.export.onnx_model import export_onnx
 from skipstep.export.partition import partition
 from skipstep.export.precision import lower_precision
-from skipstep.network import NetworkSpec
+from skipstep.networks.spec import NetworkSpec
 
 ATTENTION = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),

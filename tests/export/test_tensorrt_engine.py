@@ -21,8 +21,8 @@ import torch
 from conftest import HAS_GPU
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import tiny_unet
 from onnx import TensorProto, helper, numpy_helper
+from tiny_networks import tiny_unet
 
 from skipstep.backends.torch import prepare_module
 from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError, SkipstepError
@@ -30,7 +30,7 @@ from skipstep.export.onnx_model import export_onnx
 from skipstep.export.partition import partition
 from skipstep.export.tensorrt_builder import _checked_graph, _profile
 from skipstep.export.tensorrt_engine import EngineTarget, build_engine, parse_targets
-from skipstep.network import NetworkSpec
+from skipstep.networks.spec import NetworkSpec
 
 pytest.importorskip("tensorrt_rtx")
 

@@ -10,9 +10,9 @@ import onnx
 import pytest
 from faults import file_size_limit
 from google.protobuf import text_format
-from networks import Labelled
 from onnx import TensorProto, helper
 from onnxruntime import InferenceSession
+from tiny_networks import Labelled
 
 from skipstep import Engine, NoiseSchedule, Plan
 from skipstep.errors import ExportError, InputError, StorageError

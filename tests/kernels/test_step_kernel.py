@@ -11,13 +11,13 @@ import torch
 from tolerances import BFLOAT16_ULP, GENERAL_UPDATE, STEP_RELATIVE
 
 from skipstep import NoiseSchedule, Plan
+from skipstep.calls.noise import StageNoise, standard_normal
 from skipstep.errors import DeviceUnavailableError, InputError
 from skipstep.kernels.layout import NUM_COLUMNS, Column, StepFlags, Stream
 from skipstep.kernels.reference import ddim_step_reference, general_update_reference
 from skipstep.kernels.statistics import Thresholding, sample_statistics
 from skipstep.kernels.step import ddim_step, initial_noise
 from skipstep.kernels.step_numpy import NumpyStep
-from skipstep.noise import StageNoise, standard_normal
 
 SCHEDULE = NoiseSchedule.linear(1000)
 SEEDS = np.array([0, 2**64 - 1, 12345], np.uint64)

@@ -77,7 +77,7 @@ def test_source_distribution_holds_what_a_build_needs(distributions):
     _, sdist = distributions
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "engine/plan.py", "kernels/step_kernel.py"} <= names
+    assert {"pyproject.toml", "README.md", "LICENSE", "engine/plans/plan.py", "kernels/step_kernel.py"} <= names
     assert "engine/demo/fashion-mnist/unet/diffusion_pytorch_model.safetensors" in names
 
 

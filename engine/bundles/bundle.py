@@ -1,0 +1,185 @@
+"""A bundle: a compiled sampler in a folder, which runs without what it was compiled with.
+
+    manifest.json         what is in it (skipstep.bundles.manifest); manifest.sig signs it where somebody did
+    tables.safetensors    schedules, and each plan's coefficients, timesteps and what the network makes of them
+    golden.safetensors    samples that the builder drew, to be drawn again by skipstep verify
+    cpu/loop.onnx         the whole loop as one graph
+    network/*.onnx        the network by binding time
+    engines/, kernels/    TensorRT engines and step kernels by target
+    calibration.json      how long its plans take, by device, where somebody measured (skipstep.latency.calibration)
+
+Nothing is parsed before its hash matches what the manifest says, and the very bytes that were hashed are the bytes
+that are parsed. Loading takes NumPy and ONNX Runtime; neither torch nor diffusers is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skipstep.bundles.manifest import FILE_NAME, MAX_BYTES, SIGNATURE_NAME, EngineEntry, Manifest
+from skipstep.bundles.reader import parse_manifest
+from skipstep.errors import (
+    BundleError,
+    DeviceUnavailableError,
+    SignatureError,
+)
+from skipstep.storage.atomic import read_up_to, read_verified
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+# ONNX graphs may keep tensors in files of their own, which a runtime would open wherever the path leads. Such a tensor
+# says so by this key; without the word in its bytes a graph is complete in itself.
+_EXTERNAL = b"location"
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A folder whose manifest has been read. `read` gives a file's bytes, verified.
+
+    `signed_bytes` are the manifest's own; `signed` says that there is a signature, not that somebody checked it.
+    """
+
+    path: Path
+    manifest: Manifest
+    signed_bytes: bytes
+    signed: bool
+    allow_hard_links: bool = False
+
+    def read(self, name: str) -> bytes:
+        """The bytes that the manifest promises. Raises IntegrityError."""
+        entry = self.manifest.files[name]
+        return read_verified(
+            self.path, name, size=entry.size, sha256=entry.sha256, allow_hard_links=self.allow_hard_links
+        )
+
+    def read_graph(self, name: str) -> bytes:
+        """An ONNX graph that needs no other file. Raises IntegrityError and BundleError."""
+        graph = self.read(name)
+        if _EXTERNAL in graph:
+            raise BundleError(
+                got=f"{self.path / name}, a graph that refers to files beside it",
+                expected="a graph that is complete in itself",
+                remedy="do not use this bundle: skipstep export writes no such graph",
+            )
+        return graph
+
+    def read_arrays(self, name: str) -> dict[str, NDArray[Any]]:
+        """A safetensors file. Raises IntegrityError and BundleError."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            return load(self.read(name))
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise BundleError(
+                got=f"{self.path / name}, which is no safetensors file ({error})",
+                expected="tables as skipstep export writes them",
+                remedy="export the bundle again",
+            ) from error
+
+
+def read_engine(
+    bundle: Bundle, *, library: str, version: str, compute_capability: int, batch_size: int
+) -> tuple[bytes, EngineEntry]:
+    """The TensorRT engine of a bundle that this device and library can run, verified, for a network batch size.
+
+    An engine runs on the architecture and with the library version that it was built for; anything else may crash
+    instead of failing, so it is refused here. `library` is "tensorrt" or "tensorrt_rtx", `compute_capability` 86 for
+    8.6. Raises DeviceUnavailableError, which lists what there is, and IntegrityError.
+    """
+    wanted = {
+        "library": library,
+        "library_version": version,
+        "compute_capability": compute_capability,
+        "batch_size": batch_size,
+    }
+    engines = [(entry, {name: _engine_fact(entry, name) for name in wanted}) for entry in bundle.manifest.engines]
+    for entry, facts in engines:
+        if facts == wanted:
+            return bundle.read(entry.file), entry
+
+    def described(facts: Mapping[str, Any]) -> str:
+        return "{library} {library_version} for sm_{compute_capability} at batch {batch_size}".format(**facts)
+
+    raise DeviceUnavailableError(
+        got=f"a device and library that need {described(wanted)}",
+        expected="; or ".join(described(facts) for _, facts in engines) or "engines: this bundle has none",
+        remedy="build engines on this device: skipstep build, on a bundle exported with --target tensorrt",
+    )
+
+
+def _engine_fact(entry: EngineEntry, name: str) -> Any:
+    if name != "batch_size":
+        return entry.facts.get(name)
+    inputs = entry.facts.get("inputs")
+    shapes = [each.get("shape") for each in inputs if isinstance(each, dict)] if isinstance(inputs, list) else []
+    return shapes[0][0] if shapes and isinstance(shapes[0], list) and shapes[0] else None
+
+
+def open_bundle(
+    path: str | os.PathLike[str],
+    *,
+    require_signature: str | os.PathLike[str] | None = None,
+    allow_hard_links: bool = False,
+) -> Bundle:
+    """Read and check the manifest of the bundle at `path`; no other file is touched.
+
+    `require_signature` is the public key that must have signed it. `allow_hard_links` is for folders that a package
+    manager fills by linking. Raises BundleError, SignatureError, IntegrityError.
+    """
+    folder = Path(path)
+    data = _read_small(folder, FILE_NAME, MAX_BYTES)
+    if data is None:
+        raise BundleError(
+            got=f"no {FILE_NAME} in {folder}",
+            expected="a folder that skipstep export wrote",
+            remedy="check the path, or copy the whole folder",
+        )
+    signature = _read_small(folder, SIGNATURE_NAME, 1 << 12)
+    if require_signature is not None:
+        if signature is None:
+            raise SignatureError(
+                got=f"an unsigned bundle, {folder}",
+                expected=f"one signed with the key of {os.fspath(require_signature)}",
+                remedy="take the bundle from its publisher, or sign it with skipstep sign",
+            )
+        from skipstep.storage.signature import verify
+
+        verify(data, signature, require_signature)
+    return Bundle(folder, parse_manifest(data), data, signature is not None, allow_hard_links)
+
+
+def is_bundle(path: str | os.PathLike[str]) -> bool:
+    return (Path(path) / FILE_NAME).is_file()
+
+
+def _read_small(folder: Path, name: str, limit: int) -> bytes | None:
+    """A file of at most `limit` bytes, None where there is none. Raises BundleError for anything but a regular file."""
+    try:
+        fd = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unreadable(folder / name, str(error)) from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+            raise _unreadable(folder / name, f"no regular file of at most {limit} bytes")
+        return read_up_to(fd, limit)
+    finally:
+        os.close(fd)
+
+
+def _unreadable(path: Path, why: str) -> BundleError:
+    return BundleError(
+        got=f"{path}, which cannot be read: {why}",
+        expected="a regular file of a bundle",
+        remedy="copy the bundle again from where it came",
+    )

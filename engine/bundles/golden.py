@@ -1,0 +1,79 @@
+"""Golden samples: what the builder of a bundle drew, so that any machine can tell whether it draws the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstep.bundles.manifest import GoldenEntry
+from skipstep.calls.request import Conditions
+from skipstep.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from skipstep.loops.runner import Sampler
+
+GOLDEN_FILE: Final = "golden.safetensors"
+_SEEDS = (0, 1)
+_GUIDANCE = 2.0
+# Root mean square of the difference over that of the samples. Processors sum a float32 convolution in different
+# orders, and the first steps magnify that; another network, plan or seed is off by more than a hundred times this.
+_TOLERANCE = 2e-3
+
+
+def draw_golden(sampler: Sampler) -> tuple[GoldenEntry, dict[str, NDArray[Any]]]:
+    """Draw two samples with the shortest plan, guided where the network can be; the entry, and the arrays to keep."""
+    network = sampler.network
+    plan = min(sampler.plans.values(), key=lambda plan: (plan.num_evaluations, plan.key))
+    arrays: dict[str, NDArray[Any]] = {}
+    if network.prompt_shape is not None:
+        rng = np.random.default_rng(0)
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            arrays[name] = rng.standard_normal((1, *network.prompt_shape), dtype=np.float32)
+    labels = None
+    if network.num_classes is not None:
+        labels = tuple(seed % network.num_classes for seed in _SEEDS)
+    golden = GoldenEntry(
+        file=GOLDEN_FILE,
+        plan=plan.key,
+        seeds=_SEEDS,
+        class_labels=labels,
+        guidance_scale=_GUIDANCE if network.can_guide else None,
+        tolerance=_TOLERANCE,
+    )
+    arrays["x_0"] = _draw(sampler, golden, arrays)
+    return golden, arrays
+
+
+def replay_golden(sampler: Sampler, golden: GoldenEntry | None, arrays: Mapping[str, NDArray[Any]]) -> float:
+    """Draw them again; how far off they are, as the tolerance is measured. Raises IntegrityError beyond it."""
+    assert golden is not None, "the caller looked"
+    expected = arrays.get("x_0")
+    drawn = _draw(sampler, golden, arrays)
+    error = np.inf
+    if expected is not None and expected.shape == drawn.shape:
+        error = float(np.sqrt(np.mean((drawn - expected) ** 2) / np.mean(expected**2)))
+    if not error <= golden.tolerance:
+        raise IntegrityError(
+            got=f"golden samples that are off by {error:.2g} of their size",
+            expected=f"at most {golden.tolerance:g}",
+            remedy="do not use this bundle here; export it again, and report the machine if it persists",
+        )
+    return error
+
+
+def _draw(sampler: Sampler, golden: GoldenEntry, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    conditions: Conditions = {}
+    if golden.class_labels is not None:
+        conditions["class_labels"] = golden.class_labels
+    if golden.guidance_scale is not None:
+        conditions["guidance_scale"] = golden.guidance_scale
+    if "prompt_embeds" in arrays:
+        conditions["prompt_embeds"] = arrays["prompt_embeds"]
+        if golden.guidance_scale is not None:
+            conditions["negative_prompt_embeds"] = arrays.get("negative_prompt_embeds")
+    plan = sampler.plans[golden.plan]
+    drawn: NDArray[np.float32] = sampler.sample(plan=plan, seeds=golden.seeds, output_type="np", **conditions)
+    return drawn

@@ -1,0 +1,1 @@
+"""What a caller passes and gets: requests, conditioning, noise, batches, destinations, trajectories, pictures."""

@@ -1,0 +1,363 @@
+"""From what a caller passes to `Engine.sample` to checked arrays with one entry per sample.
+
+Scalars apply to every sample, sequences name each one; all sequences of a call have the same length.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstep.errors import InputError
+from skipstep.networks.spec import NetworkSpec
+
+MAX_SEED = 2**64 - 1
+
+
+class Conditions(TypedDict, total=False):
+    """What steers a call, as its caller passes it.
+
+    class_labels            an int, or one per sample; left out, a network with a null label draws unconditionally.
+    prompt_embeds           float `[B, L, D]`, or `[L, D]` for all samples: what the text encoder gives for the prompts.
+    negative_prompt_embeds  the same for what guidance leads away from; needed with guidance_scale.
+    guidance_scale          classifier-free guidance u + scale·(c - u); 1 is none. A number, or one per sample.
+    guidance_rescale        how much of the spread that guidance adds is taken back, 0 to 1. A number, or one each.
+    """
+
+    class_labels: int | Sequence[int] | None
+    prompt_embeds: Any
+    negative_prompt_embeds: Any
+    guidance_scale: float | Sequence[float] | None
+    guidance_rescale: float | Sequence[float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """B samples: `seeds` uint64 `[B]`, `x_T` float32 `[B, C, H, W]`, `class_labels` int64 `[B]`; `guidance` and
+    `rescale` float32 `[B]`; `prompts` and `negative_prompts` float32 `[B, L, D]`, or `[1, L, D]` for all samples.
+
+    What a call does not use is None; at least one of `seeds` and `x_T` is there. x_T is a NumPy array, or a tensor of
+    the device that the engine runs on, where the caller gave one.
+    """
+
+    num_samples: int
+    seeds: NDArray[np.uint64] | None
+    x_T: Any
+    class_labels: NDArray[np.int64] | None
+    guidance: NDArray[np.float32] | None
+    rescale: NDArray[np.float32] | None = None
+    prompts: NDArray[np.float32] | None = None
+    negative_prompts: NDArray[np.float32] | None = None
+
+    @property
+    def num_copies(self) -> int:
+        """How often the network sees each sample: with its label, and with guidance also without."""
+        return 1 if self.guidance is None else 2
+
+    def chunk(self, start: int, batch_size: int) -> SampleRequest:
+        """Samples start … start + batch_size - 1; past the end the last sample is repeated to fill the batch."""
+        index = np.minimum(np.arange(start, start + batch_size), self.num_samples - 1)
+        arrays = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "num_samples"}
+        shared = {
+            name for name in ("prompts", "negative_prompts") if arrays[name] is not None and len(arrays[name]) == 1
+        }
+        return SampleRequest(
+            batch_size, **{name: a if a is None or name in shared else _rows(a, index) for name, a in arrays.items()}
+        )
+
+
+def _rows(array: Any, index: NDArray[np.int64]) -> Any:
+    """Those rows, in consecutive order but for repetitions of the last."""
+    if isinstance(array, np.ndarray):
+        return array[index]
+    rows = array[int(index[0]) : int(index[-1]) + 1]
+    missing = len(index) - len(rows)
+    if not missing:
+        return rows
+    import torch
+
+    return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
+
+
+def resolve_request(
+    network: NetworkSpec,
+    *,
+    seeds: int | Sequence[int] | None,
+    x_T: Any,
+    class_labels: int | Sequence[int] | None = None,
+    prompt_embeds: Any = None,
+    negative_prompt_embeds: Any = None,
+    guidance_scale: float | Sequence[float] | None = None,
+    guidance_rescale: float | Sequence[float] | None = None,
+    adds_noise: bool = False,
+    num_plans: int = 1,
+    latents_name: str = "x_T",
+    device: str = "cpu",
+) -> SampleRequest:
+    """Check and complete the arguments of one call; `num_plans` above 1 is one per sample. Raises InputError.
+
+    `latents_name` is what the caller calls x_T; given as a tensor on `device` it stays there.
+    """
+    if seeds is None and (x_T is None or adds_noise):
+        raise InputError(
+            got="no seeds" if x_T is None else "x_T without seeds for a plan that adds noise",
+            expected="a seed per sample" if x_T is None else "seeds as well: they key the noise of every step",
+            remedy="pass seeds=[...]"
+            + (", or the initial noise as x_T=" if x_T is None else ", or use a plan with eta=0"),
+        )
+    latents = None if x_T is None else resolve_latents(x_T, network, name=latents_name, device=device)
+    given = {
+        "seeds": None if seeds is None else resolve_seeds(seeds),
+        "class_labels": _resolve_labels(class_labels, network),
+        "guidance_scale": _resolve_guidance(guidance_scale, network),
+        "guidance_rescale": _resolve_rescale(guidance_rescale, guidance_scale),
+    }
+    lengths = {name: len(array) for name, array in given.items() if array is not None and array.ndim == 1}
+    if latents is not None:
+        lengths[latents_name] = len(latents)
+    prompts, negative = _resolve_prompts(prompt_embeds, negative_prompt_embeds, guidance_scale, network)
+    for name, embeds in (("prompt_embeds", prompts), ("negative_prompt_embeds", negative)):
+        if embeds is not None and len(embeds) > 1:
+            lengths[name] = len(embeds)
+    if num_plans > 1:
+        lengths["plans"] = num_plans
+    if len(set(lengths.values())) > 1:
+        raise InputError(
+            got=", ".join(f"{length} {name}" for name, length in lengths.items()),
+            expected="the same number of each: one per sample",
+            remedy="pass lists of one length; a single number applies to every sample",
+        )
+    num_samples = next(iter(lengths.values()), 1)
+    if num_samples == 0:
+        raise InputError(got="zero samples", expected="at least one", remedy="pass at least one seed")
+
+    seed_array, labels, guidance, rescale = (
+        None if array is None else np.ascontiguousarray(np.broadcast_to(array, num_samples)) for array in given.values()
+    )
+    if labels is None and network.num_classes is not None:
+        assert network.null_label is not None, "_resolve_labels refuses a call without labels otherwise"
+        labels = np.full(num_samples, network.null_label)
+    if guidance is not None and np.all(guidance == 1.0):
+        guidance = None  # A scale of 1 is the conditional prediction itself: half the work, the same result.
+    if guidance is None or (rescale is not None and not np.any(rescale)):
+        rescale = None  # Without guidance there is nothing to take back.
+    if guidance is None:
+        negative = None
+    return SampleRequest(num_samples, seed_array, latents, labels, guidance, rescale, prompts, negative)
+
+
+def resolve_seeds(seeds: int | Sequence[int]) -> NDArray[np.uint64]:
+    """Uint64, scalar or `[B]`. Raises InputError outside [0, MAX_SEED]."""
+    return _int_vector("seeds", seeds, low=0, high=MAX_SEED, dtype=np.uint64)
+
+
+def _resolve_labels(labels: int | Sequence[int] | None, network: NetworkSpec) -> NDArray[np.int64] | None:
+    if network.num_classes is None:
+        if labels is not None:
+            raise InputError(
+                got=f"class_labels={labels!r} for an unconditional network",
+                expected="no labels",
+                remedy="leave class_labels out, or load a class-conditional checkpoint",
+            )
+        return None
+    if labels is None:
+        if network.null_label is None:
+            raise InputError(
+                got="no class_labels for a class-conditional network without a null label",
+                expected=f"a label in [0, {network.num_classes - 1}] per sample",
+                remedy="pass class_labels=[...]",
+            )
+        return None
+    return _int_vector("class_labels", labels, low=0, high=network.num_classes - 1, dtype=np.int64)
+
+
+def _resolve_guidance(scale: float | Sequence[float] | None, network: NetworkSpec) -> NDArray[np.float32] | None:
+    if scale is None:
+        return None
+    try:
+        array = np.asarray(scale, dtype=np.float32)
+    except (TypeError, ValueError):
+        array = np.array(np.nan, np.float32)
+    if array.ndim > 1 or isinstance(scale, bool) or not np.all(np.isfinite(array)):
+        raise InputError(
+            got=f"guidance_scale={scale!r}",
+            expected="a finite number, or one per sample",
+            remedy="pass 1.0 for no guidance, and 1.5 to 4 for more",
+        )
+    if not network.can_guide and np.any(array != 1.0):
+        raise InputError(
+            got=f"guidance_scale={scale!r} for a network without a null label",
+            expected="a network trained with label dropout: guidance contrasts labelled with unlabelled predictions",
+            remedy="leave guidance_scale out, or pass null_label= when building the engine",
+        )
+    return array
+
+
+def _resolve_rescale(
+    strength: float | Sequence[float] | None, guidance_scale: float | Sequence[float] | None
+) -> NDArray[np.float32] | None:
+    if strength is None:
+        return None
+    try:
+        array = np.asarray(strength, dtype=np.float32)
+    except (TypeError, ValueError):
+        array = np.array(np.nan, np.float32)
+    if array.ndim > 1 or isinstance(strength, bool) or not np.all((array >= 0.0) & (array <= 1.0)):
+        raise InputError(
+            got=f"guidance_rescale={strength!r}",
+            expected="a number in [0, 1], or one per sample",
+            remedy="pass 0.7, as its authors do, or 0 for none",
+        )
+    if guidance_scale is None:
+        raise InputError(
+            got=f"guidance_rescale={strength!r} without guidance_scale",
+            expected="guidance, whose effect on the spread it takes back",
+            remedy="pass guidance_scale as well",
+        )
+    return array
+
+
+def _resolve_prompts(
+    prompts: Any, negative: Any, guidance_scale: float | Sequence[float] | None, network: NetworkSpec
+) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
+    if network.prompt_shape is None:
+        for name, embeds in (("prompt_embeds", prompts), ("negative_prompt_embeds", negative)):
+            if embeds is not None:
+                raise InputError(
+                    got=f"{name} for a network that attends to no prompts",
+                    expected="none",
+                    remedy=f"leave {name} out, or load a text-conditional checkpoint",
+                )
+        return None, None
+    guided = guidance_scale is not None and bool(np.any(np.asarray(guidance_scale) != 1.0))
+    missing = "prompt_embeds" if prompts is None else "negative_prompt_embeds" if guided and negative is None else None
+    if missing:
+        raise InputError(
+            got=f"no {missing}" + ("" if missing == "prompt_embeds" else " beside guidance_scale"),
+            expected="float32 [B, {}, {}], a prompt per sample or one for all".format(*network.prompt_shape),
+            remedy="pass what the text encoder gives for the prompt"
+            + ("" if missing == "prompt_embeds" else "; the empty prompt's is usual"),
+        )
+    return (
+        _embeddings("prompt_embeds", prompts, network.prompt_shape),
+        None if negative is None else _embeddings("negative_prompt_embeds", negative, network.prompt_shape),
+    )
+
+
+def _embeddings(name: str, given: Any, shape: tuple[int, int]) -> NDArray[np.float32]:
+    """Float32 `[B or 1, L, D]` from NumPy or torch, of that or of one prompt's shape."""
+    array = _host_floats(name, given)
+    if array.ndim == 2:
+        array = array[None]
+    if array.ndim != 3 or array.shape[1:] != shape or not len(array):
+        raise InputError(
+            got=f"{name} of shape {list(array.shape)}",
+            expected="[B, {}, {}], or without B".format(*shape),
+            remedy="pad prompts to the number of tokens that the engine was built for",
+        )
+    if not np.isfinite(array).all():
+        raise InputError(
+            got=f"NaN or infinity in {name}", expected="finite numbers", remedy="check where they come from"
+        )
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _int_vector(
+    name: str, values: int | Sequence[int], *, low: int, high: int, dtype: type[np.integer[Any]]
+) -> NDArray[Any]:
+    scalar = isinstance(values, int | np.integer)
+    try:
+        listed: list[Any] = [values] if scalar else list(values)  # type: ignore[arg-type]
+        boolean = any(isinstance(v, bool | np.bool_) for v in listed)
+        listed = [operator.index(v) for v in listed]
+    except TypeError:
+        listed, boolean = [], True
+    outside = [v for v in listed if not low <= v <= high]
+    if boolean or outside:
+        raise InputError(
+            got=f"{name}={outside[0] if outside else values!r}",
+            expected=f"an integer in [{low}, {high}]" + ("" if scalar else ", one per sample"),
+            remedy=f"pass {name} in this range",
+        )
+    return np.array(listed[0] if scalar else listed, dtype=dtype)
+
+
+def resolve_latents(x_T: Any, network: NetworkSpec, *, name: str = "x_T", device: str = "cpu") -> Any:
+    """Float32 `[B, C, H, W]`, contiguous, from NumPy, torch or DLPack. Raises InputError, which calls it `name`.
+
+    A tensor on `device`, where that is a GPU, stays there: nobody waits for it, and NaN in it shows in what is drawn.
+    """
+    x_T = _from_dlpack(name, x_T)
+    on_device = device != "cpu" and hasattr(x_T, "detach") and str(x_T.device) == device
+    if device != "cpu" and not on_device and str(getattr(x_T, "device", "cpu")).startswith("cuda"):
+        raise InputError(
+            got=f"{name} on {x_T.device} for an engine on {device}",
+            expected=f"a tensor on {device}, or in host memory",
+            remedy=f"move it with {name}.to({device!r}), in the order of your own streams",
+        )
+    if not on_device:
+        x_T = _host_floats(name, x_T)
+    if x_T.ndim != 4 or tuple(x_T.shape[1:]) != network.sample_shape:
+        raise InputError(
+            got=f"{name} of shape {list(x_T.shape)}",
+            expected=f"[B, {', '.join(map(str, network.sample_shape))}]",
+            remedy="give one [C, H, W] block per sample",
+        )
+    if on_device:
+        if not x_T.dtype.is_floating_point:
+            raise InputError(got=f"{name} of {x_T.dtype}", expected="floating-point numbers", remedy="pass float32")
+        return x_T.detach().float().contiguous()
+    broken = np.flatnonzero(~np.isfinite(x_T).all(axis=(1, 2, 3)))
+    if broken.size:
+        raise InputError(
+            got=f"NaN or infinity in {name}, samples {broken[:8].tolist()}",
+            expected="finite numbers",
+            remedy="check where they come from",
+        )
+    return np.ascontiguousarray(x_T, dtype=np.float32)
+
+
+# Of DLPack's device types.
+_DLPACK_CUDA = 2
+
+
+def _from_dlpack(name: str, given: Any) -> Any:
+    """Arrays of other libraries without a copy: as NumPy's where they are in host memory, as torch's on a GPU."""
+    if isinstance(given, np.ndarray) or hasattr(given, "detach") or not hasattr(given, "__dlpack__"):
+        return given
+    try:
+        if given.__dlpack_device__()[0] != _DLPACK_CUDA:
+            return np.from_dlpack(given)
+        from torch.utils.dlpack import from_dlpack
+
+        return from_dlpack(given)
+    except (RuntimeError, BufferError, TypeError, ValueError, ImportError) as error:
+        raise InputError(
+            got=f"{name} of type {type(given).__name__}, whose memory cannot be read through DLPack: {error}",
+            expected="floating-point numbers in host memory or on a CUDA device",
+            remedy="pass a NumPy array or a torch tensor",
+        ) from error
+
+
+def _host_floats(name: str, given: Any) -> NDArray[np.floating[Any]]:
+    """A NumPy array of any floating dtype, from NumPy or torch."""
+    if hasattr(given, "detach"):
+        if given.device.type not in ("cpu", "cuda"):
+            raise InputError(
+                got=f"{name} on {given.device}", expected="a tensor in memory", remedy=f"move it with {name}.cpu()"
+            )
+        # NumPy has no bfloat16.
+        given = (given.float() if given.dtype.is_floating_point else given).detach().cpu().numpy()
+    if not isinstance(given, np.ndarray) or not np.issubdtype(given.dtype, np.floating):
+        kind = f"dtype {given.dtype}" if isinstance(given, np.ndarray) else f"type {type(given).__name__}"
+        raise InputError(
+            got=f"{name} of {kind}",
+            expected="floating-point numbers in a NumPy array or a torch tensor",
+            remedy="pass float32",
+        )
+    return given

@@ -1,0 +1,264 @@
+"""The step on a GPU without a compiler: kernels compiled ahead of time, launched through the CUDA driver.
+
+    facts + cubin ──choose for this device──▶ load ──▶ launch(flags, operands, stage, stream)
+
+Neither torch nor Triton is needed. Cubins are machine code: hand over only bytes whose hash has been checked. What a
+cubin is, skipstep.edge.step_binary says; what needs a GPU is in skipstep.cuda.driver.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Self
+
+from skipstep.cuda.driver import CudaDriver, Driver
+from skipstep.edge.step_binary import ITEM_SIZES, POINTER_ALIGNMENT, StepBinaryFacts
+from skipstep.errors import DeviceUnavailableError, InputError, ModelFormatError
+from skipstep.kernels.layout import NUM_COLUMNS, StepFlags
+
+_MAX_BATCH_SIZE: Final = 65_535  # what a grid takes on its second axis
+_MAX_INT32: Final = 2**31 - 1
+_MAX_UINT64: Final = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBuffer:
+    """Memory on the device: its address, and how many bytes from there belong to it."""
+
+    address: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOperands:
+    """What the step reads and writes; shapes and dtypes are those of skipstep.kernels.step.ddim_step.
+
+    Operands that the flags leave out may be None. With `x0` the kernel stores the predicted image there.
+    """
+
+    state: DeviceBuffer
+    model_output: DeviceBuffer
+    network_input: DeviceBuffer
+    table: DeviceBuffer
+    seeds: DeviceBuffer | None = None
+    guidance: DeviceBuffer | None = None
+    rescale: DeviceBuffer | None = None
+    bound: DeviceBuffer | None = None
+    base: DeviceBuffer | None = None
+    memory: DeviceBuffer | None = None
+    x0: DeviceBuffer | None = None
+
+
+class StepLauncher:
+    """The step kernels of one network on one device, loaded and ready. Safe to share between threads.
+
+    `binaries` are facts and cubins, hashes checked; `num_elements` is C·H·W of a sample; `driver` is a `CudaDriver`
+    unless another is given, and the launcher closes it. All kernels that fit are loaded here, so that a launch does
+    nothing but launch, and can be captured into a graph.
+    Raises InputError, ModelFormatError, DeviceUnavailableError and MissingDependencyError.
+    """
+
+    def __init__(
+        self,
+        binaries: Iterable[tuple[StepBinaryFacts, bytes]],
+        *,
+        num_elements: int,
+        network_dtype: str,
+        driver: Driver | None = None,
+    ) -> None:
+        _check_number("num_elements", num_elements, 1, _MAX_INT32)
+        binaries = list(binaries)
+        for facts, cubin in binaries:
+            _check_cubin(facts, cubin)
+        self._num_elements = num_elements
+        self._item_size = _item_size(network_dtype)
+        self._driver = CudaDriver() if driver is None else driver
+        try:
+            chosen = _choose(binaries, self._driver, num_elements, network_dtype)
+            self._kernels = {
+                key: (facts, self._driver.load(cubin, facts.kernel)) for key, (facts, cubin) in chosen.items()
+            }
+        except BaseException:
+            self._driver.close()
+            raise
+
+    @property
+    def facts(self) -> tuple[StepBinaryFacts, ...]:
+        """Those of the kernels that were loaded."""
+        return tuple(facts for facts, _ in self._kernels.values())
+
+    def launch(
+        self,
+        flags: StepFlags,
+        operands: StepOperands,
+        *,
+        batch_size: int,
+        stage: int,
+        stream: int,
+        per_sample: bool = False,
+    ) -> None:
+        """Enqueue one step on `stream` (a CUstream handle): `operands.state` goes from x_t to x_s in place.
+
+        `per_sample`: the table has a row per sample. Nothing is waited for. Raises InputError.
+        """
+        _check_number("batch_size", batch_size, 1, _MAX_BATCH_SIZE)
+        _check_number("stage", stage, 0, _MAX_INT32)
+        _check_number("stream", stream, 0, _MAX_UINT64)
+        # One sample's table is the same either way.
+        per_sample = per_sample and batch_size > 1
+        facts, kernel = self._kernel(flags, per_sample, operands.x0 is not None)
+        addresses = self._addresses(flags, operands, batch_size, stage, per_sample)
+        values: dict[str, int] = {**addresses, "num_elements": self._num_elements, "stage": stage}
+        # The driver reads every argument through a pointer to it, as many bytes as the kernel declares.
+        arguments = [
+            (ctypes.c_uint64 if argument.num_bytes == 8 else ctypes.c_int32)(values.get(argument.name, 0))
+            for argument in facts.arguments
+        ]
+        parameters = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        self._driver.launch(
+            kernel,
+            grid=facts.grid(self._num_elements, batch_size),
+            threads=facts.threads_per_block,
+            shared_bytes=facts.dynamic_shared_bytes,
+            stream=stream,
+            parameters=ctypes.addressof(parameters),
+        )
+
+    def close(self) -> None:
+        """Unload the kernels. The launcher is of no use afterwards."""
+        self._kernels = {}
+        self._driver.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _kernel(self, flags: StepFlags, per_sample: bool, store_x0: bool) -> tuple[StepBinaryFacts, Any]:
+        try:
+            return self._kernels[flags, per_sample, store_x0]
+        except KeyError:
+            raise InputError(
+                got=_describe(flags, per_sample, store_x0),
+                expected="one of " + "; ".join(_describe(*key) for key in self._kernels),
+                remedy="export the kernels of the plans that run here (skipstep.export.cubins.needed_variants)",
+            ) from None
+
+    def _addresses(
+        self, flags: StepFlags, operands: StepOperands, batch_size: int, stage: int, per_sample: bool
+    ) -> dict[str, int]:
+        """Address by argument, each checked to be aligned and to hold what the kernel will touch."""
+        image = batch_size * self._num_elements
+        network = image * self._item_size * (2 if flags.guided else 1)
+        rows = (stage + 1) * (batch_size if per_sample else 1)
+        needed = {
+            "state": 4 * image,
+            "model_output": network * (2 if flags.wide_output else 1),
+            "network_input": network,
+            "table": 4 * NUM_COLUMNS * rows,
+            "seeds": 8 * batch_size * flags.add_noise,
+            "guidance": 4 * batch_size * flags.guided,
+            "rescale": 4 * batch_size * flags.rescale,
+            "bound": 4 * batch_size * flags.threshold,
+            "base": 4 * image * (flags.read_base or flags.write_base),
+            "memory": 4 * image * (flags.read_memory or flags.write_memory),
+            "x0": 4 * image * (operands.x0 is not None),
+        }
+        checked = {
+            name: _checked_address(name, getattr(operands, name), num_bytes)
+            for name, num_bytes in needed.items()
+            if num_bytes
+        }
+        # An operand that the flags leave out is never touched; any pointer will do.
+        addresses = dict.fromkeys((*needed, "counter", "broken"), checked["state"]) | checked
+        output = addresses.pop("model_output")
+        return {f"{name}_ptr": address for name, address in addresses.items()} | {
+            "next_ptr": addresses["state"],
+            "output_ptr": output,
+        }
+
+
+_Key = tuple[StepFlags, bool, bool]
+
+
+def _choose(
+    binaries: list[tuple[StepBinaryFacts, bytes]], driver: Driver, num_elements: int, network_dtype: str
+) -> dict[_Key, tuple[StepBinaryFacts, bytes]]:
+    """The best binary for this device of every variant: wide accesses before any, then the nearest architecture."""
+    capability, cuda_major = driver.capability(), driver.cuda_major()
+    fitting = [pair for pair in binaries if pair[0].runs_on(capability)]
+    if not fitting:
+        raise DeviceUnavailableError(
+            got=f"a device of compute capability {capability // 10}.{capability % 10}",
+            expected="one that runs "
+            + (", ".join(sorted({f.target for f, _ in binaries})) or "kernels: there are none"),
+            remedy=f"export with --target sm_{capability}",
+        )
+    loadable = [pair for pair in fitting if int(pair[0].toolkit.split(".")[0]) <= cuda_major]
+    if not loadable:
+        raise DeviceUnavailableError(
+            got=f"a driver for CUDA {cuda_major}",
+            expected="CUDA " + " or ".join(sorted({facts.toolkit for facts, _ in fitting})) + ", as the kernels need",
+            remedy="update the driver, or export with a Triton whose assembler is older",
+        )
+    usable = [
+        pair
+        for pair in loadable
+        if pair[0].network_dtype == network_dtype and num_elements % pair[0].num_elements_multiple == 0
+    ]
+    if not usable:
+        there = sorted({(facts.network_dtype, facts.num_elements_multiple) for facts, _ in loadable})
+        raise InputError(
+            got=f"a {network_dtype} network with {num_elements} elements per sample",
+            expected="one of " + "; ".join(f"{dtype}, elements a multiple of {n}" for dtype, n in there),
+            remedy="export the kernels for this network",
+        )
+    usable.sort(key=lambda pair: (pair[0].num_elements_multiple, pair[0].architecture))
+    return {(facts.flags, facts.per_sample, facts.store_x0): (facts, cubin) for facts, cubin in usable}
+
+
+def _check_cubin(facts: StepBinaryFacts, cubin: bytes) -> None:
+    """An ELF file for CUDA (machine 190): the driver would take other things too, such as source to compile."""
+    if cubin[:4] != b"\x7fELF" or int.from_bytes(cubin[18:20], "little") != 190:
+        raise ModelFormatError(
+            got=f"{len(cubin)} bytes that begin {cubin[:4]!r} for {facts.target}",
+            expected="a cubin",
+            remedy="export the kernels again",
+        )
+
+
+def _checked_address(name: str, buffer: DeviceBuffer | None, num_bytes: int) -> int:
+    if buffer is not None and (
+        buffer.address > 0 and buffer.address % POINTER_ALIGNMENT == 0 and buffer.num_bytes >= num_bytes
+    ):
+        return buffer.address
+    raise InputError(
+        got=f"no {name}" if buffer is None else f"{name}: {buffer.num_bytes} bytes at {buffer.address:#x}",
+        expected=f"at least {num_bytes} bytes at a multiple of {POINTER_ALIGNMENT}",
+        remedy=f"pass {name} as the flags, the batch size and the stage need it",
+    )
+
+
+def _check_number(name: str, value: int, lowest: int, highest: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
+        raise InputError(got=f"{name}={value!r}", expected=f"{lowest} to {highest}", remedy=f"pass another {name}")
+
+
+def _item_size(network_dtype: str) -> int:
+    try:
+        return ITEM_SIZES[network_dtype]
+    except KeyError:
+        raise InputError(
+            got=f"network_dtype={network_dtype!r}",
+            expected=", ".join(ITEM_SIZES),
+            remedy="pass the dtype of the network's input and output",
+        ) from None
+
+
+def _describe(flags: StepFlags, per_sample: bool, store_x0: bool) -> str:
+    on = [name for name, value in asdict(flags).items() if value]
+    on += ["per_sample"] * per_sample + ["store_x0"] * store_x0
+    return "+".join(on) or "plain"

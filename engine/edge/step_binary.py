@@ -1,0 +1,186 @@
+"""What a launcher must know of a step kernel that was compiled ahead of time, and its form in JSON.
+
+    kernel(arguments in the order of `arguments`), on grid(C·H·W, B) programs of 32·num_warps threads
+
+skipstep.export.cubins writes these facts from what the compiler says; skipstep.edge.launcher launches by them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final, Self
+
+from skipstep.errors import ModelFormatError
+from skipstep.kernels.layout import StepFlags
+
+ITEM_SIZES: Final[Mapping[str, int]] = {"float16": 2, "bfloat16": 2, "float32": 4}
+POINTER_ALIGNMENT: Final = 16
+GRID: Final = ["ceil(num_elements / block_size)", "batch_size", "1"]
+
+# Triton's calling convention ends with pointers to memory that this kernel never uses: they are passed as null.
+HIDDEN_ARGUMENTS: Final = ("global_scratch", "profile_scratch")
+
+# Cubins of one major version run on later minor versions, except between these (integrated GPUs) and any other.
+_INTEGRATED: Final = frozenset({72, 87, 110})
+# More than this needs the caller to ask the driver for it; the step is far below.
+_MAX_SHARED_BYTES: Final = 48 * 1024
+
+
+def argument_types(network_dtype: str) -> dict[str, str]:
+    """The arguments that the step kernel takes, in no binding order; which order a cubin has is among its facts."""
+    return {
+        "state_ptr": "*float32",
+        "next_ptr": "*float32",
+        "output_ptr": f"*{network_dtype}",
+        "network_input_ptr": f"*{network_dtype}",
+        "x0_ptr": "*float32",
+        "base_ptr": "*float32",
+        "memory_ptr": "*float32",
+        "table_ptr": "*float32",
+        "seeds_ptr": "*int64",
+        "guidance_ptr": "*float32",
+        "rescale_ptr": "*float32",
+        "bound_ptr": "*float32",
+        "counter_ptr": "*int32",
+        "broken_ptr": "*int32",
+        "num_elements": "int32",
+        "stage": "int32",
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class KernelArgument:
+    """One parameter of a kernel, by position: `type` is "*…" for a device pointer (8 bytes) or "int32"."""
+
+    name: str
+    type: str
+
+    @property
+    def num_bytes(self) -> int:
+        return 8 if self.type.startswith("*") else 4
+
+
+@dataclass(frozen=True, slots=True)
+class StepBinaryFacts:
+    """What a launcher must know of one compiled step kernel. Raises ModelFormatError where the facts cannot be.
+
+    `target` is the compiler's, "sm_90a" for `architecture` 90: with a suffix the cubin runs there and nowhere else.
+    The kernel was compiled for one set of flags, `per_sample` tables or not, and with or without an output for x̂0.
+    It assumes pointers at multiples of `pointer_alignment` bytes, and C·H·W a multiple of `num_elements_multiple`.
+    `registers` are per thread; shared memory is in bytes per program. `toolkit` is the CUDA release of the assembler:
+    a driver of an older major release cannot load its cubins.
+    """
+
+    architecture: int
+    target: str
+    kernel: str
+    flags: StepFlags
+    per_sample: bool
+    store_x0: bool
+    network_dtype: str
+    block_size: int
+    num_warps: int
+    static_shared_bytes: int
+    dynamic_shared_bytes: int
+    registers: int
+    pointer_alignment: int
+    num_elements_multiple: int
+    arguments: tuple[KernelArgument, ...]
+    compiler: str
+    toolkit: str
+
+    def __post_init__(self) -> None:
+        _require(re.fullmatch(rf"sm_{self.architecture}[af]?", self.target), "target", self.target)
+        _require(re.fullmatch(r"[A-Za-z_]\w*", self.kernel, re.ASCII), "kernel", self.kernel)
+        _require(self.network_dtype in ITEM_SIZES, "network_dtype", self.network_dtype)
+        _require(0 < self.block_size <= 2**16, "block_size", self.block_size)
+        _require(0 < self.num_warps <= 32, "num_warps", self.num_warps)
+        shared = self.static_shared_bytes, self.dynamic_shared_bytes
+        _require(min(shared) >= 0 and sum(shared) <= _MAX_SHARED_BYTES, "shared bytes (static, dynamic)", shared)
+        _require(0 < self.registers <= 255, "registers", self.registers)
+        _require(self.pointer_alignment == POINTER_ALIGNMENT, "pointer_alignment", self.pointer_alignment)
+        _require(self.num_elements_multiple in (1, 16), "num_elements_multiple", self.num_elements_multiple)
+        _require(re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}", self.toolkit), "toolkit", self.toolkit)
+        known = argument_types(self.network_dtype) | dict.fromkeys(HIDDEN_ARGUMENTS, "*int8")
+        names = [argument.name for argument in self.arguments]
+        _require(
+            len(set(names)) == len(names)
+            and set(names) >= set(argument_types(self.network_dtype))
+            and all(known.get(argument.name) == argument.type for argument in self.arguments),
+            "arguments",
+            [f"{argument.type} {argument.name}" for argument in self.arguments],
+        )
+
+    @property
+    def threads_per_block(self) -> int:
+        return 32 * self.num_warps
+
+    def grid(self, num_elements: int, batch_size: int) -> tuple[int, int, int]:
+        """Programs along a sample, samples, 1: what `GRID` says in words."""
+        return -(-num_elements // self.block_size), batch_size, 1
+
+    def runs_on(self, capability: int) -> bool:
+        """Whether a device of `capability` (87 for 8.7) executes this cubin: the same, or a later minor version.
+
+        The latter does not hold for integrated GPUs, nor for targets with a suffix (CUDA C++ Programming Guide,
+        "Binary Compatibility").
+        """
+        if self.architecture == capability:
+            return True
+        return (
+            self.target[-1].isdigit()
+            and not {self.architecture, capability} & _INTEGRATED
+            and self.architecture // 10 == capability // 10
+            and self.architecture < capability
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that `from_json` reads; the grid rule is there for launchers in other languages."""
+        value = asdict(self)
+        value["flags"] = [name for name, on in asdict(self.flags).items() if on]
+        value["arguments"] = [[argument.name, argument.type] for argument in self.arguments]
+        return value | {"grid": list(GRID)}
+
+    @classmethod
+    def from_json(cls, value: object) -> Self:
+        """Read what `to_json` wrote; ModelFormatError for anything else, down to unknown keys and flags."""
+        types = {field.name: _JSON_TYPES[str(field.type)] for field in fields(cls)} | {"grid": list}
+        _require(isinstance(value, dict), "a kernel's facts", value)
+        assert isinstance(value, dict)
+        _require(set(value) == set(types), "the keys of a kernel's facts", sorted(map(str, value)))
+        for key, kind in types.items():
+            _require(type(value[key]) is kind, key, value[key])
+        flag_names = {field.name for field in fields(StepFlags)}
+        flags, arguments = value["flags"], value["arguments"]
+        _require(all(isinstance(f, str) and f in flag_names for f in flags), "flags", flags)
+        _require(len(set(flags)) == len(flags), "flags", flags)
+        _require(
+            all(isinstance(a, list) and len(a) == 2 and all(isinstance(part, str) for part in a) for a in arguments),
+            "arguments",
+            arguments,
+        )
+        _require(value["grid"] == GRID, "grid", value["grid"])
+        members = {key: value[key] for key in types if key != "grid"}
+        members["flags"] = StepFlags(**dict.fromkeys(flags, True))
+        members["arguments"] = tuple(KernelArgument(*argument) for argument in arguments)
+        return cls(**members)
+
+
+_JSON_TYPES: Final[Mapping[str, type]] = {
+    "int": int,
+    "str": str,
+    "bool": bool,
+    "StepFlags": list,
+    "tuple[KernelArgument, ...]": list,
+}
+
+
+def _require(holds: object, what: str, got: object) -> None:
+    if not holds:
+        raise ModelFormatError(
+            got=f"{what} = {repr(got)[:200]}",
+            expected="the facts of a step kernel as this version of skipstep writes them",
+            remedy="export the kernels again, with this version of skipstep or an older one",
+        )

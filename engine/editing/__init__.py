@@ -1,0 +1,1 @@
+"""Functions over an engine that start from images or between noises."""

@@ -1,0 +1,1 @@
+"""How long calls take on one device, and which plan meets a deadline."""

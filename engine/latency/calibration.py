@@ -1,0 +1,217 @@
+"""How long whole calls take on one device: the latencies by which `deadline_ms=` picks a plan, kept with the engine.
+
+    p-th percentile of n sorted times = the ceil(p·n/100)-th of them     (nearest rank: a time that was measured)
+
+A bundle holds one calibration for each device that it was measured on (skipstep.latency.identity says what must be the
+same). They are measured by skipstep.latency.measure and stored by skipstep.export.bundle_rewriter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from skipstep.commands.tables import format_table
+from skipstep.errors import BundleError, InputError, SkipstepError
+from skipstep.kernels.autotune import TunedLaunch
+from skipstep.latency.identity import DeviceIdentity
+from skipstep.storage.untrusted import Fields, malformed, parse_json, read_object
+
+if TYPE_CHECKING:
+    from skipstep.plans.plan import Plan
+
+SCHEMA: Final = 1
+FILE_NAME: Final = "calibration.json"
+
+_MAX_MS = 1e9
+_MAX_BATCH = 1 << 20
+# Of one bundle; the entries that were added last stay.
+_MAX_DEVICES = 64
+
+
+class RunKind(NamedTuple):
+    """What a run's latency depends on: the plan's key, how many samples it draws at once, and whether it guides."""
+
+    plan: str
+    batch_size: int
+    guided: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Milliseconds of `count` whole calls of one run. With at most 99 calls p99 is the longest of them."""
+
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    count: int
+
+    def __post_init__(self) -> None:
+        times = (self.p50_ms, self.p90_ms, self.p99_ms)
+        if not 0.0 < self.p50_ms <= self.p90_ms <= self.p99_ms <= _MAX_MS or self.count < 1:
+            raise InputError(
+                got=f"percentiles {times} ms of {self.count} calls",
+                expected="positive times that do not fall, of at least one call",
+                remedy="measure again with engine.calibrate()",
+            )
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Latency:
+        p50, p90, p99 = (1e3 * nearest_rank(seconds, percent) for percent in (50, 90, 99))
+        return cls(p50, p90, p99, len(seconds))
+
+
+def nearest_rank(values: Sequence[float], percent: int) -> float:
+    """The smallest of the values that at least `percent` % of them, 1 to 100, do not exceed. Raises InputError."""
+    if not values or not 1 <= percent <= 100:
+        raise InputError(
+            got=f"percentile {percent} of {len(values)} values",
+            expected="a percentile from 1 to 100 of at least one value",
+            remedy="measure at least once",
+        )
+    return sorted(values)[-(-percent * len(values) // 100) - 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was measured on one device: the latency of each kind of run, and launches of the step that were tuned there.
+
+    Raises InputError for kinds of run that cannot be, and for two launches of one case.
+    """
+
+    identity: DeviceIdentity
+    latencies: Mapping[RunKind, Latency]
+    launches: tuple[TunedLaunch, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        for kind in self.latencies:
+            if not 1 <= kind.batch_size <= _MAX_BATCH:
+                raise InputError(
+                    got=f"a latency of batch size {kind.batch_size}",
+                    expected="at least 1",
+                    remedy="measure again with engine.calibrate()",
+                )
+        if len({each.case for each in self.launches}) != len(self.launches):
+            raise InputError(
+                got=f"{len(self.launches)} launches, of which two are for one case",
+                expected="one launch a case",
+                remedy="tune the launches again on this device",
+            )
+        object.__setattr__(self, "latencies", MappingProxyType(dict(self.latencies)))
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        return tuple(sorted({kind.batch_size for kind in self.latencies}))
+
+    def updated_by(self, newer: Calibration) -> Calibration:
+        """Both, and of what both measured the newer. Raises InputError for another device's."""
+        if newer.identity != self.identity:
+            raise InputError(
+                got=f"calibrations of two devices: {', '.join(newer.identity.differences(self.identity))}",
+                expected="two of the same",
+                remedy="keep them apart, or calibrate again",
+            )
+        launches = {each.case: each for each in (*self.launches, *newer.launches)}
+        return Calibration(self.identity, {**self.latencies, **newer.latencies}, tuple(launches.values()))
+
+    def only(self, plans: Iterable[str]) -> Calibration:
+        """What there is of the plans with these keys."""
+        kept = set(plans)
+        return replace(self, latencies={kind: each for kind, each in self.latencies.items() if kind.plan in kept})
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; the same calibration always gives the same."""
+        return {
+            "identity": self.identity.to_json(),
+            "latencies": [{**kind._asdict(), **asdict(each)} for kind, each in sorted(self.latencies.items())],
+            "launches": [each.to_json() for each in sorted(self.launches, key=lambda each: astuple(each.case))],
+        }
+
+    @classmethod
+    def from_json(cls, value: Any, where: str = "calibration") -> Calibration:
+        """What `to_json` gave. Raises BundleError for anything else."""
+        return read_object(_calibration)(value, where)
+
+
+def write_calibrations(calibrations: Iterable[Calibration]) -> bytes:
+    """The file of a bundle that holds these."""
+    kept = list(calibrations)[-_MAX_DEVICES:]
+    contents = {"schema": SCHEMA, "calibrations": [each.to_json() for each in kept]}
+    return (json.dumps(contents, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def read_calibrations(data: bytes) -> tuple[Calibration, ...]:
+    """What `write_calibrations` wrote. Raises BundleError for anything else."""
+    top = Fields(parse_json(data, FILE_NAME), FILE_NAME)
+    schema = top.integer("schema", low=1)
+    if schema != SCHEMA:
+        raise BundleError(
+            got=f"{FILE_NAME} of schema {schema}",
+            expected=f"schema {SCHEMA}, which this version of skipstep reads",
+            remedy="upgrade skipstep" if schema > SCHEMA else "calibrate again: skipstep calibrate",
+        )
+    calibrations = tuple(top.each("calibrations", Calibration.from_json))
+    top.finish()
+    if len({each.identity for each in calibrations}) != len(calibrations):
+        raise malformed(f"{FILE_NAME}.calibrations", "two calibrations of one device")
+    return calibrations
+
+
+def matching(calibrations: Iterable[Calibration], identity: DeviceIdentity) -> Calibration | None:
+    """That of this device; None where nobody has measured on it."""
+    return next((each for each in calibrations if each.identity == identity), None)
+
+
+def describe_latencies(calibration: Calibration, plans: Mapping[str, Plan]) -> list[str]:
+    """Lines of a table of what the plans, by key, take; those that were not measured are named below it."""
+    rows = [
+        (
+            f"{plans[kind.plan].steps}",
+            plans[kind.plan].solver,
+            kind.plan,
+            f"{kind.batch_size:>5}",
+            "yes" if kind.guided else "no",
+            *(f"{milliseconds:9.2f}" for milliseconds in (each.p50_ms, each.p90_ms, each.p99_ms)),
+            f"{each.count:>5}",
+        )
+        for kind, each in sorted(
+            calibration.latencies.items(),
+            key=lambda item: (plans[item[0].plan].steps if item[0].plan in plans else 0, item[0]),
+        )
+        if kind.plan in plans
+    ]
+    header = ("steps", "solver", "plan", "batch", "guided", "   p50 ms", "   p90 ms", "   p99 ms", "calls")
+    lines = [f"calibrated  on {calibration.identity}", *format_table(header, rows).splitlines()]
+    if any(each.count < 100 for each in calibration.latencies.values()):
+        lines.append("Of fewer than 100 calls, p99 is the longest.")
+    measured = {kind.plan for kind in calibration.latencies}
+    unmeasured = [f"{plan.steps} steps ({plan.solver}, {key})" for key, plan in plans.items() if key not in measured]
+    if unmeasured:
+        lines.append(f"Not measured: {', '.join(unmeasured)}.")
+    return lines
+
+
+def _calibration(given: Fields) -> Calibration:
+    try:
+        measured = given.each("latencies", read_object(_latency))
+        latencies = dict(measured)
+        if len(latencies) != len(measured):
+            raise malformed(given.where, "two latencies of one run")
+        launches = tuple(given.each("launches", lambda value, where: TunedLaunch.from_json(value)))
+        return Calibration(given.nested("identity", DeviceIdentity.from_fields), latencies, launches)
+    except BundleError:
+        raise
+    except SkipstepError as error:  # The classes' own rules.
+        raise malformed(given.where, error.got) from error
+
+
+def _latency(given: Fields) -> tuple[RunKind, Latency]:
+    kind = RunKind(
+        given.hexadecimal("plan", 16), given.integer("batch_size", low=1, high=_MAX_BATCH), given.boolean("guided")
+    )
+    p50, p90, p99 = (given.number(name, low=math.ulp(0.0), high=_MAX_MS) for name in ("p50_ms", "p90_ms", "p99_ms"))
+    return kind, Latency(p50, p90, p99, given.integer("count", low=1))

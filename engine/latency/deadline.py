@@ -1,0 +1,128 @@
+"""The plan for a deadline: of those whose measured p99, with a margin, fits, the one of the most steps.
+
+    (1 + margin) · Σ over the request's runs of p99(plan, batch size of the run, guided)  ≤  deadline
+
+Adding the runs' p99 is cautious: the runs of a call are rarely all slow. Only what was measured is chosen: nothing is
+concluded from other batch sizes, or from plans of other lengths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Real
+
+from skipstep.errors import DeadlineError, InputError
+from skipstep.latency.calibration import Calibration, RunKind
+from skipstep.latency.identity import DeviceIdentity
+from skipstep.plans.plan import Plan
+from skipstep.plans.solvers import SOLVERS
+
+MARGIN = 0.1
+
+
+def choose_plan(
+    calibration: Calibration | None,
+    plans: Iterable[Plan],
+    sizes_of_runs: Sequence[int],
+    *,
+    deadline_ms: float,
+    guided: bool,
+    margin: float = MARGIN,
+    identity: DeviceIdentity | None = None,
+) -> Plan:
+    """The plan of the most steps that meets the deadline; of equal ones that with the lower p99.
+
+    calibration    of this device; None: nobody has measured.
+    plans          to choose from. Those that walk from images to noise are passed over.
+    sizes_of_runs  the batch sizes that the request is split over (Sampler.split).
+    margin         what the p99 is raised by, as a share of it, ≥ 0.
+    identity       of this device, where the caller wants the calibration held against it.
+
+    Raises DeadlineError where nothing fits, which says what would; InputError for a deadline or margin that is no such
+    number, without a calibration of this device, and where no plan was measured at these batch sizes.
+    """
+    if not _is_number(deadline_ms) or deadline_ms == 0:
+        raise InputError(
+            got=f"deadline_ms={deadline_ms!r}",
+            expected="a positive number of milliseconds",
+            remedy="pass deadline_ms=50.0, say, or steps=",
+        )
+    if not _is_number(margin):
+        raise InputError(
+            got=f"margin={margin!r}", expected="a share of the p99, 0 or more", remedy="pass 0.1, or 0 for none"
+        )
+    latencies = _checked(calibration, identity).latencies
+    factor, measured, unmeasured = 1.0 + margin, [], []
+    for plan in sorted(plans, key=lambda plan: (len(plan.timesteps), plan.key)):
+        if SOLVERS[plan.solver].upward:
+            continue
+        runs = [latencies.get(RunKind(plan.key, size, guided)) for size in sizes_of_runs]
+        times = [run.p99_ms for run in runs if run is not None]
+        if len(times) == len(runs):
+            measured.append((plan, math.fsum(times)))
+        else:
+            unmeasured.append(plan)
+    fitting = [(plan, total) for plan, total in measured if total * factor <= deadline_ms]
+    if fitting:
+        return min(fitting, key=lambda each: (-len(each[0].timesteps), each[1], each[0].key))[0]
+    if not measured:
+        raise _not_measured(unmeasured, sizes_of_runs, guided)
+    left_out = f"; not measured at these batch sizes: {_names(unmeasured)}" if unmeasured else ""
+    raise DeadlineError(
+        got=f"deadline_ms={deadline_ms:g} for {_request(sizes_of_runs, guided)}",
+        expected=f"at least {_rounded_up(min(total for _, total in measured) * factor)} ms, with the margin of "
+        f"{margin:.0%}; p99 is {', '.join(f'{total:.4g} ms for {_name(plan)}' for plan, total in measured)}{left_out}",
+        remedy="allow more time, add a plan of fewer steps and calibrate it, or draw fewer samples in a call",
+    )
+
+
+def _checked(calibration: Calibration | None, identity: DeviceIdentity | None) -> Calibration:
+    got = None
+    if calibration is None:
+        got = "deadline_ms= for an engine that was not calibrated on this device"
+    elif identity is not None and calibration.identity != identity:
+        got = f"deadline_ms= with latencies of another setting: {', '.join(calibration.identity.differences(identity))}"
+    if calibration is None or got is not None:
+        raise InputError(
+            got=str(got),
+            expected="latencies that were measured here",
+            remedy="call engine.calibrate(), or run skipstep calibrate on the bundle and load it again",
+        )
+    return calibration
+
+
+def _not_measured(plans: Sequence[Plan], sizes_of_runs: Sequence[int], guided: bool) -> InputError:
+    return InputError(
+        got=f"deadline_ms= for {_request(sizes_of_runs, guided)}, with no plan measured so: {_names(plans)} were not"
+        if plans
+        else "deadline_ms= for an engine without plans to choose from",
+        expected="at least one plan that was measured at the batch sizes of the call",
+        remedy=f"call engine.calibrate(batch_sizes={sorted(set(sizes_of_runs))}), or pass steps=",
+    )
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and 0.0 <= float(value) < math.inf
+    except OverflowError:
+        return False
+
+
+def _request(sizes_of_runs: Sequence[int], guided: bool) -> str:
+    sizes = " + ".join(map(str, sizes_of_runs)) if len(sizes_of_runs) <= 4 else f"{sum(sizes_of_runs)}"
+    return f"{sizes} sample{'s' if sizes != '1' else ''}" + (" with guidance" if guided else "")
+
+
+def _names(plans: Iterable[Plan]) -> str:
+    return ", ".join(map(_name, plans))
+
+
+def _name(plan: Plan) -> str:
+    return f"{plan.steps} step{'s' if len(plan.timesteps) > 1 else ''} ({plan.solver}, {plan.key})"
+
+
+def _rounded_up(milliseconds: float) -> str:
+    """With two decimals, and never less than it: a deadline of so much fits."""
+    rounded = round(milliseconds, 2)
+    return f"{rounded if rounded >= milliseconds else rounded + 0.01:.2f}"

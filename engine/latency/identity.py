@@ -1,0 +1,157 @@
+"""What must be the same for measured latencies to count: the device, what runs the network on it, and how.
+
+The processor's model, cores and threads, or the GPU and its driver; the backend and its version; the loop; the
+network's precision; the version of skipstep. What else a machine is busy with, or how it is clocked, it cannot say.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+from skipstep import __version__
+from skipstep.cuda.probe import cuda_device
+from skipstep.errors import InputError
+from skipstep.storage.untrusted import Fields, read_integer, read_text
+
+# Which modules run the network, by backend; those of them that are imported say their version.
+_LIBRARIES = {"tensorrt": ("tensorrt", "tensorrt_rtx")}
+_DRIVER_FILE = "/sys/module/nvidia/version"
+_MAX_COUNT = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceIdentity:
+    """Equal identities may share latencies.
+
+    device    "cpu" or "cuda".
+    name      the processor's model or the GPU's name.
+    library   what runs the network, with its version: "onnxruntime 1.31.1".
+    cores     that the process may use, and `threads` that the network runs on; on the CPU alone.
+    driver    of the GPU; on a GPU alone.
+    Raises InputError where these contradict each other.
+    """
+
+    device: str
+    name: str
+    backend: str
+    library: str
+    loop: str
+    precision: str
+    skipstep: str = __version__
+    cores: int | None = None
+    threads: int | None = None
+    driver: str | None = None
+
+    def __post_init__(self) -> None:
+        on_cpu = self.device == "cpu"
+        there = [each is not None for each in (self.cores, self.threads, self.driver)]
+        if self.device not in ("cpu", "cuda") or there != [on_cpu, on_cpu, not on_cpu]:
+            raise InputError(
+                got=f"device={self.device!r} with cores={self.cores}, threads={self.threads}, driver={self.driver!r}",
+                expected="'cpu' with cores and threads, or 'cuda' with a driver, and nothing else",
+                remedy="use skipstep.latency.identity.device_identity, which finds them",
+            )
+
+    def __str__(self) -> str:
+        where = f"{self.cores} cores, {self.threads} threads" if self.device == "cpu" else f"driver {self.driver}"
+        return f"{self.name}, {where}; {self.library}, {self.loop} loop, {self.precision}; skipstep {self.skipstep}"
+
+    def differences(self, other: DeviceIdentity) -> list[str]:
+        """What is not the same, in words: "threads 2 instead of 4"."""
+        pairs = [(each.name, getattr(self, each.name), getattr(other, each.name)) for each in fields(self)]
+        return [f"{name} {mine} instead of {theirs}" for name, mine, theirs in pairs if mine != theirs]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_fields(cls, given: Fields) -> DeviceIdentity:
+        """Raises BundleError for fields that are missing or of another type, InputError as above."""
+
+        def count(value: Any, where: str) -> int:
+            return read_integer(value, where, 1, _MAX_COUNT)
+
+        return cls(
+            device=given.text("device"),
+            name=given.text("name"),
+            backend=given.text("backend"),
+            library=given.text("library"),
+            loop=given.text("loop"),
+            precision=given.text("precision"),
+            skipstep=given.text("skipstep"),
+            cores=given.optional("cores", count),
+            threads=given.optional("threads", count),
+            driver=given.optional("driver", read_text),
+        )
+
+
+def device_identity(
+    *,
+    backend: str,
+    loop: str,
+    device: str,
+    precision: str = "float32",
+    num_threads: int | None = None,
+    gpu_name: str | None = None,
+) -> DeviceIdentity:
+    """That of an engine in this process.
+
+    device        "cpu", "cuda" or "cuda:1", as engines have it.
+    num_threads   of ONNX Runtime; None: all cores. torch is asked for its own.
+    gpu_name      of the device; None: that of the first.
+    Raises DeviceUnavailableError for a GPU where there is none.
+    """
+    if device.partition(":")[0] == "cuda":
+        return DeviceIdentity(
+            device="cuda",
+            name=gpu_name or cuda_device()[1],
+            backend=backend,
+            library=_library(backend),
+            loop=loop,
+            precision=precision,
+            driver=_driver_version(),
+        )
+    cores = len(os.sched_getaffinity(0))
+    if backend == "torch":
+        import torch
+
+        num_threads = torch.get_num_threads()
+    return DeviceIdentity(
+        device="cpu",
+        name=_cpu_name(),
+        backend=backend,
+        library=_library(backend),
+        loop=loop,
+        precision=precision,
+        cores=cores,
+        threads=num_threads or cores,
+    )
+
+
+def _library(backend: str) -> str:
+    modules = {name: sys.modules.get(name) for name in _LIBRARIES.get(backend, (backend,))}
+    found = [f"{name} {getattr(module, '__version__', 'unknown')}" for name, module in modules.items() if module]
+    return ", ".join(found) or backend
+
+
+@lru_cache(maxsize=1)
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+@lru_cache(maxsize=1)
+def _driver_version() -> str:
+    try:
+        with open(_DRIVER_FILE, encoding="utf-8") as file:
+            return file.read().strip()
+    except OSError:
+        return "unknown"

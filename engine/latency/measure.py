@@ -1,0 +1,154 @@
+"""Measuring whole calls: `sampler.sample` from arguments to NumPy samples, as a product calls it, all work finished.
+
+Plans, batch sizes and guidance take turns: the calls of each are spread evenly over the whole measurement, so that a
+slow spell of the machine does not hit one kind alone. Where time is short, the kinds that take longest are called less
+often; how often is kept beside every percentile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from skipstep.calls.request import Conditions
+from skipstep.errors import InputError
+from skipstep.latency.calibration import Calibration, Latency, RunKind
+from skipstep.latency.identity import DeviceIdentity
+from skipstep.plans.plan import Plan
+from skipstep.plans.solvers import SOLVERS
+
+if TYPE_CHECKING:
+    from skipstep.loops.runner import Sampler
+
+# From 100 calls on, p99 is less than the longest of them.
+REPEATS = 100
+MAX_SECONDS = 120.0
+# However short the time: percentiles of fewer calls are not worth the name.
+_FEWEST_CALLS = 3
+_GUIDANCE = 2.0
+
+Progress = Callable[[int, int], None]
+
+
+def calibrate(
+    sampler: Sampler,
+    identity: DeviceIdentity,
+    *,
+    repeats: int = REPEATS,
+    max_seconds: float = MAX_SECONDS,
+    plans: Iterable[int | Plan] | None = None,
+    batch_sizes: Iterable[int] | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Latencies of whole calls on this device, unguided, and guided where the network can be.
+
+    identity      of this device with this sampler (skipstep.latency.identity.device_identity).
+    repeats       calls of each kind, after two that do not count. With fewer than 100, p99 is the longest of them.
+    max_seconds   about how long it may take; beyond it kinds are called less often, but three times at least.
+    plans         of the sampler, or their step counts; None: all that lead from noise to images.
+    batch_sizes   None: the sampler's own. One that takes any size can be measured at each, up to its largest.
+    progress      called as progress(done, total), in calls.
+
+    Labels and seeds differ within a batch, and so do the prompts, which are random numbers: no work is shared between
+    samples. Raises InputError, and what `sample` raises.
+    """
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < _FEWEST_CALLS:
+        raise InputError(
+            got=f"repeats={repeats!r}", expected=f"an integer ≥ {_FEWEST_CALLS}", remedy="pass 100 for a p99 of use"
+        )
+    if not max_seconds > 0:
+        raise InputError(
+            got=f"max_seconds={max_seconds!r}", expected="a positive number of seconds", remedy="pass 60.0, say"
+        )
+    chosen = _chosen_plans(sampler, plans)
+    sizes = _chosen_sizes(sampler, batch_sizes)
+    guided = (False, True) if sampler.network.can_guide else (False,)
+    calls = {
+        RunKind(plan.key, size, guides): _call(sampler, plan, size, guided=guides)
+        for size in sizes
+        for plan in chosen
+        for guides in guided
+    }
+    expected = {}
+    for kind, call in calls.items():
+        call()  # Compiles and captures; the next one says how long a call is.
+        expected[kind] = _seconds(call)
+    turns = take_turns(allot(expected, repeats=repeats, max_seconds=max_seconds))
+    seconds: dict[RunKind, list[float]] = {kind: [] for kind in calls}
+    for done, kind in enumerate(turns, 1):
+        seconds[kind].append(_seconds(calls[kind]))
+        if progress is not None:
+            progress(done, len(turns))
+    return Calibration(identity, {kind: Latency.of(each) for kind, each in seconds.items()})
+
+
+def allot(seconds: Mapping[RunKind, float], *, repeats: int, max_seconds: float) -> dict[RunKind, int]:
+    """How often to call each kind that takes so long: all `repeats` times where that fits into `max_seconds`.
+
+    Where it does not, each has an equal share of the time, and what a quick one leaves of its share goes to the others.
+    """
+    counts = {}
+    left = max_seconds
+    for done, (kind, each) in enumerate(sorted(seconds.items(), key=lambda item: item[1])):
+        share = max(0.0, left) / (len(seconds) - done)
+        counts[kind] = min(repeats, max(_FEWEST_CALLS, int(share / each)))
+        left -= counts[kind] * each
+    return counts
+
+
+def take_turns(counts: Mapping[RunKind, int]) -> list[RunKind]:
+    """Each kind that often, in an order that spreads the calls of every kind evenly from beginning to end."""
+    places = [((n + 0.5) / count, i, kind) for i, (kind, count) in enumerate(counts.items()) for n in range(count)]
+    return [kind for _, _, kind in sorted(places)]
+
+
+def _chosen_plans(sampler: Sampler, plans: Iterable[int | Plan] | None) -> list[Plan]:
+    if plans is None:
+        chosen = [plan for plan in sampler.plans.values() if not SOLVERS[plan.solver].upward]
+    else:
+        chosen = [
+            sampler.select_plan(plan=each) if isinstance(each, Plan) else sampler.select_plan(steps=each)
+            for each in plans
+        ]
+    if not chosen:
+        raise InputError(got="no plans", expected="at least one", remedy="call engine.add_plan(20) first")
+    return chosen
+
+
+def _chosen_sizes(sampler: Sampler, batch_sizes: Iterable[int] | None) -> list[int]:
+    sizes = sorted(set(sampler.batch_sizes if batch_sizes is None else batch_sizes))
+    for size in sizes:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1 or sampler.split(size) != [size]:
+            raise InputError(
+                got=f"batch size {size!r}",
+                expected=f"one that a single run draws; this engine was made for {list(sampler.batch_sizes)}",
+                remedy="leave batch_sizes out, or build the engine with it",
+            )
+    if not sizes:
+        raise InputError(got="no batch sizes", expected="at least one", remedy="leave batch_sizes out")
+    return sizes
+
+
+def _call(sampler: Sampler, plan: Plan, size: int, *, guided: bool) -> Callable[[], Any]:
+    network, seeds = sampler.network, range(size)
+    conditions: Conditions = {}
+    if network.num_classes is not None:
+        conditions["class_labels"] = [seed % network.num_classes for seed in seeds]
+    if network.prompt_shape is not None:
+        rng = np.random.default_rng(0)
+        prompts, negative = rng.standard_normal((2, size, *network.prompt_shape), dtype=np.float32)
+        conditions["prompt_embeds"] = prompts
+        if guided:
+            conditions["negative_prompt_embeds"] = negative
+    if guided:
+        conditions["guidance_scale"] = _GUIDANCE
+    return lambda: sampler.sample(plan=plan, seeds=seeds, **conditions)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started

@@ -1,0 +1,1 @@
+"""How a plan is walked: the loop contract and its forms. ADD A LOOP FORM here."""

@@ -1,0 +1,312 @@
+"""diffusers checkpoint folders, read without running anything that is in them.
+
+    model_index.json        optional; its `id2label` names the classes, as in diffusers' DiTPipeline
+    unet/config.json        the network's class and arguments
+    unet/*.safetensors      its weights, in one file or in shards with an index
+    scheduler/scheduler_config.json
+
+A folder that holds config.json itself is taken as the unet folder alone. Weights are safetensors or nothing: a pickle
+runs code when it is loaded, so it is refused unread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skipstep.errors import MissingDependencyError, ModelFormatError, UnsafeCheckpointError
+from skipstep.plans.scheduler_config import SchedulerConfig, read_scheduler_config
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# The networks that a configuration file may name: a name from a file never reaches an import.
+NETWORK_CLASSES = ("UNet2DModel", "UNet2DConditionModel")
+
+# Where a folder has no tokenizer: what every CLIP text encoder is given.
+_CLIP_TOKENS = 77
+_STEM = "diffusion_pytorch_model"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a folder says about its network. `sample_shape` is (C, H, W); `weights` are the safetensors files.
+
+    `num_classes` counts the real classes. Where the network embeds one class more than `id2label` names, the last one
+    is `null_label`, which stands for "no class"; without `id2label` every embedded class is real. `prompt_shape` is
+    (tokens, width) of a text-conditional network's prompts.
+    """
+
+    folder: Path
+    class_name: str
+    unet_config: Mapping[str, Any]
+    weights: tuple[Path, ...]
+    scheduler: SchedulerConfig | None
+    sample_shape: tuple[int, int, int]
+    num_classes: int | None
+    null_label: int | None
+    class_names: tuple[str, ...] | None
+    prompt_shape: tuple[int, int] | None
+
+    def digest(self) -> str:
+        """sha256 over the network's configuration and weights, in hexadecimal."""
+        digest = hashlib.sha256(json.dumps(self.unet_config, sort_keys=True).encode())
+        for path in self.weights:
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+
+def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+    """Read and check a folder; neither torch nor diffusers is needed, and no weight is loaded.
+
+    Raises ModelFormatError, UnsafeCheckpointError (only a pickle is there) and ScheduleError.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ModelFormatError(
+            got=f"no folder {root}",
+            expected="a folder written by diffusers' save_pretrained()",
+            remedy="check the path",
+        )
+    unet = root if (root / "config.json").exists() else root / "unet"
+    if not (unet / "config.json").exists():
+        raise ModelFormatError(
+            got=f"the folder {root} without config.json or unet/config.json",
+            expected="a folder written by diffusers' save_pretrained()",
+            remedy="pass a pipeline's folder, or its unet folder",
+        )
+    config = _read_json(unet / "config.json")
+    class_name = config.get("_class_name")
+    if class_name not in NETWORK_CLASSES:
+        raise ModelFormatError(
+            got=f"_class_name={class_name!r} in {unet / 'config.json'}",
+            expected=f"one of {', '.join(NETWORK_CLASSES)}",
+            remedy="load the network yourself and pass the module to Engine.build",
+        )
+    weights = _find_weights(unet)
+    for path in weights:
+        _check_safetensors(path)
+    scheduler = root / "scheduler" / "scheduler_config.json"
+    names = _class_names(root / "model_index.json")
+    num_classes, null_label = _classes(config, names)
+    return Checkpoint(
+        folder=root,
+        class_name=str(class_name),
+        unet_config=config,
+        weights=weights,
+        scheduler=read_scheduler_config(scheduler) if unet != root and scheduler.exists() else None,
+        sample_shape=_sample_shape(config, unet / "config.json"),
+        num_classes=num_classes,
+        null_label=null_label,
+        class_names=names,
+        prompt_shape=_prompt_shape(config, root),
+    )
+
+
+def load_unet(checkpoint: Checkpoint) -> nn.Module:
+    """Build the network with its weights as float32, in eval mode and without gradients.
+
+    Raises MissingDependencyError without torch and diffusers, ModelFormatError where weights and network disagree.
+    """
+    try:
+        import diffusers
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise MissingDependencyError(
+            got=f"no package {error.name}",
+            expected="torch and diffusers, which build the network of a diffusers folder",
+            remedy="pip install 'skipstep[torch,diffusers]'",
+        ) from error
+    arguments = {key: value for key, value in checkpoint.unet_config.items() if not key.startswith("_")}
+    try:
+        network: nn.Module = getattr(diffusers, checkpoint.class_name)(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ModelFormatError(
+            got=f"a configuration that {checkpoint.class_name} refuses: {error}",
+            expected="the arguments of the installed diffusers' class",
+            remedy="upgrade diffusers, or write the folder again with save_pretrained()",
+        ) from error
+    tensors = {name: tensor for path in checkpoint.weights for name, tensor in load_file(path).items()}
+    expected = network.state_dict()
+    problems = {
+        "missing": sorted(set(expected) - set(tensors)),
+        "unexpected": sorted(set(tensors) - set(expected)),
+        "of another shape": sorted(
+            name for name in set(expected) & set(tensors) if expected[name].shape != tensors[name].shape
+        ),
+    }
+    if any(problems.values()):
+        raise ModelFormatError(
+            got="; ".join(f"{len(names)} tensors {what} ({_some(names)})" for what, names in problems.items() if names),
+            expected=f"exactly the {len(expected)} tensors of {checkpoint.class_name} with this config.json",
+            remedy=f"check that config.json and the weights in {checkpoint.folder} belong together",
+        )
+    network.load_state_dict(tensors)
+    return network.float().eval().requires_grad_(False)
+
+
+def _find_weights(unet: Path) -> tuple[Path, ...]:
+    for stem in (_STEM, f"{_STEM}.fp16"):
+        if (unet / f"{stem}.safetensors").exists():
+            return (unet / f"{stem}.safetensors",)
+    index = unet / f"{_STEM}.safetensors.index.json"
+    if index.exists():
+        return _shards(index)
+    pickles = sorted(path for path in unet.iterdir() if path.suffix in _PICKLES)
+    if pickles:
+        raise UnsafeCheckpointError(
+            got=f"weights as a pickle, {pickles[0]}",
+            expected=f"{_STEM}.safetensors: a pickle runs code when it is loaded, so it was not opened",
+            remedy='convert it once, where you trust the file: python -c "import torch, safetensors.torch as s; '
+            f"s.save_file(torch.load('{pickles[0]}', weights_only=True), '{unet / _STEM}.safetensors')\"",
+        )
+    raise ModelFormatError(
+        got=f"no weights in {unet}",
+        expected=f"{_STEM}.safetensors",
+        remedy="write the folder again with save_pretrained(), or complete the download",
+    )
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelFormatError(
+            got=f"{index} without a weight_map", expected="a map from tensors to files", remedy="download it again"
+        )
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelFormatError(
+                got=f"the shard {name!r} in {index}",
+                expected="the name of a .safetensors file in the same folder",
+                remedy="do not use this checkpoint: its index points elsewhere",
+            )
+        if not (index.parent / name).exists():
+            raise ModelFormatError(
+                got=f"no shard {index.parent / name}",
+                expected=f"all {len(names)} shards of {index.name}",
+                remedy="complete the download",
+            )
+    return tuple(index.parent / name for name in names)
+
+
+def _check_safetensors(path: Path) -> None:
+    """Compare the header with the size of the file: eight bytes of length, a JSON header, then the tensors' bytes."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise _truncated(path, f"{size} bytes, fewer than its header")
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            end = int(max(ends, default=0))
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+            raise ModelFormatError(
+                got=f"{path} with a header that is not that of a safetensors file",
+                expected="a safetensors file",
+                remedy="download it again, or write it with safetensors.torch.save_file",
+            ) from error
+    if size != 8 + length + end:
+        raise _truncated(path, f"{size} bytes where its header says {8 + length + end}")
+
+
+def _truncated(path: Path, size: str) -> ModelFormatError:
+    return ModelFormatError(got=f"{path} with {size}", expected="a whole safetensors file", remedy="download it again")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelFormatError(
+            got=f"{path}, which cannot be read as JSON ({error})", expected="a JSON object", remedy="download it again"
+        ) from error
+    if not isinstance(contents, dict):
+        raise ModelFormatError(
+            got=f"{path} holding a JSON {type(contents).__name__}", expected="a JSON object", remedy="download it again"
+        )
+    return contents
+
+
+def _class_names(index: Path) -> tuple[str, ...] | None:
+    if not index.exists():
+        return None
+    id2label = _read_json(index).get("id2label")
+    if id2label is None:
+        return None
+    keys = [str(i) for i in range(len(id2label))] if isinstance(id2label, dict) else []
+    if not keys or set(keys) != set(id2label):
+        raise ModelFormatError(
+            got=f"id2label={id2label!r} in {index}",
+            expected='an object with the keys "0", "1", … and a name for each',
+            remedy="correct it, or remove it to use class numbers",
+        )
+    return tuple(str(id2label[key]) for key in keys)
+
+
+def _classes(config: Mapping[str, Any], names: Sequence[str] | None) -> tuple[int | None, int | None]:
+    embedded = config.get("num_class_embeds")
+    if embedded is None:
+        return None, None
+    if names is not None and embedded == len(names) + 1:
+        return len(names), len(names)
+    if names is not None and embedded != len(names):
+        raise ModelFormatError(
+            got=f"{len(names)} class names for num_class_embeds={embedded}",
+            expected="as many, or one fewer where the last embedding stands for no class",
+            remedy="correct id2label in model_index.json",
+        )
+    return int(embedded), None
+
+
+def _sample_shape(config: Mapping[str, Any], path: Path) -> tuple[int, int, int]:
+    channels, size = config.get("in_channels"), config.get("sample_size")
+    sides = [size, size] if isinstance(size, int) else size
+    if (
+        not isinstance(channels, int)
+        or not isinstance(sides, list)
+        or not all(isinstance(n, int) for n in sides)
+        or len(sides) != 2
+    ):
+        raise ModelFormatError(
+            got=f"in_channels={channels!r}, sample_size={size!r} in {path}",
+            expected="an integer, and an integer or a pair of them",
+            remedy="add them to config.json: the engine compiles for fixed shapes",
+        )
+    return channels, sides[0], sides[1]
+
+
+def _prompt_shape(config: Mapping[str, Any], root: Path) -> tuple[int, int] | None:
+    """Tokens and width of the prompts that a text-conditional network attends to; the tokenizer says how many."""
+    if config.get("_class_name") != "UNet2DConditionModel":
+        return None
+    for key in ("addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"):
+        if config.get(key) is not None:
+            raise ModelFormatError(
+                got=f"{key}={config[key]!r} in {root}",
+                expected="a network that takes a sample, a timestep, prompt embeddings and at most class labels",
+                remedy="wrap the network in a module that computes the rest, and pass it to Engine.build",
+            )
+    width = config.get("cross_attention_dim", 1280)
+    path = root / "tokenizer" / "tokenizer_config.json"
+    tokens = _read_json(path).get("model_max_length") if path.exists() else _CLIP_TOKENS
+    if not isinstance(width, int) or not isinstance(tokens, int) or width < 1 or not 1 <= tokens <= 1 << 16:
+        raise ModelFormatError(
+            got=f"cross_attention_dim={width!r} and model_max_length={tokens!r} in {root}",
+            expected="the width of a prompt's embeddings, and how many tokens a prompt has",
+            remedy="pass prompt_shape=(tokens, width) with the network itself to Engine.build",
+        )
+    return tokens, width
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

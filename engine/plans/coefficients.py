@@ -1,0 +1,69 @@
+"""From a plan's noise levels to the float32 table that the step reads (columns: skipstep.kernels.layout).
+
+Converting the network's output into an image and a noise is linear for every prediction type, so it is table
+columns and not a branch:
+
+    epsilon        x0 = x/√a - √(1-a)/√a·out          eps = out
+    v_prediction   x0 = √a·x - √(1-a)·out             eps = √(1-a)·x + √a·out      (arXiv 2202.00512, section 4)
+    sample         x0 = out                           eps = x/√(1-a) - √a/√(1-a)·out
+
+Everything is computed in float64 and cast once: in float16 alpha_bar itself would round to 1.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstep.errors import PlanError
+from skipstep.kernels.layout import NUM_COLUMNS, Column
+from skipstep.plans.solvers import UPDATE_COLUMNS, UpdateWeights
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
+
+
+def coefficient_table(
+    alpha_bar: NDArray[np.float64], weights: UpdateWeights, *, prediction_type: str, clip: float | None
+) -> NDArray[np.float32]:
+    """Return float32 `[E, NUM_COLUMNS]` for the E noise levels `alpha_bar` that the network is told.
+
+    Raises PlanError for epsilon prediction at alpha_bar = 0, where the predicted image is 1/0.
+    """
+    a, noise = alpha_bar, 1.0 - alpha_bar
+    root_a, root_noise = np.sqrt(a), np.sqrt(noise)
+    table = np.zeros((len(a), NUM_COLUMNS), np.float64)
+    match prediction_type:
+        case "epsilon":
+            if np.any(a == 0.0):
+                raise PlanError(
+                    got="prediction_type='epsilon' at a timestep with alpha_bar = 0 (zero terminal SNR)",
+                    expected="a noise level with some image left: the predicted image is (x - eps)/sqrt(alpha_bar)",
+                    remedy="use a network trained for v_prediction, or a schedule without zero-terminal-SNR rescaling",
+                )
+            table[:, Column.X0_X] = 1.0 / root_a
+            table[:, Column.X0_OUT] = -root_noise / root_a
+            table[:, Column.EPS_OUT] = 1.0
+        case "v_prediction":
+            table[:, Column.X0_X] = root_a
+            table[:, Column.X0_OUT] = -root_noise
+            table[:, Column.EPS_X] = root_noise
+            table[:, Column.EPS_OUT] = root_a
+        case "sample":
+            table[:, Column.X0_OUT] = 1.0
+            table[:, Column.EPS_X] = 1.0 / root_noise
+            table[:, Column.EPS_OUT] = -root_a / root_noise
+        case _:
+            raise PlanError(
+                got=f"prediction_type={prediction_type!r}",
+                expected=f"one of {', '.join(PREDICTION_TYPES)}",
+                remedy="pass what the network was trained to predict; a diffusers scheduler_config.json names it",
+            )
+    table[:, Column.CLIP] = 0.0 if clip is None else clip
+    table[:, Column.RE_X] = 1.0 / root_noise
+    table[:, Column.RE_X0] = -root_a / root_noise
+    for name in UPDATE_COLUMNS:
+        table[:, Column[name.upper()]] = getattr(weights, name)
+    return table.astype(np.float32)

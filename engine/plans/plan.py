@@ -1,0 +1,435 @@
+"""A plan: one way to walk from noise to an image, with every number known before the first call.
+
+A plan is an explicit list of pairs t_i → t_{i+1} that ends at `final_alpha_bar` (1: no noise left), and one row of
+coefficients per network evaluation. There is no stride arithmetic: the level that a step leads to is the level at
+which the next one starts.
+
+Three conventions differ in what happens to the predicted image x0 and noise eps, by up to half the signal's scale:
+
+    paper       neither is touched                                     (the DDIM paper)
+    diffusers   x0 is clipped, eps stays what the network said         (DDIMScheduler's default)
+    guided      x0 is clipped, eps is derived again from it            (guided-diffusion; use_clipped_model_output)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstep.errors import PlanError
+from skipstep.kernels.layout import Column, StepFlags
+from skipstep.kernels.statistics import Thresholding
+from skipstep.plans.coefficients import PredictionType, coefficient_table
+from skipstep.plans.schedule import NoiseSchedule
+from skipstep.plans.solvers import (
+    BETWEEN,
+    SOLVERS,
+    UPDATE_COLUMNS,
+    VARIANCES,
+    Solver,
+    SolverOptions,
+    UpdateWeights,
+    Variance,
+)
+from skipstep.plans.spacing import Spacing, space_timesteps
+
+if TYPE_CHECKING:
+    from skipstep.networks.spec import NetworkSpec
+
+Convention = Literal["diffusers", "guided", "paper"]
+CONVENTIONS: tuple[str, ...] = get_args(Convention)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Plan:
+    """A sampling plan over `schedule`: give `steps` and a `spacing`, or explicit strictly decreasing `timesteps`.
+
+    solver          a name in skipstep.plans.solvers.SOLVERS.
+    eta             for ddim: 0 (deterministic) … 1 (DDPM's posterior variance); sigma scales with it.
+    variance        for ddpm: "fixed_small", "fixed_large" or "learned_range"; None is fixed_small.
+    midpoints       for solvers that look between training timesteps: "fractional" timesteps, found in log-SNR, or the
+                    "nearest" integer for a network that knows no others, at the price of the solver's order.
+    evaluate_at     for ddim_inversion: the network is told the timestep of the "target" of each step, which is where
+                    sampling stood when it made that step, or of its "source".
+    prediction_type what the network was trained to predict.
+    clip            bound on the predicted image, None for none; "auto" is 1.0 where the convention and the solver clip;
+                    "dynamic" thresholds at the quantile `dynamic_quantile` of each sample's absolute values, at least 1
+                    and at most `dynamic_maximum` (skipstep.kernels.statistics).
+    convention      what clipping does to the noise, see above. Runge-Kutta solvers derive it again in both conventions
+                    that clip.
+    final_alpha_bar noise level of the result; diffusers' set_alpha_to_one=False is schedule.alpha_bar[0].
+    steps_offset    shifts `leading` spacing, as in diffusers.
+
+    After construction `timesteps` is a tuple, `steps` its length, `spacing` None if the timesteps were given, and
+    `clip` a number, "dynamic" or None. All of the following are read-only:
+
+    alpha_bars      float64 `[S+1]`, the levels visited. An inversion visits levels and timesteps upward.
+    evaluation_timesteps  float64 `[E]`, what the network is told, one per evaluation; E is S for one-stage solvers.
+    coefficients    float32 `[E, NUM_COLUMNS]`; `stage_flags`, E of them, say which columns count
+                    (skipstep.kernels.layout).
+    ends_step       E truth values: whether an evaluation is the last of its step.
+    key             sixteen hexadecimal digits, equal exactly where the results are: a hash of timesteps, table, flags.
+
+    Raises PlanError.
+    """
+
+    schedule: NoiseSchedule
+    steps: int | None = None
+    spacing: Spacing | None = "trailing"
+    timesteps: Sequence[int] = ()
+    solver: str = "ddim"
+    eta: float = 0.0
+    variance: Variance | None = None
+    midpoints: Literal["fractional", "nearest"] = "fractional"
+    evaluate_at: Literal["target", "source"] = "target"
+    prediction_type: PredictionType = "epsilon"
+    clip: float | Literal["auto", "dynamic"] | None = "auto"
+    dynamic_quantile: float | None = None
+    dynamic_maximum: float | None = None
+    convention: Convention = "diffusers"
+    final_alpha_bar: float = 1.0
+    steps_offset: int = 0
+    alpha_bars: NDArray[np.float64] = field(init=False, compare=False)
+    evaluation_timesteps: NDArray[np.float64] = field(init=False, compare=False)
+    coefficients: NDArray[np.float32] = field(init=False, compare=False)
+    stage_flags: tuple[StepFlags, ...] = field(init=False, compare=False)
+    ends_step: tuple[bool, ...] = field(init=False, compare=False)
+    key: str = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.schedule, NoiseSchedule):
+            raise PlanError(
+                got=f"schedule of type {type(self.schedule).__name__}",
+                expected="a NoiseSchedule",
+                remedy="build one, e.g. NoiseSchedule.linear(1000) or NoiseSchedule.from_diffusers(config)",
+            )
+        _check_choice("solver", self.solver, tuple(SOLVERS))
+        _check_choice("convention", self.convention, CONVENTIONS)
+        _check_choice("midpoints", self.midpoints, ("fractional", "nearest"))
+        _check_choice("evaluate_at", self.evaluate_at, ("target", "source"))
+        if self.variance is not None:
+            _check_choice("variance", self.variance, VARIANCES)
+        solver = SOLVERS[self.solver]
+        eta = _checked_number("eta", self.eta, low=0.0, high=1.0)
+        self._check_solver_takes(solver, eta)
+        timesteps = self._resolved_timesteps()
+        final_alpha_bar = self._checked_final_alpha_bar(timesteps[-1])
+        clip = self._resolved_clip(solver)
+
+        alpha_bars = np.append(self.schedule.alpha_bar[list(timesteps)], final_alpha_bar)
+        if solver.upward:
+            timesteps, alpha_bars = timesteps[::-1], alpha_bars[::-1].copy()
+        if solver.diverges_at_zero and np.any(alpha_bars == 0.0):
+            raise PlanError(
+                got=f"solver={self.solver!r} on a schedule with zero terminal SNR",
+                expected="a finite noise-to-signal ratio at every timestep visited",
+                remedy="use ddim, ddpm or dpm_solver_pp_2m, or leave the last timestep out",
+            )
+        weights = solver.weights(alpha_bars, SolverOptions(eta, self.variance or "fixed_small"))
+        told, told_levels = self._evaluations(weights, timesteps)
+        coefficients = coefficient_table(
+            told_levels,
+            weights,
+            prediction_type=self.prediction_type,
+            clip=clip if isinstance(clip, float) else None,
+        )
+        for array in (alpha_bars, told, coefficients):
+            array.setflags(write=False)
+        for name, value in {
+            "steps": len(timesteps),
+            "spacing": None if len(self.timesteps) else self.spacing,
+            "timesteps": timesteps,
+            "eta": eta,
+            "clip": clip,
+            "final_alpha_bar": final_alpha_bar,
+            "alpha_bars": alpha_bars,
+            "evaluation_timesteps": told,
+            "coefficients": coefficients,
+            "ends_step": tuple(weights.ends_step.tolist()),
+            "stage_flags": self._stage_flags(solver, clip, coefficients, weights),
+        }.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "key", self._hash())
+
+    @property
+    def num_evaluations(self) -> int:
+        """E, how often one sample evaluates the network (twice that where guidance doubles the batch)."""
+        return len(self.evaluation_timesteps)
+
+    @property
+    def pairs(self) -> tuple[tuple[int | None, int | None], ...]:
+        """The steps (t, s) in order; None stands for the final level, which has no timestep."""
+        ends = (None, *self.timesteps) if SOLVERS[self.solver].upward else (*self.timesteps, None)
+        return tuple(itertools.pairwise(ends))
+
+    @property
+    def is_fractional(self) -> bool:
+        """Whether the network is told timesteps between those that it was trained at."""
+        return bool(np.any(self.evaluation_timesteps % 1.0))
+
+    @property
+    def adds_noise(self) -> bool:
+        """Whether samples depend on fresh noise beside x_T."""
+        return any(flags.add_noise for flags in self.stage_flags)
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network must have 2C output channels."""
+        return any(flags.learned_variance for flags in self.stage_flags)
+
+    @property
+    def thresholding(self) -> Thresholding | None:
+        """The parameters of dynamic thresholding, where `clip` is "dynamic"."""
+        if self.clip != "dynamic" or self.dynamic_quantile is None:
+            return None
+        return Thresholding(self.dynamic_quantile, math.inf if self.dynamic_maximum is None else self.dynamic_maximum)
+
+    def __repr__(self) -> str:
+        spacing = self.spacing or "explicit"
+        clip = self.clip if isinstance(self.clip, str) else "none" if self.clip is None else f"{self.clip:g}"
+        extra = "" if self.num_evaluations == self.steps else f"{self.num_evaluations} evaluations, "
+        extra += f"eta={self.eta:g}, " if "eta" in SOLVERS[self.solver].takes else ""
+        extra += f"{self.variance or 'fixed_small'}, " if "variance" in SOLVERS[self.solver].takes else ""
+        return (
+            f"Plan({self.solver}, {self.steps} of {self.schedule.num_timesteps} steps, {spacing}, {extra}"
+            f"{self.prediction_type}, clip={clip}, {self.convention}, key={self.key})"
+        )
+
+    def inverted(self, *, evaluate_at: Literal["target", "source"] = "target") -> Plan:
+        """The way back up: DDIM inversion over this plan's timesteps, without clipping."""
+        return Plan(
+            schedule=self.schedule,
+            timesteps=self.timesteps,
+            solver="ddim_inversion",
+            evaluate_at=evaluate_at,
+            prediction_type=self.prediction_type,
+            final_alpha_bar=self.final_alpha_bar,
+        )
+
+    def started_at(self, step: int) -> Plan:
+        """The same plan from its step `step` on, in [0, S-1]: what is left of it for an image noised to that level."""
+        timesteps = self.timesteps[step:]
+        return dataclasses.replace(self, steps=None, timesteps=timesteps)
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that make this plan again, but for its schedule, as plain values."""
+        names = [each.name for each in dataclasses.fields(self) if each.init and each.name != "schedule"]
+        options = {name: getattr(self, name) for name in names}
+        # Of steps with a spacing and explicit timesteps, what the plan was made from.
+        downward = self.timesteps[::-1] if SOLVERS[self.solver].upward else self.timesteps
+        options["timesteps"] = [] if self.spacing is not None else list(downward)
+        options["steps"] = self.steps if self.spacing is not None else None
+        return options
+
+    def with_tables(self, coefficients: NDArray[np.float32], evaluation_timesteps: NDArray[np.float64]) -> Plan:
+        """This plan with the tables that another machine computed from the same options, and its key.
+
+        Logarithms may differ in their last bit from one mathematical library to the next; keys and samples must not.
+        Raises PlanError for tables that are not this plan's.
+        """
+        stored = dataclasses.replace(self, **self.options())
+        for name, array in (("coefficients", coefficients), ("evaluation_timesteps", evaluation_timesteps)):
+            own = getattr(self, name)
+            if array.shape != own.shape or array.dtype != own.dtype or not np.allclose(array, own, 1e-5, 1e-7):
+                raise PlanError(
+                    got=f"{name} {array.dtype}{list(array.shape)} that are not those of {self!r}",
+                    expected="the tables that these options give",
+                    remedy="export the bundle again with this version of skipstep",
+                )
+            array = array.copy()
+            array.setflags(write=False)
+            object.__setattr__(stored, name, array)
+        object.__setattr__(stored, "key", stored._hash())
+        return stored
+
+    def _hash(self) -> str:
+        digest = hashlib.sha256(b"skipstep plan 2")
+        digest.update(repr((self.stage_flags, self.thresholding)).encode())
+        digest.update(self.evaluation_timesteps.astype("<f8").tobytes())
+        digest.update(self.coefficients.astype("<f4").tobytes())
+        return digest.hexdigest()[:16]
+
+    def _check_solver_takes(self, solver: Solver, eta: float) -> None:
+        given = {
+            "eta": eta != 0.0,
+            "variance": self.variance is not None,
+            "midpoints": self.midpoints != "fractional",
+            "evaluate_at": self.evaluate_at != "target",
+        }
+        for name, is_given in given.items():
+            if is_given and name not in solver.takes:
+                heeding = ", ".join(key for key, other in SOLVERS.items() if name in other.takes)
+                raise PlanError(
+                    got=f"{name}={getattr(self, name)!r} with solver={self.solver!r}",
+                    expected=f"an option of this solver; {name} is one of {heeding}",
+                    remedy=f"leave {name} out, or change the solver",
+                )
+
+    def _evaluations(
+        self, weights: UpdateWeights, timesteps: tuple[int, ...]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """What the network is told at each evaluation: timesteps `[E]`, and the levels that they stand for `[E]`."""
+        told, levels = np.empty(len(weights.level)), weights.level.copy()
+        # An inversion's first level is the image's, which no timestep has; its others follow.
+        shift = {"target": 0, "source": -1}[self.evaluate_at] if SOLVERS[self.solver].upward else 0
+        for row, place in enumerate(weights.grid + shift):
+            if 0 <= place < len(timesteps) and weights.grid[row] != BETWEEN:
+                told[row] = timesteps[place]
+            else:
+                told[row] = self.schedule.timestep_at(float(weights.level[row]))
+                if self.midpoints == "nearest" or weights.grid[row] != BETWEEN:
+                    told[row] = round(told[row])
+            if told[row] % 1.0 == 0.0:
+                levels[row] = self.schedule.alpha_bar[int(told[row])]
+        return told, levels
+
+    def _stage_flags(
+        self,
+        solver: Solver,
+        clip: float | str | None,
+        coefficients: NDArray[np.float32],
+        weights: UpdateWeights,
+    ) -> tuple[StepFlags, ...]:
+        # Unclipped, the noise derived again is the noise that was there.
+        rederives = clip is not None and (self.convention == "guided" or solver.sees_clip_in_eps)
+        uses = {name: coefficients[:, Column[name.upper()]] != 0.0 for name in UPDATE_COLUMNS}
+        adds_noise = bool(np.any(uses["sigma"]))
+        return tuple(
+            StepFlags(
+                clip=isinstance(clip, float),
+                threshold=clip == "dynamic",
+                rederive_eps=rederives,
+                add_state=bool(uses["c_x"][row]),
+                read_base=bool(uses["c_base"][row]),
+                write_base=bool(weights.keep_base[row]),
+                read_memory=bool(uses["c_memory"][row] or uses["m_memory"][row]),
+                write_memory=any(bool(uses[name][row]) for name in ("m_x", "m_x0", "m_eps", "m_memory")),
+                # All rows alike: a last row without noise would be one more kernel to compile, for nothing.
+                add_noise=adds_noise,
+                learned_variance=self.variance == "learned_range",
+            )
+            for row in range(len(coefficients))
+        )
+
+    def _resolved_timesteps(self) -> tuple[int, ...]:
+        num_timesteps = self.schedule.num_timesteps
+        if len(self.timesteps) == 0:
+            if self.steps is None or self.spacing is None:
+                raise PlanError(
+                    got="neither steps with a spacing nor timesteps",
+                    expected="one of the two",
+                    remedy="pass steps=20, or timesteps=[...] from the noisiest to the cleanest",
+                )
+            return space_timesteps(self.spacing, self.schedule, steps=self.steps, offset=self.steps_offset)
+        try:
+            timesteps = tuple(operator.index(t) for t in self.timesteps)
+        except TypeError as error:
+            raise PlanError(
+                got=f"timesteps={list(self.timesteps)!r}",
+                expected="integers",
+                remedy="round them; the network was trained at integer timesteps",
+            ) from error
+        decreasing = all(t > s for t, s in itertools.pairwise(timesteps))
+        if not decreasing or timesteps[-1] < 0 or timesteps[0] >= num_timesteps:
+            raise PlanError(
+                got=f"timesteps={list(timesteps)!r}",
+                expected=f"strictly decreasing integers in [0, {num_timesteps - 1}]",
+                remedy="sort them from the noisiest to the cleanest and drop repetitions",
+            )
+        if self.steps is not None and self.steps != len(timesteps):
+            raise PlanError(
+                got=f"steps={self.steps} beside {len(timesteps)} timesteps",
+                expected="one of the two, or two that agree",
+                remedy="leave steps out",
+            )
+        return timesteps
+
+    def _resolved_clip(self, solver: Solver) -> float | Literal["dynamic"] | None:
+        for name in ("dynamic_quantile", "dynamic_maximum"):
+            if getattr(self, name) is not None and self.clip != "dynamic":
+                raise PlanError(
+                    got=f"{name}={getattr(self, name)!r} with clip={self.clip!r}",
+                    expected="clip='dynamic' beside it",
+                    remedy=f"pass clip='dynamic', or leave {name} out",
+                )
+        if self.clip == "auto":
+            return None if self.convention == "paper" or solver.upward else 1.0
+        if self.clip is None:
+            return None
+        if self.convention == "paper" or solver.upward:
+            why = "inversion cannot be undone where it clips" if solver.upward else "the paper's step does not clip"
+            raise PlanError(
+                got=f"clip={self.clip!r} in " + ("an inversion" if solver.upward else "the paper's convention"),
+                expected=f"no clip: {why}",
+                remedy="leave clip out" + ("" if solver.upward else ", or use convention='diffusers' or 'guided'"),
+            )
+        if self.clip != "dynamic":
+            return _checked_number("clip", self.clip, low=0.0, high=math.inf, open_low=True)
+        if self.dynamic_quantile is None:
+            raise PlanError(
+                got="clip='dynamic' without dynamic_quantile",
+                expected="the quantile at which to threshold, in (0, 1]",
+                remedy="pass dynamic_quantile=0.995, as Imagen does",
+            )
+        _checked_number("dynamic_quantile", self.dynamic_quantile, low=0.0, high=1.0, open_low=True)
+        if self.dynamic_maximum is not None:
+            _checked_number("dynamic_maximum", self.dynamic_maximum, low=1.0, high=math.inf)
+        return "dynamic"
+
+    def _checked_final_alpha_bar(self, last_timestep: int) -> float:
+        level = float(self.schedule.alpha_bar[last_timestep])
+        final = _checked_number("final_alpha_bar", self.final_alpha_bar, low=0.0, high=1.0, open_low=True)
+        if final < level:
+            raise PlanError(
+                got=f"final_alpha_bar={final:.9g} after timestep {last_timestep} with alpha_bar {level:.9g}",
+                expected="a result with no more noise than the last timestep visited",
+                remedy="use final_alpha_bar=1.0, or stop at an earlier timestep",
+            )
+        return final
+
+
+def check_plan_fits(plan: Plan, network: NetworkSpec) -> None:
+    """Raise PlanError for a plan that asks of the network what it cannot do."""
+    if plan.is_fractional and not network.fractional_timesteps:
+        first = float(plan.evaluation_timesteps[plan.evaluation_timesteps % 1.0 != 0.0][0])
+        raise PlanError(
+            got=f"fractional timesteps, {first}, from {plan!r}",
+            expected="integers: this network takes no others",
+            remedy="pass midpoints='nearest' to the plan, or fractional_timesteps=True when building the engine",
+        )
+    if plan.learns_variance and not network.learns_variance:
+        raise PlanError(
+            got=f"{plan!r} for a network with {network.sample_shape[0]} output channels",
+            expected=f"{2 * network.sample_shape[0]}: a prediction, and where its variance lies",
+            remedy="use variance='fixed_small' or 'fixed_large'",
+        )
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise PlanError(
+            got=f"{name}={value!r}", expected=f"one of {', '.join(choices)}", remedy=f"pass {name} as one of these"
+        )
+
+
+def _checked_number(name: str, value: object, *, low: float, high: float, open_low: bool = False) -> float:
+    numeric = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    number = float(value) if numeric else math.nan  # type: ignore[arg-type]
+    inside = (low < number if open_low else low <= number) and number <= high and math.isfinite(number)
+    if not inside:
+        raise PlanError(
+            got=f"{name}={value!r}",
+            expected=f"a finite number {'above' if open_low else 'from'} {low:g}"
+            + ("" if math.isinf(high) else f" to {high:g}"),
+            remedy=f"pass {name} within this range",
+        )
+    return number

@@ -1,0 +1,190 @@
+"""Noise schedules: how much of the image is left at each training timestep.
+
+    x_t = sqrt(alpha_bar_t)·x0 + sqrt(1 - alpha_bar_t)·eps        alpha_bar_t = prod_{i<=t} (1 - beta_i)
+
+(Ho, Jain, Abbeel 2020, arXiv 2006.11239, eq. 4; Song, Meng, Ermon 2021, arXiv 2010.02502, write alpha for our
+alpha_bar.) A schedule is that one float64 array and nothing else: every other number of a plan follows from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from skipstep.errors import ScheduleError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NoiseSchedule:
+    """`alpha_bar`: float64 `[T]`, strictly decreasing in [0, 1); `name` is for people and takes no part in equality.
+
+    Raises ScheduleError where the array is not such a sequence.
+    """
+
+    alpha_bar: NDArray[np.float64]
+    name: str = "alphas_cumprod"
+
+    def __post_init__(self) -> None:
+        alpha_bar = _float64_vector(self.alpha_bar, what="alpha_bar")
+        if not (np.all(alpha_bar >= 0.0) and np.all(alpha_bar < 1.0)):
+            raise ScheduleError(
+                got=f"alpha_bar between {alpha_bar.min():.6g} and {alpha_bar.max():.6g}",
+                expected="values in [0, 1): the share of the image's variance that is left",
+                remedy="pass the cumulative product of 1 - beta",
+            )
+        rises = np.flatnonzero(np.diff(alpha_bar) >= 0.0)
+        if rises.size:
+            t = int(rises[0])
+            raise ScheduleError(
+                got=f"alpha_bar[{t}] = {alpha_bar[t]:.9g} followed by alpha_bar[{t + 1}] = {alpha_bar[t + 1]:.9g}",
+                expected="a strictly decreasing sequence, timestep 0 first (the least noise)",
+                remedy="sort it by timestep and drop repeated levels",
+            )
+        alpha_bar.setflags(write=False)
+        object.__setattr__(self, "alpha_bar", alpha_bar)
+
+    @property
+    def num_timesteps(self) -> int:
+        """T, the number of training timesteps."""
+        return len(self.alpha_bar)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NoiseSchedule) and np.array_equal(self.alpha_bar, other.alpha_bar)
+
+    def __hash__(self) -> int:
+        return hash(self.alpha_bar.tobytes())
+
+    def __repr__(self) -> str:
+        first, last = self.alpha_bar[0], self.alpha_bar[-1]
+        return f"NoiseSchedule({self.name}, T={self.num_timesteps}, alpha_bar {first:.4g} to {last:.4g})"
+
+    @classmethod
+    def linear(cls, num_timesteps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+        """Betas on a straight line: the schedule of DDPM and of the DDIM paper."""
+        betas = np.linspace(beta_start, beta_end, _checked_length(num_timesteps), dtype=np.float64)
+        return cls.from_betas(betas, name=f"linear {beta_start:g} to {beta_end:g}")
+
+    @classmethod
+    def scaled_linear(
+        cls, num_timesteps: int = 1000, *, beta_start: float = 0.00085, beta_end: float = 0.012
+    ) -> NoiseSchedule:
+        """Square roots of the betas on a straight line: the schedule of latent diffusion (arXiv 2112.10752)."""
+        _check_beta_range(beta_start, beta_end)
+        roots = np.linspace(beta_start**0.5, beta_end**0.5, _checked_length(num_timesteps), dtype=np.float64)
+        return cls.from_betas(roots**2, name=f"scaled_linear {beta_start:g} to {beta_end:g}")
+
+    @classmethod
+    def cosine(cls, num_timesteps: int = 1000, *, max_beta: float = 0.999) -> NoiseSchedule:
+        """alpha_bar ∝ cos²((t/T + 0.008)/1.008·π/2), betas capped (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17).
+
+        Known as `squaredcos_cap_v2` in diffusers' configurations.
+        """
+        t = np.arange(_checked_length(num_timesteps) + 1, dtype=np.float64) / num_timesteps
+        level = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
+        return cls.from_betas(np.minimum(1.0 - level[1:] / level[:-1], max_beta), name="cosine")
+
+    @classmethod
+    def sigmoid(cls, num_timesteps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+        """Betas on a logistic curve over [-6, 6] (GeoDiff, arXiv 2203.02923)."""
+        curve = 1.0 / (1.0 + np.exp(-np.linspace(-6.0, 6.0, _checked_length(num_timesteps), dtype=np.float64)))
+        return cls.from_betas(
+            curve * (beta_end - beta_start) + beta_start, name=f"sigmoid {beta_start:g} to {beta_end:g}"
+        )
+
+    @classmethod
+    def from_betas(cls, betas: ArrayLike, *, name: str = "betas") -> NoiseSchedule:
+        """From beta_t `[T]`, each in (0, 1)."""
+        beta = _float64_vector(betas, what="betas")
+        if not (np.all(beta > 0.0) and np.all(beta < 1.0)):
+            raise ScheduleError(
+                got=f"betas between {beta.min():.6g} and {beta.max():.6g}",
+                expected="values in (0, 1): each step adds some noise and keeps some image",
+                remedy="check beta_start and beta_end; for a zero terminal SNR use rescaled_to_zero_terminal_snr()",
+            )
+        return cls(np.cumprod(1.0 - beta, dtype=np.float64), name=name)
+
+    @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: ArrayLike, *, name: str = "alphas_cumprod") -> NoiseSchedule:
+        """From alpha_bar_t `[T]` itself, e.g. `scheduler.alphas_cumprod.numpy()`."""
+        return cls(_float64_vector(alphas_cumprod, what="alphas_cumprod"), name=name)
+
+    @classmethod
+    def from_diffusers(cls, config: str | Path | Mapping[str, Any]) -> NoiseSchedule:
+        """From a diffusers `scheduler_config.json` (the file, its folder, or its contents as a dict).
+
+        Every key is honoured or refused by name with a ScheduleError. The keys that are not about the schedule
+        (prediction type, clipping, spacing) are returned by `skipstep.plans.scheduler_config.read_scheduler_config`.
+        """
+        # That module is built upon this one; it is named here only so that the constructors stand together.
+        from skipstep.plans.scheduler_config import read_scheduler_config
+
+        return read_scheduler_config(config).schedule
+
+    def timestep_at(self, alpha_bar: float) -> float:
+        """The timestep, between training timesteps where need be, at which the level is `alpha_bar`.
+
+        Linear in log-SNR, ln(alpha_bar/(1 - alpha_bar)), between neighbours; clamped to [0, T-1].
+        """
+        level = np.clip(alpha_bar, self.alpha_bar[-1], self.alpha_bar[0])
+        with np.errstate(divide="ignore"):  # A zero terminal SNR: its logarithm orders rightly.
+            log_snr = np.log(self.alpha_bar) - np.log1p(-self.alpha_bar)
+            wanted = np.log(level) - np.log1p(-level)
+        return float(np.interp(-wanted, -log_snr, np.arange(self.num_timesteps)))
+
+    def rescaled_to_zero_terminal_snr(self) -> NoiseSchedule:
+        """Shift and scale sqrt(alpha_bar) so that the last timestep is pure noise (arXiv 2305.08891, algorithm 1)."""
+        root = np.sqrt(self.alpha_bar)
+        rescaled = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+        return NoiseSchedule(rescaled, name=f"{self.name}, zero terminal SNR")
+
+
+BETA_SCHEDULES: Mapping[str, Callable[..., NoiseSchedule]] = {
+    "linear": NoiseSchedule.linear,
+    "scaled_linear": NoiseSchedule.scaled_linear,
+    "squaredcos_cap_v2": NoiseSchedule.cosine,
+    "sigmoid": NoiseSchedule.sigmoid,
+}
+
+
+def _float64_vector(values: ArrayLike, *, what: str) -> NDArray[np.float64]:
+    """A private, contiguous float64 copy of a finite, non-empty vector."""
+    try:
+        array = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ScheduleError(
+            got=f"{what} that are no numbers ({error})",
+            expected="a vector of T numbers",
+            remedy="pass a list or a NumPy array of floats",
+        ) from error
+    if array.ndim != 1 or array.size == 0 or not np.all(np.isfinite(array)):
+        problem = f"shape {list(array.shape)}" if array.ndim != 1 or array.size == 0 else "NaN or infinity"
+        raise ScheduleError(
+            got=f"{what} with {problem}",
+            expected="a vector of T ≥ 1 finite numbers",
+            remedy="pass one value per training timestep",
+        )
+    return array
+
+
+def _checked_length(num_timesteps: int) -> int:
+    if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int) or num_timesteps < 1:
+        raise ScheduleError(
+            got=f"num_timesteps={num_timesteps!r}",
+            expected="an integer ≥ 1",
+            remedy="pass the number of timesteps that the network was trained with, usually 1000",
+        )
+    return num_timesteps
+
+
+def _check_beta_range(beta_start: float, beta_end: float) -> None:
+    if not (beta_start > 0.0 and beta_end > 0.0):
+        raise ScheduleError(
+            got=f"beta_start={beta_start!r}, beta_end={beta_end!r}",
+            expected="two positive numbers",
+            remedy="pass the values that the network was trained with",
+        )

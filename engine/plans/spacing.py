@@ -1,0 +1,147 @@
+"""Timestep spacings: which S of the T training timesteps a plan visits, from the noisiest down.
+
+    leading          t_i = i·⌊T/S⌋ + offset               0 first, the end of the schedule is not reached
+    trailing         t_i = round(T·(i+1)/S) - 1            T-1 is always visited
+    linspace         t_i = round((T-1)·i/(S-1))            0 and T-1 are always visited, as below
+    quadratic        t_i = round((T-1)·(i/(S-1))²)         dense at low noise
+    paper_quadratic  t_i = ⌊0.8·T·(i/(S-1))²⌋              as the DDIM paper ran it: the noisiest fifth is left out
+    log              t_i = round(T^(i/(S-1))) - 1          denser still
+    logsnr           nearest to ln(snr) at equal distances
+    karras           nearest to s^(1/7) at equal distances, s² = 1/snr
+
+for i = 0 … S-1 and snr = alpha_bar/(1 - alpha_bar). The first three are those of Lin et al. 2024 (arXiv 2305.08891,
+table 2) and give the indices that diffusers gives; quadratic is the DDIM paper's (arXiv 2010.02502, appendix D.2);
+karras is Karras et al. 2022 (arXiv 2206.00364, eq. 5). With S = 1 all but `leading` visit their noisiest index. Every
+result has exactly S strictly decreasing indices in [0, T-1], or there is none:
+where rounding would merge two of them the request is refused, since a merged plan runs fewer steps than was asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstep.errors import PlanError
+from skipstep.plans.schedule import NoiseSchedule
+
+Spacing = Literal["leading", "trailing", "linspace", "quadratic", "paper_quadratic", "log", "logsnr", "karras"]
+SPACINGS: tuple[str, ...] = get_args(Spacing)
+
+
+def space_timesteps(spacing: str, schedule: NoiseSchedule, *, steps: int, offset: int = 0) -> tuple[int, ...]:
+    """Return `steps` strictly decreasing indices in [0, T - 1].
+
+    `offset` (diffusers' steps_offset) shifts `leading` alone, as it does there.
+    Raises PlanError for an unknown spacing, for steps outside [1, T], for a spacing in terms of the signal-to-noise
+    ratio where that is zero at the end, and, naming the largest number of steps that works, where that many distinct
+    indices do not exist.
+    """
+    num_timesteps = schedule.num_timesteps
+    if spacing not in SPACINGS:
+        raise PlanError(
+            got=f"spacing={spacing!r}",
+            expected=f"one of {', '.join(SPACINGS)}",
+            remedy="pick one of these, or pass timesteps=[...] to choose every index yourself",
+        )
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 1 <= steps <= num_timesteps:
+        raise PlanError(
+            got=f"steps={steps!r}",
+            expected=f"an integer from 1 to {num_timesteps}, the number of training timesteps",
+            remedy="ask for fewer steps"
+            if isinstance(steps, int) and steps > num_timesteps
+            else "ask for at least one",
+        )
+    if spacing in ("logsnr", "karras") and schedule.alpha_bar[-1] == 0.0:
+        raise PlanError(
+            got=f"spacing={spacing!r} over a schedule with zero terminal SNR",
+            expected="a finite signal-to-noise ratio at the last timestep",
+            remedy="use trailing spacing, which that schedule was made for",
+        )
+    ascending = _ascending(spacing, schedule, int(steps), offset)
+    if not _is_valid(ascending, num_timesteps):
+        largest = _largest_number_of_steps(spacing, schedule, offset)
+        raise PlanError(
+            got=f"steps={steps} with {spacing} spacing"
+            + (f" and steps_offset={offset}" if spacing == "leading" and offset else ""),
+            expected=f"at most {largest} steps: with more, indices in [0, {num_timesteps - 1}] would repeat",
+            remedy=f"ask for {largest} steps or fewer, or use trailing spacing",
+        )
+    return tuple(int(t) for t in ascending[::-1])
+
+
+@lru_cache
+def _largest_number_of_steps(spacing: str, schedule: NoiseSchedule, offset: int) -> int:
+    num_timesteps = schedule.num_timesteps
+    counts = range(num_timesteps, 0, -1)
+    return next((s for s in counts if _is_valid(_ascending(spacing, schedule, s, offset), num_timesteps)), 0)
+
+
+def _ascending(spacing: str, schedule: NoiseSchedule, steps: int, offset: int) -> NDArray[np.int64]:
+    num_timesteps = schedule.num_timesteps
+    if spacing == "leading":
+        return np.arange(steps) * (num_timesteps // steps) + offset
+    if spacing == "trailing":
+        return _rounded_ratio(num_timesteps * np.arange(1, steps + 1), steps) - 1
+    # i of S-1: with S = 1 the whole way.
+    i, whole = (np.arange(steps), steps - 1) if steps > 1 else (np.ones(1, np.int64), 1)
+    return _BY_SHARE[spacing](schedule, i, whole)
+
+
+def _is_valid(ascending: NDArray[np.int64], num_timesteps: int) -> bool:
+    return bool(ascending[0] >= 0 and ascending[-1] < num_timesteps and np.all(np.diff(ascending) > 0))
+
+
+def _rounded_ratio(numerator: NDArray[np.int64], denominator: int) -> NDArray[np.int64]:
+    """Exact, halves to even: in floating point T·(i+1)/S can fall on either side of a half."""
+    quotient, rest = np.divmod(numerator, denominator)
+    rounded: NDArray[np.int64] = quotient + (
+        (2 * rest > denominator) | ((2 * rest == denominator) & (quotient % 2 == 1))
+    )
+    return rounded
+
+
+def _linspace(schedule: NoiseSchedule, i: NDArray[np.int64], whole: int) -> NDArray[np.int64]:
+    return _rounded_ratio((schedule.num_timesteps - 1) * i, whole)
+
+
+def _quadratic(schedule: NoiseSchedule, i: NDArray[np.int64], whole: int) -> NDArray[np.int64]:
+    return _rounded_ratio((schedule.num_timesteps - 1) * i**2, whole**2)
+
+
+def _paper_quadratic(schedule: NoiseSchedule, i: NDArray[np.int64], whole: int) -> NDArray[np.int64]:
+    return 4 * schedule.num_timesteps * i**2 // (5 * whole**2)
+
+
+def _log(schedule: NoiseSchedule, i: NDArray[np.int64], whole: int) -> NDArray[np.int64]:
+    return np.rint(float(schedule.num_timesteps) ** (i / whole)).astype(np.int64) - 1
+
+
+def _logsnr(schedule: NoiseSchedule, i: NDArray[np.int64], whole: int) -> NDArray[np.int64]:
+    return _nearest(np.log(1.0 / schedule.alpha_bar - 1.0), i / whole)
+
+
+def _karras(schedule: NoiseSchedule, i: NDArray[np.int64], whole: int) -> NDArray[np.int64]:
+    return _nearest((1.0 / schedule.alpha_bar - 1.0) ** (0.5 / 7), i / whole)
+
+
+def _nearest(ruler: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Indices whose places on the increasing `ruler` are nearest to the shares of its length."""
+    wanted = ruler[0] + (ruler[-1] - ruler[0]) * shares
+    above = np.searchsorted(ruler, wanted).clip(0, len(ruler) - 1)
+    below = np.maximum(above - 1, 0)
+    nearest: NDArray[np.int64] = np.where(np.abs(ruler[below] - wanted) < np.abs(ruler[above] - wanted), below, above)
+    return nearest
+
+
+_BY_SHARE: dict[str, Callable[[NoiseSchedule, NDArray[np.int64], int], NDArray[np.int64]]] = {
+    "linspace": _linspace,
+    "quadratic": _quadratic,
+    "paper_quadratic": _paper_quadratic,
+    "log": _log,
+    "logsnr": _logsnr,
+    "karras": _karras,
+}

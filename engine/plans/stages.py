@@ -1,0 +1,89 @@
+"""What a loop reads of its plans: one for all samples of a batch, or one per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstep.errors import PlanError
+from skipstep.kernels.layout import StepFlags
+from skipstep.kernels.statistics import Thresholding
+from skipstep.plans.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """E evaluations: `table` float32 `[E, 1 or B, NUM_COLUMNS]`, `timesteps` float64 `[E, 1 or B]`.
+
+    `flags` and `ends_step`, E of each: what the step does after an evaluation, and whether it completes a step.
+    """
+
+    table: NDArray[np.float32]
+    timesteps: NDArray[np.float64]
+    flags: tuple[StepFlags, ...]
+    ends_step: tuple[bool, ...]
+    thresholding: Thresholding | None
+
+    def __len__(self) -> int:
+        return len(self.flags)
+
+    @property
+    def adds_noise(self) -> bool:
+        return any(flags.add_noise for flags in self.flags)
+
+    @classmethod
+    def of(cls, plans: Sequence[Plan]) -> Stages:
+        """Stages of one plan, or of one plan per sample. Raises PlanError where the plans differ in structure.
+
+        Per-sample plans run the same number of evaluations and use the same parts of the step; their timesteps, levels
+        and eta are their own.
+        """
+        first = plans[0]
+        if len({plan.key for plan in plans}) == 1:
+            return cls._of_one(first)
+        for plan in plans[1:]:
+            if _structure(plan) != _structure(first):
+                raise PlanError(
+                    got=f"plans of unequal structure in one batch: {first!r} and {plan!r}",
+                    expected="the same solver, number of evaluations, clipping and convention for every sample",
+                    remedy="sample them in separate calls",
+                )
+        return cls(
+            table=np.stack([plan.coefficients for plan in plans], axis=1),
+            timesteps=np.stack([plan.evaluation_timesteps for plan in plans], axis=1),
+            flags=tuple(
+                replace(flags[0], add_noise=any(f.add_noise for f in flags), add_state=any(f.add_state for f in flags))
+                for flags in zip(*(plan.stage_flags for plan in plans), strict=True)
+            ),
+            ends_step=first.ends_step,
+            thresholding=first.thresholding,
+        )
+
+    @classmethod
+    def _of_one(cls, plan: Plan) -> Stages:
+        return cls(
+            table=plan.coefficients[:, None],
+            timesteps=plan.evaluation_timesteps[:, None],
+            flags=plan.stage_flags,
+            ends_step=plan.ends_step,
+            thresholding=plan.thresholding,
+        )
+
+    def chunk(self, start: int, batch_size: int) -> Stages:
+        """Those of samples start … start + batch_size - 1; past the end the last sample's are repeated."""
+        if self.table.shape[1] == 1:
+            return self
+        index = np.minimum(np.arange(start, start + batch_size), self.table.shape[1] - 1)
+        return replace(self, table=np.ascontiguousarray(self.table[:, index]), timesteps=self.timesteps[:, index])
+
+    def network_timesteps(self, copies: int, batch_size: int) -> NDArray[np.float64]:
+        """Timesteps `[E, copies·B]` of the network's batch, which guidance doubles."""
+        return np.tile(np.broadcast_to(self.timesteps, (len(self), batch_size)), (1, copies))
+
+
+def _structure(plan: Plan) -> tuple[object, ...]:
+    flags = tuple(replace(flags, add_noise=False, add_state=False) for flags in plan.stage_flags)
+    return flags, plan.thresholding

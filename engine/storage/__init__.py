@@ -1,0 +1,1 @@
+"""Files that are whole or absent, verified reads, untrusted JSON and signatures. Imports nothing but errors."""

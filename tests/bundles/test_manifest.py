@@ -1,0 +1,215 @@
+"""The manifest's reader: what was written comes back, and nothing else is taken or crashes it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from skipstep.bundles.manifest import (
+    EngineEntry,
+    FileEntry,
+    GoldenEntry,
+    KernelEntry,
+    LoopEntry,
+    Manifest,
+    PlanEntry,
+)
+from skipstep.bundles.reader import parse_manifest
+from skipstep.errors import BundleError, IntegrityError
+from skipstep.kernels.statistics import Thresholding
+from skipstep.loops.loop_table import LoopFeatures
+from skipstep.networks.spec import NetworkSpec
+
+# SKIPSTEP_FUZZ=100000 is what the bundle's claims rest on; a run of the suite tries fewer.
+FUZZ = int(os.environ.get("SKIPSTEP_FUZZ", "1500"))
+KEY = "0123456789abcdef"
+
+
+def a_manifest() -> Manifest:
+    names = ["tables", "call", "loop", "loop2", "golden", "engine", "cubin", "calibration.json"]
+    return Manifest(
+        model="clothes",
+        digest="a" * 64,
+        license="MIT",
+        network=NetworkSpec((1, 8, 8), 3, 3, ("a", "b", "c"), prompt_shape=(4, 8)),
+        batch_sizes=(1, 4),
+        plans=(PlanEntry(KEY, 0, {"solver": "ddim", "eta": 0.3, "timesteps": [9, 5, 0], "clip": None}),),
+        graphs={"call": "call"},
+        loops=(
+            LoopEntry("loop", LoopFeatures(guided=True, noise=True)),
+            LoopEntry("loop2", LoopFeatures(thresholding=Thresholding(0.995))),
+        ),
+        tables="tables",
+        golden=GoldenEntry("golden", KEY, (0, 2**64 - 1), (1, 2), 2.0, 1e-3),
+        files={name: FileEntry(7, "b" * 64) for name in names},
+        tools={"onnx": "1.20"},
+        partition={"step": {"nodes": 3, "flops": 5}},
+        defaults={"clip": 1.0},
+        default_schedule=0,
+        engines=(EngineEntry("engine", "rtx:sm86", "float16", {"flags": ["A"]}),),
+        kernels=(KernelEntry("cubin", {"architecture": 87}),),
+        calibration="calibration.json",
+    )
+
+
+def contents() -> dict:
+    return json.loads(a_manifest().to_json())
+
+
+def test_what_was_written_is_read():
+    manifest = a_manifest()
+    assert parse_manifest(manifest.to_json()) == manifest
+    assert manifest.to_json() == a_manifest().to_json()
+    assert math.isinf(parse_manifest(manifest.to_json()).loops[1].features.thresholding.maximum)
+
+
+def test_a_manifest_from_before_there_were_calibrations_is_read():
+    changed = contents()
+    del changed["calibration"]
+    manifest = parse_manifest(json.dumps(changed).encode())
+    assert manifest.calibration is None
+    assert json.loads(manifest.to_json()) == changed
+    assert parse_manifest(json.dumps(changed | {"calibration": None}).encode()) == manifest
+
+
+def test_a_newer_schema_is_named():
+    changed = contents() | {"schema": 2}
+    with pytest.raises(BundleError, match="schema 2") as caught:
+        parse_manifest(json.dumps(changed).encode())
+    assert "upgrade skipstep" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("model",), None, "model"),
+        (("digest",), "xyz", "hexadecimal"),
+        (("network", "sample_shape"), [1, 8], "sample_shape"),
+        (("network", "sample_shape"), [65536, 65536, 65536], "sample_shape"),
+        (("network", "sample_shape"), [1, 8, True], "integer"),
+        (("network", "num_classes"), 0, "num_classes"),
+        (("network", "null_label"), -1, "null_label"),
+        (("batch_sizes",), [0], "batch_sizes"),
+        (("batch_sizes",), [], "batch_sizes"),
+        (("plans",), [], "plans"),
+        (("plans", 0, "key"), "no", "hexadecimal"),
+        (("plans", 0, "schedule"), -1, "schedule"),
+        (("loops", 0, "features", "guided"), 1, "true or false"),
+        (("loops", 0, "features", "magic"), True, "magic"),
+        (("loops", 0, "file"), "absent", "absent"),
+        (("golden", "plan"), "f" * 16, "golden"),
+        (("golden", "seeds"), [], "seeds"),
+        (("golden", "tolerance"), 2, "tolerance"),
+        (("files", "loop", "size"), -1, "size"),
+        (("files", "loop", "size"), 1 << 60, "size"),
+        (("files", "loop", "sha256"), "b" * 63, "sha256"),
+        (("files", "loop", "more"), 1, "more"),
+        (("calibration",), "absent", "absent"),
+        (("calibration",), 7, "a text"),
+        (("more",), 1, "more"),
+    ],
+)
+def test_what_is_wrong_is_named(path, value, said):
+    changed = contents()
+    place = changed
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    with pytest.raises(BundleError, match=said):
+        parse_manifest(json.dumps(changed).encode())
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../loop", "a/../../b", "a//b", "C:/x", "a\\b", "a\0b", "", "."])
+def test_names_that_lead_out_are_refused(name):
+    changed = contents()
+    changed["loops"][0]["file"] = name
+    changed["files"][name] = changed["files"]["loop"]
+    with pytest.raises(IntegrityError, match="file name"):
+        parse_manifest(json.dumps(changed).encode())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"schema": NaN}',
+        b'{"schema": 1e400}',
+        b"[" * 100_000,
+        b'{"schema": ' + b"9" * 5000 + b"}",
+    ],
+    ids=lambda data: repr(data[:12]),
+)
+def test_other_bytes_are_no_manifest(data):
+    with pytest.raises(BundleError):
+        parse_manifest(data)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["loop", "../x", KEY, "b" * 64]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=6,
+)
+
+
+def places(value, path=()):
+    """Every place in a JSON value."""
+    yield path
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield from places(child, (*path, key))
+
+
+PLACES = list(places(contents()))[1:]
+
+
+@given(st.lists(st.tuples(st.sampled_from(PLACES), st.sampled_from(["replace", "remove", "add"]), JSON), max_size=3))
+@settings(max_examples=FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_change_is_read_or_refused(changes):
+    """Random values anywhere in a good manifest: a manifest comes back, or a BundleError."""
+    changed = contents()
+    for path, how, value in changes:
+        place = changed
+        try:
+            for step in path[:-1]:
+                place = place[step]
+            if how == "replace":
+                place[path[-1]] = copy.deepcopy(value)
+            elif how == "remove":
+                del place[path[-1]]
+            else:
+                place["added"] = value
+        except (KeyError, IndexError, TypeError):
+            continue
+    _read_or_refuse(json.dumps(changed).encode())
+
+
+@given(st.lists(st.tuples(st.integers(0, len(a_manifest().to_json()) - 1), st.binary(max_size=3)), max_size=4))
+@settings(max_examples=FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_bytes_are_read_or_refused(edits):
+    data = bytearray(a_manifest().to_json())
+    for at, piece in edits:
+        data[at : at + len(piece) or 1] = piece
+    _read_or_refuse(bytes(data))
+
+
+def _read_or_refuse(data: bytes) -> None:
+    try:
+        manifest = parse_manifest(data)
+    except BundleError:
+        return
+    assert parse_manifest(manifest.to_json()) == manifest

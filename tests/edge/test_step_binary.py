@@ -1,0 +1,137 @@
+"""What a kernel's facts may say, and that nothing else passes for them."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from step_binaries import step_facts
+
+from skipstep.edge.step_binary import StepBinaryFacts
+from skipstep.errors import ModelFormatError
+from skipstep.kernels.layout import StepFlags
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        step_facts(),
+        step_facts(90, target="sm_90a", network_dtype="bfloat16", toolkit="13.4", num_elements_multiple=1),
+        step_facts(flags=StepFlags(clip=True, add_noise=True, guided=True), per_sample=True, store_x0=True),
+    ],
+)
+def test_json_gives_back_the_facts(facts):
+    assert StepBinaryFacts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
+
+
+def test_the_grid_covers_every_element():
+    facts = step_facts(block_size=1024)
+    assert facts.grid(784, 3) == (1, 3, 1)
+    assert facts.grid(1024, 1) == (1, 1, 1)
+    assert facts.grid(1025, 2) == (2, 2, 1)
+    assert facts.threads_per_block == 128
+
+
+@pytest.mark.parametrize(
+    ("target", "capability", "runs"),
+    [
+        ("sm_87", 87, True),
+        ("sm_90a", 90, True),
+        ("sm_80", 86, True),
+        ("sm_80", 89, True),
+        ("sm_89", 86, False),  # binaries run on later minor versions, not on earlier ones
+        ("sm_80", 90, False),
+        ("sm_75", 80, False),
+        ("sm_86", 87, False),  # between discrete and integrated GPUs there is no compatibility
+        ("sm_87", 89, False),
+        ("sm_120a", 121, False),  # with a suffix a cubin is for its own architecture
+        ("sm_100a", 103, False),
+        ("sm_100", 120, False),
+    ],
+)
+def test_where_a_cubin_runs(target, capability, runs):
+    architecture = int(target.removeprefix("sm_").removesuffix("a"))
+    assert step_facts(architecture, target=target).runs_on(capability) is runs
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architecture": "87"},
+        {"architecture": True},
+        {"architecture": 89},  # the target is sm_87
+        {"target": "sm_87; rm"},
+        {"kernel": "not a symbol"},
+        {"kernel": "ddim_step_kernel\n"},
+        {"flags": ["clip", "clip"]},
+        {"flags": ["teleport"]},
+        {"flags": [["clip"]]},
+        {"flags": {"clip": True}},
+        {"per_sample": 1},
+        {"network_dtype": "float64"},
+        {"block_size": 0},
+        {"block_size": 1024.0},
+        {"num_warps": 33},
+        {"dynamic_shared_bytes": -1},
+        {"dynamic_shared_bytes": 64 * 1024},
+        {"registers": 256},
+        {"pointer_alignment": 8},
+        {"num_elements_multiple": 4},
+        {"arguments": []},
+        {"arguments": [["state_ptr"]]},
+        {"arguments": "state_ptr"},
+        {"compiler": None},
+        {"toolkit": "twelve"},
+        {"grid": ["num_elements", "1", "1"]},
+        {"surprise": 1},
+    ],
+    ids=lambda change: "{}={}".format(*next(iter(change.items()))),
+)
+def test_malformed_facts_are_refused(change):
+    with pytest.raises(ModelFormatError):
+        StepBinaryFacts.from_json(step_facts().to_json() | change)
+
+
+def test_missing_keys_and_other_values_are_refused():
+    value = step_facts().to_json()
+    for key in value:
+        with pytest.raises(ModelFormatError, match="keys"):
+            StepBinaryFacts.from_json({k: v for k, v in value.items() if k != key})
+    for other in (None, [], "facts", 3, {}):
+        with pytest.raises(ModelFormatError):
+            StepBinaryFacts.from_json(other)
+
+
+@pytest.mark.parametrize("damage", ["missing", "twice", "retyped", "unknown"])
+def test_arguments_must_be_the_kernels(damage):
+    """A launcher that does not know an argument would pass null, or leave the next one shifted."""
+    value = step_facts().to_json()
+    arguments = value["arguments"]
+    if damage == "missing":
+        del arguments[3]
+    elif damage == "twice":
+        arguments[3] = arguments[2]
+    elif damage == "retyped":
+        arguments[12] = ["num_elements", "*int64"]
+    else:
+        arguments.append(["more_scratch", "*int8"])
+    with pytest.raises(ModelFormatError, match="arguments"):
+        StepBinaryFacts.from_json(value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(key=st.sampled_from(sorted(step_facts().to_json())), value=JSON)
+def test_any_json_is_read_or_refused_with_a_typed_error(key, value):
+    damaged = step_facts().to_json() | {key: value}
+    try:
+        facts = StepBinaryFacts.from_json(damaged)
+    except ModelFormatError:
+        return
+    assert facts.to_json() == damaged
