@@ -6,8 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from skipstep.engine import Engine
-    from skipstep.loading import load
+    from skipstep.engine import Engine, load
     from skipstep.plans.plan import Plan
     from skipstep.plans.schedule import NoiseSchedule
 
@@ -20,7 +19,7 @@ _HOME = {
     "Engine": "skipstep.engine",
     "NoiseSchedule": "skipstep.plans.schedule",
     "Plan": "skipstep.plans.plan",
-    "load": "skipstep.loading",
+    "load": "skipstep.engine",
 }
 
 

@@ -1,44 +1,55 @@
-"""From a model to a network that is ready to be sampled: read it, check what was asked, choose backend and loop."""
+"""From a model to a network that is ready to be sampled: read it, check the options, choose backend and loop.
+
+This is the engine's one door to skipstep.export, which is imported only when a graph is needed.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
-from skipstep.backends import BackendName, resolve_backend
-from skipstep.errors import DeviceUnavailableError, InputError, MissingDependencyError
+import numpy as np
+
+from skipstep.backends.denoiser import Denoiser, Target
+from skipstep.backends.registry import resolve_backend
+from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
+from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError
+from skipstep.loops.choice import make_loop, resolve_form
 from skipstep.loops.lifecycle import Lifecycle
-from skipstep.loops.network_loops import device_loops, host_loops
-from skipstep.loops.stepwise import Loop
+from skipstep.loops.runner import BatchRunner, CompiledNetwork
 from skipstep.networks.checkpoint import load_unet, read_checkpoint
-from skipstep.networks.spec import NetworkSpec, network_batch_sizes, takes_fractional_timesteps
+from skipstep.networks.graphs import Partition, Values
+from skipstep.networks.spec import NetworkSpec, takes_fractional_timesteps
 
 if TYPE_CHECKING:
+    from skipstep.backends.denoiser import NetworkSource
     from skipstep.backends.torch import DenoisingModule
-    from skipstep.export.partition import Partition
-    from skipstep.loops.captured import Lane
+    from skipstep.export.bundle_writer import BundleRequest
+    from skipstep.loops.contract import Sampler
 
-LoopName = Literal["onnx", "captured", "step_graph", "stepwise"]
-LOOPS: tuple[str, ...] = get_args(LoopName)
 Precision = Literal["float32", "float16", "bfloat16"]
+
+# How far an exported graph may be from the module it came from, relative to the largest output: float32 rounding in
+# another order over a few hundred layers stays below 1e-5, a wrong operator is orders of magnitude off.
+EXPORT_TOLERANCE = 1e-4
 
 
 class BuildOptions(TypedDict, total=False):
     """How a network is compiled; each may be left out.
 
-    backend         "torch", "onnxruntime", "tensorrt" or "auto" (skipstep.backends.resolve_backend has the rule).
-    loop            on the CPU "onnx", the whole loop as one graph (onnxruntime), or "stepwise"; on a GPU "captured",
-                    "step_graph" or "stepwise" (skipstep.loops.programs). "auto": the first of these that there is.
-                    `Engine.describe` says which runs, and why it is not more.
+    backend         "torch", "onnxruntime", "tensorrt" or "auto" (skipstep.backends.registry has the table).
+    loop            on a GPU "captured", "step_graph" or "stepwise" (skipstep.loops.programs), on the CPU "stepwise".
+                    "auto": the one with the fewest launches from the host. `Engine.describe` says which was possible.
     require_captured
                     on a GPU: raise CaptureError where a loop cannot run as `loop` says, instead of a simpler one.
     device          "cpu", "cuda", "cuda:1", or "auto": the GPU where there is one.
     precision       of the network on a GPU: "float32", "float16" or "bfloat16"; the state is always float32.
     compile_network run torch's module through torch.compile first (torch on a GPU).
-    num_threads     of ONNX Runtime on the CPU; None leaves it to use every core. torch keeps its process-wide setting.
+    num_threads     of ONNX Runtime on the CPU; None: every core. torch keeps its process-wide setting.
     sample_shape, num_classes, null_label, prompt_shape
                     complete what the model's configuration does not say (skipstep.networks.spec.NetworkSpec).
     fractional_timesteps
@@ -60,41 +71,67 @@ class BuildOptions(TypedDict, total=False):
     fractional_timesteps: bool | None
 
 
-@dataclass(frozen=True, slots=True)
-class BuiltNetwork:
-    """Loops, what a step count needs to become a Plan, and the network as graphs when asked (skipstep.loops.runner).
-
-    `lane` is what the loops share on a GPU, None on the CPU.
-    """
+@dataclass(slots=True)
+class ModelSource:
+    """A torch module as a network source (skipstep.backends.denoiser.NetworkSource). Its graphs are exported once, when
+    they are first needed. `digest` is a checkpoint's, None for a module."""
 
     name: str
-    network: NetworkSpec
-    loops: Mapping[int, Loop]
-    backend: BackendName
-    device: str
-    precision: str
-    any_batch: bool
-    plan_defaults: Mapping[str, Any]
-    parts: Callable[[], Partition]
-    lifecycle: Lifecycle
-    lane: Lane | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """A module that predicts, in eval mode, and what is known of it. `digest` is a checkpoint's."""
-
-    name: str
-    module: DenoisingModule
-    network: NetworkSpec
+    spec: NetworkSpec
+    network: DenoisingModule
     digest: str | None
     plan_defaults: Mapping[str, Any]
+    tables: dict[bytes, Values] = field(default_factory=dict)
+    _partition: Partition | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def module(self) -> DenoisingModule:
+        from skipstep.backends.torch import module_on
+
+        return module_on(self.network, "cpu")
+
+    def partition(self) -> Partition:
+        """The network's graphs. A checkpoint's export is kept in the user's cache: it takes longer than all the rest.
+        Raises ExportError."""
+        with self._lock:
+            if self._partition is None:
+                self._partition = self._export()
+            return self._partition
+
+    def _export(self) -> Partition:
+        from skipstep.bundles.cache import ArtefactCache, cache_key
+        from skipstep.export.onnx_model import export_onnx, exporter_versions
+        from skipstep.export.partition import partition
+
+        def export() -> bytes:
+            return export_onnx(self.module(), self.spec)
+
+        if self.digest is None:
+            return partition(export())
+        key = cache_key(kind="network.onnx", weights=self.digest, network=repr(self.spec), exporter=exporter_versions())
+        description = f"{type(self.network.network).__name__} {self.spec.sample_shape}, exported to ONNX"
+        return partition(ArtefactCache().get_or_build(key, export, description))
+
+    def before_loop(self) -> Mapping[str, bytes]:
+        return self.partition().graphs.before_loop
+
+    def step_graph(self, precision: str) -> bytes:
+        from skipstep.export.precision_check import step_graph
+
+        return step_graph(self.partition(), precision)
+
+    def tensorrt_engine(self, library: str, *, version: str, batch_size: int, precision: str) -> bytes:
+        from skipstep.export.engines import build_engine_cached
+        from skipstep.export.tensorrt_engine import EngineTarget
+
+        target = EngineTarget("tensorrt" if library == "tensorrt" else "tensorrt_rtx")
+        return build_engine_cached(self.step_graph(precision), target, batch_size)[0]
 
 
 def build_network(
     model: Any,
     *,
-    batch_sizes: Sequence[int],
+    batch_sizes: Iterable[int],
     backend: str = "auto",
     loop: str = "auto",
     require_captured: bool = False,
@@ -107,7 +144,7 @@ def build_network(
     null_label: int | None = None,
     prompt_shape: tuple[int, int] | None = None,
     fractional_timesteps: bool | None = None,
-) -> BuiltNetwork:
+) -> CompiledNetwork:
     """See Engine.build and BuildOptions."""
     try:
         import torch  # noqa: F401 - for the message, where it is missing
@@ -115,10 +152,11 @@ def build_network(
         raise MissingDependencyError(
             got="no package torch", expected="torch, which builds engines", remedy="pip install 'skipstep[torch]'"
         ) from error
-    resolved_device = _resolve_device(device)
-    chosen = resolve_backend(backend, device=resolved_device.type)
-    wanted = resolve_loop(loop, chosen, device=resolved_device.type)
-    _check_options(precision, resolved_device.type, chosen, compile_network, require_captured)
+    sizes = _checked_batch_sizes(batch_sizes)
+    resolved = _resolve_device(device)
+    chosen = resolve_backend(backend, device=resolved.type, exports=True)
+    form = resolve_form(loop, device=resolved.type)
+    _check_options(precision, resolved.type, chosen.name, compile_network, require_captured)
     source = _read_model(
         model,
         sample_shape=sample_shape,
@@ -127,44 +165,41 @@ def build_network(
         prompt_shape=prompt_shape,
         fractional_timesteps=fractional_timesteps,
     )
-    exported = lru_cache(maxsize=1)(lambda: _exported(source))
-    sizes = network_batch_sizes(source.network, batch_sizes)
     lifecycle = Lifecycle()
-    lane: Lane | None = None
-    loops: Mapping[int, Loop]
-    if resolved_device.type == "cpu":
-        loops = host_loops(source.module, source.network, exported, chosen, wanted, sizes, num_threads)
-    else:
+    target = Target("cpu", precision, num_threads, compile_network)
+    cuda = None
+    if resolved.type == "cuda":
         from skipstep.cuda.device import CudaDevice
-        from skipstep.loops.captured import Lane
 
-        lane = Lane(CudaDevice(resolved_device), lifecycle)
-        with lane.device.range(f"skipstep build {source.name}"):
-            loops = device_loops(
-                source.module,
-                source.network,
-                exported,
-                chosen,
-                lane,
-                batch_sizes,
-                wanted=wanted,
-                required=require_captured,
-                precision=precision,
-                compiled=compile_network,
-            )
-    return BuiltNetwork(
-        source.name,
-        source.network,
-        loops,
-        chosen,
-        str(resolved_device if lane is None else lane.device.torch_device),
-        precision,
-        wanted == "onnx",
-        source.plan_defaults,
-        exported,
-        lifecycle,
-        lane,
-    )
+        cuda = CudaDevice(resolved)
+        target = replace(target, device=str(cuda.torch_device), stream=getattr(cuda.stream, "torch_stream", None))
+    make, network = chosen.denoisers(source, target), source.spec
+    if chosen.name == "onnxruntime" and cuda is None:
+        _check_export(source, make(2))
+    made = make_loop(make, network, batch_sizes, form=form, required=require_captured, lifecycle=lifecycle, device=cuda)
+    runner = BatchRunner(made, network, sizes, lifecycle)
+    return CompiledNetwork(source, runner, chosen.name, precision, num_threads, plan_defaults=source.plan_defaults)
+
+
+def save_bundle(
+    engine: Sampler,
+    source: NetworkSource,
+    path: str | os.PathLike[str],
+    request: BundleRequest,
+    *,
+    open_again: Callable[[Path], Sampler],
+    progress: Callable[[str], None] | None,
+) -> None:
+    """Write an engine that was built from a model as a bundle. See Engine.save."""
+    from skipstep.export.bundle_writer import write_bundle
+
+    if not isinstance(source, ModelSource):
+        raise InputError(
+            got="an engine that was loaded from a bundle",
+            expected="one that was built from a model",
+            remedy="copy the bundle's folder, or build the engine from the model",
+        )
+    write_bundle(engine, source.partition(), path, request, open_again=open_again, progress=progress)
 
 
 def _read_model(
@@ -175,7 +210,7 @@ def _read_model(
     null_label: int | None,
     prompt_shape: tuple[int, int] | None,
     fractional_timesteps: bool | None,
-) -> _Model:
+) -> ModelSource:
     import torch
 
     from skipstep.backends.torch import prepare_module
@@ -215,52 +250,40 @@ def _read_model(
             remedy="pass pipeline.unet, or the folder that pipeline.save_pretrained() wrote",
         )
     prepared, network = prepare_module(module, network)
-    return _Model(name, prepared, network, digest, plan_defaults)
+    return ModelSource(name, network, prepared, digest, plan_defaults)
 
 
-def _exported(source: _Model) -> Partition:
-    """The network's parts. A checkpoint's export is kept in the user's cache: it takes longer than all the rest."""
-    from skipstep.backends.torch import module_on
-    from skipstep.bundles.cache import ArtefactCache, cache_key
-    from skipstep.export.onnx_model import export_onnx, exporter_versions
-    from skipstep.export.partition import partition
+def _check_export(source: ModelSource, denoiser: Denoiser) -> None:
+    """Compare the exported graph with its module on random inputs before it is trusted. Raises ExportError."""
+    from skipstep.backends.torch import TorchDenoiser
 
-    network = source.network
-
-    def export() -> bytes:
-        return export_onnx(module_on(source.module, "cpu"), network)
-
-    if source.digest is None:
-        return partition(export())
-    key = cache_key(kind="network.onnx", weights=source.digest, network=repr(network), exporter=exporter_versions())
-    description = f"{type(source.module.network).__name__} {network.sample_shape}, exported to ONNX"
-    return partition(ArtefactCache().get_or_build(key, export, description))
-
-
-def resolve_loop(name: str, backend: BackendName, *, device: str) -> LoopName:
-    """Turn "auto" into the loop that leaves the host least to do: one launch a call where there is such a form.
-
-    On a GPU that is what is tried first, and the engine reports what it came to. Raises InputError for an unknown name,
-    and for a loop that there is not.
-    """
-    there: tuple[LoopName, ...] = ("captured", "step_graph", "stepwise")
-    if device == "cpu":
-        there = ("onnx", "stepwise") if backend == "onnxruntime" else ("stepwise",)
-    if name == "auto":
-        return there[0]
-    for known in there:
-        if name == known:
-            return known
-    raise InputError(
-        got=f"loop={name!r} with the {backend} backend on {device}",
-        expected=f"'auto', or one of {', '.join(there)}",
-        remedy="use 'auto' to let the engine choose",
-    )
+    network = source.spec
+    reference = TorchDenoiser(source.module(), network, batch_size=denoiser.batch_size)
+    rng = np.random.default_rng(0)
+    sample = rng.standard_normal(reference.input.shape, dtype=np.float32)
+    # Other conditioning for each sample: a graph that mixes samples would show.
+    timesteps = rng.integers(0, 1000, (3, len(sample))).astype(np.float64)
+    rows: dict[str, Any] = {}
+    if network.prompt_shape is not None:
+        rows[PROMPTS] = rng.standard_normal((len(sample), *network.prompt_shape), dtype=np.float32)
+    if network.num_classes is not None:
+        rows[LABELS] = rng.integers(0, network.num_classes, len(sample))
+    index = np.arange(len(sample)) if rows else np.zeros(len(sample), np.int64)
+    values = [each.compute(timesteps, Conditioning(rows, index)) for each in (denoiser, reference)]
+    for stage, t in enumerate(timesteps):
+        for each, looked_up in zip((denoiser, reference), values, strict=True):
+            each.input[...] = sample
+            each.new_context()(looked_up, stage)
+        error = float(np.abs(denoiser.output - reference.output).max() / np.abs(reference.output).max())
+        if not error <= EXPORT_TOLERANCE:
+            raise ExportError(
+                got=f"an exported graph that is off by {error:.2g} of the largest output at timesteps {t.tolist()}",
+                expected=f"at most {EXPORT_TOLERANCE:g}",
+                remedy="use backend='torch', and report the network: the exporter translated it wrongly",
+            )
 
 
-def _check_options(
-    precision: str, device: str, backend: BackendName, compile_network: bool, require_captured: bool
-) -> None:
+def _check_options(precision: str, device: str, backend: str, compile_network: bool, require_captured: bool) -> None:
     if precision not in get_args(Precision):
         raise InputError(
             got=f"precision={precision!r}", expected=", ".join(get_args(Precision)), remedy="pick one of these"
@@ -307,3 +330,14 @@ def _resolve_device(name: str) -> Any:
             got=f"device={name!r}", expected="'auto', 'cpu', 'cuda' or 'cuda:N'", remedy="pick one of these"
         )
     return device
+
+
+def _checked_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:
+    sizes = tuple(batch_sizes)
+    if not sizes or any(isinstance(b, bool) or not isinstance(b, int) or b < 1 for b in sizes):
+        raise InputError(
+            got=f"batch_sizes={list(sizes)!r}",
+            expected="at least one integer ≥ 1",
+            remedy="pass e.g. batch_sizes=[1, 16]; other request sizes are split over these",
+        )
+    return tuple(sorted(set(sizes)))

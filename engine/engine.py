@@ -2,29 +2,75 @@
 
 engine = Engine.build("checkpoint-folder", plans=[10, 20, 50], batch_sizes=[1, 16])
 images = engine.sample(steps=20, seeds=[0, 1, 2, 3], output_type="pil")
+
+It has plans (skipstep.calls.plan_set), a runner (skipstep.loops.runner) and a source (skipstep.backends.denoiser);
+editing, inversion, interpolation, calibration and tuning are functions over it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Unpack
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
+import numpy as np
+
+from skipstep.calls.destination import callers_memory
+from skipstep.calls.plan_set import PlanSet
+from skipstep.calls.request import Conditions, SampleRequest, resolve_request
+from skipstep.calls.trajectory import Callback, Progress, Trajectory
+from skipstep.editing import edit as editing
 from skipstep.errors import InputError, PlanError
-from skipstep.latency.tuning import Tuning
+from skipstep.latency import tuning
+from skipstep.latency.calibration import Calibration, stored_calibration
+from skipstep.latency.description import describe
+from skipstep.loops.observers import Observers
+from skipstep.loops.runner import CompiledNetwork, OutputType, SampleArguments, check_output_type
+from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.plan import Plan
 from skipstep.plans.schedule import NoiseSchedule
+from skipstep.plans.stages import Stages
 
 if TYPE_CHECKING:
-    from skipstep.building import BuildOptions, BuiltNetwork
+    from skipstep.building import BuildOptions
+    from skipstep.latency.identity import DeviceIdentity
+    from skipstep.loading import LoadOptions
+    from skipstep.loops.contract import LoopReport
 
 
-class Engine(Tuning):
-    """A compiled sampler. `build` makes one; `sample` draws; `invert`, `reconstruct`, `edit` and
-    `interpolate` start from images or between noises; `calibrate` and `autotune` measure it here
-    (skipstep.latency.tuning); `save` makes a bundle, which `skipstep.load` opens."""
+class Engine:
+    """A compiled sampler. Calls from several threads are safe.
 
-    _built: BuiltNetwork | None = None
+    `plans` by key and `batch_sizes` say what it holds, `backend`, `device` and `precision` where and how it runs.
+    `calibration`: latencies that were measured here or came with a bundle, for deadlines.
+    """
+
+    # One-line delegates: functions over an engine, with its arguments and documentation.
+    invert = editing.invert
+    reconstruct = editing.reconstruct
+    edit = editing.edit
+    interpolate = editing.interpolate
+    interpolate_grid = editing.interpolate_grid
+    calibrate = tuning.calibrate
+    autotune = tuning.autotune
+    describe = describe
+
+    def __init__(self, compiled: CompiledNetwork, *, compile_on_miss: bool = False) -> None:
+        self.source, self.runner = compiled.source, compiled.runner
+        self.backend, self.precision, self.num_threads = compiled.backend, compiled.precision, compiled.num_threads
+        self.plans = PlanSet(compiled.source.spec, defaults=compiled.plan_defaults, compile_on_miss=compile_on_miss)
+        for plan in compiled.plans:
+            self.plans.add(plan)
+        self.calibration: Calibration | None = None
+        if compiled.calibrations is not None:
+            self.calibration = stored_calibration(compiled.calibrations, self.identity())
+            tuned = () if self.calibration is None else self.calibration.launches
+            self.runner.loop.use_launches({each.case: each.launch for each in tuned})
+        self._worker: ThreadPoolExecutor | None = None
+        self._worker_lock = threading.Lock()
 
     @classmethod
     def build(
@@ -53,33 +99,15 @@ class Engine(Tuning):
         """
         from skipstep.building import build_network  # The only part that needs torch.
 
-        sizes = _checked_batch_sizes(batch_sizes)
-        built = build_network(model, batch_sizes=sizes, **options)
-        defaults = dict(built.plan_defaults)
-        if schedule is not None:
-            defaults["schedule"] = schedule
-        if prediction_type is not None:
-            defaults["prediction_type"] = prediction_type
-        engine = cls(
-            built.network,
-            loops=built.loops,
-            batch_sizes=sizes,
-            backend=built.backend,
-            device=built.device,
-            plan_defaults=defaults,
-            compile_on_miss=compile_on_miss,
-            any_batch=built.any_batch,
-            precision=built.precision,
-            num_threads=options.get("num_threads"),
-            lifecycle=built.lifecycle,
-            lane=built.lane,
-        )
+        compiled = build_network(model, batch_sizes=batch_sizes, **options)
+        given = {"schedule": schedule, "prediction_type": prediction_type}
+        defaults = {**compiled.plan_defaults, **{name: value for name, value in given.items() if value is not None}}
+        engine = cls(replace(compiled, plan_defaults=defaults), compile_on_miss=compile_on_miss)
         for plan in plans:
             engine.add_plan(plan)
         if not engine.plans and not compile_on_miss:
             raise PlanError(got="no plans", expected="at least one", remedy="pass plans=[20], or compile_on_miss=True")
         engine.prepare()
-        engine._built = built
         return engine
 
     def save(
@@ -90,53 +118,262 @@ class Engine(Tuning):
         name: str | None = None,
         targets: Iterable[str] = ("cpu",),
         precision: str = "float32",
-        any_plan: bool = False,
         overwrite: bool = False,
         sign_key: str | os.PathLike[str] | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> None:
-        """Write what this engine is, with its plans, as a bundle that `skipstep.load` runs without torch.
+        """Write this engine, with its plans, as a bundle that `skipstep.load` runs without torch.
 
         license     of the weights, as an SPDX expression or in words: it travels with them.
         name        of the model; the checkpoint folder's or the module's class where left out.
-        targets     "cpu"; "rtx:sm86" and the like; "sm_87" for step kernels; "tensorrt" for the graph that skipstep
-                    build makes an engine of on its device; "server" for a Triton Inference Server repository
-                    (skipstep.export.targets).
+        targets     "cpu"; "rtx:sm86" and the like; "sm_87" for step kernels; "tensorrt" for the graph of which skipstep
+                    build makes an engine on its device; "onnx-loop" for whole loops as ONNX graphs; "server" for a
+                    Triton Inference Server repository (skipstep.export.targets).
         precision   of the network for GPUs: "float32", "float16" or "bfloat16". The CPU's is float32.
-        any_plan    a second loop for the CPU, which runs any solver, noise and guidance rescale, not only what the
-                    plans need; it holds the network's weights once more.
         sign_key    an Ed25519 private key to sign the manifest with (skipstep.storage.signature).
 
         The bundle is loaded and draws the golden samples again before it takes its name; an existing one is replaced
         only with `overwrite`, and only by a whole one. Raises ExportError, StorageError, InputError.
         """
-        from skipstep.export.bundle_writer import BundleRequest, write_bundle
+        from skipstep.building import save_bundle
+        from skipstep.export.bundle_writer import BundleRequest
 
-        if self._built is None:
-            raise InputError(
-                got="an engine that was loaded from a bundle",
-                expected="one that was built from a model",
-                remedy="copy the bundle's folder, or build the engine from the model",
-            )
         request = BundleRequest(
-            name=name or self._built.name,
+            name=name or self.source.name,
             license=license,
             targets=tuple(targets),
             precision=precision,
-            any_plan=any_plan,
             overwrite=overwrite,
             sign_key=sign_key,
             calibration=self.calibration,
         )
-        write_bundle(self, self._built.parts(), path, request, progress=progress)
+        save_bundle(self, path, request, open_again=load, progress=progress)
 
+    @property
+    def network(self) -> NetworkSpec:
+        return self.source.spec
 
-def _checked_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:
-    sizes = tuple(batch_sizes)
-    if not sizes or any(isinstance(b, bool) or not isinstance(b, int) or b < 1 for b in sizes):
-        raise InputError(
-            got=f"batch_sizes={list(sizes)!r}",
-            expected="at least one integer ≥ 1",
-            remedy="pass e.g. batch_sizes=[1, 16]; other request sizes are split over these",
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        return self.runner.batch_sizes
+
+    @property
+    def device(self) -> str:
+        return self.runner.loop.device
+
+    @property
+    def plan_defaults(self) -> Mapping[str, Any]:
+        """The options of a plan that is asked for by step count."""
+        return self.plans.defaults
+
+    @property
+    def captures(self) -> tuple[LoopReport, ...]:
+        """On a GPU: how each structure of plans runs, why a faster form was not possible, and what it takes."""
+        return self.runner.loop.reports
+
+    def add_plan(self, plan: int | Plan, *, eta: float = 0.0) -> Plan:
+        """Hold one more plan and return it; `eta` is that of a step count. Raises PlanError where it does not fit."""
+        return self.plans.add(plan, eta=eta)
+
+    def select_plan(self, *, steps: int | None = None, plan: Plan | None = None) -> Plan:
+        """The held plan with that step count, or the given one. Raises PlanNotFoundError, listing what is held."""
+        return self.plans.select(steps=steps, plan=plan)
+
+    def split(self, num_samples: int) -> list[int]:
+        """The batch sizes of the runs that draw so many samples; the last may draw more than are left."""
+        return self.runner.split(num_samples)
+
+    def prepare(self) -> None:
+        """Compile and record what the plans need, so that no call has to."""
+        self.runner.loop.prepare([Stages.of([plan]) for plan in self.plans.values()])
+
+    def sample(
+        self,
+        *,
+        steps: int | None = None,
+        plan: Plan | Sequence[Plan] | None = None,
+        deadline_ms: float | None = None,
+        seeds: int | Sequence[int] | None = None,
+        x_T: Any = None,
+        output_type: OutputType = "np",
+        out: Any = None,
+        trajectory: bool | int = False,
+        callback: Callback | None = None,
+        progress: Progress | None = None,
+        **conditions: Unpack[Conditions],
+    ) -> Any:
+        """Draw samples with the plan of `steps` steps, with `plan`, or with the longest that meets a deadline.
+
+        plan            one for all samples, or a list with one for each: of equal structure, but each with its own
+                        timesteps and eta (skipstep.plans.stages.Stages).
+        deadline_ms     milliseconds that the call may take: the plan with the most steps whose measured p99 fits, with
+                        a margin (skipstep.latency.deadline). Needs `calibrate`, once on this device.
+        seeds           an int for every sample, or one each, in [0, 2**64): a sample depends on its seed, not on its
+                        place in the batch. They also key the noise that a plan adds.
+        x_T             `[B, C, H, W]` NumPy, torch or DLPack, the initial noise instead of that of the seeds. A tensor
+                        on the engine's GPU is read there, in the order of the caller's stream.
+        conditions      class_labels, prompt_embeds, negative_prompt_embeds, guidance_scale and guidance_rescale
+                        (skipstep.calls.request.Conditions).
+        output_type     "np": float32 `[B, C, H, W]` in the network's range ([-1, 1] for pixels); "pt": the same as a
+                        torch tensor, on the engine's device; "pil": a list of 8-bit pictures.
+        out             float32 `[B, C, H, W]` to draw into, NumPy, torch or DLPack, in host memory or on the engine's
+                        device; it is returned.
+        trajectory      True, or a stride of steps: returns (samples, Trajectory) instead of the samples.
+        callback        called as callback(StepEvent) after every step.
+        progress        called as progress(done, total), in network evaluations.
+
+        With a trajectory, callback or progress the loop runs one evaluation at a time.
+        Returns new memory every time, unless `out` is given. Raises InputError, PlanError, PlanNotFoundError,
+        DeadlineError where no plan is fast enough, NonFiniteError where the network returned NaN, and EngineStateError
+        for an engine that was closed or forked.
+        """
+        call = self._call(
+            steps=steps,
+            plan=plan,
+            deadline_ms=deadline_ms,
+            seeds=seeds,
+            x_T=x_T,
+            output_type=output_type,
+            out=out,
+            **conditions,
         )
-    return tuple(sorted(set(sizes)))
+        kept = None
+        if trajectory is not False:
+            shape = (call.request.num_samples, *self.network.sample_shape)
+            kept = Trajectory.empty(sum(call.stages.ends_step), 1 if trajectory is True else trajectory, shape)
+        runs = len(self.split(call.request.num_samples))
+        samples = self._draw(call, Observers(call.stages, runs, progress, callback, kept))
+        return samples if kept is None else (samples, kept)
+
+    def sample_async(self, **arguments: Unpack[SampleArguments]) -> Future[Any]:
+        """`sample` in the background, first come first served; errors in the arguments are raised here.
+
+        The future's result is what `sample` returns, complete on every stream; asyncio.wrap_future makes it awaitable.
+        x_T and `out` belong to the engine until then.
+        """
+        call = self._call(**arguments)
+        # The worker has a stream of its own: what this thread has enqueued comes first.
+        order = self.runner.loop.caller_order()
+
+        def work() -> Any:
+            order()
+            return self._draw(call)
+
+        with self._worker_lock:
+            self.runner.check()
+            if self._worker is None:
+                self._worker = ThreadPoolExecutor(1, thread_name_prefix="skipstep")
+            return self._worker.submit(work)
+
+    def close(self) -> None:
+        """Release memory and threads, after the calls that are under way. Later calls raise EngineStateError."""
+        with self._worker_lock:
+            self.runner.close()
+        if self._worker is not None:
+            self._worker.shutdown()
+        self.runner.loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def identity(self) -> DeviceIdentity:
+        """What must be equal for latencies that were measured elsewhere to count here."""
+        from skipstep.latency.identity import device_identity
+
+        return device_identity(
+            backend=self.backend,
+            loop=self.runner.loop.name,
+            device=self.device,
+            precision=self.precision,
+            num_threads=self.num_threads,
+            gpu_name=self.runner.loop.device_name,
+        )
+
+    def _call(
+        self,
+        *,
+        steps: int | None = None,
+        plan: Plan | Sequence[Plan] | None = None,
+        deadline_ms: float | None = None,
+        seeds: int | Sequence[int] | None = None,
+        x_T: Any = None,
+        output_type: OutputType = "np",
+        out: Any = None,
+        **conditions: Unpack[Conditions],
+    ) -> _Call:
+        """Everything about a call that can be wrong is found here, before anything is drawn."""
+        self.runner.check()
+        check_output_type(output_type)
+        if deadline_ms is None:
+            plans = self.plans.choose(steps, plan)
+        elif steps is None and plan is None:
+            plans = [self._plan_within(deadline_ms, seeds, x_T, conditions)]
+        else:
+            raise InputError(
+                got="deadline_ms beside steps or plan", expected="one of them", remedy="leave the others out"
+            )
+        stages = Stages.of(plans)
+        request = resolve_request(
+            self.network,
+            seeds=seeds,
+            x_T=x_T,
+            adds_noise=stages.adds_noise,
+            num_plans=len(plans),
+            device=self.device,
+            **conditions,
+        )
+        shape = (request.num_samples, *self.network.sample_shape)
+        if out is None:
+            new = self.runner.loop.new_samples(shape) if output_type == "pt" else np.empty(shape, np.float32)
+            return _Call(stages, request, new, output_type, None)
+        if output_type == "pil":
+            raise InputError(got="out with output_type='pil'", expected="'np' or 'pt'", remedy="leave one of them out")
+        return _Call(stages, request, callers_memory(out, shape, device=self.device), output_type, out)
+
+    def _draw(self, call: _Call, observers: Observers | None = None) -> Any:
+        self.runner.draw(call.stages, call.request, call.samples, observers=observers)
+        return self.runner.as_output(call.samples, call.output_type) if call.out is None else call.out
+
+    def _plan_within(self, deadline_ms: float, seeds: Any, x_T: Any, conditions: Conditions) -> Plan:
+        from skipstep.latency.deadline import choose_plan
+
+        request = resolve_request(self.network, seeds=seeds, x_T=x_T, device=self.device, **conditions)
+        return choose_plan(
+            self.calibration,
+            self.plans.values(),
+            self.split(request.num_samples),
+            deadline_ms=deadline_ms,
+            guided=request.guidance is not None,
+            identity=self.identity(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call whose arguments have been checked: `samples` is where they go, `out` what the caller gave for that."""
+
+    stages: Stages
+    request: SampleRequest
+    samples: Any
+    output_type: OutputType
+    out: Any
+
+
+def load(path: str | os.PathLike[str], *, compile_on_miss: bool = False, **options: Unpack[LoadOptions]) -> Engine:
+    """An engine from the bundle at `path`: with ONNX Runtime on the CPU, with TensorRT on a GPU.
+
+    options: device, num_threads, require_signature and so on: skipstep.loading.LoadOptions.
+
+    It holds the bundle's plans; others can be added, because the network's time path is in the bundle. It is calibrated
+    if the bundle was, on a device like this one. Raises BundleError and its kinds, MissingDependencyError, and on a GPU
+    DeviceUnavailableError where the bundle has no engine for it.
+    """
+    from skipstep.loading import load_network
+
+    engine = Engine(load_network(path, **options), compile_on_miss=compile_on_miss)
+    if engine.device != "cpu":
+        engine.prepare()
+    return engine

@@ -1,8 +1,11 @@
-"""A network on a GPU, as loops there drive it.
+"""The denoiser protocol: a network behind fixed buffers, on any device, as every loop drives it.
 
-The loop owns all memory that a stage looks up, at addresses that never move, and says where it is at every evaluation.
-So a network has no state of its own between calls, one graph serves every plan of equal structure, and what a network
-looks up travels to the device in the same copy as the seeds.
+    values  = denoiser.compute(timesteps, conditioning)      once per call: the step inputs of all stages
+    enqueue = denoiser.new_context()                         once per captured graph, or per set of buffers
+    enqueue(values, stage)                                   E times: reads `input`, writes `output`
+
+A network has no state of its own between calls: what it looks up is passed to it, and its buffers never move. On a GPU
+the loop owns the memory of the step inputs, so that one captured graph serves every plan of equal structure.
 """
 
 from __future__ import annotations
@@ -13,52 +16,116 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, dtype
 
 from skipstep.calls.conditioning import Conditioning
+from skipstep.networks.graphs import NetworkGraphs, StepInputs, Values
+from skipstep.networks.spec import NetworkSpec
 
-# Which stage: its number, or where on the device it stands (int32 `[1]`), for a graph that is one step of many.
-Stage = int | Tensor
-Enqueue = Callable[[Mapping[str, Tensor], Stage], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Constant:
-    """Something that a network looks up: `shape` of one sample's, and whether every stage has its own."""
-
-    shape: tuple[int, ...]
-    dtype: dtype
-    per_stage: bool
+# enqueue(values, stage). In host memory values are StepInputs and the stage is a number. On a GPU values are tensors by
+# name, and the stage is a number or an int32 [1] tensor, for a graph of one step that the device counts.
+Enqueue = Callable[[Any, Any], None]
 
 
-class DeviceDenoiser(Protocol):
+class Denoiser(Protocol):
     """A network at one batch size N.
 
-    `input` `[N, C, H, W]` and `output` `[N, C or 2C, H, W]` are CUDA tensors in the network's dtype that never move.
-    `constants` says what it looks up, by name. `capture_refusal` is why it cannot be recorded into a CUDA graph of
-    ours, None where it can.
+    `input` `[N, *sample_shape]` and `output` `[N, *output_shape]` (NetworkSpec) are NumPy arrays float32, or CUDA
+    tensors in the network's dtype.
     """
 
     name: str
     batch_size: int
-    input: Tensor
-    output: Tensor
-    constants: Mapping[str, Constant]
-    capture_refusal: str | None
+    input: Any
+    output: Any
 
-    def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> dict[str, NDArray[Any]]:
-        """The constants' values in host memory, for `timesteps` `[E, N]` and the conditioning of N samples.
-
-        `[E, N, *shape]` for those of every stage, `[N, *shape]` for the others; float32 stands for bfloat16, which
-        NumPy lacks.
-        """
+    def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> StepInputs:
+        """The step inputs for `timesteps` `[E, N]` and the conditioning of N samples, in host memory."""
         ...
 
     def new_context(self) -> Enqueue:
-        """How to evaluate it: `enqueue(constants, stage)` launches work on the current stream, and only launches.
-
-        `constants` are device tensors of the shapes that `compute` gives. Each captured graph takes a context of its
-        own and keeps it: what a library remembers between launches must not be shared between graphs. Contexts share
-        the network's buffers and activations, so only one may be running.
-        """
+        """How to evaluate the network on its buffers. On a GPU, `enqueue` launches work on the current stream and does
+        nothing else; each captured graph takes a context of its own and keeps it, because what a library remembers
+        between launches must not be shared between graphs. Contexts share buffers: only one may be running."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One value that the step looks up: `shape` of one sample's, `dtype` by name ("bfloat16"), and whether every stage
+    has its own."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    per_stage: bool
+
+
+class DeviceDenoiser(Denoiser, Protocol):
+    """A denoiser on a GPU, with what a loop must know to give it memory and to capture it.
+
+    `step_inputs` by name: the loop allocates them. `capture_refusal`: why the network cannot be recorded into a CUDA
+    graph of ours, None where it can.
+    """
+
+    step_inputs: Mapping[str, StepInput]
+    capture_refusal: str | None
+
+
+MakeDenoiser = Callable[[int], Denoiser]
+
+
+class NetworkSource(Protocol):
+    """Where a backend gets a network from: a model that was built (skipstep.building) or a bundle (skipstep.loading).
+
+    Each method raises InputError, with a remedy, where this source has no such thing.
+    """
+
+    name: str
+    spec: NetworkSpec
+    # Values that follow from timesteps alone, if they are known already (skipstep.backends.onnxruntime.EarlyGraphs).
+    tables: dict[bytes, Values]
+
+    def module(self) -> Any:
+        """The torch module that predicts (skipstep.backends.torch.DenoisingModule), in float32 on the CPU."""
+        ...
+
+    def before_loop(self) -> Mapping[str, bytes]:
+        """The serialised parts that run before the loop (NetworkGraphs.before_loop)."""
+        ...
+
+    def step_graph(self, precision: str) -> bytes:
+        """The serialised step network in "float32", "float16" or "bfloat16"."""
+        ...
+
+    def tensorrt_engine(self, library: str, *, version: str, batch_size: int, precision: str) -> bytes:
+        """A verified TensorRT engine of the step network for the GPU of this machine."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where and how a network is to run.
+
+    device       "cpu", or torch's name of a GPU, such as "cuda:0".
+    precision    of the network; the state is float32 everywhere.
+    num_threads  of the runtime on the CPU; None: every core.
+    compiled     run torch's module through torch.compile first.
+    stream       on a GPU: the torch stream of the engine, None for a stand-in device.
+    """
+
+    device: str = "cpu"
+    precision: str = "float32"
+    num_threads: int | None = None
+    compiled: bool = False
+    stream: Any = None
+
+
+__all__ = [
+    "Denoiser",
+    "DeviceDenoiser",
+    "Enqueue",
+    "MakeDenoiser",
+    "NetworkGraphs",
+    "NetworkSource",
+    "StepInput",
+    "Target",
+]

@@ -1,7 +1,6 @@
-"""What compiled step networks on a GPU have in common: their tensors, and the values that they look up.
+"""What compiled step networks on a GPU have in common: their tensors, and the step inputs that they look up.
 
-ONNX Runtime computes those values on the host before the loop (skipstep.backends.onnxruntime.LoopConstants); here they
-get a row for each stage and sample.
+ONNX Runtime computes the step inputs on the host before the loop (skipstep.backends.onnxruntime.EarlyGraphs).
 """
 
 from __future__ import annotations
@@ -11,25 +10,19 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from skipstep.backends.denoiser import Constant, Stage
-from skipstep.backends.onnxruntime import LoopConstants
+from skipstep.backends.denoiser import StepInput
+from skipstep.backends.onnxruntime import EarlyGraphs
 from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
 from skipstep.errors import ExportError
+from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs
 from skipstep.networks.spec import NetworkSpec
-
-if TYPE_CHECKING:
-    from skipstep.export.partition import Partition
-
-SAMPLE: Final = "sample"
-PREDICTION: Final = "out_sample"
-
 
 _KEPT_RESULTS, _KEPT_BYTES = 8, 256 << 20
 # NumPy has no bfloat16; the copy to the device rounds.
@@ -81,24 +74,24 @@ def check_step_tensors(
             raise mismatch(f"{name} {each.dtype} {list(each.shape)}", f"a row for each of {batch_size} samples")
 
 
-class HostConstants:
-    """What a compiled step network looks up: which values there are, and what they are for a call, in host memory.
+class HostInputs:
+    """The step inputs of a compiled step network: which it reads, and what they are for a call, in host memory.
 
     `inputs` are the network's own but for the sample. Raises ExportError where the parts before the loop do not give
     what they ask for.
     """
 
     def __init__(
-        self, source: LoopConstants, spec: NetworkSpec, inputs: Mapping[str, StepTensor], *, batch_size: int
+        self, source: EarlyGraphs, spec: NetworkSpec, inputs: Mapping[str, StepTensor], *, batch_size: int
     ) -> None:
         self._source = source
-        self._kept: OrderedDict[bytes, dict[str, NDArray[Any]]] = OrderedDict()
+        self._kept: OrderedDict[bytes, StepInputs] = OrderedDict()
         self._lock = threading.Lock()
         # What follows from a timestep is told by computing some; those of a stored plan take no computing.
         stored = np.frombuffer(next(iter(source.tables), np.zeros(1).tobytes()))
         stages = source.compute(np.repeat(stored[:, None], batch_size, axis=1), _blank(spec, batch_size))
         of_stages, of_samples = {**stages.plan, **stages.call}, stages.prompt
-        self.constants: dict[str, Constant] = {}
+        self.step_inputs: dict[str, StepInput] = {}
         for name, each in inputs.items():
             known = of_stages.get(name, of_samples.get(name))
             if known is None or known.shape[1:] != each.shape[1:]:
@@ -108,30 +101,22 @@ class HostConstants:
                     expected=f"{list(each.shape[1:])} from the parts of the same network",
                     remedy="build the step network again, from the same export as the other parts",
                 )
-            self.constants[name] = Constant(each.shape[1:], each.dtype, per_stage=name in of_stages)
+            dtype = str(each.dtype).removeprefix("torch.")
+            self.step_inputs[name] = StepInput(each.shape[1:], dtype, per_stage=name in of_stages)
 
-    def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> dict[str, NDArray[Any]]:
-        """See DeviceDenoiser.compute. The last few results are kept, and not to be written to."""
+    def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> StepInputs:
+        """See Denoiser.compute. The last few results are kept, and must not be written to."""
         key = _digest(timesteps, conditioning)
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
-                return dict(self._kept[key])
-        stages = self._source.compute(timesteps, conditioning)
-        values = {}
-        for name, each in self.constants.items():
-            if name in stages.plan:
-                table, rows = stages.plan[name], stages.plan_index
-            elif name in stages.call:
-                table, rows = stages.call[name], stages.call_index
-            else:
-                table, rows = stages.prompt[name], stages.prompt_index
-            values[name] = table.astype(HOST_DTYPES[each.dtype], copy=False)[rows]
+                return self._kept[key]
+        values = self._source.compute(timesteps, conditioning)
         with self._lock:
             self._keep(key, values)
-        return dict(values)
+        return values
 
-    def _keep(self, key: bytes, values: dict[str, NDArray[Any]]) -> None:
+    def _keep(self, key: bytes, values: StepInputs) -> None:
         if _num_bytes(values) > _KEPT_BYTES:
             return
         self._kept[key] = values
@@ -139,8 +124,8 @@ class HostConstants:
             self._kept.popitem(last=False)
 
 
-def _num_bytes(values: Mapping[str, NDArray[Any]]) -> int:
-    return sum(array.nbytes for array in values.values())
+def _num_bytes(values: StepInputs) -> int:
+    return sum(array.nbytes for part in (values.plan, values.call, values.prompt) for array in part.values())
 
 
 def _blank(spec: NetworkSpec, batch_size: int) -> Conditioning:
@@ -162,21 +147,7 @@ def _digest(timesteps: NDArray[np.float64], conditioning: Conditioning) -> bytes
     return digest.digest()
 
 
-def step_graph(parts: Partition, precision: str) -> bytes:
-    """The step network in "float32", "float16" or "bfloat16". Raises ExportError where it cannot be lowered."""
-    step = parts.graphs.step
-    if precision == "float32":
-        return step
-    from skipstep.export.precision import lower_precision
-    from skipstep.export.precision_check import check_precision
-
-    dtype: Literal["float16", "bfloat16"] = "float16" if precision == "float16" else "bfloat16"
-    lowered = lower_precision(step, dtype)
-    check_precision(lowered, step, dtype)
-    return lowered
-
-
-def copy_row(table: Tensor, stage: Stage, out: Tensor) -> None:
+def copy_row(table: Tensor, stage: int | Tensor, out: Tensor) -> None:
     """Enqueue `out` = table[stage], whether the host knows the stage or only the device does."""
     if isinstance(stage, int):
         out.copy_(table[stage], non_blocking=True)

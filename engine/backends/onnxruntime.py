@@ -1,81 +1,41 @@
-"""ONNX Runtime on the CPU: sessions, what a loop's stages look up, and the network one evaluation at a time.
+"""ONNX Runtime on the CPU: sessions, the network's parts that run before a loop, and its step.
 
 What does not depend on the state has left the network's graph (skipstep.export.partition). It is evaluated before the
-loop, once per distinct timestep, once per distinct conditioning and once per distinct pair of them, and the loop looks
+loop, once per distinct timestep, once per distinct conditioning and once per distinct pair of them, and the step looks
 it up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, Target
 from skipstep.calls.conditioning import Conditioning
 from skipstep.calls.distinct import distinct
 from skipstep.errors import ExportError
+from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs, Values
 from skipstep.networks.spec import NetworkSpec
 
 # Some builds write usage events to the user's cache folder; a library that is embedded in products sends nothing.
 onnxruntime.disable_telemetry_events()
 
-Values = dict[str, NDArray[np.generic]]
 _MAX_TABLES = 32
 
 
-@dataclass(frozen=True, slots=True)
-class NetworkGraphs:
-    """A network by binding time, each part a serialised ONNX model with the symbolic dimension "batch".
-
-    `plan` computes from timesteps, `prompt` from the conditioning, `call` from both, with what `plan` computed; `step`
-    predicts from the sample and what the three computed. Values go by name. All but the last are None where nothing is
-    known so early.
-    """
-
-    plan: bytes | None
-    prompt: bytes | None
-    call: bytes | None
-    step: bytes
-
-    @property
-    def before_loop(self) -> dict[str, bytes]:
-        """Those parts that there are but for the step."""
-        parts = {"plan": self.plan, "prompt": self.prompt, "call": self.call}
-        return {name: graph for name, graph in parts.items() if graph is not None}
-
-
-@dataclass(frozen=True, slots=True)
-class StageConstants:
-    """What E stages of N samples look up: values `[rows, …]` by name, and which row is whose.
-
-    `plan` and `call` are indexed by stage and sample, int64 `[E, N]`; `prompt` by the sample alone, `[N]`.
-    """
-
-    plan: Values
-    call: Values
-    prompt: Values
-    plan_index: NDArray[np.int64]
-    call_index: NDArray[np.int64]
-    prompt_index: NDArray[np.int64]
-
-    def row(self, name: str, stage: int) -> tuple[NDArray[np.generic], NDArray[np.int64]]:
-        """The values of that name, and the rows `[N]` of one stage."""
-        if name in self.plan:
-            return self.plan[name], self.plan_index[stage]
-        if name in self.call:
-            return self.call[name], self.call_index[stage]
-        return self.prompt[name], self.prompt_index
-
-
 @dataclass(slots=True)
-class LoopConstants:
-    """Computes StageConstants; what follows from timesteps alone is kept, and may be given as `tables` beforehand.
+class EarlyGraphs:
+    """A network's parts that run before the loop: they compute StepInputs.
 
-    `graphs` are a network's parts before the loop; `tables` maps the bytes of sorted distinct timesteps float64 to
+    What follows from timesteps alone is kept, and may be given as `tables` beforehand.
+
+    `graphs` are serialised, by binding time; `tables` maps the bytes of sorted distinct timesteps float64 to
     values, as a bundle holds them.
     """
 
@@ -86,7 +46,7 @@ class LoopConstants:
     _sessions: dict[str, onnxruntime.InferenceSession] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> StageConstants:
+    def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> StepInputs:
         """For `timesteps` `[E, N]` and the conditioning of N samples."""
         each_timestep, index = distinct(timesteps)
         plan = self.tables_at(each_timestep)
@@ -102,7 +62,7 @@ class LoopConstants:
             given = {name: values[of_time] for name, values in plan.items()}
             given |= {name: values[of_prompt] for name, values in rows.items()}
             call = self._run("call", given)
-        return StageConstants(plan, call, prompt, index, pair_index, conditioning.index)
+        return StepInputs(plan, call, prompt, index, pair_index, conditioning.index)
 
     def tables_at(self, timesteps: NDArray[np.float64]) -> Values:
         """Values `[len(timesteps), …]` that follow from distinct sorted timesteps, these among them."""
@@ -125,46 +85,77 @@ class LoopConstants:
 
 
 class OnnxRuntimeDenoiser:
-    """The step graph at one batch size. `input`: float32 `[N, C, H, W]`, `output` the same or 2C channels.
+    """The step graph at one batch size (skipstep.backends.denoiser.Denoiser).
 
     The session is one for all sizes. Inputs and outputs are bound once to buffers of this size, which never move, so a
     run copies nothing in or out.
     """
 
-    def __init__(
-        self,
-        session: onnxruntime.InferenceSession,
-        constants: LoopConstants,
-        spec: NetworkSpec,
-        *,
-        batch_size: int,
-    ) -> None:
-        self._session = session
-        self._constants = constants
+    name = "onnxruntime"
+
+    def __init__(self, session: LazySession, early: EarlyGraphs, spec: NetworkSpec, *, batch_size: int) -> None:
+        self._session = session.get()
+        self._early = early
         self.batch_size = batch_size
         self.input = np.zeros((batch_size, *spec.sample_shape), np.float32)
         self.output = np.zeros((batch_size, *spec.output_shape), np.float32)
         self._buffers: Values = {
             each.name: np.zeros((batch_size, *each.shape[1:]), _NUMPY_TYPES[each.type])
             for each in self._session.get_inputs()
-            if each.name != "sample"
+            if each.name != SAMPLE
         }
-        self._stages: StageConstants | None = None
         self._binding = self._session.io_binding()
-        for name, array in {"sample": self.input, **self._buffers}.items():
+        for name, array in {SAMPLE: self.input, **self._buffers}.items():
             self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        self._binding.bind_output("out_sample", "cpu", 0, np.float32, self.output.shape, self.output.ctypes.data)
+        self._binding.bind_output(PREDICTION, "cpu", 0, np.float32, self.output.shape, self.output.ctypes.data)
 
-    def prepare(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> None:
-        self._stages = self._constants.compute(timesteps, conditioning)
+    def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> StepInputs:
+        return self._early.compute(timesteps, conditioning)
 
-    def enqueue(self, stage: int) -> None:
-        assert self._stages is not None, "prepare comes first"
+    def new_context(self) -> Enqueue:
+        return self._enqueue
+
+    def _enqueue(self, values: StepInputs, stage: int) -> None:
         for name, buffer in self._buffers.items():
-            values, rows = self._stages.row(name, stage)
+            table, rows = values.row(name, stage)
             # "clip" because "raise" would copy; the indices are our own.
-            values.take(rows, axis=0, out=buffer, mode="clip")
+            table.take(rows, axis=0, out=buffer, mode="clip")
         self._session.run_with_iobinding(self._binding)
+
+
+class LazySession:
+    """A session that is made when it is first needed, once; `prefetch` begins in the background.
+
+    The runtime holds no Python lock while it loads, so the rest of loading, imports included, goes on meanwhile.
+    """
+
+    def __init__(self, make: Callable[[], onnxruntime.InferenceSession]) -> None:
+        self._make = make
+        self._session: onnxruntime.InferenceSession | None = None
+        self._lock = threading.Lock()
+
+    def get(self) -> onnxruntime.InferenceSession:
+        """Raises what `make` raises, at every call until it succeeds."""
+        with self._lock:
+            if self._session is None:
+                self._session = self._make()
+            return self._session
+
+    def prefetch(self) -> None:
+        # Not a daemon: a process that ends waits until the runtime has finished.
+        threading.Thread(target=self._quietly, name="skipstep-prefetch").start()
+
+    def _quietly(self) -> None:
+        with contextlib.suppress(Exception):  # The call that needs the session raises it again.
+            self.get()
+
+
+def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:
+    """Denoisers of one step session, for any batch size. Loading the session begins at once, in the background."""
+    early = EarlyGraphs(source.before_loop(), source.spec, target.num_threads, tables=source.tables)
+    session = LazySession(lambda: make_session(source.step_graph("float32"), num_threads=target.num_threads))
+    session.prefetch()
+    return lambda batch_size: OnnxRuntimeDenoiser(session, early, source.spec, batch_size=batch_size)
 
 
 _NUMPY_TYPES = {
@@ -203,7 +194,7 @@ def run_session(
     """Outputs by name, from those of the `given` values that the graph reads. Raises ExportError."""
     try:
         results = session.run(outputs, {each.name: given[each.name] for each in session.get_inputs()})
-    except Exception as error:  # As above; a KeyError is an input that nobody gives.
+    except Exception as error:  # As above; a KeyError is an input without a value.
         raise ExportError(
             got=f"a graph that failed: {type(error).__name__}: {error}",
             expected="one that this version of skipstep exported",

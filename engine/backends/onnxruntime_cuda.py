@@ -9,9 +9,9 @@ too.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -19,25 +19,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from skipstep.backends.denoiser import Constant, Enqueue, Stage
+from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, StepInput, Target
 from skipstep.backends.device_step import (
     HOST_DTYPES,
-    PREDICTION,
-    SAMPLE,
-    HostConstants,
+    HostInputs,
     StepTensor,
     check_step_tensors,
     copy_row,
-    step_graph,
 )
-from skipstep.backends.onnxruntime import LoopConstants
+from skipstep.backends.onnxruntime import EarlyGraphs
 from skipstep.calls.conditioning import Conditioning
 from skipstep.cuda.probe import cuda_device
 from skipstep.errors import DeviceUnavailableError, ExportError, MissingDependencyError
+from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs
 from skipstep.networks.spec import NetworkSpec
-
-if TYPE_CHECKING:
-    from skipstep.export.partition import Partition
 
 _PROVIDER = "CUDAExecutionProvider"
 _SESSION_DTYPES: Mapping[str, torch.dtype] = {
@@ -132,7 +127,7 @@ class OnnxRuntimeCudaDenoiser:
         "ONNX Runtime's CUDA provider captures its own graphs, and takes memory while others would record"
     )
 
-    def __init__(self, session: DeviceSession, constants: LoopConstants, spec: NetworkSpec, *, batch_size: int) -> None:
+    def __init__(self, session: DeviceSession, early: EarlyGraphs, spec: NetworkSpec, *, batch_size: int) -> None:
         self._session, self._options = session, session.run_options()
         self.batch_size = batch_size
         inputs, outputs = (
@@ -141,12 +136,12 @@ class OnnxRuntimeCudaDenoiser:
         )
         check_step_tensors(inputs, outputs, spec, batch_size=batch_size, of="a graph")
         looked_up = {name: each for name, each in inputs.items() if name != SAMPLE}
-        self._constants = HostConstants(constants, spec, looked_up, batch_size=batch_size)
-        self.constants: Mapping[str, Constant] = self._constants.constants
+        self._inputs = HostInputs(early, spec, looked_up, batch_size=batch_size)
+        self.step_inputs: Mapping[str, StepInput] = self._inputs.step_inputs
         self._copied = {
             name: torch.zeros(each.shape, dtype=each.dtype, device=session.device)
             for name, each in {**inputs, **outputs}.items()
-            if session.cuda_graph or name not in self.constants or self.constants[name].per_stage
+            if session.cuda_graph or name not in self.step_inputs or self.step_inputs[name].per_stage
         }
         self._binding = session.session.io_binding()
         for name, buffer in self._copied.items():
@@ -154,19 +149,19 @@ class OnnxRuntimeCudaDenoiser:
         self.input, self.output = self._copied.pop(SAMPLE), self._copied.pop(PREDICTION)
         self._read_in_place: dict[str, int] = {}
 
-    def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> dict[str, NDArray[Any]]:
-        return self._constants.compute(timesteps, conditioning)
+    def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> StepInputs:
+        return self._inputs.compute(timesteps, conditioning)
 
     def new_context(self) -> Enqueue:
         return self._enqueue
 
-    def _enqueue(self, constants: Mapping[str, Tensor], stage: Stage) -> None:
-        for name, value in constants.items():
+    def _enqueue(self, values: Mapping[str, Tensor], stage: int | Tensor) -> None:
+        for name, value in values.items():
             if name not in self._copied:
                 if value.data_ptr() != self._read_in_place.get(name):
                     self._bind(name, value)
                     self._read_in_place[name] = value.data_ptr()
-            elif self.constants[name].per_stage:
+            elif self.step_inputs[name].per_stage:
                 copy_row(value, stage, self._copied[name])
             else:
                 self._copied[name].copy_(value, non_blocking=True)
@@ -198,23 +193,16 @@ class OnnxRuntimeCudaDenoiser:
             ) from error
 
 
-def denoisers_from_partition(
-    parts: Partition,
-    network: NetworkSpec,
-    sizes: Iterable[int],
-    *,
-    precision: str,
-    device: torch.device,
-    stream: torch.cuda.Stream | None = None,
-    cuda_graph: bool = False,
-) -> dict[int, OnnxRuntimeCudaDenoiser]:
-    """Denoisers of a network by its batch size, which share one session. Raises as make_cuda_session does.
+def denoisers(source: NetworkSource, target: Target, *, cuda_graph: bool = False) -> MakeDenoiser:
+    """Denoisers that share one session on the target's device and stream. Raises as make_cuda_session does.
 
-    `precision` is the step network's; what comes before it is computed in float32, on the host.
+    The target's precision is the step network's; what comes before it is computed in float32, on the host.
     """
-    session = make_cuda_session(step_graph(parts, precision), device=device, stream=stream, cuda_graph=cuda_graph)
-    constants = LoopConstants(parts.graphs.before_loop, network)
-    return {size: OnnxRuntimeCudaDenoiser(session, constants, network, batch_size=size) for size in sizes}
+    device = torch.device(target.device)
+    graph = source.step_graph(target.precision)
+    session = make_cuda_session(graph, device=device, stream=target.stream, cuda_graph=cuda_graph)
+    early = EarlyGraphs(source.before_loop(), source.spec, tables=source.tables)
+    return lambda batch_size: OnnxRuntimeCudaDenoiser(session, early, source.spec, batch_size=batch_size)
 
 
 def _step_tensor(described: Any, batch_size: int) -> StepTensor:

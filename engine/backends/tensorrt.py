@@ -6,7 +6,7 @@
     context          one per recorded graph, and run once before anything is recorded: a first run may take memory
 
 The two libraries have the same Python interface, so this is written once; what TensorRT-RTX alone has is asked of it
-alone. An engine is native code: deserialising one that nobody verified would run whatever is in it.
+alone. An engine is native code: deserialising one that was not verified would run whatever is in it.
 """
 
 from __future__ import annotations
@@ -16,37 +16,35 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from skipstep.backends.denoiser import Constant, Enqueue, Stage
+from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, StepInput, Target
 from skipstep.backends.device_step import (
-    PREDICTION,
-    SAMPLE,
-    HostConstants,
+    HostInputs,
     StepTensor,
     check_step_tensors,
     copy_row,
-    step_graph,
 )
-from skipstep.backends.onnxruntime import LoopConstants
+from skipstep.backends.onnxruntime import EarlyGraphs
 from skipstep.calls.conditioning import Conditioning
 from skipstep.cuda.device import CAPTURE_LOCK
 from skipstep.cuda.probe import cuda_device
 from skipstep.errors import CaptureError, ExportError, InputError, MissingDependencyError
+from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs
 from skipstep.networks.spec import NetworkSpec
 
 if TYPE_CHECKING:
     # The full library has no stubs either; what the type checker reads of this one stands for both.
     import tensorrt_rtx as trt
 
-    from skipstep.bundles.bundle import Bundle
-    from skipstep.export.partition import Partition
-    from skipstep.export.tensorrt_engine import Library
+Library = Literal["tensorrt", "tensorrt_rtx"]
+# The extra that installs each.
+EXTRAS: Final[Mapping[Library, str]] = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
 
 # What the libraries ask of the address of an activation, an input or an output.
 _ALIGNMENT = 256
@@ -80,8 +78,6 @@ def find_library() -> Library:
 def load_library(library: Library) -> _TensorRt:
     """The module. Raises MissingDependencyError, which names the extra; DeviceUnavailableError without a CUDA device,
     where these libraries may crash."""
-    from skipstep.export.tensorrt_engine import EXTRAS
-
     try:
         module = importlib.import_module(library)
     except (ImportError, OSError) as error:
@@ -108,7 +104,7 @@ class TensorRtDenoiser:
     def __init__(
         self,
         engine: bytes,
-        constants: LoopConstants,
+        early: EarlyGraphs,
         spec: NetworkSpec,
         *,
         library: Library,
@@ -133,15 +129,15 @@ class TensorRtDenoiser:
         inputs, outputs = self._tensors()
         check_step_tensors(inputs, outputs, spec, batch_size=batch_size, of=f"an engine of {library}")
         looked_up = {name: each for name, each in inputs.items() if name != SAMPLE}
-        self._constants = HostConstants(constants, spec, looked_up, batch_size=batch_size)
-        self.constants: Mapping[str, Constant] = self._constants.constants
+        self._inputs = HostInputs(early, spec, looked_up, batch_size=batch_size)
+        self.step_inputs: Mapping[str, StepInput] = self._inputs.step_inputs
 
         def buffer(each: StepTensor) -> Tensor:
             return aligned_zeros(each.shape, each.dtype, device)
 
         self.input, self.output = buffer(inputs[SAMPLE]), buffer(outputs[PREDICTION])
         self.activations = aligned_zeros((max(1, self.engine.device_memory_size_v2),), torch.uint8, device)
-        self.rows = {name: buffer(looked_up[name]) for name, each in self.constants.items() if each.per_stage}
+        self.rows = {name: buffer(looked_up[name]) for name, each in self.step_inputs.items() if each.per_stage}
         self._create_context = self._context_maker(library)
         # Apart from the default stream, which cannot be recorded.
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -152,8 +148,8 @@ class TensorRtDenoiser:
         if library == "tensorrt_rtx" and not first.context.is_stream_capturable(self._stream.cuda_stream):
             self.capture_refusal = "TensorRT-RTX says that this engine takes memory while it runs: build it for capture"
 
-    def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> dict[str, NDArray[Any]]:
-        return self._constants.compute(timesteps, conditioning)
+    def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> StepInputs:
+        return self._inputs.compute(timesteps, conditioning)
 
     def new_context(self) -> Enqueue:
         """See DeviceDenoiser.new_context. It runs the network once and waits for the device, so call it where a plan is
@@ -170,9 +166,11 @@ class TensorRtDenoiser:
             context = _Context(self, self._create_context())
             zeros = {
                 name: aligned_zeros(
-                    (*((1,) if each.per_stage else ()), self.batch_size, *each.shape), each.dtype, self.device
+                    (*((1,) if each.per_stage else ()), self.batch_size, *each.shape),
+                    getattr(torch, each.dtype),
+                    self.device,
                 )
-                for name, each in self.constants.items()
+                for name, each in self.step_inputs.items()
             }
             with torch.cuda.stream(self._stream):
                 context(zeros, 0)
@@ -242,9 +240,9 @@ class _Context:
         self._point(SAMPLE, owner.input.data_ptr())
         self._point(PREDICTION, owner.output.data_ptr())
 
-    def __call__(self, constants: Mapping[str, Tensor], stage: Stage) -> None:
-        if constants is not self._bound:
-            self._bind(constants)
+    def __call__(self, values: Mapping[str, Tensor], stage: int | Tensor) -> None:
+        if values is not self._bound:
+            self._bind(values)
         for name, rows in self._rows.items():
             if rows.in_place and isinstance(stage, int):
                 self._point(name, rows.address + stage * rows.pitch)
@@ -260,19 +258,19 @@ class _Context:
         """Hold on to no table."""
         self._bound, self._rows = None, {}
 
-    def _bind(self, constants: Mapping[str, Tensor]) -> None:
+    def _bind(self, values: Mapping[str, Tensor]) -> None:
         rows = {}
-        for name, each in self._owner.constants.items():
-            value = constants[name]
+        for name, each in self._owner.step_inputs.items():
+            value, dtype = values[name], getattr(torch, each.dtype)
             shape = (self._owner.batch_size, *each.shape)
             one = value[0] if each.per_stage else value
             device = self._owner.input.device
-            if (one.shape, value.dtype, value.device) != (shape, each.dtype, device) or not one.is_contiguous():
+            if (one.shape, value.dtype, value.device) != (shape, dtype, device) or not one.is_contiguous():
                 every = " for every stage" if each.per_stage else ""
                 raise InputError(
                     got=f"{name} {value.dtype} {list(value.shape)} on {value.device} for the network to look up",
-                    expected=f"{each.dtype} {list(shape)}{every}, contiguous on {device}",
-                    remedy="make it as DeviceDenoiser.constants says",
+                    expected=f"{dtype} {list(shape)}{every}, contiguous on {device}",
+                    remedy="make it as DeviceDenoiser.step_inputs says",
                 )
             address = value.data_ptr()
             if each.per_stage:
@@ -287,7 +285,7 @@ class _Context:
                 )
             else:
                 self._point(name, address)
-        self._bound, self._rows = constants, rows
+        self._bound, self._rows = values, rows
 
     def _point(self, name: str, address: int) -> None:
         if self._addresses.get(name) != address:
@@ -331,56 +329,18 @@ def _error_log(library: _TensorRt) -> Any:
     return ErrorLog()
 
 
-def denoisers_from_bundle(
-    bundle: Bundle,
-    constants: LoopConstants,
-    sizes: Iterable[int],
-    *,
-    device: torch.device,
-    library: Library | None = None,
-) -> dict[int, TensorRtDenoiser]:
-    """Denoisers of a bundle's engines by network batch size, on the first GPU.
+def denoisers(source: NetworkSource, target: Target, *, library: Library | None = None) -> MakeDenoiser:
+    """Denoisers from TensorRT engines of the source, one for each batch size; the library that is installed.
 
-    `constants` are made of the bundle's own graphs and tables. Raises as TensorRtDenoiser does, and IntegrityError;
-    DeviceUnavailableError where the bundle has no engine for this GPU, library version and size.
+    The target's precision is the step network's; what comes before it is computed in float32, on the host. Raises as
+    TensorRtDenoiser does, and what the source raises where it has no engine.
     """
-    from skipstep.bundles.bundle import read_engine
+    chosen = library or find_library()
+    version, device = load_library(chosen).__version__, torch.device(target.device)
+    early = EarlyGraphs(source.before_loop(), source.spec, tables=source.tables)
 
-    library = library or find_library()
-    version, network = load_library(library).__version__, bundle.manifest.network
-    capability, _ = cuda_device()
-    denoisers = {}
-    for size in sizes:
-        engine, _ = read_engine(
-            bundle, library=library, version=version, compute_capability=capability, batch_size=size
-        )
-        denoisers[size] = TensorRtDenoiser(engine, constants, network, library=library, batch_size=size, device=device)
-    return denoisers
+    def make(batch_size: int) -> TensorRtDenoiser:
+        engine = source.tensorrt_engine(chosen, version=version, batch_size=batch_size, precision=target.precision)
+        return TensorRtDenoiser(engine, early, source.spec, library=chosen, batch_size=batch_size, device=device)
 
-
-def denoisers_from_partition(
-    parts: Partition,
-    network: NetworkSpec,
-    sizes: Iterable[int],
-    *,
-    precision: str,
-    device: torch.device,
-    library: Library | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> dict[int, TensorRtDenoiser]:
-    """Denoisers of a network by its batch size, from engines of the user's cache or built for the first GPU.
-
-    `precision` is the step network's; what comes before it is computed in float32. Raises as TensorRtDenoiser does, and
-    as skipstep.export.tensorrt_engine.build_engine.
-    """
-    from skipstep.export.engines import build_engine_cached
-    from skipstep.export.tensorrt_engine import EngineTarget
-
-    library = library or find_library()
-    load_library(library)
-    step, constants = step_graph(parts, precision), LoopConstants(parts.graphs.before_loop, network)
-    denoisers = {}
-    for size in sizes:
-        engine, _ = build_engine_cached(step, EngineTarget(library), size, progress=progress)
-        denoisers[size] = TensorRtDenoiser(engine, constants, network, library=library, batch_size=size, device=device)
-    return denoisers
+    return make

@@ -1,9 +1,9 @@
-"""The torch backend: any nn.Module that predicts noise, run as it is. It is the reference for every other backend."""
+"""The torch backend on the CPU: any nn.Module that predicts, run as it is. It is the reference for other backends."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from skipstep.backends.denoiser import Constant, Enqueue, Stage
+from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, Target
 from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
+from skipstep.calls.distinct import distinct
 from skipstep.errors import InputError
+from skipstep.networks.graphs import StepInputs
 from skipstep.networks.spec import NetworkSpec
 
 NETWORK_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,7 +60,7 @@ def prepare_module(network: nn.Module, spec: NetworkSpec) -> tuple[DenoisingModu
     (device,), (dtype,) = devices, dtypes
     module = DenoisingModule(network).eval()
     sample = torch.zeros(1, *spec.sample_shape, device=device, dtype=dtype)
-    timestep = torch.zeros(1, device=device, dtype=_timestep_dtype(spec))
+    timestep = torch.zeros(1, device=device, dtype=timestep_dtype(spec))
     conditioning = [
         tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
         for tensor in zero_conditioning(spec, 1).values()
@@ -105,81 +107,56 @@ def zero_conditioning(spec: NetworkSpec, batch_size: int) -> dict[str, Tensor]:
     return inputs
 
 
-def _timestep_dtype(spec: NetworkSpec) -> torch.dtype:
+def timestep_dtype(spec: NetworkSpec) -> torch.dtype:
     return torch.float32 if spec.fractional_timesteps else torch.int64
 
 
 class TorchDenoiser:
-    """A module on the CPU, behind buffers that NumPy and torch share."""
+    """A module on the CPU, behind buffers that NumPy and torch share (skipstep.backends.denoiser.Denoiser).
 
-    def __init__(self, module: DenoisingModule, spec: NetworkSpec, *, batch_size: int) -> None:
+    `lock` is shared by all denoisers of a module, which runs one call at a time: it may keep a state of its own.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self, module: DenoisingModule, spec: NetworkSpec, *, batch_size: int, lock: threading.Lock | None = None
+    ) -> None:
         self._module = module
+        self._spec = spec
+        self._lock = lock or threading.Lock()
         self._sample = torch.zeros(batch_size, *spec.sample_shape)
         self._prediction = torch.zeros(batch_size, *spec.output_shape)
-        self._timesteps = torch.zeros(0, batch_size, dtype=_timestep_dtype(spec))
         self._names = tuple(zero_conditioning(spec, 1))
-        self._conditioning: list[Tensor] = []
         self.batch_size = batch_size
         self.input: Any = self._sample.numpy()
         self.output: Any = self._prediction.numpy()
 
-    def prepare(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> None:
-        self._timesteps = torch.from_numpy(timesteps).to(self._timesteps.dtype)
-        self._conditioning = [torch.from_numpy(conditioning.per_sample(name)) for name in self._names]
-
-    def enqueue(self, stage: int) -> None:
-        with torch.inference_mode():
-            self._prediction.copy_(self._module(self._sample, self._timesteps[stage], *self._conditioning))
-
-
-class TorchDeviceDenoiser:
-    """A module on a GPU (skipstep.backends.denoiser). `forward` runs it: the module itself, or what compiled it."""
-
-    name = "torch"
-    capture_refusal: str | None = None
-
-    def __init__(
-        self,
-        forward: Callable[..., Tensor],
-        spec: NetworkSpec,
-        *,
-        batch_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self._forward = forward
-        self.batch_size = batch_size
-        self.input = torch.zeros(batch_size, *spec.sample_shape, device=device, dtype=dtype)
-        self.output = torch.zeros(batch_size, *spec.output_shape, device=device, dtype=dtype)
-        self._names = tuple(zero_conditioning(spec, 1))
-        self.constants: Mapping[str, Constant] = {
-            "timestep": Constant((), _timestep_dtype(spec), per_stage=True),
-            # Embeddings are read in the network's own dtype, labels as they are.
-            **{
-                name: Constant(tuple(tensor.shape[1:]), dtype if tensor.is_floating_point() else tensor.dtype, False)
-                for name, tensor in zero_conditioning(spec, 1).items()
-            },
-        }
-
-    def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> dict[str, NDArray[Any]]:
-        return {"timestep": timesteps, **{name: conditioning.per_sample(name) for name in self._names}}
+    def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> StepInputs:
+        return plain_inputs(self._spec, timesteps, conditioning)
 
     def new_context(self) -> Enqueue:
         return self._enqueue
 
-    def _enqueue(self, constants: Mapping[str, Tensor], stage: Stage) -> None:
-        timesteps = constants["timestep"]
-        with torch.inference_mode():
-            timestep = timesteps[stage] if isinstance(stage, int) else timesteps.index_select(0, stage)[0]
-            conditioning = [constants[name] for name in self._names]
-            self.output.copy_(self._forward(self.input, timestep, *conditioning))
+    def _enqueue(self, values: StepInputs, stage: int) -> None:
+        timestep, *conditioning = (_rows(values, name, stage) for name in ("timestep", *self._names))
+        with torch.inference_mode(), self._lock:
+            self._prediction.copy_(self._module(self._sample, timestep, *conditioning))
 
 
-def device_forward(module: DenoisingModule, *, compiled: bool) -> Callable[..., Tensor]:
-    """How to run a module on a GPU: convolutions in channels-last order, which tensor cores read; `compiled` by
-    torch.compile, without graphs of its own. The module's weights are laid out anew in place; nothing else changes."""
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if not compiled:
-        return module
-    forward: Callable[..., Tensor] = torch.compile(module, mode="max-autotune-no-cudagraphs", dynamic=False)
-    return forward
+def _rows(values: StepInputs, name: str, stage: int) -> Tensor:
+    table, rows = values.row(name, stage)
+    return torch.from_numpy(table[rows])
+
+
+def plain_inputs(spec: NetworkSpec, timesteps: NDArray[np.float64], conditioning: Conditioning) -> StepInputs:
+    """Step inputs of a network from which nothing was moved: its timestep and its conditioning."""
+    distinct_timesteps, index = distinct(timesteps)
+    plan = {"timestep": distinct_timesteps.astype(spec.timestep_dtype)}
+    return StepInputs(plan, {}, dict(conditioning.rows), index, index, conditioning.index)
+
+
+def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:
+    """Denoisers of the source's module on the CPU, for any batch size. torch keeps its process-wide thread count."""
+    module, lock = source.module(), threading.Lock()
+    return lambda batch_size: TorchDenoiser(module, source.spec, batch_size=batch_size, lock=lock)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from skipstep.calls.request import SampleRequest
 from skipstep.kernels.layout import Stream
 from skipstep.kernels.normal_constants import (
     COS_COEFFICIENTS,
@@ -24,6 +25,7 @@ from skipstep.kernels.normal_constants import (
     SIN_COEFFICIENTS,
     SQRT_HALF_BITS,
 )
+from skipstep.networks.spec import NetworkSpec
 
 _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
@@ -67,6 +69,21 @@ def standard_normal(
         normals[..., pair], normals[..., pair + 1] = _box_muller(words[pair], words[pair + 1])
     flat = normals.reshape(len(stages), len(seeds), -1)[..., :num_elements]
     return np.ascontiguousarray(flat[0] if isinstance(stage, int) else flat)
+
+
+def sample_noise(network: NetworkSpec, seeds: NDArray[np.uint64], stream: Stream) -> NDArray[np.float32]:
+    """Standard normals `[B, *sample_shape]` of the samples' seeds."""
+    noise = standard_normal(seeds, network.num_elements, stage=0, stream=stream)
+    return noise.reshape(len(seeds), *network.sample_shape)
+
+
+def initial_state(network: NetworkSpec, request: SampleRequest) -> NDArray[np.float32]:
+    """x_T `[B, *sample_shape]`: a copy of the caller's, or noise that depends on each sample's seed alone."""
+    if request.x_T is not None:
+        given: NDArray[np.float32] = request.x_T.copy()
+        return given
+    assert request.seeds is not None, "a request has seeds or x_T"
+    return sample_noise(network, request.seeds, Stream.INITIAL)
 
 
 class StageNoise:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from skipstep.errors import InputError, PlanError, PlanNotFoundError
@@ -10,40 +10,49 @@ from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.plan import Plan, check_plan_fits
 
 
-class PlanHolder:
-    """`plans` by key, made for `network`. `plan_defaults` are the options of a plan that is asked for by step count.
+class PlanSet(Mapping[str, Plan]):
+    """Plans by key, made for `network`. `defaults` are the options of a plan that is asked for by step count.
 
     `compile_on_miss`: a plan that is asked for and not held is added, instead of being an error.
     """
 
-    def __init__(self, network: NetworkSpec, *, plan_defaults: Mapping[str, Any], compile_on_miss: bool) -> None:
-        self.network = network
-        self.plans: dict[str, Plan] = {}
-        self.plan_defaults = plan_defaults
-        self.compile_on_miss = compile_on_miss
+    def __init__(self, network: NetworkSpec, *, defaults: Mapping[str, Any], compile_on_miss: bool) -> None:
+        self._network = network
+        self._plans: dict[str, Plan] = {}
+        self.defaults = defaults
+        self._compile_on_miss = compile_on_miss
 
-    def add_plan(self, plan: int | Plan, *, eta: float = 0.0) -> Plan:
+    def __getitem__(self, key: str) -> Plan:
+        return self._plans[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plans)
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def add(self, plan: int | Plan, *, eta: float = 0.0) -> Plan:
         """Hold one more plan and return it; `eta` is that of a step count. Raises PlanError where it does not fit."""
         if not isinstance(plan, Plan):
-            if "schedule" not in self.plan_defaults:
+            if "schedule" not in self.defaults:
                 raise PlanError(
                     got=f"the step count {plan!r} for a model without a scheduler configuration",
                     expected="a noise schedule",
                     remedy="pass schedule=, e.g. NoiseSchedule.linear(1000), or a Plan",
                 )
-            plan = Plan(**{**self.plan_defaults, "steps": plan, "eta": eta})
-        trained = self.plan_defaults.get("prediction_type")
+            plan = Plan(**{**self.defaults, "steps": plan, "eta": eta})
+        trained = self.defaults.get("prediction_type")
         if trained is not None and plan.prediction_type != trained:
             raise PlanError(
                 got=f"a plan for {plan.prediction_type} prediction",
                 expected=f"{trained}, which this network was trained to predict",
                 remedy=f"make the plan with prediction_type={trained!r}",
             )
-        check_plan_fits(plan, self.network)
-        self.plans[plan.key] = plan
+        check_plan_fits(plan, self._network)
+        self._plans[plan.key] = plan
         return plan
 
-    def select_plan(self, *, steps: int | None = None, plan: Plan | None = None) -> Plan:
+    def select(self, *, steps: int | None = None, plan: Plan | None = None) -> Plan:
         """The held plan with that step count, or the given one. Raises PlanNotFoundError, listing what is held."""
         if (steps is None) == (plan is None):
             raise InputError(
@@ -56,10 +65,10 @@ class PlanHolder:
                 raise InputError(
                     got=f"plan of type {type(plan).__name__}", expected="a Plan", remedy="pass one, or use steps=20"
                 )
-            if plan.key not in self.plans and not self.compile_on_miss:
+            if plan.key not in self._plans and not self._compile_on_miss:
                 raise self._miss(f"{plan!r}, which this engine does not hold")
-            return self.plans.get(plan.key) or self.add_plan(plan)
-        held = [p for p in self.plans.values() if p.steps == steps]
+            return self._plans.get(plan.key) or self.add(plan)
+        held = [p for p in self._plans.values() if p.steps == steps]
         if len(held) == 1:
             return held[0]
         if len(held) > 1:
@@ -68,11 +77,12 @@ class PlanHolder:
                 expected="a choice between them",
                 remedy="pass plan=",
             )
-        if self.compile_on_miss and steps is not None:
-            return self.add_plan(steps)
+        if self._compile_on_miss and steps is not None:
+            return self.add(steps)
         raise self._miss(f"steps={steps!r}, which no plan of this engine has")
 
-    def chosen_plans(self, steps: int | None, plan: Plan | Sequence[Plan] | None) -> list[Plan]:
+    def choose(self, steps: int | None, plan: Plan | Sequence[Plan] | None) -> list[Plan]:
+        """The plan of a call, or one for each sample. Raises InputError and PlanNotFoundError."""
         if isinstance(plan, Sequence) and not isinstance(plan, str):
             if not plan or steps is not None:
                 raise InputError(
@@ -80,12 +90,12 @@ class PlanHolder:
                     expected="a plan per sample",
                     remedy="pass plan=[...], one for each sample, and leave steps out",
                 )
-            return [self.select_plan(plan=each) for each in plan]
-        return [self.select_plan(steps=steps, plan=plan)]
+            return [self.select(plan=each) for each in plan]
+        return [self.select(steps=steps, plan=plan)]
 
     def _miss(self, got: str) -> PlanNotFoundError:
         return PlanNotFoundError(
             got=got,
-            expected=f"one of {', '.join(repr(p) for p in self.plans.values()) or 'none yet'}",
+            expected=f"one of {', '.join(repr(p) for p in self._plans.values()) or 'none yet'}",
             remedy="call add_plan() first, or build the engine with compile_on_miss=True",
         )

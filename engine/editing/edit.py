@@ -1,4 +1,8 @@
-"""What determinism opens: an image has a noise that draws it, so it can be found, changed and drawn again."""
+"""What determinism makes possible: an image has a noise that draws it, so it can be found, changed and drawn again.
+
+Functions over an engine, which are methods of `skipstep.Engine`. Images are `[B, *sample_shape]` in [-1, 1]. Each takes
+the conditions of `Engine.sample` as well: labels, prompts, guidance (skipstep.calls.request.Conditions).
+"""
 
 from __future__ import annotations
 
@@ -8,215 +12,213 @@ from typing import Any, Literal, Unpack
 
 import numpy as np
 
+from skipstep.calls.noise import sample_noise
 from skipstep.calls.request import Conditions, SampleRequest, resolve_latents, resolve_request, resolve_seeds
 from skipstep.editing.interpolation import slerp, slerp_grid
-from skipstep.editing.inversion import Inversion, invert
+from skipstep.editing.inversion import Inversion
+from skipstep.editing.inversion import invert as invert_batch
 from skipstep.errors import InputError
 from skipstep.kernels.layout import Stream
-from skipstep.loops.runner import OutputType, Sampler, check_finite
-from skipstep.loops.stepwise import Array, seeded_noise
+from skipstep.loops.contract import Array, Sampler
+from skipstep.loops.runner import OutputType, check_finite
 from skipstep.plans.plan import Plan
 from skipstep.plans.stages import Stages
 
 
-class ImageEditing(Sampler):
-    """The methods of `Engine` that start from images or from two noises. Images are `[B, C, H, W]` in [-1, 1].
+def invert(
+    engine: Sampler,
+    images: Any,
+    *,
+    steps: int | None = None,
+    plan: Plan | None = None,
+    evaluate_at: Literal["target", "source"] = "target",
+    refinements: int = 0,
+    tolerance: float = 1e-6,
+    **conditions: Unpack[Conditions],
+) -> Inversion:
+    """The noise from which the sampling plan of `steps` steps, or `plan`, draws `images`.
 
-    Each takes the conditions of `sample` as well: labels, prompts, guidance (skipstep.calls.request.Conditions).
+    evaluate_at   the timestep that the network is told on the way up: "target", where sampling will stand when it
+                  comes back, or "source", the textbook's ODE.
+    refinements   fixed-point iterations a step, for "target"; each costs one evaluation.
+    tolerance     root mean square residual at which a sample needs no more of them.
+
+    With guidance much above 1 no fixed point need exist; look at the residuals.
+    Raises InputError (also for a plan that adds noise: it has no inverse), PlanNotFoundError, and NonFiniteError
+    where the network returned NaN.
     """
+    sampling = engine.select_plan(steps=steps, plan=plan)
+    if sampling.adds_noise:
+        raise InputError(
+            got=f"inversion of {sampling!r}",
+            expected="a plan without fresh noise: what eta > 0 adds cannot be found again",
+            remedy="use a plan with eta=0",
+        )
+    if isinstance(refinements, bool) or not isinstance(refinements, int) or refinements < 0:
+        raise InputError(
+            got=f"refinements={refinements!r}", expected="an integer ≥ 0", remedy="pass 0, or a few, such as 3"
+        )
+    if refinements and evaluate_at == "source":
+        raise InputError(
+            got="refinements with evaluate_at='source'",
+            expected="evaluate_at='target': only there is the answer a fixed point",
+            remedy="leave evaluate_at out",
+        )
+    request = resolve_request(
+        engine.network,
+        seeds=None,
+        x_T=images,
+        latents_name="images",
+        **conditions,
+    )
+    return _invert(
+        engine, sampling.inverted(evaluate_at=evaluate_at), request, refinements=refinements, tolerance=tolerance
+    )
 
-    def invert(
-        self,
-        images: Any,
-        *,
-        steps: int | None = None,
-        plan: Plan | None = None,
-        evaluate_at: Literal["target", "source"] = "target",
-        refinements: int = 0,
-        tolerance: float = 1e-6,
-        **conditions: Unpack[Conditions],
-    ) -> Inversion:
-        """The noise from which the sampling plan of `steps` steps, or `plan`, draws `images`.
 
-        evaluate_at   the timestep that the network is told on the way up: "target", where sampling will stand when it
-                      comes back, or "source", the textbook's ODE.
-        refinements   fixed-point iterations a step, for "target"; each costs one evaluation.
-        tolerance     root mean square residual at which a sample needs no more of them.
+def reconstruct(
+    engine: Sampler,
+    images: Any,
+    *,
+    steps: int | None = None,
+    plan: Plan | None = None,
+    refinements: int = 0,
+    output_type: OutputType = "np",
+    **conditions: Unpack[Conditions],
+) -> Any:
+    """Invert and draw again: how much of an image survives the round trip. Arguments as for `invert`."""
+    chosen = engine.select_plan(steps=steps, plan=plan)
+    found = invert(engine, images, plan=chosen, refinements=refinements, **conditions)
+    return engine.sample(plan=chosen, x_T=found.latents, output_type=output_type, **conditions)
 
-        With guidance much above 1 no fixed point need exist; look at the residuals.
-        Raises InputError (also for a plan that adds noise: it has no inverse), PlanNotFoundError, and NonFiniteError
-        where the network returned NaN.
-        """
-        sampling = self.select_plan(steps=steps, plan=plan)
-        if sampling.adds_noise:
-            raise InputError(
-                got=f"inversion of {sampling!r}",
-                expected="a plan without fresh noise: what eta > 0 adds cannot be found again",
-                remedy="use a plan with eta=0",
-            )
-        if isinstance(refinements, bool) or not isinstance(refinements, int) or refinements < 0:
-            raise InputError(
-                got=f"refinements={refinements!r}", expected="an integer ≥ 0", remedy="pass 0, or a few, such as 3"
-            )
-        if refinements and evaluate_at == "source":
-            raise InputError(
-                got="refinements with evaluate_at='source'",
-                expected="evaluate_at='target': only there is the answer a fixed point",
-                remedy="leave evaluate_at out",
-            )
-        request = resolve_request(
-            self.network,
+
+def edit(
+    engine: Sampler,
+    images: Any,
+    *,
+    steps: int | None = None,
+    plan: Plan | None = None,
+    strength: float | None = None,
+    noise_level: float | None = None,
+    method: Literal["noise", "invert"] = "noise",
+    seeds: int | Sequence[int] | None = None,
+    source_labels: int | Sequence[int] | None = None,
+    output_type: OutputType = "np",
+    **conditions: Unpack[Conditions],
+) -> Any:
+    """Draw `images` again from a level part of the way up, with other labels or none.
+
+    strength      in (0, 1]: the share of the plan's steps that is drawn again; or
+    noise_level   in (0, 1]: sqrt(1 - alpha_bar) to go up to, at most.
+    method        "noise": fresh noise of `seeds` on the image (SDEdit, Meng et al. 2022, arXiv 2108.01073); small
+                  strengths keep the layout. "invert": DDIM inversion with `source_labels`, which keeps more of it.
+
+    Raises InputError, PlanError and PlanNotFoundError.
+    """
+    chosen = engine.select_plan(steps=steps, plan=plan)
+    tail = chosen.started_at(_first_step(chosen, strength=strength, noise_level=noise_level))
+    if method not in ("noise", "invert"):
+        raise InputError(got=f"method={method!r}", expected="'noise' or 'invert'", remedy="pick one of these")
+    if source_labels is not None and method == "noise":
+        raise InputError(
+            got="source_labels with method='noise'",
+            expected="method='invert', which finds the noise of the image as it was labelled",
+            remedy="leave source_labels out, or invert",
+        )
+    if seeds is None and method == "noise":
+        raise InputError(got="no seeds", expected="a seed per image, for the fresh noise", remedy="pass seeds=[...]")
+    request = resolve_request(
+        engine.network,
+        seeds=seeds,
+        x_T=images,
+        adds_noise=tail.adds_noise,
+        latents_name="images",
+        **conditions,
+    )
+    assert request.x_T is not None, "it was passed"
+    if method == "noise":
+        assert request.seeds is not None, "they were checked"
+        a = tail.alpha_bars[0]
+        z = sample_noise(engine.network, request.seeds, Stream.EDIT)
+        latents = (np.sqrt(a) * request.x_T + np.sqrt(1.0 - a) * z).astype(np.float32)
+    else:
+        source = resolve_request(
+            engine.network,
             seeds=None,
             x_T=images,
-            latents_name="images",
-            **conditions,
+            class_labels=source_labels,
+            prompt_embeds=conditions.get("prompt_embeds"),
         )
-        return self._invert(
-            sampling.inverted(evaluate_at=evaluate_at), request, refinements=refinements, tolerance=tolerance
-        )
+        latents = _invert(engine, tail.inverted(), source).latents
+    result = engine.runner.run(Stages.of([tail]), dataclasses.replace(request, x_T=latents))
+    return engine.runner.as_output(result, output_type)
 
-    def reconstruct(
-        self,
-        images: Any,
-        *,
-        steps: int | None = None,
-        plan: Plan | None = None,
-        refinements: int = 0,
-        output_type: OutputType = "np",
-        **conditions: Unpack[Conditions],
-    ) -> Any:
-        """Invert and draw again: how much of an image survives the round trip. Arguments as for `invert`."""
-        chosen = self.select_plan(steps=steps, plan=plan)
-        found = self.invert(images, plan=chosen, refinements=refinements, **conditions)
-        return self.sample(plan=chosen, x_T=found.latents, output_type=output_type, **conditions)
 
-    def edit(
-        self,
-        images: Any,
-        *,
-        steps: int | None = None,
-        plan: Plan | None = None,
-        strength: float | None = None,
-        noise_level: float | None = None,
-        method: Literal["noise", "invert"] = "noise",
-        seeds: int | Sequence[int] | None = None,
-        source_labels: int | Sequence[int] | None = None,
-        output_type: OutputType = "np",
-        **conditions: Unpack[Conditions],
-    ) -> Any:
-        """Draw `images` again from a level part of the way up, with other labels or none.
+def interpolate(
+    engine: Sampler,
+    a: int | Array,
+    b: int | Array,
+    n: int,
+    *,
+    steps: int | None = None,
+    plan: Plan | None = None,
+    seeds: int | Sequence[int] | None = None,
+    output_type: OutputType = "np",
+    **conditions: Unpack[Conditions],
+) -> Any:
+    """Draw `n` ≥ 2 samples between the initial noises a and b, both included.
 
-        strength      in (0, 1]: the share of the plan's steps that is drawn again; or
-        noise_level   in (0, 1]: sqrt(1 - alpha_bar) to go up to, at most.
-        method        "noise": fresh noise of `seeds` on the image (SDEdit, Meng et al. 2022, arXiv 2108.01073); small
-                      strengths keep the layout. "invert": DDIM inversion with `source_labels`, which keeps more of it.
+    a, b are seeds, or latents float32 `[C, H, W]`; the way between them is `slerp`. `seeds`
+    key the fresh noise of plans that add some. Raises InputError.
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 2:
+        raise InputError(got=f"n={n!r}", expected="an integer ≥ 2: both ends are drawn", remedy="pass n=8")
+    x_T = slerp(_latents_of(engine, a), _latents_of(engine, b), np.linspace(0.0, 1.0, n))
+    return engine.sample(steps=steps, plan=plan, x_T=x_T, seeds=seeds, output_type=output_type, **conditions)
 
-        Raises InputError, PlanError and PlanNotFoundError.
-        """
-        chosen = self.select_plan(steps=steps, plan=plan)
-        tail = chosen.started_at(_first_step(chosen, strength=strength, noise_level=noise_level))
-        if method not in ("noise", "invert"):
-            raise InputError(got=f"method={method!r}", expected="'noise' or 'invert'", remedy="pick one of these")
-        if source_labels is not None and method == "noise":
-            raise InputError(
-                got="source_labels with method='noise'",
-                expected="method='invert', which finds the noise of the image as it was labelled",
-                remedy="leave source_labels out, or invert",
-            )
-        if seeds is None and method == "noise":
-            raise InputError(
-                got="no seeds", expected="a seed per image, for the fresh noise", remedy="pass seeds=[...]"
-            )
-        request = resolve_request(
-            self.network,
-            seeds=seeds,
-            x_T=images,
-            adds_noise=tail.adds_noise,
-            latents_name="images",
-            **conditions,
-        )
-        assert request.x_T is not None, "it was passed"
-        if method == "noise":
-            assert request.seeds is not None, "they were checked"
-            a = tail.alpha_bars[0]
-            z = seeded_noise(self.network, request.seeds, Stream.EDIT)
-            latents = (np.sqrt(a) * request.x_T + np.sqrt(1.0 - a) * z).astype(np.float32)
-        else:
-            source = resolve_request(
-                self.network,
-                seeds=None,
-                x_T=images,
-                class_labels=source_labels,
-                prompt_embeds=conditions.get("prompt_embeds"),
-            )
-            latents = self._invert(tail.inverted(), source).latents
-        result = self.run(Stages.of([tail]), dataclasses.replace(request, x_T=latents))
-        return self.as_output(result, output_type)
 
-    def interpolate(
-        self,
-        a: int | Array,
-        b: int | Array,
-        n: int,
-        *,
-        steps: int | None = None,
-        plan: Plan | None = None,
-        seeds: int | Sequence[int] | None = None,
-        output_type: OutputType = "np",
-        **conditions: Unpack[Conditions],
-    ) -> Any:
-        """Draw `n` ≥ 2 samples between the initial noises a and b, both included.
+def interpolate_grid(
+    engine: Sampler,
+    corners: Sequence[int | Array],
+    *,
+    rows: int,
+    columns: int,
+    steps: int | None = None,
+    plan: Plan | None = None,
+    seeds: int | Sequence[int] | None = None,
+    output_type: OutputType = "np",
+    **conditions: Unpack[Conditions],
+) -> Any:
+    """Draw `rows·columns` samples, row by row, between four corners: top left, top right, bottom left and right.
 
-        a, b are seeds, or latents float32 `[C, H, W]`; the way between them is `slerp`. `seeds`
-        key the fresh noise of plans that add some. Raises InputError.
-        """
-        if isinstance(n, bool) or not isinstance(n, int) or n < 2:
-            raise InputError(got=f"n={n!r}", expected="an integer ≥ 2: both ends are drawn", remedy="pass n=8")
-        x_T = slerp(self._latents_of(a), self._latents_of(b), np.linspace(0.0, 1.0, n))
-        return self.sample(steps=steps, plan=plan, x_T=x_T, seeds=seeds, output_type=output_type, **conditions)
+    As `interpolate`, down both sides and then across.
+    """
+    x_T = slerp_grid([_latents_of(engine, corner) for corner in corners], rows=rows, columns=columns)
+    return engine.sample(steps=steps, plan=plan, x_T=x_T, seeds=seeds, output_type=output_type, **conditions)
 
-    def interpolate_grid(
-        self,
-        corners: Sequence[int | Array],
-        *,
-        rows: int,
-        columns: int,
-        steps: int | None = None,
-        plan: Plan | None = None,
-        seeds: int | Sequence[int] | None = None,
-        output_type: OutputType = "np",
-        **conditions: Unpack[Conditions],
-    ) -> Any:
-        """Draw `rows·columns` samples, row by row, between four corners: top left, top right, bottom left and right.
 
-        As `interpolate`, down both sides and then across.
-        """
-        x_T = slerp_grid([self._latents_of(corner) for corner in corners], rows=rows, columns=columns)
-        return self.sample(steps=steps, plan=plan, x_T=x_T, seeds=seeds, output_type=output_type, **conditions)
+def _invert(
+    engine: Sampler, plan: Plan, request: SampleRequest, *, refinements: int = 0, tolerance: float = 0.0
+) -> Inversion:
+    engine.runner.check()
+    stages = Stages.of([plan])
+    latents = np.empty((request.num_samples, *engine.network.sample_shape), np.float32)
+    residuals = np.empty((len(stages), request.num_samples), np.float32)
+    for part, _, padded in engine.runner.parts(stages, request):
+        inverted = invert_batch(engine.runner.loop, stages, padded, refinements=refinements, tolerance=tolerance)
+        size = part.stop - part.start
+        latents[part], residuals[:, part] = inverted.latents[:size], inverted.residuals[:, :size]
+    check_finite(latents)
+    return Inversion(latents, residuals)
 
-    def _invert(self, plan: Plan, request: SampleRequest, *, refinements: int = 0, tolerance: float = 0.0) -> Inversion:
-        self._lifecycle.check()
-        stages = Stages.of([plan])
-        latents = np.empty((request.num_samples, *self.network.sample_shape), np.float32)
-        residuals = np.empty((len(stages), request.num_samples), np.float32)
-        start = 0
-        for size in self.split(request.num_samples):
-            loop, part = self.loop_for(size, request), request.chunk(start, size)
-            found = invert(loop, stages, part, refinements=refinements, tolerance=tolerance)
-            here = slice(start, min(start + size, request.num_samples))
-            wanted = here.stop - start
-            latents[here], residuals[:, here] = found.latents[:wanted], found.residuals[:, :wanted]
-            start += size
-        check_finite(latents)
-        return Inversion(latents, residuals)
 
-    def _latents_of(self, source: int | Array) -> Array:
-        if isinstance(source, int | np.integer):
-            latents = seeded_noise(self.network, resolve_seeds(int(source)).reshape(1), Stream.INITIAL)
-        else:
-            latents = resolve_latents(np.asarray(source)[None], self.network)
-        first: Array = latents[0]
-        return first
+def _latents_of(engine: Sampler, source: int | Array) -> Array:
+    if isinstance(source, int | np.integer):
+        latents = sample_noise(engine.network, resolve_seeds(int(source)).reshape(1), Stream.INITIAL)
+    else:
+        latents = resolve_latents(np.asarray(source)[None], engine.network)
+    first: Array = latents[0]
+    return first
 
 
 def _first_step(plan: Plan, *, strength: float | None, noise_level: float | None) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 
 from skipstep.calls.request import SampleRequest
 from skipstep.kernels.layout import Column
-from skipstep.loops.stepwise import Array, Loop
+from skipstep.loops.contract import Array, Loop
 from skipstep.plans.stages import Stages
 
 

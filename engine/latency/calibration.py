@@ -166,6 +166,11 @@ def matching(calibrations: Iterable[Calibration], identity: DeviceIdentity) -> C
     return next((each for each in calibrations if each.identity == identity), None)
 
 
+def stored_calibration(data: bytes, identity: DeviceIdentity) -> Calibration | None:
+    """That of this device in a bundle's file, None where there is none. Raises BundleError."""
+    return matching(read_calibrations(data), identity)
+
+
 def describe_latencies(calibration: Calibration, plans: Mapping[str, Plan]) -> list[str]:
     """Lines of a table of what the plans, by key, take; those that were not measured are named below it."""
     rows = [

@@ -1,11 +1,10 @@
-"""The loop on a GPU: a call is one copy in, one launch and one copy out, and the host waits for nothing between.
+"""The captured loop: a plan of any structure as one CUDA graph launch, at every batch size of an engine.
 
-    caller's stream   ──▶ (event) ─────────────────────────────────────────▶ (event) ──▶
-    engine's stream        └─▶ copy in ─▶ begin, network, step, network, … ─▶ copy out ─┘
+    copy in (seeds, plan, step inputs) -> one graph launch -> copy out
 
-The loops of one engine share a stream and a lock (Lane): their graphs share the memory of activations, so only one may
-be running, and a small network fills the device no better in pairs. The lock is held while the host enqueues, for some
-tens of microseconds, and not while the device works.
+All batch sizes share an execution stream, the memory of activations and a lock: only one graph may be running, and a
+small network fills the device no better in pairs. The lock is held while the host enqueues, for some tens of
+microseconds, and not while the device works.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,92 +25,67 @@ from skipstep.cuda.device import Device
 from skipstep.errors import EngineStateError
 from skipstep.kernels.autotune import LaunchCase
 from skipstep.kernels.launch import StepLaunch, choose_launch
+from skipstep.loops.contract import Array, LoopReport, Run, replicate
 from skipstep.loops.lifecycle import Lifecycle
-from skipstep.loops.programs import CaptureReport, DeviceLoopName, Program, Stepwise, compile_program, too_little_memory
-from skipstep.loops.stepwise import Array, Run, replicate
-from skipstep.loops.workspace import Drawn, Structure, Workspace
+from skipstep.loops.programs import DeviceLoopName, Program, Stepwise, compile_program, too_little_memory
+from skipstep.loops.workspace import PendingSamples, Structure, Workspace
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.stages import Stages
 
-# Structures that a loop keeps ready: plans of every length that a product offers, with and without guidance.
+# Structures that a loop keeps ready for each network batch size: plans of every length that a product offers.
 MAX_PROGRAMS = 64
 
 
-class Lane:
-    """One device, its stream and the lock of those who enqueue on it; what an engine's loops share."""
-
-    def __init__(self, device: Device, lifecycle: Lifecycle) -> None:
-        self.device = device
-        self.lifecycle = lifecycle
-        # What networks took while they ran, by batch size: to say what would fit where one did not.
-        self.peaks: dict[int, int] = {}
-        # Launches that were measured to be better than the rule's.
-        self.launches: dict[LaunchCase, StepLaunch] = {}
-        self.lock = threading.RLock()
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the lock, and find out whether an error has broken the device for good. Raises EngineStateError."""
-        with self.lock:
-            self.lifecycle.check()
-            with self.watched():
-                yield
-
-    def come_to_rest(self) -> None:
-        """Wait for what was enqueued, before the memory that it uses is given back. A lost context has nothing more."""
-        with contextlib.suppress(RuntimeError):
-            self.device.stream.record().synchronize()
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            if not isinstance(error, EngineStateError | torch.OutOfMemoryError) and self.device.is_lost():
-                self.lifecycle.lose((str(error) or type(error).__name__).splitlines()[0])
-                self.lifecycle.check()
-            raise
-
-
 class CudaLoop:
-    """One network at one batch size. Calls from several threads are safe, and run one after the other.
+    """One network on one GPU (skipstep.loops.contract.Loop). Calls from several threads run one after the other.
 
-    `wanted` is the best way that is asked for (skipstep.loops.programs); `required` refuses any other. `copies` are how
-    often calls show the network a sample (1, and 2 for guided calls): what `prepare` makes programs for.
+    `denoisers` by the network's batch size. `wanted` is the form that is asked for (skipstep.loops.programs), and
+    `required` refuses any other. `batch_sizes` are the numbers of samples for which `prepare` makes programs, with and
+    without guidance where the network has it.
     """
+
+    any_batch = False
 
     def __init__(
         self,
-        denoiser: DeviceDenoiser,
+        denoisers: Mapping[int, DeviceDenoiser],
         network: NetworkSpec,
-        lane: Lane,
+        device: Device,
+        lifecycle: Lifecycle,
         *,
+        batch_sizes: Sequence[int],
         wanted: DeviceLoopName = "captured",
         required: bool = False,
-        copies: Sequence[int] = (1,),
     ) -> None:
         self.name: str = wanted
-        self.denoiser = denoiser
-        self._network, self._lane = network, lane
-        self._wanted, self._required, self._copies = wanted, required, tuple(copies)
-        self._programs: OrderedDict[Structure, tuple[Program, CaptureReport]] = OrderedDict()
+        self.device, self.device_name = str(device.torch_device), device.name
+        self._denoisers, self._network, self._device = denoisers, network, device
+        self._lifecycle, self._batch_sizes = lifecycle, tuple(batch_sizes)
+        self._wanted, self._required = wanted, required
+        self._programs: OrderedDict[Structure, tuple[Program, LoopReport]] = OrderedDict()
+        # What networks took while they ran, by batch size: to say what would fit where one did not.
+        self._peaks: dict[int, int] = {}
+        # Launches that were measured to be better than the rule's.
+        self._launches: dict[LaunchCase, StepLaunch] = {}
+        self._lock = threading.RLock()
 
     @property
-    def reports(self) -> tuple[CaptureReport, ...]:
-        with self._lane.held():
+    def reports(self) -> tuple[LoopReport, ...]:
+        with self._held():
             return tuple(report for _, report in self._programs.values())
 
     def prepare(self, stages: Sequence[Stages]) -> None:
         """Make the programs of these plans, so that no call has to. Raises CaptureError and DeviceMemoryError."""
         for each in stages:
-            for copies in self._copies:
-                with self._lane.held():
-                    self._program(Structure.of(self._network, each, self._blank_request(copies)))
+            for count, copies in self._cases():
+                with self._held():
+                    request = _blank_request(count, copies)
+                    self._program(Structure.of(self._network, each, request))
 
-    def enqueue(self, stages: Stages, request: SampleRequest, out: Any) -> Pending:
+    def enqueue(self, stages: Stages, request: SampleRequest, out: Any) -> DevicePending:
         """Enqueue a whole loop, whose first samples go to `out` (float32, NumPy or a tensor)."""
-        device = self._lane.device
-        with self._lane.held(), device.range(f"skipstep {len(stages)}x{request.num_samples}"):
+        device = self._device
+        with self._held(), device.range(f"skipstep {len(stages)}x{request.num_samples}"):
             program = self._program(Structure.of(self._network, stages, request))
             caller = device.caller_stream()
             # Whatever the caller enqueued comes first: what writes x_T, and what still reads `out`.
@@ -121,48 +95,77 @@ class CudaLoop:
                 # From here on the caller may write to it again.
                 caller.wait(device.stream.record())
             program.launch()
-            drawn = program.workspace.give_back(out)
+            samples = program.workspace.give_back(out)
             if isinstance(out, Tensor) and out.device == device.torch_device:
-                caller.wait(drawn.done)
-        return Pending(drawn, self._lane)
+                caller.wait(samples.done)
+        return DevicePending(samples, self)
 
     @contextlib.contextmanager
     def start(self, stages: Stages, request: SampleRequest, *, keep_x0: bool = False) -> Iterator[Run]:
-        with self._lane.held():
-            workspace = Workspace(
-                self._lane.device,
-                self.denoiser,
-                self._network,
-                Structure.of(self._network, stages, request),
-                keep_x0=keep_x0,
-                launch=self._launch(request.num_samples),
-            )
-            self._lane.device.stream.wait(self._lane.device.caller_stream().record())
+        with self._held():
+            workspace = self._workspace(Structure.of(self._network, stages, request), keep_x0=keep_x0)
+            self._device.stream.wait(self._device.caller_stream().record())
             try:
-                yield CudaRun(workspace, stages, request)
+                yield DeviceRun(workspace, stages, request)
             finally:
-                self._lane.come_to_rest()
+                self._synchronize()
+
+    def new_samples(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, device=self._device.torch_device)
+
+    def caller_order(self) -> Callable[[], None]:
+        before = self._device.caller_stream().record()
+        return lambda: self._device.stream.wait(before)
 
     def launch_cases(self) -> list[LaunchCase]:
-        """What the step is launched for, once for each number of samples."""
-        return [self._case(self.denoiser.batch_size // copies) for copies in self._copies]
+        return list(dict.fromkeys(self._case(count, copies) for count, copies in self._cases()))
 
-    def forget(self) -> None:
-        """Give back all programs; the next calls make them anew."""
-        with self._lane.lock:
-            self._lane.come_to_rest()
+    def use_launches(self, launches: Mapping[LaunchCase, StepLaunch]) -> None:
+        self._launches.update(launches)
+        self.close()
+
+    def close(self) -> None:
+        """Release all programs; later calls make them again."""
+        with self._lock:
+            self._synchronize()
             self._programs.clear()
-            self._lane.device.release_memory()
+            self._device.release_memory()
 
-    close = forget
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Find out whether an error has broken the device for good. Raises EngineStateError."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, EngineStateError | torch.OutOfMemoryError) and self._device.is_lost():
+                self._lifecycle.lose((str(error) or type(error).__name__).splitlines()[0])
+                self._lifecycle.check()
+            raise
 
-    def _case(self, num_samples: int) -> LaunchCase:
-        dtype = str(self.denoiser.input.dtype).removeprefix("torch.")
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        with self._lock:
+            self._lifecycle.check()
+            with self.watched():
+                yield
+
+    def _synchronize(self) -> None:
+        """Wait for what was enqueued, before the memory that it uses is released. A lost context has nothing more."""
+        with contextlib.suppress(RuntimeError):
+            self._device.stream.record().synchronize()
+
+    def _cases(self) -> list[tuple[int, int]]:
+        """Numbers of samples and copies of each that calls come with, where there is a denoiser for them."""
+        all_copies = (1, 2) if self._network.can_guide else (1,)
+        return [(n, copies) for n in self._batch_sizes for copies in all_copies if n * copies in self._denoisers]
+
+    def _case(self, num_samples: int, copies: int) -> LaunchCase:
+        dtype = str(self._denoisers[num_samples * copies].input.dtype).removeprefix("torch.")
         return LaunchCase(self._network.num_elements, num_samples, dtype)
 
-    def _launch(self, num_samples: int) -> StepLaunch:
-        case, device = self._case(num_samples), self._lane.device
-        return self._lane.launches.get(case) or choose_launch(
+    def _launch(self, num_samples: int, copies: int) -> StepLaunch:
+        case, device = self._case(num_samples, copies), self._device
+        return self._launches.get(case) or choose_launch(
             num_elements=case.num_elements,
             batch_size=case.batch_size,
             num_multiprocessors=device.num_multiprocessors,
@@ -170,44 +173,55 @@ class CudaLoop:
             network_item_size=case.item_size,
         )
 
+    def _workspace(self, structure: Structure, *, keep_x0: bool = False) -> Workspace:
+        copies = 2 if structure.guided else 1
+        return Workspace(
+            self._device,
+            self._denoisers[copies * structure.num_samples],
+            self._network,
+            structure,
+            keep_x0=keep_x0,
+            launch=self._launch(structure.num_samples, copies),
+        )
+
     def _program(self, structure: Structure) -> Program:
         held = self._programs.get(structure)
         if held is None:
-            while len(self._programs) >= MAX_PROGRAMS:
-                self._lane.come_to_rest()
+            while len(self._programs) >= MAX_PROGRAMS * len(self._denoisers):
+                self._synchronize()
                 self._programs.popitem(last=False)
-            device, free = self._lane.device, self._lane.device.free_bytes()
+            free = self._device.free_bytes()
             try:
-                launch = self._launch(structure.num_samples)
-                workspace = Workspace(device, self.denoiser, self._network, structure, launch=launch)
+                workspace = self._workspace(structure)
             except torch.OutOfMemoryError as error:
-                device.release_memory()
-                raise too_little_memory(self.denoiser, structure, free, self._lane.peaks) from error
-            held = compile_program(workspace, self._wanted, required=self._required, peaks=self._lane.peaks)
+                self._device.release_memory()
+                denoiser = self._denoisers[structure.num_samples * (2 if structure.guided else 1)]
+                raise too_little_memory(denoiser, structure, free, self._peaks) from error
+            held = compile_program(workspace, self._wanted, required=self._required, peaks=self._peaks)
             self._programs[structure] = held
         self._programs.move_to_end(structure)
         return held[0]
 
-    def _blank_request(self, copies: int) -> SampleRequest:
-        count = self.denoiser.batch_size // copies
-        guidance = np.ones(count, np.float32) if copies == 2 else None
-        return SampleRequest(count, np.zeros(count, np.uint64), None, None, guidance)
+
+def _blank_request(count: int, copies: int) -> SampleRequest:
+    guidance = np.ones(count, np.float32) if copies == 2 else None
+    return SampleRequest(count, np.zeros(count, np.uint64), None, None, guidance)
 
 
-class Pending:
-    """Samples that are being drawn."""
+class DevicePending:
+    """Samples that are being drawn (skipstep.loops.contract.Pending)."""
 
-    def __init__(self, drawn: Drawn, lane: Lane) -> None:
-        self._drawn, self._lane = drawn, lane
+    def __init__(self, samples: PendingSamples, loop: CudaLoop) -> None:
+        self._samples, self._loop = samples, loop
 
     def wait(self) -> dict[int, int | None]:
-        """Return when they are there: those that are not finite, and since which stage. Raises EngineStateError."""
-        with self._lane.watched():
-            return self._drawn.wait()
+        """See Pending.wait. Raises EngineStateError where the CUDA context is lost."""
+        with self._loop.watched():
+            return self._samples.wait()
 
 
-class CudaRun:
-    """A loop that somebody looks at: the same launches, one evaluation at a time."""
+class DeviceRun:
+    """A call under way for observers: the same launches, one evaluation at a time."""
 
     def __init__(self, workspace: Workspace, stages: Stages, request: SampleRequest) -> None:
         self._workspace = workspace

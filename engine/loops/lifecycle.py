@@ -12,7 +12,7 @@ from skipstep.errors import EngineStateError
 
 
 class Lifecycle:
-    """`check` before every use; it is shared by everything that serves one engine."""
+    """`check` before every use; everything that serves one engine shares it."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
@@ -38,7 +38,3 @@ class Lifecycle:
         """The CUDA context has failed for good: nothing on this device works any more in this process."""
         self._ended = f"an engine whose CUDA context is lost ({reason})"
         self._remedy = "start a new process; run it with CUDA_LAUNCH_BLOCKING=1 to find the kernel that failed"
-
-    @property
-    def closed(self) -> bool:
-        return self._ended is not None

@@ -1,10 +1,10 @@
-"""Three ways to launch a loop on a GPU, and the ladder between them.
+"""Three forms of a loop on a GPU, from the one with the fewest launches from the host to the one with the most.
 
     captured     one CUDA graph of everything: one launch a call
     step_graph   a graph of one evaluation and its step, launched E times; the stage is counted on the device
     stepwise     every kernel launched by the host
 
-All three launch the same kernels on the same memory, and draw the same bits. The first leaves the host nothing to do,
+All three launch the same kernels on the same memory, and draw the same bits. The first needs one launch from the host,
 but its graph grows with the number of evaluations; the second is bounded, for one short launch a step. So a loop is
 captured whole as long as its graph stays within MAX_NODES, and step by step beyond. Where a network cannot be recorded,
 or memory does not suffice, the next way down is taken, and the report says why.
@@ -23,6 +23,7 @@ from skipstep.backends.denoiser import DeviceDenoiser, Enqueue
 from skipstep.cuda.device import Graph, Work
 from skipstep.errors import CaptureError, DeviceMemoryError
 from skipstep.kernels.layout import StepFlags
+from skipstep.loops.contract import LoopReport
 from skipstep.loops.workspace import Structure, Workspace
 
 DeviceLoopName = Literal["captured", "step_graph", "stepwise"]
@@ -33,27 +34,6 @@ LADDER: Final[tuple[DeviceLoopName, ...]] = ("captured", "step_graph", "stepwise
 MAX_NODES: Final = 1 << 16
 # Where the driver does not count them: as many nodes as a large UNet's step has.
 _ASSUMED_NODES: Final = 1 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class CaptureReport:
-    """How a structure runs, and what that took: `seconds` to warm up and record, `num_bytes` of device memory beside
-    the network's buffers. `reason` is why it is no more than `loop`, empty where nothing stood in the way."""
-
-    loop: DeviceLoopName
-    num_stages: int
-    batch_size: int
-    guided: bool
-    num_nodes: int | None
-    seconds: float
-    num_bytes: int
-    reason: str = ""
-
-    def __str__(self) -> str:
-        nodes = "" if self.num_nodes is None else f", {self.num_nodes} nodes"
-        size = f"batch {self.batch_size}{', guided' if self.guided else ''}"
-        made = f"{self.num_stages} evaluations, {size}: {self.loop}{nodes}, {self.num_bytes / 2**20:.1f} MiB"
-        return f"{made}, made in {self.seconds:.2f} s" + (f" ({self.reason})" if self.reason else "")
 
 
 class Program(Protocol):
@@ -126,7 +106,7 @@ class WholeGraph:
 
 def compile_program(
     workspace: Workspace, wanted: DeviceLoopName, *, required: bool = False, peaks: dict[int, int] | None = None
-) -> tuple[Program, CaptureReport]:
+) -> tuple[Program, LoopReport]:
     """The first program from `wanted` down the ladder that can be made, and its report.
 
     `peaks` are the bytes that networks took while they ran, by batch size: this one's is added. Raises CaptureError,
@@ -138,9 +118,9 @@ def compile_program(
     peaks = {} if peaks is None else peaks
     free = device.free_bytes()
 
-    def report(loop: DeviceLoopName, graphs: Sequence[Graph], reasons: list[str]) -> CaptureReport:
+    def report(loop: DeviceLoopName, graphs: Sequence[Graph], reasons: list[str]) -> LoopReport:
         counts = [graph.num_nodes for graph in graphs]
-        return CaptureReport(
+        return LoopReport(
             loop,
             len(structure),
             structure.num_samples,
@@ -195,9 +175,7 @@ def compile_program(
     return _settle(steps, report("step_graph", steps.graphs, reasons), wanted, required)
 
 
-def _settle(
-    program: Program, report: CaptureReport, wanted: DeviceLoopName, required: bool
-) -> tuple[Program, CaptureReport]:
+def _settle(program: Program, report: LoopReport, wanted: DeviceLoopName, required: bool) -> tuple[Program, LoopReport]:
     if required and report.loop != wanted:
         raise CaptureError(
             got=f"{report.num_stages} evaluations at batch {report.batch_size} that run {report.loop}: {report.reason}",

@@ -1,121 +1,51 @@
-"""The stepwise loop: E times the network, then one step. It runs on every backend, and every other loop must equal it.
+"""The host loop: E times the network, then one step in NumPy. It is the CPU's only loop, and every loop's reference.
 
     x_T ──▶ network ──▶ step ──▶ network ──▶ step ──▶ … ──▶ x_0
 
 The network reads and writes buffers that never move; the step reads the network's output and the float32 state, and
-writes the next state and the network's next input. Nothing else happens between two network evaluations, unless
-somebody watches.
+writes the next state and the network's next input. Buffers come from a pool, so calls from several threads run side by
+side, each on buffers of its own, and share the network's weights.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
-from functools import lru_cache
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from skipstep.backends import Denoiser
+from skipstep.backends.denoiser import Denoiser, MakeDenoiser
 from skipstep.calls.conditioning import call_conditioning
-from skipstep.calls.noise import StageNoise, standard_normal
+from skipstep.calls.noise import StageNoise, initial_state
 from skipstep.calls.request import SampleRequest
-from skipstep.kernels.layout import StepFlags, Stream
+from skipstep.errors import InputError
+from skipstep.kernels.launch import StepLaunch
 from skipstep.kernels.step_numpy import NumpyStep
+from skipstep.loops.contract import Array, LoopReport, Pending, Run, call_flags, replicate, run_observed
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.stages import Stages
 
-Array = NDArray[np.float32]
+if TYPE_CHECKING:
+    from skipstep.kernels.autotune import LaunchCase
 
-
-class Run(Protocol):
-    """A loop under way, one evaluation at a time. Arrays are float32 `[B, C, H, W]`, copies in host memory."""
-
-    def advance(self, stage: int) -> None:
-        """Evaluate the network on the state, and take the step that follows."""
-        ...
-
-    def state(self) -> Array: ...
-
-    def x0(self) -> Array:
-        """The image predicted at the last step; only where the run was started with keep_x0."""
-        ...
-
-    def set_state(self, state: Array) -> None: ...
-
-
-Observer = Callable[[int, Run], None]
-
-
-class Pending(Protocol):
-    """Samples that are being drawn, or have been."""
-
-    def wait(self) -> dict[int, int | None]:
-        """Return when they are where they were wanted: those that are not finite, and since which stage if known."""
-        ...
-
-
-class Loop(Protocol):
-    """One network at one batch size, ready to run any plan."""
-
-    name: str
-
-    def prepare(self, stages: Sequence[Stages]) -> None:
-        """Compile what these need, so that no call has to."""
-        ...
-
-    def enqueue(self, stages: Stages, request: SampleRequest, out: Any) -> Pending:
-        """Walk all stages from x_T, and write the first len(out) samples of x_0 to `out`, float32 `[n, C, H, W]`.
-
-        On a GPU it returns while the device works; `out` may be a tensor there.
-        """
-        ...
-
-    def start(self, stages: Stages, request: SampleRequest, *, keep_x0: bool = False) -> AbstractContextManager[Run]:
-        """The same one evaluation at a time. It may hold the loop's buffers until the context ends: others wait."""
-        ...
-
-    def close(self) -> None:
-        """Give back what it holds."""
-        ...
-
-
-class Finished:
-    """Samples that are there."""
-
-    def __init__(self, out: Array) -> None:
-        self._out = out
-
-    def wait(self) -> dict[int, int | None]:
-        # The step keeps NaN, so one look at the end sees every NaN that the network returned on the way.
-        broken = np.flatnonzero(~np.isfinite(self._out).all(axis=(1, 2, 3)))
-        return dict.fromkeys(broken.tolist())
-
-
-def run_observed(
-    loop: Loop, stages: Stages, request: SampleRequest, out: Array, *, observer: Observer, keep_x0: bool = False
-) -> Pending:
-    """`Loop.enqueue` by `Loop.start`, for somebody who looks on after every evaluation."""
-    with loop.start(stages, request, keep_x0=keep_x0) as run:
-        for stage in range(len(stages)):
-            run.advance(stage)
-            observer(stage, run)
-        out[...] = run.state()[: len(out)]
-    return Finished(out)
+# Sets of buffers that wait for a call, of all batch sizes together; the one that waits longest goes first.
+MAX_FREE_BUFFERS = 16
 
 
 class HostLoop:
-    """The stepwise loop in host memory: NumPy does the step, any backend the network."""
+    """The stepwise loop in host memory: NumPy does the step, any backend the network, at any batch size."""
 
     name = "stepwise"
+    device = "cpu"
+    device_name: str | None = None
+    any_batch = True
+    reports: tuple[LoopReport, ...] = ()
 
-    def __init__(self, denoiser: Denoiser, network: NetworkSpec) -> None:
-        self.denoiser = denoiser
-        self._network = network
+    def __init__(self, make: MakeDenoiser, network: NetworkSpec) -> None:
+        self._make, self._network = make, network
+        self._free: list[Denoiser] = []
         self._lock = threading.Lock()
 
     def prepare(self, stages: Sequence[Stages]) -> None:
@@ -124,19 +54,49 @@ class HostLoop:
     def enqueue(self, stages: Stages, request: SampleRequest, out: Array) -> Pending:
         return run_observed(self, stages, request, out, observer=lambda stage, run: None)
 
-    def close(self) -> None:
-        """Its memory goes with it."""
-
     @contextlib.contextmanager
     def start(self, stages: Stages, request: SampleRequest, *, keep_x0: bool = False) -> Iterator[Run]:
+        with self._buffers(request.num_copies * request.num_samples) as denoiser:
+            yield HostRun(denoiser, self._network, stages, request)
+
+    @contextlib.contextmanager
+    def _buffers(self, batch_size: int) -> Iterator[Denoiser]:
         with self._lock:
-            yield _HostRun(self.denoiser, self._network, stages, request)
+            # The buffers that were used last are the likeliest to be in the processor's caches.
+            denoiser = next((each for each in reversed(self._free) if each.batch_size == batch_size), None)
+            if denoiser is not None:
+                self._free.remove(denoiser)
+        if denoiser is None:
+            denoiser = self._make(batch_size)
+        try:
+            yield denoiser
+        finally:
+            with self._lock:
+                self._free = [*self._free, denoiser][-MAX_FREE_BUFFERS:]
+
+    def new_samples(self, shape: tuple[int, ...]) -> Array:
+        return np.empty(shape, np.float32)
+
+    def caller_order(self) -> Callable[[], None]:
+        return lambda: None
+
+    def launch_cases(self) -> Iterable[LaunchCase]:
+        raise InputError(got="autotune on cpu", expected="an engine on a GPU", remedy="leave it out on the CPU")
+
+    def use_launches(self, launches: Mapping[LaunchCase, StepLaunch]) -> None:
+        """There are none on the CPU."""
+
+    def close(self) -> None:
+        with self._lock:
+            self._free.clear()
 
 
-class _HostRun:
+class HostRun:
+    """A call under way on one set of buffers (skipstep.loops.contract.Run)."""
+
     def __init__(self, denoiser: Denoiser, network: NetworkSpec, stages: Stages, request: SampleRequest) -> None:
-        self._denoiser = denoiser
-        self._state = initial_state(network, request)
+        self._input = denoiser.input
+        self._state: Array = initial_state(network, request)
         self._x0 = np.empty_like(self._state)
         self._step = NumpyStep(
             state=self._state,
@@ -152,13 +112,13 @@ class _HostRun:
             else None,
             x0=self._x0,
         )
-        denoiser.prepare(
-            stages.network_timesteps(request.num_copies, request.num_samples), call_conditioning(network, request)
-        )
-        replicate(self._state, denoiser.input)
+        timesteps = stages.network_timesteps(request.num_copies, request.num_samples)
+        self._values: Any = denoiser.compute(timesteps, call_conditioning(network, request))
+        self._enqueue = denoiser.new_context()
+        replicate(self._state, self._input)
 
     def advance(self, stage: int) -> None:
-        self._denoiser.enqueue(stage)
+        self._enqueue(self._values, stage)
         self._step(stage)
 
     def state(self) -> Array:
@@ -169,39 +129,4 @@ class _HostRun:
 
     def set_state(self, state: Array) -> None:
         self._state[...] = state
-        replicate(self._state, self._denoiser.input)
-
-
-def call_flags(network: NetworkSpec, stages: Stages, request: SampleRequest) -> tuple[StepFlags, ...]:
-    """The plans' flags, with the network's output and guidance as this call has it."""
-    guided, rescale = request.guidance is not None, request.rescale is not None
-    if not (guided or rescale or network.learns_variance):
-        return stages.flags
-    return tuple(_call_flags(flags, guided, rescale, network.learns_variance) for flags in stages.flags)
-
-
-@lru_cache
-def _call_flags(flags: StepFlags, guided: bool, rescale: bool, wide_output: bool) -> StepFlags:
-    return replace(flags, guided=guided, rescale=rescale, wide_output=wide_output)
-
-
-def initial_state(network: NetworkSpec, request: SampleRequest) -> Array:
-    """x_T `[B, C, H, W]`: a copy of the caller's, or noise that depends on each sample's seed alone."""
-    if request.x_T is not None:
-        given: Array = request.x_T.copy()
-        return given
-    assert request.seeds is not None, "a request has seeds or x_T"
-    return seeded_noise(network, request.seeds, Stream.INITIAL)
-
-
-def seeded_noise(network: NetworkSpec, seeds: NDArray[np.uint64], stream: Stream) -> Array:
-    """Standard normals `[B, C, H, W]` of the samples' seeds."""
-    noise = standard_normal(seeds, network.num_elements, stage=0, stream=stream)
-    return noise.reshape(len(seeds), *network.sample_shape)
-
-
-def replicate(state: Any, network_input: Any) -> None:
-    """Fill the network's input with the state, twice where guidance doubles the batch."""
-    batch_size = len(state)
-    for first in range(0, len(network_input), batch_size):
-        network_input[first : first + batch_size] = state
+        replicate(self._state, self._input)

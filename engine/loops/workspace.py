@@ -26,7 +26,7 @@ from skipstep.kernels.layout import NUM_COLUMNS, StepFlags
 from skipstep.kernels.statistics import Thresholding, sample_statistics
 from skipstep.kernels.step import ddim_step, initial_noise
 from skipstep.loops.buffers import Block, Field
-from skipstep.loops.stepwise import call_flags
+from skipstep.loops.contract import call_flags
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.stages import Stages
 
@@ -86,13 +86,15 @@ class Workspace:
             },
         )
         looked_up = {
-            name: Field((*((stages,) if each.per_stage else ()), size, *each.shape), each.dtype, each.per_stage)
-            for name, each in denoiser.constants.items()
+            name: Field(
+                (*((stages,) if each.per_stage else ()), size, *each.shape), getattr(torch, each.dtype), each.per_stage
+            )
+            for name, each in denoiser.step_inputs.items()
         }
         table = Field((stages, structure.rows, NUM_COLUMNS), torch.float32)
         self._plan = Block(device, {"table": table, **looked_up})
         self._table = self._plan.tensors["table"]
-        self._constants = {name: self._plan.tensors[name] for name in denoiser.constants}
+        self._step_inputs = {name: self._plan.tensors[name] for name in denoiser.step_inputs}
         self._planned: tuple[bytes, ...] = ()
 
         def image() -> Tensor:
@@ -120,7 +122,9 @@ class Workspace:
         )
         if planned != self._planned:
             self._planned = ()
-            self._plan.fill({"table": stages.table, **self.denoiser.compute(timesteps, conditioning)})
+            values = self.denoiser.compute(timesteps, conditioning)
+            expanded = {name: values.expanded(name) for name in self._step_inputs}
+            self._plan.fill({"table": stages.table, **expanded})
             self._planned = planned
         self._call.fill(
             {
@@ -160,7 +164,7 @@ class Workspace:
         says which flags."""
         flags = self.structure.flags[stage]
         call, counter = self._call.tensors, self.counter if counted else None
-        evaluate(self._constants, stage if counter is None else counter)
+        evaluate(self._step_inputs, stage if counter is None else counter)
         rescale = bound = None
         if flags.rescale or flags.threshold:
             rescale, bound = sample_statistics(
@@ -193,22 +197,22 @@ class Workspace:
         if counter is not None:
             counter.add_(1)
 
-    def give_back(self, out: Any) -> Drawn:
+    def give_back(self, out: Any) -> PendingSamples:
         """Enqueue the copy of the first samples to `out`, a NumPy array or a tensor, and of what broke."""
         count, stream = len(out), self.device.stream
         broken = self.device.staging(4 * count).view(torch.int32)
         stream.run(lambda: broken.copy_(self._call.tensors["broken"][:count], non_blocking=True))
         if isinstance(out, Tensor) and out.device == self.state.device:
             stream.run(lambda: out.copy_(self.state[:count], non_blocking=True))
-            return Drawn(stream.record(), broken)
+            return PendingSamples(stream.record(), broken)
         staging = self.device.staging(4 * out.size if isinstance(out, np.ndarray) else out.nbytes)
         staged = staging.view(torch.float32).view(tuple(out.shape))
         stream.run(lambda: staged.copy_(self.state[:count], non_blocking=True))
-        return Drawn(stream.record(), broken, staged, out)
+        return PendingSamples(stream.record(), broken, staged, out)
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class PendingSamples:
     """Samples on their way to the caller."""
 
     done: Event
@@ -217,7 +221,7 @@ class Drawn:
     out: Any = None
 
     def wait(self) -> dict[int, int | None]:
-        """Return when the samples are where they were wanted: which are not finite, and since which stage."""
+        """Return when the samples have arrived: which are not finite, and since which stage."""
         self.done.synchronize()
         if self.staged is not None:
             self.out[...] = self.staged.numpy() if isinstance(self.out, np.ndarray) else self.staged

@@ -15,13 +15,15 @@ from tiny_networks import Labelled, LearnedVariance
 from tolerances import FLOAT32_LOOP
 
 from skipstep import NoiseSchedule, Plan
-from skipstep.backends.torch import TorchDenoiser, TorchDeviceDenoiser, prepare_module
+from skipstep.backends.torch import TorchDenoiser, prepare_module
+from skipstep.backends.torch_cuda import TorchDeviceDenoiser
 from skipstep.calls.request import resolve_request
 from skipstep.errors import CaptureError, DeviceMemoryError, EngineStateError
-from skipstep.loops.captured import CudaLoop, Lane
+from skipstep.loops.captured import CudaLoop
+from skipstep.loops.contract import run_observed
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.loops.programs import LADDER
-from skipstep.loops.stepwise import HostLoop, run_observed
+from skipstep.loops.stepwise import HostLoop
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.stages import Stages
 
@@ -60,8 +62,9 @@ def loops(device, network=None, spec=SPEC, *, batch_size=3, **options):
     """The loop on the device, and the one in host memory."""
     module, spec = prepare_module(Labelled() if network is None else network, spec)
     denoiser = TorchDeviceDenoiser(module, spec, batch_size=batch_size, device=CPU, dtype=torch.float32)
-    host = HostLoop(TorchDenoiser(module, spec, batch_size=batch_size), spec)
-    return CudaLoop(denoiser, spec, Lane(device, Lifecycle()), **options), host
+    host = HostLoop(lambda size: TorchDenoiser(module, spec, batch_size=size), spec)
+    sizes = [batch_size, batch_size // 2] if spec.can_guide else [batch_size]
+    return CudaLoop({batch_size: denoiser}, spec, device, Lifecycle(), batch_sizes=sizes, **options), host
 
 
 def request_of(stages, spec=SPEC, **arguments):
@@ -153,7 +156,7 @@ def test_a_graph_of_steps_is_bounded(device, monkeypatch):
     assert "nodes, more than 40" in sizes[24].reason
 
 
-def test_who_looks_on_sees_the_same(device):
+def test_observers_see_the_same(device):
     stages = Stages.of([PLANS["heun"]])
     loop, host = loops(device)
     seen = {"device": [], "host": []}
@@ -178,7 +181,7 @@ def test_the_state_can_be_set_between_evaluations(device):
         again = np.full((3, 1, 5, 7), 0.25, np.float32)
         run.set_state(again)
         np.testing.assert_array_equal(run.state(), again)
-        np.testing.assert_array_equal(loop.denoiser.input.numpy(), again)
+        np.testing.assert_array_equal(loop._denoisers[3].input.numpy(), again)
 
 
 class Reads(torch.nn.Module):
@@ -259,7 +262,7 @@ def test_capture_that_is_required_is_had_or_refused(device):
     with pytest.raises(CaptureError, match=r"run stepwise: torch cannot be recorded.*require_captured"):
         loop.enqueue(stages, request_of(stages, spec, class_labels=None), np.empty((3, 1, 5, 7), np.float32))
     loop, _ = loops(device)
-    loop.denoiser.capture_refusal = "its library records graphs of its own"
+    loop._denoisers[3].capture_refusal = "its library records graphs of its own"
     loop.prepare([stages])
     [report] = loop.reports
     assert (report.loop, report.reason) == ("stepwise", "its library records graphs of its own")

@@ -81,7 +81,7 @@ def test_samples_stay_on_the_device(device):
         np.testing.assert_array_equal(samples.numpy(), expected)
 
 
-def test_who_looks_on_and_who_inverts_find_the_same_bits(device):
+def test_observers_and_inversion_find_the_same_bits(device):
     plan = Plan(schedule=SCHEDULE, steps=4, clip=None, convention="paper")
     engine, reference = build(plans=[plan]), on_the_cpu(plans=[plan])
     ours, path = engine.sample(plan=plan, seeds=[1, 2], trajectory=True)
@@ -96,8 +96,8 @@ def test_half_precision_is_the_networks_alone(device):
     """The state stays float32; the network's copy is converted and the caller's is not."""
     network = Curve()
     engine = build(network, precision="float16")
-    [loop, *_] = engine.loops.values()
-    assert loop.denoiser.input.dtype == torch.float16
+    denoisers = engine.runner.loop._denoisers
+    assert {each.input.dtype for each in denoisers.values()} == {torch.float16}
     assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
     ours, exact = engine.sample(steps=2, seeds=range(4)), on_the_cpu(network).sample(steps=2, seeds=range(4))
     assert 0 < np.abs(ours - exact).max() < 1e-2
@@ -149,7 +149,7 @@ def test_launches_that_were_tuned_are_recorded_anew_and_kept(device, monkeypatch
     [tuned] = engine.autotune()
     assert cases == [LaunchCase(15, 2, "float32")]
     assert engine.calibration.launches == (tuned,)
-    [(program, _)] = engine.loops[2]._programs.values()
+    [(program, _)] = engine.runner.loop._programs.values()
     assert program.workspace._launch == tuned.launch
     np.testing.assert_array_equal(engine.sample(steps=2, seeds=[1, 2]), before)
     with pytest.raises(InputError, match="autotune on cpu"):

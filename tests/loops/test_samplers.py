@@ -153,7 +153,7 @@ def test_fractional_timesteps_need_a_network_that_takes_them():
         engine.sample(plan=PLANS["rk4"], seeds=[1])
     assert "nearest" in caught.value.remedy
     told: list[torch.Tensor] = []
-    engine.loops[1].denoiser._module.register_forward_pre_hook(lambda module, inputs: told.append(inputs[1]))
+    engine.source.module().register_forward_pre_hook(lambda module, inputs: told.append(inputs[1]))
     engine.sample(plan=PLANS["rk4 at integers"], seeds=[1])
     assert {t.dtype for t in told} == {torch.int64}
 

@@ -111,7 +111,7 @@ def test_latents_are_found_again(engine, prompts):
 
 def test_keys_and_values_leave_the_loop(folder):
     engine = Engine.build(folder, plans=[PLAN], backend="onnxruntime", device="cpu")
-    parts = engine._built.parts()
+    parts = engine.source.partition()
     state = tiny_text_unet().state_dict()
     keys_and_values = [name for name in state if ".attn2.to_k." in name or ".attn2.to_v." in name]
     assert len(parts.crossing[Binding.PROMPT]) == len(keys_and_values) > 0

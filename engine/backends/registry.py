@@ -1,0 +1,109 @@
+"""The table of backends: what each needs, where it runs, and which function makes its denoisers.
+
+ADD A BACKEND: write `def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser` in a file of its own, and
+add a row here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from skipstep.errors import InputError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from skipstep.backends.denoiser import MakeDenoiser, NetworkSource, Target
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A way to run a network on one kind of device ("cpu" or "cuda").
+
+    `needs` are packages; "a|b" is satisfied by either. `install` is the command that brings them. `module` holds the
+    function `denoisers`, and is imported when it is needed. `loads_bundles`: it takes graphs or engines of a bundle.
+    """
+
+    name: str
+    device: str
+    needs: tuple[str, ...]
+    install: str
+    module: str
+    loads_bundles: bool
+
+    def missing(self) -> list[str]:
+        """The packages that are not installed."""
+        return [
+            each.replace("|", " or ")
+            for each in self.needs
+            if all(importlib.util.find_spec(package) is None for package in each.split("|"))
+        ]
+
+    def denoisers(self, source: NetworkSource, target: Target) -> MakeDenoiser:
+        """A function from the network's batch size to a denoiser. Raises what the backend raises."""
+        make: MakeDenoiser = importlib.import_module(self.module).denoisers(source, target)
+        return make
+
+
+# On each device the first that is installed is what "auto" chooses.
+BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        "onnxruntime", "cpu", ("onnxruntime",), "pip install 'skipstep[cpu]'", "skipstep.backends.onnxruntime", True
+    ),
+    Backend("torch", "cpu", ("torch",), "pip install 'skipstep[torch]'", "skipstep.backends.torch", False),
+    Backend("torch", "cuda", ("torch",), "pip install 'skipstep[torch]'", "skipstep.backends.torch_cuda", False),
+    Backend(
+        "tensorrt",
+        "cuda",
+        ("torch", "onnxruntime", "tensorrt|tensorrt_rtx"),
+        "pip install 'skipstep[gpu]', or 'skipstep[rtx,cpu,torch]'",
+        "skipstep.backends.tensorrt",
+        True,
+    ),
+    Backend(
+        "onnxruntime",
+        "cuda",
+        ("torch", "onnxruntime"),
+        "pip install 'skipstep[gpu]'",
+        "skipstep.backends.onnxruntime_cuda",
+        True,
+    ),
+)
+_EXPORTER = ("torch", "onnx", "onnxscript")
+
+
+def resolve_backend(name: str, *, device: str, exports: bool) -> Backend:
+    """The row for a name and a device ("cpu" or "cuda"); "auto" is the first that is installed.
+
+    `exports`: the network comes from a model, so backends that read graphs need the exporter too.
+    Raises InputError for an unknown name or one that does not run on the device, and MissingDependencyError, with the
+    command that installs it, for one that is not installed.
+    """
+    rows = [each for each in BACKENDS if each.device == device]
+    if name == "auto":
+        return next((each for each in rows if not _missing(each, exports)), rows[-1])
+    for row in rows:
+        if row.name == name:
+            missing = _missing(row, exports)
+            if missing:
+                extra = " and pip install 'skipstep[export]'" if exports and row.loads_bundles else ""
+                raise MissingDependencyError(
+                    got=f"no package {', '.join(missing)}",
+                    expected=f"what the {name} backend needs",
+                    remedy=row.install + extra,
+                )
+            return row
+    elsewhere = sorted({each.device for each in BACKENDS if each.name == name})
+    raise InputError(
+        got=f"backend={name!r} on {device}",
+        expected=f"auto, {', '.join(each.name for each in rows)}",
+        remedy=f"pass device={elsewhere[0]!r}, or backend='auto'" if elsewhere else "pass backend='auto'",
+    )
+
+
+def _missing(backend: Backend, exports: bool) -> list[str]:
+    missing = backend.missing()
+    if exports and backend.loads_bundles:
+        missing += [each for each in _EXPORTER if importlib.util.find_spec(each) is None]
+    return list(dict.fromkeys(missing))

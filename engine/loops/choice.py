@@ -1,0 +1,65 @@
+"""Which loop runs on which device, and how one is made of a backend. ADD A LOOP FORM here.
+
+CPU   stepwise                            the host loop
+GPU   captured -> step_graph -> stepwise  the first that works, and the reason (skipstep.loops.programs)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
+
+from skipstep.errors import InputError
+from skipstep.loops.lifecycle import Lifecycle
+from skipstep.networks.spec import NetworkSpec, network_batch_sizes
+
+if TYPE_CHECKING:
+    from skipstep.backends.denoiser import DeviceDenoiser, MakeDenoiser
+    from skipstep.cuda.device import Device
+    from skipstep.loops.contract import Loop
+
+FORMS: Mapping[str, tuple[str, ...]] = {"cpu": ("stepwise",), "cuda": ("captured", "step_graph", "stepwise")}
+
+
+def resolve_form(name: str, *, device: str) -> str:
+    """Turn "auto" into the form with the fewest launches from the host: a GPU tries that first, and reports which form
+    was possible. Raises InputError for an unknown name, and for a form that the device ("cpu" or "cuda") lacks."""
+    forms = FORMS[device]
+    if name == "auto":
+        return forms[0]
+    if name in forms:
+        return name
+    raise InputError(
+        got=f"loop={name!r} on {device}",
+        expected=f"'auto', or one of {', '.join(forms)}",
+        remedy="use 'auto' to let the engine choose",
+    )
+
+
+def make_loop(
+    make: MakeDenoiser,
+    network: NetworkSpec,
+    batch_sizes: Sequence[int],
+    *,
+    form: str,
+    required: bool,
+    lifecycle: Lifecycle,
+    device: Device | None = None,
+) -> Loop:
+    """The loop of a network on the CPU, or on the GPU `device`. `required` refuses any form but `form`."""
+    if device is None:
+        from skipstep.loops.stepwise import HostLoop
+
+        return HostLoop(make, network)
+    from skipstep.loops.captured import CudaLoop
+    from skipstep.loops.programs import LADDER
+
+    return CudaLoop(
+        {size: cast("DeviceDenoiser", make(size)) for size in network_batch_sizes(network, batch_sizes)},
+        network,
+        device,
+        lifecycle,
+        batch_sizes=batch_sizes,
+        wanted=next(name for name in LADDER if name == form),
+        required=required,
+    )
