@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as save_arrays
 
 from skipstep import __version__
-from skipstep.backends.onnxruntime import LoopConstants
+from skipstep.backends.onnxruntime import EarlyGraphs
 from skipstep.bundles.bundle import is_bundle
 from skipstep.bundles.golden import GOLDEN_FILE, draw_golden, replay_golden
 from skipstep.bundles.manifest import (
@@ -35,13 +35,13 @@ from skipstep.export.bundle_files import BundleFiles, package_version
 from skipstep.export.engines import Progress, built_engines
 from skipstep.export.graph_cost import costs_as_json, partition_costs
 from skipstep.export.onnx_loop import build_loop
-from skipstep.export.partition import Partition
 from skipstep.export.targets import Targets
 from skipstep.export.weight_storage import compress_weights
 from skipstep.latency.calibration import FILE_NAME as CALIBRATION_NAME
 from skipstep.latency.calibration import Calibration, write_calibrations
 from skipstep.loading import load, plan_arrays
 from skipstep.loops.loop_table import shared_features
+from skipstep.networks.graphs import Partition
 from skipstep.plans.plan import Plan
 from skipstep.plans.schedule import NoiseSchedule
 from skipstep.plans.stages import Stages
@@ -169,7 +169,7 @@ def _distinct_schedules(plans: tuple[Plan, ...], defaults: Mapping[str, Any]) ->
 
 
 def _tables(engine: Engine, parts: Partition, plans: tuple[Plan, ...], schedules: list[NoiseSchedule]) -> bytes:
-    constants = LoopConstants(parts.graphs.before_loop, engine.network)
+    constants = EarlyGraphs(parts.graphs.before_loop, engine.network)
     arrays: dict[str, NDArray[Any]] = {f"schedule/{i}": each.alpha_bar for i, each in enumerate(schedules)}
     for plan in plans:
         arrays |= plan_arrays(plan, constants.tables_at(distinct(plan.evaluation_timesteps)[0]))

@@ -24,8 +24,8 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 
 from skipstep.export.graph_writer import Dims, GraphWriter, floats, rename_graph, renamed_nodes, renamed_value
 from skipstep.export.onnx_step import write_step
-from skipstep.export.partition import Binding, Partition
 from skipstep.loops.loop_table import LoopFeatures
+from skipstep.networks.graphs import Binding, Partition
 from skipstep.networks.spec import NetworkSpec
 
 INDEX_NAMES = {Binding.PLAN: "plan_index", Binding.CALL: "call_index", Binding.PROMPT: "prompt_index"}

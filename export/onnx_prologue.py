@@ -15,12 +15,12 @@ import numpy as np
 import onnx
 from onnx import GraphProto, TensorProto, helper
 
-from skipstep.backends.onnxruntime import LoopConstants
+from skipstep.backends.onnxruntime import EarlyGraphs
 from skipstep.calls.conditioning import LABELS, PROMPTS
 from skipstep.calls.distinct import distinct
 from skipstep.export.graph_writer import GraphWriter, rename_graph
 from skipstep.export.onnx_loop import INDEX_NAMES, StepNetwork
-from skipstep.export.partition import Binding, Partition
+from skipstep.networks.graphs import Binding, Partition
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.plan import Plan
 
@@ -51,7 +51,7 @@ def write_prologue(
 
     call = None if parts.graphs.call is None else onnx.load_from_string(parts.graphs.call).graph
     timesteps, place = distinct(plan.evaluation_timesteps)
-    tables = LoopConstants(parts.graphs.before_loop, network).tables_at(timesteps)
+    tables = EarlyGraphs(parts.graphs.before_loop, network).tables_at(timesteps)
     read = {*step.conditions, *(prefix + each.name for each in (call.input if call is not None else ()))}
     for name, values in tables.items():
         if prefix + name in read:

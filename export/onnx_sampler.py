@@ -33,9 +33,9 @@ from skipstep.errors import ExportError, InputError
 from skipstep.export.graph_writer import Dims, GraphWriter, floats
 from skipstep.export.onnx_loop import StepNetwork, loop_body, write_evaluation
 from skipstep.export.onnx_prologue import NEGATIVE_PROMPTS, write_prologue
-from skipstep.export.partition import BATCH, Partition
 from skipstep.kernels.layout import Column, StepFlags
 from skipstep.loops.loop_table import LoopFeatures, loop_table
+from skipstep.networks.graphs import BATCH, Partition
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.plan import Plan, check_plan_fits
 from skipstep.plans.stages import Stages

@@ -16,29 +16,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import IntFlag
 from functools import reduce
 
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from onnxscript import optimizer
 
-from skipstep.backends.onnxruntime import NetworkGraphs
 from skipstep.errors import ExportError
+from skipstep.networks.graphs import BATCH, Binding, NetworkGraphs, Partition
 
-BATCH = "batch"
 _BATCH_SIZE = "batch/size"  # int64 [1]; each graph counts the samples of one of its own inputs.
-
-
-class Binding(IntFlag):
-    """What a value follows from, and so when it becomes known: a value follows from all that its inputs follow from."""
-
-    CONSTANT = 0
-    PLAN = 1
-    PROMPT = 2
-    CALL = PLAN | PROMPT
-    STEP = 4
 
 
 # What each input of an exported network is known by. Inputs with other names are conditioning.
@@ -47,18 +34,6 @@ _INPUT_BINDINGS: Mapping[str, Binding] = {"sample": Binding.STEP, "timestep": Bi
 _IMPURE = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Partition:
-    """The graphs by binding time, and what moved.
-
-    `crossing` names the values that later graphs read of each earlier one; `nodes` are those of each binding time.
-    """
-
-    graphs: NetworkGraphs
-    crossing: Mapping[Binding, tuple[str, ...]]
-    nodes: Mapping[Binding, tuple[str, ...]]
 
 
 BINDING_TIMES = (Binding.PLAN, Binding.PROMPT, Binding.CALL, Binding.STEP)

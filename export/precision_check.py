@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -11,7 +12,8 @@ from onnx import TensorProto
 
 from skipstep.backends.onnxruntime import make_session, run_session
 from skipstep.errors import ExportError
-from skipstep.export.precision import HalfPrecision
+from skipstep.export.precision import HalfPrecision, lower_precision
+from skipstep.networks.graphs import Partition
 
 # Of the largest output. Small UNets in float16 are off by 1e-3, and rounding adds up with depth.
 HALF_TOLERANCE = 2e-2
@@ -73,3 +75,14 @@ def _check_ranges(lowered: bytes, exact: bytes, given: Mapping[str, NDArray[np.g
                 expected=f"at most {_LARGEST:g}, the largest that float16 holds",
                 remedy=_REMEDY,
             )
+
+
+def step_graph(parts: Partition, precision: str) -> bytes:
+    """The step network in "float32", "float16" or "bfloat16". Raises ExportError where it cannot be lowered."""
+    step = parts.graphs.step
+    if precision == "float32":
+        return step
+    dtype: Literal["float16", "bfloat16"] = "float16" if precision == "float16" else "bfloat16"
+    lowered = lower_precision(step, dtype)
+    check_precision(lowered, step, dtype)
+    return lowered

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from skipstep.backends.onnxruntime import LoopConstants, OnnxRuntimeDenoiser, make_session
+from skipstep.backends.denoiser import StepInput
+from skipstep.backends.onnxruntime import EarlyGraphs, LazySession, OnnxRuntimeDenoiser, make_session
 from skipstep.backends.torch import DenoisingModule
+from skipstep.building import ModelSource
 from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
 from skipstep.export.onnx_model import export_onnx
-from skipstep.export.partition import Partition, partition
+from skipstep.export.partition import partition
+from skipstep.networks.graphs import Partition, StepInputs
 from skipstep.networks.spec import NetworkSpec
 
 SPEC = NetworkSpec((2, 4, 4), num_classes=5, null_label=5, prompt_shape=(3, 6))
@@ -44,8 +46,12 @@ def parts() -> Partition:
     return partition(export_onnx(DenoisingModule(EveryTime()), SPEC))
 
 
-def constants() -> LoopConstants:
-    return LoopConstants(parts().graphs.before_loop, SPEC)
+def source() -> ModelSource:
+    return ModelSource("EveryTime", SPEC, DenoisingModule(EveryTime()), None, {}, _partition=parts())
+
+
+def early_graphs() -> EarlyGraphs:
+    return EarlyGraphs(parts().graphs.before_loop, SPEC)
 
 
 def call(num_stages: int, batch_size: int, seed: int = 0) -> tuple[np.ndarray, Conditioning, np.ndarray]:
@@ -63,22 +69,22 @@ def call(num_stages: int, batch_size: int, seed: int = 0) -> tuple[np.ndarray, C
 
 def expected(timesteps: np.ndarray, conditioning: Conditioning, states: np.ndarray) -> list[np.ndarray]:
     """What the CPU's backend predicts at each stage."""
-    session = make_session(parts().graphs.step)
-    host = OnnxRuntimeDenoiser(session, constants(), SPEC, batch_size=timesteps.shape[1])
-    host.prepare(timesteps, conditioning)
+    session = LazySession(lambda: make_session(parts().graphs.step))
+    host = OnnxRuntimeDenoiser(session, early_graphs(), SPEC, batch_size=timesteps.shape[1])
+    values, enqueue = host.compute(timesteps, conditioning), host.new_context()
     predictions = []
     for stage, state in enumerate(states):
         host.input[...] = state
-        host.enqueue(stage)
+        enqueue(values, stage)
         predictions.append(host.output.copy())
     return predictions
 
 
-def tables(values: Mapping[str, np.ndarray], wanted: Mapping[str, Any], *, pitch: int = 1) -> dict[str, Tensor]:
+def tables(values: StepInputs, wanted: Mapping[str, StepInput], *, pitch: int = 1) -> dict[str, Tensor]:
     """`values` as a loop holds them on its device: rows of stages follow each other at multiples of `pitch` bytes."""
     laid_out = {}
-    for name, value in values.items():
-        dtype, per_stage = wanted[name].dtype, wanted[name].per_stage
+    for name, each in wanted.items():
+        value, dtype, per_stage = values.expanded(name), getattr(torch, each.dtype), each.per_stage
         rows = torch.from_numpy(value if per_stage else value[None]).to(dtype)
         row_bytes = -(-rows[0].nbytes // pitch) * pitch
         memory = torch.full((len(rows) * row_bytes + 256,), 0x7F, dtype=torch.uint8)

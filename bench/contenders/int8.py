@@ -19,16 +19,17 @@ from typing import Any
 import onnx
 
 from skipstep import Engine
-from skipstep.backends.onnxruntime import LoopConstants, Values, make_session
+from skipstep.backends.onnxruntime import EarlyGraphs, Values, make_session
 from skipstep.bench.contenders.engines import prepared
 from skipstep.bench.contenders.lowered import draw_lowered
 from skipstep.bench.contenders.workload import Built, ContenderKind, Setup, Workload
 from skipstep.bench.models import Subject
 from skipstep.export.graph_cost import partition_costs
 from skipstep.export.onnx_loop import build_loop
-from skipstep.export.partition import Partition, partition
+from skipstep.export.partition import partition
 from skipstep.loops.graph_loop import GraphLoop
 from skipstep.loops.loop_sessions import LoopSessions
+from skipstep.networks.graphs import Partition
 from skipstep.plans.stages import Stages
 
 _STEPS = 10
@@ -81,7 +82,7 @@ def build(subject: Subject, setup: Setup) -> Built:
     calibration = Workload(subject, subject.plan(_STEPS), _SAMPLES, seed=_SEED)
     _, seen = draw_lowered(exact.graphs.step, exact, calibration, threads=setup.threads)
     parts = quantised(exact, seen)
-    constants = LoopConstants(parts.graphs.before_loop, spec, setup.threads)
+    constants = EarlyGraphs(parts.graphs.before_loop, spec, setup.threads)
     sessions = LoopSessions(lambda features: make_session(build_loop(parts, spec, features), num_threads=setup.threads))
     loop = GraphLoop(sessions, constants, spec)
     loop.prepare([Stages.of([plan]) for plan in setup.plans])

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.backends.onnxruntime import LoopConstants, Values, make_session
+from skipstep.backends.onnxruntime import EarlyGraphs, Values, make_session
 from skipstep.bench.contenders.workload import Samples, Workload
 from skipstep.calls.conditioning import Conditioning
 from skipstep.calls.request import resolve_request
-from skipstep.export.partition import Partition
 from skipstep.loops.stepwise import HostLoop
+from skipstep.networks.graphs import Partition
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.stages import Stages
 
@@ -21,7 +21,7 @@ class CastingDenoiser:
     """A step network of another dtype behind float32 buffers. What each evaluation is given goes into `seen`."""
 
     def __init__(
-        self, step: bytes, constants: LoopConstants, spec: NetworkSpec, *, batch_size: int, threads: int
+        self, step: bytes, constants: EarlyGraphs, spec: NetworkSpec, *, batch_size: int, threads: int
     ) -> None:
         self.seen: list[Values] = []
         self._session = make_session(step, num_threads=threads)
@@ -50,7 +50,7 @@ def draw_lowered(step: bytes, parts: Partition, workload: Workload, *, threads: 
     """Samples of the stepwise loop with `step` in the place of the network's own step graph, and what each evaluation
     was given, by the graph's input names."""
     _, spec = workload.subject.prepared
-    constants = LoopConstants(parts.graphs.before_loop, spec, threads)
+    constants = EarlyGraphs(parts.graphs.before_loop, spec, threads)
     denoiser = CastingDenoiser(step, constants, spec, batch_size=workload.batch_size, threads=threads)
     labels = None if workload.labels is None else workload.labels.tolist()
     request = resolve_request(spec, seeds=None, x_T=workload.x_T, class_labels=labels, prompt_embeds=workload.prompts)

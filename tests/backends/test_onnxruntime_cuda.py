@@ -18,15 +18,15 @@ from step_networks import SPEC
 from tolerances import FLOAT16_NETWORK, FLOAT32_NETWORK
 
 from skipstep.backends import device_step, onnxruntime_cuda
-from skipstep.backends.onnxruntime import LoopConstants, make_session
+from skipstep.backends.denoiser import Target
+from skipstep.backends.onnxruntime import EarlyGraphs, make_session
 from skipstep.backends.onnxruntime_cuda import (
     DeviceSession,
-    HostConstants,
+    HostInputs,
     OnnxRuntimeCudaDenoiser,
     StepTensor,
-    denoisers_from_partition,
+    denoisers,
     make_cuda_session,
-    step_graph,
 )
 from skipstep.calls.conditioning import PROMPTS, Conditioning
 from skipstep.errors import DeviceUnavailableError, ExportError, MissingDependencyError
@@ -36,16 +36,16 @@ CPU = torch.device("cpu")
 
 
 def host_session(precision="float32", **options) -> DeviceSession:
-    return DeviceSession(make_session(step_graph(step_networks.parts(), precision)), CPU, **options)
+    return DeviceSession(make_session(step_networks.source().step_graph(precision)), CPU, **options)
 
 
 def denoiser(batch_size=3, session=None, spec=SPEC) -> OnnxRuntimeCudaDenoiser:
-    return OnnxRuntimeCudaDenoiser(session or host_session(), step_networks.constants(), spec, batch_size=batch_size)
+    return OnnxRuntimeCudaDenoiser(session or host_session(), step_networks.early_graphs(), spec, batch_size=batch_size)
 
 
 def predictions(denoiser, timesteps, conditioning, states, *, counted=False, enqueue=None):
     """Of every stage, where the constants stand in memory without gaps."""
-    looked_up = step_networks.tables(denoiser.compute(timesteps, conditioning), denoiser.constants)
+    looked_up = step_networks.tables(denoiser.compute(timesteps, conditioning), denoiser.step_inputs)
     enqueue = enqueue or denoiser.new_context()
     found = []
     for stage, state in enumerate(states):
@@ -61,11 +61,11 @@ def assert_equal(found, expected, tolerance=FLOAT32_NETWORK):
 
 
 def test_the_network_of_these_tests_looks_up_every_kind():
-    constants = denoiser().constants
+    step_inputs = denoiser().step_inputs
     parts = step_networks.parts()
     assert all(parts.crossing.values())
-    assert {name for name, each in constants.items() if not each.per_stage} >= set(parts.crossing[2])
-    assert {each.per_stage for each in constants.values()} == {True, False}
+    assert {name for name, each in step_inputs.items() if not each.per_stage} >= set(parts.crossing[2])
+    assert {each.per_stage for each in step_inputs.values()} == {True, False}
 
 
 @pytest.mark.parametrize("counted", [False, True], ids=["stage of the host", "stage of the device"])
@@ -83,7 +83,7 @@ def test_what_stages_share_is_read_anew_when_it_moves(cuda_graph):
     for seed in (0, 1, 0):
         given = step_networks.call(2, 3, seed)
         assert_equal(predictions(network, *given, enqueue=enqueue), step_networks.expected(*given))
-    shared = {name for name, each in network.constants.items() if not each.per_stage}
+    shared = {name for name, each in network.step_inputs.items() if not each.per_stage}
     assert network._read_in_place.keys() == (set() if cuda_graph else shared)
 
 
@@ -91,7 +91,7 @@ def test_half_precision():
     network = denoiser(session=host_session("float16"))
     assert network.input.dtype == network.output.dtype == torch.float16
     given = step_networks.call(3, 3)
-    assert {array.dtype.name for array in network.compute(*given[:2]).values()} == {"float16"}
+    assert {each.dtype for each in network.step_inputs.values()} == {"float16"}
     assert_equal(predictions(network, *given), step_networks.expected(*given), FLOAT16_NETWORK)
 
 
@@ -175,54 +175,58 @@ def test_graphs_that_are_no_step_network(graph, message):
 def test_parts_of_another_network_lack_what_the_step_looks_up():
     graphs = {name: graph for name, graph in step_networks.parts().graphs.before_loop.items() if name != "call"}
     with pytest.raises(ExportError, match=r"no value for .*, which the step network looks up"):
-        OnnxRuntimeCudaDenoiser(host_session(), LoopConstants(graphs, SPEC), SPEC, batch_size=3)
+        OnnxRuntimeCudaDenoiser(host_session(), EarlyGraphs(graphs, SPEC), SPEC, batch_size=3)
 
 
 def test_a_graph_that_fails_while_it_runs():
     network = denoiser()
     given = step_networks.call(1, 3)
-    looked_up = step_networks.tables(network.compute(*given[:2]), network.constants)
-    shared = next(name for name, each in network.constants.items() if not each.per_stage)
+    looked_up = step_networks.tables(network.compute(*given[:2]), network.step_inputs)
+    shared = next(name for name, each in network.step_inputs.items() if not each.per_stage)
     with pytest.raises(ExportError, match="failed on the device"):
         network.new_context()({**looked_up, shared: looked_up[shared][:2]}, 0)
 
 
-class Counting(LoopConstants):
+class Counting(EarlyGraphs):
     """Counts how often it computes."""
 
     __slots__ = ("calls",)
 
     def compute(self, timesteps, conditioning):
         self.calls = getattr(self, "calls", 0) + 1
-        return LoopConstants.compute(self, timesteps, conditioning)
+        return EarlyGraphs.compute(self, timesteps, conditioning)
 
 
 @pytest.fixture
-def host_constants():
+def host_inputs():
     source = Counting(step_networks.parts().graphs.before_loop, SPEC)
-    inputs = {name: StepTensor((2, *each.shape), each.dtype) for name, each in denoiser(2).constants.items()}
-    counted = HostConstants(source, SPEC, inputs, batch_size=2)
+    inputs = {
+        name: StepTensor((2, *each.shape), getattr(torch, each.dtype)) for name, each in denoiser(2).step_inputs.items()
+    }
+    counted = HostInputs(source, SPEC, inputs, batch_size=2)
     source.calls = 0
     return source, counted
 
 
-def test_a_row_for_each_stage_and_sample(host_constants):
-    source, kept = host_constants
+def test_a_row_for_each_stage_and_sample(host_inputs):
+    source, kept = host_inputs
     timesteps, conditioning, _ = step_networks.call(5, 2)
     stages = source.compute(timesteps, conditioning)
-    for name, value in kept.compute(timesteps, conditioning).items():
+    values = kept.compute(timesteps, conditioning)
+    for name, each in kept.step_inputs.items():
+        value = values.expanded(name)
         for stage in range(5):
             table, rows = stages.row(name, stage)
-            np.testing.assert_array_equal(value[stage] if kept.constants[name].per_stage else value, table[rows])
+            np.testing.assert_array_equal(value[stage] if each.per_stage else value, table[rows])
 
 
-def test_what_was_computed_is_kept_for_a_while(host_constants):
-    source, kept = host_constants
+def test_what_was_computed_is_kept_for_a_while(host_inputs):
+    source, kept = host_inputs
     calls = [step_networks.call(2, 2, seed)[:2] for seed in range(device_step._KEPT_RESULTS + 1)]
     first = kept.compute(*calls[0])
     again = kept.compute(*calls[0])
     assert source.calls == 1
-    assert all(first[name] is again[name] for name in first)
+    assert first is again
     for each in calls[1:]:
         kept.compute(*each)
     kept.compute(*calls[-1])
@@ -232,8 +236,8 @@ def test_what_was_computed_is_kept_for_a_while(host_constants):
     assert len(kept._kept) == device_step._KEPT_RESULTS
 
 
-def test_other_conditioning_at_the_same_timesteps_is_another_call(host_constants):
-    source, kept = host_constants
+def test_other_conditioning_at_the_same_timesteps_is_another_call(host_inputs):
+    source, kept = host_inputs
     timesteps, conditioning, _ = step_networks.call(2, 2)
     kept.compute(timesteps, conditioning)
     others = [
@@ -245,10 +249,10 @@ def test_other_conditioning_at_the_same_timesteps_is_another_call(host_constants
         assert source.calls == number
 
 
-def test_results_too_large_to_keep(host_constants, monkeypatch):
-    source, kept = host_constants
+def test_results_too_large_to_keep(host_inputs, monkeypatch):
+    source, kept = host_inputs
     small, large = step_networks.call(1, 2)[:2], step_networks.call(9, 2)[:2]
-    size = sum(array.nbytes for array in kept.compute(*small).values())
+    size = device_step._num_bytes(kept.compute(*small))
     monkeypatch.setattr(device_step, "_KEPT_BYTES", size)
     kept.compute(*large)
     kept.compute(*large)
@@ -259,8 +263,8 @@ def test_results_too_large_to_keep(host_constants, monkeypatch):
 
 def test_stored_tables_are_not_computed_again():
     timesteps = np.array([3.0, 500.0])
-    tables = {timesteps.tobytes(): step_networks.constants().tables_at(timesteps)}
-    source = LoopConstants(step_networks.parts().graphs.before_loop, SPEC, tables=dict(tables))
+    tables = {timesteps.tobytes(): step_networks.early_graphs().tables_at(timesteps)}
+    source = EarlyGraphs(step_networks.parts().graphs.before_loop, SPEC, tables=dict(tables))
     OnnxRuntimeCudaDenoiser(host_session(), source, SPEC, batch_size=2)
     assert "plan" not in source._sessions
     assert source.tables.keys() == tables.keys()
@@ -330,11 +334,9 @@ def test_on_the_device(precision, cuda_graph):
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("this build of ONNX Runtime has no CUDA provider")
     device = torch.device("cuda", 0)
-    network = denoisers_from_partition(
-        step_networks.parts(), SPEC, [3], precision=precision, device=device, cuda_graph=cuda_graph
-    )[3]
+    network = denoisers(step_networks.source(), Target("cuda:0", precision), cuda_graph=cuda_graph)(3)
     given = step_networks.call(4, 3)
-    values = step_networks.tables(network.compute(*given[:2]), network.constants)
+    values = step_networks.tables(network.compute(*given[:2]), network.step_inputs)
     looked_up = {name: value.to(device) for name, value in values.items()}
     enqueue, found = network.new_context(), []
     for stage, state in enumerate(given[2]):

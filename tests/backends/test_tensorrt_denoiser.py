@@ -23,8 +23,9 @@ from step_networks import SPEC
 from tolerances import FLOAT16_NETWORK, FLOAT32_NETWORK
 
 from skipstep.backends import tensorrt
-from skipstep.backends.device_step import HostConstants, StepTensor, check_step_tensors, step_graph
-from skipstep.backends.tensorrt import TensorRtDenoiser, denoisers_from_bundle, denoisers_from_partition
+from skipstep.backends.denoiser import Target
+from skipstep.backends.device_step import HostInputs, StepTensor, check_step_tensors
+from skipstep.backends.tensorrt import TensorRtDenoiser, denoisers
 from skipstep.errors import (
     CaptureError,
     DeviceUnavailableError,
@@ -32,6 +33,7 @@ from skipstep.errors import (
     InputError,
     MissingDependencyError,
 )
+from skipstep.loading import BundleSource
 from skipstep.networks.spec import NetworkSpec
 
 CPU = torch.device("cpu")
@@ -82,13 +84,13 @@ def cuda(monkeypatch) -> Iterator[Cuda]:
 
 
 def denoiser(batch_size=3, *, library="tensorrt_rtx", spec=SPEC, engine=None, precision="float32"):
-    engine = engine or fake_tensorrt.engine_of(step_graph(step_networks.parts(), precision), batch_size)
-    constants = step_networks.constants()
-    return TensorRtDenoiser(engine, constants, spec, library=library, batch_size=batch_size, device=CPU)
+    engine = engine or fake_tensorrt.engine_of(step_networks.source().step_graph(precision), batch_size)
+    early = step_networks.early_graphs()
+    return TensorRtDenoiser(engine, early, spec, library=library, batch_size=batch_size, device=CPU)
 
 
 def tables(network, given, **options):
-    return step_networks.tables(network.compute(*given[:2]), network.constants, **options)
+    return step_networks.tables(network.compute(*given[:2]), network.step_inputs, **options)
 
 
 def predictions(network, given, *, enqueue=None, counted=False, looked_up=None):
@@ -127,7 +129,7 @@ def test_half_precision():
 @pytest.mark.usefixtures("cuda")
 def test_aligned_rows_are_read_where_they_stand():
     network, given = denoiser(), step_networks.call(4, 3)
-    per_stage = {name for name, each in network.constants.items() if each.per_stage}
+    per_stage = {name for name, each in network.step_inputs.items() if each.per_stage}
     assert network.rows.keys() == per_stage
     for row in network.rows.values():
         row.fill_(torch.nan)
@@ -271,10 +273,10 @@ def test_an_engine_of_another_size_or_spec():
 
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("change", ["dtype", "batch", "gaps", "address"])
-def test_constants_that_no_loop_should_give(change):
+def test_step_inputs_that_no_loop_should_give(change):
     network, given = denoiser(), step_networks.call(2, 3)
     looked_up = tables(network, given)
-    name = next(name for name, each in network.constants.items() if not each.per_stage)
+    name = next(name for name, each in network.step_inputs.items() if not each.per_stage)
     value = looked_up[name]
     looked_up[name] = {
         "dtype": value.double(),
@@ -322,15 +324,15 @@ def test_which_library_is_taken(monkeypatch):
 def test_from_a_network(monkeypatch, precision):
     asked = []
 
-    def build(step, target, size, *, progress):
+    def build(step, target, size):
         asked.append((str(target), size, step))
         return fake_tensorrt.engine_of(step, size), {}
 
     monkeypatch.setattr("skipstep.export.engines.build_engine_cached", build)
-    parts = step_networks.parts()
-    found = denoisers_from_partition(parts, SPEC, [1, 2], precision=precision, device=CPU, library="tensorrt_rtx")
+    make = denoisers(step_networks.source(), Target("cpu", precision), library="tensorrt_rtx")
+    found = {size: make(size) for size in (1, 2)}
     assert [each[:2] for each in asked] == [("rtx", 1), ("rtx", 2)]
-    assert (asked[0][2] == parts.graphs.step) == (precision == "float32")
+    assert (asked[0][2] == step_networks.parts().graphs.step) == (precision == "float32")
     for size, network in found.items():
         given = step_networks.call(2, size)
         tolerance = FLOAT32_NETWORK if precision == "float32" else FLOAT16_NETWORK
@@ -359,12 +361,15 @@ def test_from_a_bundle(monkeypatch):
     entries = tuple(SimpleNamespace(file=str(size), facts=facts(size)) for size in (1, 2))
     others = (SimpleNamespace(file="another device's", facts=facts(4, 86)),)
     bundle = SimpleNamespace(manifest=SimpleNamespace(engines=entries + others, network=SPEC), read=read)
-    found = denoisers_from_bundle(bundle, step_networks.constants(), [1, 2], device=CPU)
+    monkeypatch.setattr("skipstep.loading.cuda_device", lambda: (90, "NVIDIA H200"))
+    monkeypatch.setattr(BundleSource, "before_loop", lambda self: step_networks.source().before_loop())
+    make = denoisers(BundleSource(bundle), Target("cpu", "float32"))
+    found = {size: make(size) for size in (1, 2)}
     assert asked == ["1", "2"]
     given = step_networks.call(2, 2)
     assert_equal(predictions(found[2], given), step_networks.expected(*given))
     with pytest.raises(DeviceUnavailableError, match="sm_90 at batch 4; expected"):
-        denoisers_from_bundle(bundle, step_networks.constants(), [4], device=CPU)
+        make(4)
 
 
 @has_rtx
@@ -414,7 +419,7 @@ def test_real_engines_are_built_for_recording(precision):
     from skipstep.export.engines import build_engine_cached
     from skipstep.export.tensorrt_engine import EngineTarget
 
-    step = step_graph(step_networks.parts(), precision)
+    step = step_networks.source().step_graph(precision)
     _, facts = build_engine_cached(step, EngineTarget("tensorrt_rtx", 86), 2)
     assert "REQUIRE_USER_ALLOCATION" in facts["flags"]
     inputs, outputs = (
@@ -423,11 +428,12 @@ def test_real_engines_are_built_for_recording(precision):
     )
     check_step_tensors(inputs, outputs, SPEC, batch_size=2, of="an engine")
     del inputs["sample"]
-    values = HostConstants(step_networks.constants(), SPEC, inputs, batch_size=2)
+    values = HostInputs(step_networks.early_graphs(), SPEC, inputs, batch_size=2)
     given = step_networks.call(3, 2)
-    for name, value in values.compute(*given[:2]).items():
-        stages = (3,) if values.constants[name].per_stage else ()
-        assert (value.shape, value.dtype) == ((*stages, *inputs[name].shape), precision)
+    computed = values.compute(*given[:2])
+    for name, each in values.step_inputs.items():
+        stages = (3,) if each.per_stage else ()
+        assert (computed.expanded(name).shape, each.dtype) == ((*stages, *inputs[name].shape), precision)
 
 
 @has_rtx
@@ -473,10 +479,8 @@ def test_on_the_device(library, precision):
     """Stepwise and recorded, with the stage on the host and on the device: the same bits, and those of the network."""
     pytest.importorskip(library)
     device = torch.device("cuda", 0)
-    found = denoisers_from_partition(
-        step_networks.parts(), SPEC, [3], precision=precision, device=device, library=library
-    )
-    network, given = found[3], step_networks.call(4, 3)
+    network = denoisers(step_networks.source(), Target("cuda:0", precision), library=library)(3)
+    given = step_networks.call(4, 3)
     assert network.capture_refusal is None
     looked_up = {name: value.to(device) for name, value in tables(network, given).items()}
     states = torch.from_numpy(given[2]).to(device, network.input.dtype)

@@ -13,6 +13,7 @@ from skipstep.calls.noise import standard_normal
 from skipstep.editing.interpolation import slerp
 from skipstep.errors import InputError, NonFiniteError, PlanError, PlanNotFoundError
 from skipstep.kernels.layout import Stream
+from skipstep.loops.stepwise import HostRun
 
 SCHEDULE = NoiseSchedule.linear(1000)
 

@@ -11,12 +11,13 @@ from tolerances import FLOAT32_NETWORK
 from torch import Tensor, nn
 
 from skipstep import Engine, NoiseSchedule
-from skipstep.backends.onnxruntime import LoopConstants, OnnxRuntimeDenoiser, make_session
+from skipstep.backends.onnxruntime import EarlyGraphs, OnnxRuntimeDenoiser, make_session
 from skipstep.backends.torch import prepare_module
 from skipstep.calls.conditioning import Conditioning
 from skipstep.errors import ExportError
 from skipstep.export.onnx_model import export_onnx
-from skipstep.export.partition import Binding, partition
+from skipstep.export.partition import partition
+from skipstep.networks.graphs import Binding
 from skipstep.networks.spec import NetworkSpec
 
 CPU = torch.device("cpu")
@@ -75,9 +76,7 @@ def test_the_parts_give_what_the_whole_gives(case):
     _, graph, spec = case
     whole = make_session(graph)
     graphs = partition(graph).graphs
-    denoiser = OnnxRuntimeDenoiser(
-        make_session(graphs.step), LoopConstants(graphs.before_loop, spec), spec, batch_size=3
-    )
+    denoiser = OnnxRuntimeDenoiser(make_session(graphs.step), EarlyGraphs(graphs.before_loop, spec), spec, batch_size=3)
     labels = None if spec.num_classes is None else LABELS
     denoiser.prepare(TIMESTEPS, Conditioning.of_labels(labels, 3))
     rng = np.random.default_rng(0)
@@ -127,14 +126,14 @@ def names(graph: bytes) -> set[str]:
 
 def test_each_pair_of_timestep_and_label_is_computed_once(monkeypatch):
     graph, spec = exported(*CASES["conditional UNet"])
-    constants = LoopConstants(partition(graph).graphs.before_loop, spec)
+    constants = EarlyGraphs(partition(graph).graphs.before_loop, spec)
     found = constants.compute(TIMESTEPS, Conditioning.of_labels(LABELS, 3))
     pairs = {(t, label) for row in TIMESTEPS for t, label in zip(row, LABELS, strict=True)}
     assert found.call
     assert {len(values) for values in found.call.values()} == {len(pairs)}
     assert found.plan_index.shape == found.call_index.shape == TIMESTEPS.shape
     # Tables follow from the plan alone, and are kept from call to call.
-    monkeypatch.setattr(LoopConstants, "_run", lambda self, name, *_: pytest.fail(name) if name == "plan" else {})
+    monkeypatch.setattr(EarlyGraphs, "_run", lambda self, name, *_: pytest.fail(name) if name == "plan" else {})
     assert constants.compute(TIMESTEPS, Conditioning.of_labels(LABELS[::-1].copy(), 3)).plan is found.plan
 
 

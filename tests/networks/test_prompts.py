@@ -14,7 +14,7 @@ from tolerances import BACKENDS_AGREE, DIFFUSERS_LOOP
 from skipstep import Engine, NoiseSchedule, Plan, load
 from skipstep.errors import InputError, ModelFormatError
 from skipstep.export.graph_cost import partition_costs
-from skipstep.export.partition import Binding
+from skipstep.networks.graphs import Binding
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 PLAN = Plan(schedule=SCHEDULE, steps=4, convention="paper", spacing="leading")
