@@ -18,10 +18,10 @@ from skipstep.networks.spec import NetworkSpec, network_batch_sizes, takes_fract
 
 if TYPE_CHECKING:
     from skipstep.backends.torch import DenoisingModule
-    from skipstep.export.partition import Partition
     from skipstep.loops.captured import Lane
+    from skipstep.networks.graphs import Partition
 
-LoopName = Literal["onnx", "captured", "step_graph", "stepwise"]
+LoopName = Literal["captured", "step_graph", "stepwise"]
 LOOPS: tuple[str, ...] = get_args(LoopName)
 Precision = Literal["float32", "float16", "bfloat16"]
 
@@ -133,7 +133,7 @@ def build_network(
     lane: Lane | None = None
     loops: Mapping[int, Loop]
     if resolved_device.type == "cpu":
-        loops = host_loops(source.module, source.network, exported, chosen, wanted, sizes, num_threads)
+        loops = host_loops(source.module, source.network, exported, chosen, sizes, num_threads)
     else:
         from skipstep.cuda.device import CudaDevice
         from skipstep.loops.captured import Lane
@@ -159,7 +159,7 @@ def build_network(
         chosen,
         str(resolved_device if lane is None else lane.device.torch_device),
         precision,
-        wanted == "onnx",
+        False,
         source.plan_defaults,
         exported,
         lifecycle,
@@ -245,7 +245,7 @@ def resolve_loop(name: str, backend: BackendName, *, device: str) -> LoopName:
     """
     there: tuple[LoopName, ...] = ("captured", "step_graph", "stepwise")
     if device == "cpu":
-        there = ("onnx", "stepwise") if backend == "onnxruntime" else ("stepwise",)
+        there = ("stepwise",)
     if name == "auto":
         return there[0]
     for known in there:

@@ -90,7 +90,6 @@ class Engine(Tuning):
         name: str | None = None,
         targets: Iterable[str] = ("cpu",),
         precision: str = "float32",
-        any_plan: bool = False,
         overwrite: bool = False,
         sign_key: str | os.PathLike[str] | None = None,
         progress: Callable[[str], None] | None = None,
@@ -100,17 +99,16 @@ class Engine(Tuning):
         license     of the weights, as an SPDX expression or in words: it travels with them.
         name        of the model; the checkpoint folder's or the module's class where left out.
         targets     "cpu"; "rtx:sm86" and the like; "sm_87" for step kernels; "tensorrt" for the graph that skipstep
-                    build makes an engine of on its device; "server" for a Triton Inference Server repository
-                    (skipstep.export.targets).
+                    build makes an engine of on its device; "onnx-loop" for each plan's whole loop as one ONNX graph;
+                    "server" for a Triton Inference Server repository (skipstep.export.targets).
         precision   of the network for GPUs: "float32", "float16" or "bfloat16". The CPU's is float32.
-        any_plan    a second loop for the CPU, which runs any solver, noise and guidance rescale, not only what the
-                    plans need; it holds the network's weights once more.
         sign_key    an Ed25519 private key to sign the manifest with (skipstep.storage.signature).
 
         The bundle is loaded and draws the golden samples again before it takes its name; an existing one is replaced
         only with `overwrite`, and only by a whole one. Raises ExportError, StorageError, InputError.
         """
         from skipstep.export.bundle_writer import BundleRequest, write_bundle
+        from skipstep.loading import load
 
         if self._built is None:
             raise InputError(
@@ -123,12 +121,11 @@ class Engine(Tuning):
             license=license,
             targets=tuple(targets),
             precision=precision,
-            any_plan=any_plan,
             overwrite=overwrite,
             sign_key=sign_key,
             calibration=self.calibration,
         )
-        write_bundle(self, self._built.parts(), path, request, progress=progress)
+        write_bundle(self, self._built.parts(), path, request, open_again=load, progress=progress)
 
 
 def _checked_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:

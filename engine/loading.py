@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from skipstep.bundles.bundle import Bundle, open_bundle
-from skipstep.bundles.manifest import PlanEntry
 from skipstep.calls.distinct import distinct
-from skipstep.errors import BundleError, InputError, MissingDependencyError, PlanError, ScheduleError
+from skipstep.errors import InputError, MissingDependencyError
 from skipstep.networks.spec import network_batch_sizes
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from skipstep.backends.onnxruntime import LoopConstants
     from skipstep.engine import Engine
     from skipstep.latency.identity import DeviceIdentity
     from skipstep.loops.captured import CudaLoop, Lane
-    from skipstep.plans.plan import Plan
-    from skipstep.plans.schedule import NoiseSchedule
 
 _PARTS = ("plan", "prompt", "call")
 
@@ -46,16 +40,15 @@ def load(
     DeviceUnavailableError where there is no engine for it.
     """
     on_gpu = device in ("cuda", "cuda:0")
-    if not (on_gpu or device == "cpu") or (not on_gpu and (loop not in ("auto", "onnx") or require_captured)):
+    if not (on_gpu or device == "cpu") or (not on_gpu and (loop not in ("auto", "stepwise") or require_captured)):
         raise InputError(
             got=f"device={device!r}, loop={loop!r}" + (", require_captured=True" if require_captured else ""),
-            expected="'cuda', the first GPU, or 'cpu', which runs the whole loop as one graph",
+            expected="'cuda', the first GPU, or 'cpu' with loop='stepwise'",
             remedy="pass device='cuda', or leave the others out",
         )
     bundle = open_bundle(path, require_signature=require_signature, allow_hard_links=allow_hard_links)
     try:
-        from skipstep.backends.onnxruntime import LoopConstants, make_session
-        from skipstep.loops.loop_sessions import LoopSessions
+        from skipstep.backends.onnxruntime import LoopConstants, OnnxRuntimeDenoiser, make_session
     except ImportError as error:
         raise MissingDependencyError(
             got=f"no package {error.name}",
@@ -64,31 +57,21 @@ def load(
         ) from error
 
     manifest = bundle.manifest
-    held = {entry.features: entry.file for entry in manifest.loops}
-    sessions = LoopSessions(
-        lambda features: make_session(bundle.read_graph(held[features]), num_threads=num_threads), tuple(held)
-    )
-    if not on_gpu:
-        # The longest part of loading, while the rest, imports included, goes on here.
-        sessions.prefetch(manifest.loops[0].features)
+    from skipstep.bundles.tables import default_options, plan_values, read_plans
     from skipstep.engine import Engine
 
     graphs = {part: bundle.read_graph(manifest.graphs[part]) for part in _PARTS if part in manifest.graphs}
     arrays = bundle.read_arrays(manifest.tables)
-    schedules = stored_schedules(arrays)
-    plans = [_stored_plan(entry, schedules, arrays) for entry in manifest.plans]
+    plans = read_plans(manifest, arrays)
     constants = LoopConstants(
         graphs,
         manifest.network,
         num_threads,
-        tables={distinct(plan.evaluation_timesteps)[0].tobytes(): _values(plan.key, arrays) for plan in plans},
+        tables={distinct(plan.evaluation_timesteps)[0].tobytes(): plan_values(plan, arrays) for plan in plans},
     )
-    defaults = {}
-    if manifest.defaults is not None and manifest.default_schedule is not None:
-        defaults = {**manifest.defaults, "schedule": _schedule(schedules, manifest.default_schedule)}
     options: dict[str, Any] = {
         "batch_sizes": manifest.batch_sizes,
-        "plan_defaults": defaults,
+        "plan_defaults": default_options(manifest, arrays),
         "compile_on_miss": compile_on_miss,
         "num_threads": num_threads,
     }
@@ -105,12 +88,14 @@ def load(
             **options,
         )
     else:
-        from skipstep.loops.graph_loop import GraphLoop
+        from skipstep.loops.stepwise import HostLoop
 
-        one_graph = {0: GraphLoop(sessions, constants, manifest.network)}
-        engine = Engine(
-            manifest.network, loops=one_graph, backend="onnxruntime", device="cpu", any_batch=True, **options
-        )
+        step = make_session(bundle.read_graph(manifest.graphs["step"]), num_threads=num_threads)
+        host_loops = {
+            size: HostLoop(OnnxRuntimeDenoiser(step, constants, manifest.network, batch_size=size), manifest.network)
+            for size in network_batch_sizes(manifest.network, manifest.batch_sizes)
+        }
+        engine = Engine(manifest.network, loops=host_loops, backend="onnxruntime", device="cpu", **options)
     for plan in plans:
         engine.add_plan(plan)
     if manifest.calibration is not None:
@@ -155,59 +140,4 @@ def loaded_identity(*, num_threads: int | None = None) -> DeviceIdentity:
 
     from skipstep.latency.identity import device_identity
 
-    return device_identity(backend="onnxruntime", loop="onnx", device="cpu", num_threads=num_threads)
-
-
-_PARTS = ("plan", "prompt", "call")
-
-
-def plan_arrays(plan: Plan, values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """What the tables file holds of a plan; `values` are those of its distinct timesteps, in order."""
-    return {
-        f"{plan.key}/coefficients": plan.coefficients,
-        f"{plan.key}/timesteps": plan.evaluation_timesteps,
-        **{f"{plan.key}/values/{name}": array for name, array in values.items()},
-    }
-
-
-def stored_schedules(arrays: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    """The schedules of a tables file: alpha_bar float64 `[T]` each, by number."""
-    count = sum(name.startswith("schedule/") for name in arrays)
-    return [arrays[f"schedule/{i}"] for i in range(count) if f"schedule/{i}" in arrays]
-
-
-def _schedule(schedules: list[NDArray[Any]], number: int) -> NoiseSchedule:
-    from skipstep.plans.schedule import NoiseSchedule
-
-    if number >= len(schedules):
-        raise _mismatch(f"schedule {number} of {len(schedules)}")
-    try:
-        return NoiseSchedule(schedules[number], name="stored")
-    except ScheduleError as error:
-        raise _mismatch(error.got) from error
-
-
-def _stored_plan(entry: PlanEntry, schedules: list[NDArray[Any]], arrays: Mapping[str, NDArray[Any]]) -> Plan:
-    from skipstep.plans.plan import Plan
-
-    try:
-        plan = Plan(schedule=_schedule(schedules, entry.schedule), **entry.options)
-        stored = plan.with_tables(arrays[f"{entry.key}/coefficients"], arrays[f"{entry.key}/timesteps"])
-    except (PlanError, TypeError, KeyError) as error:
-        raise _mismatch(f"plan {entry.key}: {error}") from error
-    if stored.key != entry.key:
-        raise _mismatch(f"plan {entry.key} whose tables have the key {stored.key}")
-    return stored
-
-
-def _values(key: str, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    prefix = f"{key}/values/"
-    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-
-
-def _mismatch(got: str) -> BundleError:
-    return BundleError(
-        got=f"a manifest and tables that do not belong together: {got}",
-        expected="plans and the tables that they were exported with",
-        remedy="export the bundle again with this version of skipstep",
-    )
+    return device_identity(backend="onnxruntime", loop="stepwise", device="cpu", num_threads=num_threads)

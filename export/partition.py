@@ -16,30 +16,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import IntFlag
 from functools import reduce
 
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from onnxscript import optimizer
 
-from skipstep.backends.onnxruntime import NetworkGraphs
 from skipstep.errors import ExportError
+from skipstep.export.graph_writer import inner_graphs
+from skipstep.networks.graphs import BATCH, Binding, NetworkGraphs, Partition
 
-BATCH = "batch"
 _BATCH_SIZE = "batch/size"  # int64 [1]; each graph counts the samples of one of its own inputs.
-
-
-class Binding(IntFlag):
-    """What a value follows from, and so when it becomes known: a value follows from all that its inputs follow from."""
-
-    CONSTANT = 0
-    PLAN = 1
-    PROMPT = 2
-    CALL = PLAN | PROMPT
-    STEP = 4
-
 
 # What each input of an exported network is known by. Inputs with other names are conditioning.
 _INPUT_BINDINGS: Mapping[str, Binding] = {"sample": Binding.STEP, "timestep": Binding.PLAN}
@@ -47,18 +34,6 @@ _INPUT_BINDINGS: Mapping[str, Binding] = {"sample": Binding.STEP, "timestep": Bi
 _IMPURE = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Partition:
-    """The graphs by binding time, and what moved.
-
-    `crossing` names the values that later graphs read of each earlier one; `nodes` are those of each binding time.
-    """
-
-    graphs: NetworkGraphs
-    crossing: Mapping[Binding, tuple[str, ...]]
-    nodes: Mapping[Binding, tuple[str, ...]]
 
 
 BINDING_TIMES = (Binding.PLAN, Binding.PROMPT, Binding.CALL, Binding.STEP)
@@ -132,12 +107,11 @@ def _binding_of(node: NodeProto, bindings: Mapping[str, Binding]) -> Binding:
 
 
 def _captured(node: NodeProto) -> Iterable[str]:
-    """Names that a node's subgraphs read; those that they define themselves are nobody else's."""
-    for attribute in node.attribute:
-        for subgraph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-            for inner in subgraph.node:
-                yield from inner.input
-                yield from _captured(inner)
+    """Names that a node's subgraphs read; the names that they define themselves occur nowhere outside."""
+    for graph in inner_graphs(node):
+        for inner in graph.node:
+            yield from inner.input
+            yield from _captured(inner)
 
 
 def _shapes(graph: GraphProto) -> dict[str, list[int | str]]:

@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from skipstep.errors import ExportError
 from skipstep.networks.spec import NetworkSpec
 
 if TYPE_CHECKING:
-    from skipstep.export.partition import Partition
+    from skipstep.networks.graphs import Partition
 
 SAMPLE: Final = "sample"
 PREDICTION: Final = "out_sample"
@@ -163,17 +163,10 @@ def _digest(timesteps: NDArray[np.float64], conditioning: Conditioning) -> bytes
 
 
 def step_graph(parts: Partition, precision: str) -> bytes:
-    """The step network in "float32", "float16" or "bfloat16". Raises ExportError where it cannot be lowered."""
-    step = parts.graphs.step
-    if precision == "float32":
-        return step
-    from skipstep.export.precision import lower_precision
-    from skipstep.export.precision_check import check_precision
+    """See skipstep.export.precision_check.step_graph."""
+    from skipstep.export import precision_check
 
-    dtype: Literal["float16", "bfloat16"] = "float16" if precision == "float16" else "bfloat16"
-    lowered = lower_precision(step, dtype)
-    check_precision(lowered, step, dtype)
-    return lowered
+    return precision_check.step_graph(parts, precision)
 
 
 def copy_row(table: Tensor, stage: Stage, out: Tensor) -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from skipstep.calls.conditioning import Conditioning
 from skipstep.calls.distinct import distinct
 from skipstep.errors import ExportError
+from skipstep.networks.graphs import NetworkGraphs as NetworkGraphs
 from skipstep.networks.spec import NetworkSpec
 
 # Some builds write usage events to the user's cache folder; a library that is embedded in products sends nothing.
@@ -25,27 +26,6 @@ onnxruntime.disable_telemetry_events()
 
 Values = dict[str, NDArray[np.generic]]
 _MAX_TABLES = 32
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkGraphs:
-    """A network by binding time, each part a serialised ONNX model with the symbolic dimension "batch".
-
-    `plan` computes from timesteps, `prompt` from the conditioning, `call` from both, with what `plan` computed; `step`
-    predicts from the sample and what the three computed. Values go by name. All but the last are None where nothing is
-    known so early.
-    """
-
-    plan: bytes | None
-    prompt: bytes | None
-    call: bytes | None
-    step: bytes
-
-    @property
-    def before_loop(self) -> dict[str, bytes]:
-        """Those parts that there are but for the step."""
-        parts = {"plan": self.plan, "prompt": self.prompt, "call": self.call}
-        return {name: graph for name, graph in parts.items() if graph is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ from skipstep.errors import DeviceUnavailableError, ExportError, MissingDependen
 from skipstep.networks.spec import NetworkSpec
 
 if TYPE_CHECKING:
-    from skipstep.export.partition import Partition
+    from skipstep.networks.graphs import Partition
 
 _PROVIDER = "CUDAExecutionProvider"
 _SESSION_DTYPES: Mapping[str, torch.dtype] = {

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     import tensorrt_rtx as trt
 
     from skipstep.bundles.bundle import Bundle
-    from skipstep.export.partition import Partition
     from skipstep.export.tensorrt_engine import Library
+    from skipstep.networks.graphs import Partition
 
 # What the libraries ask of the address of an activation, an input or an output.
 _ALIGNMENT = 256

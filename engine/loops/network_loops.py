@@ -16,8 +16,8 @@ from skipstep.networks.spec import NetworkSpec, network_batch_sizes
 if TYPE_CHECKING:
     from skipstep.backends.denoiser import DeviceDenoiser
     from skipstep.backends.torch import DenoisingModule
-    from skipstep.export.partition import Partition
     from skipstep.loops.captured import CudaLoop, Lane
+    from skipstep.networks.graphs import Partition
 
 # How far an exported graph may be from the module it came from, relative to the largest output: float32 rounding in
 # another order over a few hundred layers stays below 1e-5, a wrong operator is orders of magnitude off.
@@ -29,7 +29,6 @@ def host_loops(
     network: NetworkSpec,
     exported: Callable[[], Partition],
     backend: BackendName,
-    wanted: str,
     sizes: Sequence[int],
     num_threads: int | None,
 ) -> dict[int, Loop]:
@@ -41,9 +40,6 @@ def host_loops(
         return {size: HostLoop(TorchDenoiser(module, network, batch_size=size), network) for size in sizes}
 
     from skipstep.backends.onnxruntime import LoopConstants, OnnxRuntimeDenoiser, make_session
-    from skipstep.export.onnx_loop import build_loop
-    from skipstep.loops.graph_loop import GraphLoop
-    from skipstep.loops.loop_sessions import LoopSessions
 
     parts = exported()
     constants = LoopConstants(parts.graphs.before_loop, network, num_threads)
@@ -53,14 +49,7 @@ def host_loops(
         TorchDenoiser(module, network, batch_size=2),
         network,
     )
-    if wanted == "stepwise":
-        return {
-            size: HostLoop(OnnxRuntimeDenoiser(step, constants, network, batch_size=size), network) for size in sizes
-        }
-    sessions = LoopSessions(
-        lambda features: make_session(build_loop(parts, network, features), num_threads=num_threads)
-    )
-    return {0: GraphLoop(sessions, constants, network)}
+    return {size: HostLoop(OnnxRuntimeDenoiser(step, constants, network, batch_size=size), network) for size in sizes}
 
 
 def device_loops(

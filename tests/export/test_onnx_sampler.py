@@ -40,9 +40,9 @@ SCALES = [2.0, 3.0, 1.5]
 X_T = np.random.default_rng(0).standard_normal((3, 1, 8, 8), dtype=np.float32)
 
 
-def engine_of(network, plans, *, loop="onnx", **options):
+def engine_of(network, plans, **options):
     given = {"batch_sizes": [len(X_T)], "backend": "onnxruntime", "device": "cpu", "schedule": SCHEDULE, **options}
-    return Engine.build(network, plans=plans, loop=loop, **given)
+    return Engine.build(network, plans=plans, **given)
 
 
 def sampler_of(engine, plan, **options):
@@ -194,14 +194,6 @@ def test_a_unet_keeps_its_weights_once(unet, name, form):
     whole = sum(len(graph) for graph in (*network.before_loop.values(), network.step))
     graph = build_sampler(unet._built.parts(), unet.network, plan, guided=True)
     assert len(graph) < whole + 20_000
-
-
-def test_equals_the_stepwise_loop_too(labelled):
-    stepwise = engine_of(Small().eval(), list(PLANS.values()), loop="stepwise", **LABELLED)
-    for name in ("eta", "heun"):
-        samples, _, given = expected_and_given(stepwise, PLANS[name], guided=True)
-        found = run(sampler_of(labelled, PLANS[name], batch_size=None, guided=True), PLANS[name], **given)
-        np.testing.assert_array_equal(found["x_0"], samples)
 
 
 @pytest.mark.parametrize("form", ["loop", "unrolled"])
