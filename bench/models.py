@@ -17,7 +17,7 @@ from skipstep.bundles.cache import ArtefactCache, cache_key
 from skipstep.demo import SHIPPED_MODEL
 from skipstep.errors import InputError
 from skipstep.export.onnx_model import export_onnx, exporter_versions
-from skipstep.loading import load
+from skipstep import load
 from skipstep.networks.checkpoint import Checkpoint, load_unet, read_checkpoint
 from skipstep.networks.spec import NetworkSpec, takes_fractional_timesteps
 from skipstep.plans.plan import Plan

@@ -147,7 +147,7 @@ class Engine:
             sign_key=sign_key,
             calibration=self.calibration,
         )
-        save_bundle(self, path, request, open_again=load, progress=progress)
+        save_bundle(self, self.source, path, request, open_again=load, progress=progress)
 
     @property
     def network(self) -> NetworkSpec:

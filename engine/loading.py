@@ -11,6 +11,7 @@ from skipstep.backends.denoiser import Target
 from skipstep.backends.registry import resolve_backend
 from skipstep.bundles.bundle import Bundle, open_bundle, read_engine
 from skipstep.bundles.tables import default_options, plan_values, read_plans
+from skipstep.calls.distinct import distinct
 from skipstep.cuda.probe import cuda_device
 from skipstep.errors import DeviceUnavailableError, InputError
 from skipstep.loops.choice import make_loop, resolve_form
@@ -126,7 +127,9 @@ def load_network(
     make = backend.denoisers(source, target)
     arrays = bundle.read_arrays(manifest.tables)
     plans = tuple(read_plans(manifest, arrays))
-    source.tables.update(plan_values(plan, arrays) for plan in plans)
+    source.tables.update(
+        {distinct(plan.evaluation_timesteps)[0].tobytes(): plan_values(plan, arrays) for plan in plans}
+    )
     made = make_loop(
         make,
         manifest.network,

@@ -1,4 +1,4 @@
-"""The files of a bundle under way, and the versions of what makes them."""
+"""The files of a bundle that is being written, and the versions of the packages that make them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from skipstep.errors import ExportError
 
 
 class BundleFiles:
-    """The files of a bundle under way: each is written once, and noted with its size and hash."""
+    """The files of a bundle that is being written: each is written once, and its size and hash are recorded."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -28,13 +28,14 @@ class BundleFiles:
         if b"location" in graph:
             raise ExportError(
                 got=f"a graph with 'location' in a name, {name}",
-                expected="none: a loader takes the word for a reference to another file",
+                expected="no such name: loaders refuse the word, which could refer to another file",
                 remedy="rename the module or parameter that is called so",
             )
         return self.add(name, graph)
 
 
 def package_version(package: str) -> str:
+    """The installed version of a package; empty if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

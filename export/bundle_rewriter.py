@@ -1,7 +1,7 @@
 """Adding to a bundle: every file is verified on its way into a new folder, which takes the old one's place.
 
-Killed at any moment, the writer leaves the old bundle. A signature is of the manifest as it was, so it does not come
-along: sign the bundle again.
+If the writer is killed at any moment, the old bundle stays. A signature is left out, because it belongs to the old
+manifest: sign the bundle again.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from skipstep.storage.atomic import atomic_folder
 
 
 def rewrite_bundle(bundle: Bundle, changed: Manifest, added: Mapping[str, bytes]) -> None:
-    """Put `added` beside or in place of the bundle's files, under the manifest `changed`, whose files are noted here.
+    """Add files to the bundle, or replace files, under the manifest `changed`; its file entries are filled in here.
 
-    Raises IntegrityError for a file that is not what it was, StorageError.
+    Raises IntegrityError for a file that has changed, StorageError.
     """
     with atomic_folder(bundle.path, replace=True) as folder:
         files = BundleFiles(folder)
@@ -41,11 +41,11 @@ def add_calibration(
     digest: str,
     require_signature: str | os.PathLike[str] | None = None,
 ) -> Calibration:
-    """Keep what was measured of a bundle's engine in the bundle; what it then holds of this device.
+    """Store measured latencies of a bundle's engine in the bundle; returns all that it then holds of this device.
 
-    What was measured on other devices stays, and of this one what was not measured anew. `digest` is that of the
-    manifest whose engine was measured. Raises BundleError where another network has taken its place since, or with what
-    is there unreadable; IntegrityError, SignatureError, StorageError.
+    Latencies of other devices stay, and those of this device that were not measured again. `digest` is that of the
+    manifest whose engine was measured. Raises BundleError if another network has taken its place since, or if the
+    stored latencies cannot be read; IntegrityError, SignatureError, StorageError.
     """
     bundle = open_bundle(path, require_signature=require_signature)
     manifest = bundle.manifest

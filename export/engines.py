@@ -1,6 +1,6 @@
-"""TensorRT engines of a bundle's step network: built for one, or added to one where they will run.
+"""TensorRT engines of a bundle's step network: built while a bundle is written, or later on the device.
 
-Nothing here needs torch: on the device there is the bundle, ONNX and TensorRT.
+Nothing here needs torch: a device needs the bundle, ONNX and TensorRT.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from skipstep.bundles.bundle import open_bundle
 from skipstep.bundles.cache import ArtefactCache, cache_key
 from skipstep.bundles.manifest import EngineEntry
 from skipstep.cuda.probe import cuda_device
-from skipstep.errors import BundleError
 from skipstep.export.bundle_files import package_version
 from skipstep.export.bundle_rewriter import rewrite_bundle
 from skipstep.export.tensorrt_engine import EngineTarget, build_engine
+from skipstep.export.weight_storage import expand_weights
 from skipstep.networks.spec import NetworkSpec, network_batch_sizes
 
 Progress = Callable[[str], None]
@@ -34,23 +33,19 @@ def add_engines(
     workspace_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Build engines from a bundle's step network, here, and add them to it; the files' names.
+    """Build engines from a bundle's step network on this machine and add them to the bundle; the files' names.
 
-    Every file is verified on its way into the new bundle, which takes the old one's place when it is whole. Engines of
-    the same target are replaced. `workspace_bytes` bounds the memory that the builder may use for a kernel.
+    The network is the half-precision one if the bundle has one, else the float32 one. Every file is verified on its way
+    into the new bundle, which takes the old one's place when it is whole. Engines of the same target are replaced.
+    `workspace_bytes` bounds the memory that the builder may use for a kernel.
     Raises BundleError and its kinds, ExportError, DeviceUnavailableError.
     """
     report = progress or (lambda message: None)
     bundle = open_bundle(path, require_signature=require_signature)
     manifest = bundle.manifest
-    if "step" not in manifest.graphs:
-        raise BundleError(
-            got=f"a bundle without the step network, {path}",
-            expected="one that was exported for engines",
-            remedy="export it with --target tensorrt",
-        )
-    step = bundle.read_graph(manifest.graphs["step"])
-    precision = Path(manifest.graphs["step"]).stem.removeprefix("step-")
+    precision = next((each for each in ("float16", "bfloat16") if f"step-{each}" in manifest.graphs), "float32")
+    name = "step" if precision == "float32" else f"step-{precision}"
+    step = expand_weights(bundle.read_graph(manifest.graphs[name]))
     built = [
         each
         for target in targets
@@ -74,7 +69,7 @@ def built_engines(
     report: Progress,
     workspace_bytes: int | None = None,
 ) -> list[tuple[EngineEntry, bytes]]:
-    """One engine a batch size: of a fixed shape the library makes the same bytes every time."""
+    """One engine for each batch size: for a fixed shape the library makes the same bytes every time."""
     built = []
     for size in network_batch_sizes(network, batch_sizes):
         report(f"{target}, batch {size}")
@@ -92,10 +87,10 @@ def build_engine_cached(
     workspace_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[bytes, dict[str, Any]]:
-    """The engine and its facts, from the user's cache where the same one was built before.
+    """The TensorRT engine and its facts, from the user's cache if the same one was built before.
 
-    TensorRT builds for the GPU that it finds, so that GPU is part of the key; what it measured of its kernels is kept
-    for the next build on it.
+    TensorRT builds for the GPU of the machine, so that GPU is part of the key; its kernel timings are kept for the next
+    build on this GPU.
     """
     cache = ArtefactCache()
     library = package_version("tensorrt-rtx" if target.library == "tensorrt_rtx" else "tensorrt")

@@ -1,18 +1,21 @@
-"""Writing ONNX graphs: nodes and constants by the names of what they give, and names changed to fit another graph."""
+"""Writing ONNX graphs: nodes and constants by the name of their result, renamed copies, and serialised models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final
 
 import numpy as np
-from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+from skipstep.errors import ExportError
 
 Dims = list[int | str | None]
+_MAX_BYTES: Final = 2**31 - 1
 
 
 class GraphWriter:
-    """Nodes and constants of one graph. Names start with `prefix`, which no other writer of the graph has."""
+    """Nodes and constants of one graph. Generated names start with `prefix`; two writers of a graph need two."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
@@ -51,8 +54,28 @@ def floats(name: str, shape: Sequence[int | str | None]) -> ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape))
 
 
+def serialised(model: ModelProto) -> bytes:
+    """The bytes of a model that carries its weights. Raises ExportError for more than protobuf can hold."""
+    size = model.ByteSize()
+    if size > _MAX_BYTES:
+        raise ExportError(
+            got=f"a graph of {size / 2**30:.1f} GiB",
+            expected="at most 2 GiB, the limit of one protobuf message",
+            remedy="convert the weights to float16, or use backend='torch'",
+        )
+    return bytes(model.SerializeToString())
+
+
+def inner_graphs(node: NodeProto) -> Iterator[GraphProto]:
+    """The bodies and branches that a node holds in its attributes; not those inside them."""
+    for attribute in node.attribute:
+        yield from attribute.graphs
+        if attribute.HasField("g"):
+            yield attribute.g
+
+
 def rename_graph(graph: GraphProto, rename: Callable[[str], str]) -> None:
-    """Change every name in `graph`, those inside the subgraphs of its nodes too; drop exporters' notes of origins."""
+    """Change every name in `graph`, also in the subgraphs of its nodes; drop the exporter's notes on source code."""
     for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
         value.name = rename(value.name)
     for node in graph.node:
@@ -60,7 +83,7 @@ def rename_graph(graph: GraphProto, rename: Callable[[str], str]) -> None:
 
 
 def renamed_nodes(nodes: Iterable[NodeProto], rename: Callable[[str], str]) -> list[NodeProto]:
-    """Copies of `nodes` with every name changed, without what exporters note about their origin."""
+    """Copies of `nodes` with every name changed, without the exporter's notes on source code."""
     copies = []
     for node in nodes:
         copy = NodeProto()
@@ -84,6 +107,5 @@ def _rename_node(node: NodeProto, rename: Callable[[str], str]) -> None:
     node.ClearField("metadata_props")
     for names in (node.input, node.output):
         names[:] = [name and rename(name) for name in names]  # An empty name is an input or output left out.
-    for attribute in node.attribute:
-        for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-            rename_graph(graph, rename)
+    for graph in inner_graphs(node):
+        rename_graph(graph, rename)

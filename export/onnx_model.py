@@ -7,7 +7,6 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -15,12 +14,13 @@ from torch import Tensor, nn
 
 from skipstep.backends.torch import DenoisingModule, zero_conditioning
 from skipstep.errors import ExportError, MissingDependencyError
+from skipstep.export.bundle_files import package_version
+from skipstep.export.graph_writer import serialised
 from skipstep.networks.spec import NetworkSpec
 
 OPSET = 20
-# Raised when this module comes to write another graph for the same network: cached ones are keyed by it.
+# Part of the key of cached graphs. Raise it when this module writes another graph for the same network.
 _FORMAT = 1
-_MAX_BYTES = 2**31 - 1
 
 
 def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int | None = None) -> bytes:
@@ -56,14 +56,7 @@ def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int |
             expected="torch's ONNX exporter with onnx and onnxscript",
             remedy="pip install 'skipstep[export]'",
         ) from error
-    size = program.model_proto.ByteSize()
-    if size > _MAX_BYTES:
-        raise ExportError(
-            got=f"a graph of {size / 2**30:.1f} GiB",
-            expected="at most 2 GiB, the limit of one protobuf message",
-            remedy="use backend='torch', or convert the weights to float16",
-        )
-    return bytes(program.model_proto.SerializeToString())
+    return serialised(program.model_proto)
 
 
 def _export(
@@ -101,7 +94,7 @@ def _export(
 
 @contextlib.contextmanager
 def _first_failure(network: nn.Module) -> Iterator[Callable[[], str | None]]:
-    """Watches the network's modules run; what it gives tells which of them the first failed run stopped in."""
+    """Gives a function that names the module in which the first failed run of the network stopped."""
     running: list[str] = []
     first: list[str] = []
 
@@ -124,7 +117,7 @@ def _first_failure(network: nn.Module) -> Iterator[Callable[[], str | None]]:
 
 
 def _untranslated(module: DenoisingModule, arguments: tuple[Tensor, ...], cause: str) -> str | None:
-    """The operator of which the exporter says that it could not translate it, and the module that calls it."""
+    """The operator that the exporter could not translate, and the module that calls it; None if it names none."""
     found = re.search(r"translating node %(\w+)", cause)
     if found is None:
         return None
@@ -142,17 +135,14 @@ def _first_paragraph(error: BaseException) -> str:
 
 
 def exporter_versions() -> str:
-    """What an exported graph depends on beside the network: the versions of what makes it."""
-    versions = {"format": str(_FORMAT)}
-    for package in ("torch", "onnx", "onnxscript", "diffusers"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return ", ".join(f"{name} {value}" for name, value in versions.items())
+    """The versions that an exported graph depends on beside the network; part of a cache key."""
+    versions = {package: package_version(package) for package in ("torch", "onnx", "onnxscript", "diffusers")}
+    return ", ".join([f"format {_FORMAT}", *(f"{name} {value}" for name, value in versions.items() if value)])
 
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """The exporter reports optional packages that it does without (torchvision); that is no news to the user."""
+    """The exporter logs which optional packages it does not find (torchvision); users need not read that."""
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
     registration.setLevel(logging.ERROR)

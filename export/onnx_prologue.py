@@ -1,10 +1,10 @@
-"""What a plan's loop reads beside its state, written into the loop's own graph: constants, and nodes that run once.
+"""The step inputs of one plan, written into the graph of its loop: constants, and nodes that run once.
 
     plan     values that follow from the timestep        rows of a constant, one for each of D distinct timesteps
     prompt   values that follow from the conditioning    the partition's prompt graph, on the N samples
     call     values that follow from both                the partition's call graph, on all D·N pairs in one batch
 
-N is the network's batch, 2B where it is guided: the second half has the null label, or the negative prompts.
+N is the network's batch, 2B with guidance: the second half has the null label, or the negative prompts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def write_prologue(
     samples: str,
     guided: bool,
 ) -> None:
-    """Write all that `step`, the step network of `parts`, reads beside its state (skipstep.export.onnx_loop).
+    """Write all step inputs of `step`, the step network of `parts` (skipstep.export.onnx_loop).
 
     The graph has inputs class_labels, encoder_hidden_states and negative_encoder_hidden_states where the network has
     classes or prompts. `samples` names N, int64 [1].
@@ -56,7 +56,7 @@ def write_prologue(
     for name, values in tables.items():
         if prefix + name in read:
             writer.constant(values, values.dtype, to=f"{prefix}{name}/rows")
-    # Stage e of sample n has row place[e] of the constants, and row place[e]·N + n of what is computed for all pairs.
+    # Stage e of sample n reads row place[e] of the constants, and row place[e]·N + n of the values of all pairs.
     stage_place = writer.constant(place.reshape(-1, 1))
     if Binding.PLAN in step.conditions.values():
         shape = writer.add("Concat", writer.constant([len(place)]), samples, axis=0)

@@ -1,7 +1,7 @@
 """One step in ONNX, after the network and before it: the operations of kernels.step_numpy in their order.
 
-A row of the coefficient table comes as one value for each column, and says what is done: a term whose column is not in
-the row is not in the graph.
+A row of the coefficient table is given as one value for each column that is read (skipstep.export.onnx_table): a term
+whose column is not in the row is not in the graph.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 from onnx import TensorProto, ValueInfoProto, helper
 
 from skipstep.export.graph_writer import GraphWriter
-from skipstep.kernels.layout import Column
+from skipstep.export.onnx_table import WRITE_BASE
+from skipstep.kernels.layout import Column, StepFlags
 from skipstep.kernels.statistics import Thresholding, rank
-from skipstep.loops.loop_table import WRITE_BASE, LoopFeatures
 from skipstep.networks.spec import NetworkSpec
 
 _LAST = np.iinfo(np.int64).max
@@ -25,19 +25,20 @@ def write_step(
     writer: GraphWriter,
     state: Mapping[str, str],
     network: NetworkSpec,
-    features: LoopFeatures,
+    flags: StepFlags,
     *,
     output: ValueInfoProto,
     row: Mapping[int, str],
     noise: str | None,
+    thresholding: Thresholding | None,
 ) -> dict[str, str]:
-    """One step from what the network gave: the predicted image x0, and what x, memory and base of `state` become.
+    """One step from the network's `output`: the predicted image x0, and the next x, memory and base of `state`.
 
-    `row` has a value for each column of this step. Where it can be guided, the graph around has the values guidance
+    `row` has a value for each column of this step. With flags.guided the graph around has the values guidance
     `[B, 1]`, batch_size and minus_batch_size `[1]`.
     """
     x = state["x"]
-    out, variance = _predictions(writer, output, network, features)
+    out, variance = _predictions(writer, output, network, flags)
 
     def weighted(column: int, value: str) -> str:
         return writer.add("Mul", value, row[column])
@@ -50,8 +51,8 @@ def write_step(
     if Column.CLIP in row:
         # Min and Max keep NaN, where Clip need not.
         image = writer.add("Max", writer.add("Min", image, row[Column.CLIP]), writer.add("Neg", row[Column.CLIP]))
-    if features.thresholding is not None:
-        image = _threshold(writer, image, features.thresholding, network.num_elements)
+    if thresholding is not None:
+        image = _threshold(writer, image, thresholding, network.num_elements)
     eps = out
     if Column.EPS_X in row:
         eps = combined((Column.EPS_X, x), (Column.EPS_OUT, out))
@@ -85,23 +86,21 @@ def write_step(
 
 
 def _predictions(
-    writer: GraphWriter, output: ValueInfoProto, network: NetworkSpec, features: LoopFeatures
+    writer: GraphWriter, output: ValueInfoProto, network: NetworkSpec, flags: StepFlags
 ) -> tuple[str, str | None]:
-    """What the network predicts `[B, n]`, guidance included, and what it says of the variance."""
+    """The network's prediction `[B, n]`, guidance included, and its learned variance, if the step uses one."""
     out, variance = output.name, None
     if output.type.tensor_type.elem_type != TensorProto.FLOAT:
         out = writer.cast(out, TensorProto.FLOAT)
     flat = writer.constant([-1, network.num_elements])
     if network.learns_variance:
         out, wide = writer.split(out, 2, axis=1)
-        if features.learned_variance:
+        if flags.learned_variance:
             variance = writer.add("Reshape", wide, flat)
     out = writer.add("Reshape", out, flat)
-    if features.guided:
-        out, conditional = _guide(writer, out)
+    if flags.guided:
+        out = _guide(writer, out)
         variance = None if variance is None else _first_half(writer, variance)
-        if features.rescale:
-            out = _rescale(writer, out, conditional)
     return out, variance
 
 
@@ -109,34 +108,16 @@ def _first_half(writer: GraphWriter, value: str) -> str:
     return writer.add("Slice", value, writer.constant([0]), "batch_size", writer.constant([0]))
 
 
-def _guide(writer: GraphWriter, out: str) -> tuple[str, str]:
-    """u + guidance·(c - u), and c."""
+def _guide(writer: GraphWriter, out: str) -> str:
+    """u + guidance·(c - u)."""
     conditional = _first_half(writer, out)
     unconditional = writer.add("Slice", out, "minus_batch_size", writer.constant([_LAST]), writer.constant([0]))
     difference = writer.add("Sub", conditional, unconditional)
-    return writer.add("Add", unconditional, writer.add("Mul", "guidance", difference)), conditional
-
-
-def _rescale(writer: GraphWriter, guided: str, conditional: str) -> str:
-    """guided·(phi·std(conditional)/std(guided) + 1 - phi), where a prediction without spread counts as unchanged."""
-    axis = writer.constant([1])
-
-    def spread(value: str) -> str:
-        value = writer.cast(value, TensorProto.DOUBLE)
-        centred = writer.add("Sub", value, writer.add("ReduceMean", value, axis))
-        return writer.add("Sqrt", writer.add("ReduceMean", writer.add("Mul", centred, centred), axis))
-
-    of_guided = spread(guided)
-    one = writer.constant(1.0, np.float64)
-    constant = writer.add("Equal", of_guided, writer.constant(0.0, np.float64))
-    ratio = writer.add("Where", constant, one, writer.add("Div", spread(conditional), of_guided))
-    strength = writer.cast("rescale", TensorProto.DOUBLE)
-    factor = writer.add("Add", writer.add("Mul", strength, ratio), writer.add("Sub", one, strength))
-    return writer.add("Mul", guided, writer.cast(factor, TensorProto.FLOAT))
+    return writer.add("Add", unconditional, writer.add("Mul", "guidance", difference))
 
 
 def _threshold(writer: GraphWriter, image: str, parameters: Thresholding, num_elements: int) -> str:
-    """clamp(image, ±s)/s with each sample's own bound s (skipstep.kernels.statistics)."""
+    """clamp(image, ±s)/s, where s is a bound for each sample (skipstep.kernels.statistics)."""
     low, weight = rank(num_elements, parameters.quantile)
     largest, places = writer.name(), writer.name()
     count = writer.constant([num_elements - low])

@@ -23,10 +23,10 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 from onnxscript import optimizer
 
 from skipstep.errors import ExportError
+from skipstep.export.graph_writer import inner_graphs
 from skipstep.networks.graphs import BATCH, Binding, NetworkGraphs, Partition
 
 _BATCH_SIZE = "batch/size"  # int64 [1]; each graph counts the samples of one of its own inputs.
-
 
 # What each input of an exported network is known by. Inputs with other names are conditioning.
 _INPUT_BINDINGS: Mapping[str, Binding] = {"sample": Binding.STEP, "timestep": Binding.PLAN}
@@ -107,12 +107,11 @@ def _binding_of(node: NodeProto, bindings: Mapping[str, Binding]) -> Binding:
 
 
 def _captured(node: NodeProto) -> Iterable[str]:
-    """Names that a node's subgraphs read; those that they define themselves are nobody else's."""
-    for attribute in node.attribute:
-        for subgraph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-            for inner in subgraph.node:
-                yield from inner.input
-                yield from _captured(inner)
+    """Names that a node's subgraphs read; the names that they define themselves occur nowhere outside."""
+    for graph in inner_graphs(node):
+        for inner in graph.node:
+            yield from inner.input
+            yield from _captured(inner)
 
 
 def _shapes(graph: GraphProto) -> dict[str, list[int | str]]:

@@ -1,9 +1,8 @@
-"""A lowered network against the float32 one, on random inputs, before anybody builds an engine of it."""
+"""Step networks in half precision, each compared with the float32 one on random inputs before an engine is built."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import numpy as np
 import onnx
@@ -21,11 +20,22 @@ _LARGEST = float(np.finfo(np.float16).max)
 _REMEDY = "export with --precision bfloat16, which has float32's range, or float32"
 
 
+def step_graph(parts: Partition, precision: str) -> bytes:
+    """The step network in "float32", "float16" or "bfloat16". Raises ExportError where it cannot be lowered."""
+    step = parts.graphs.step
+    if precision == "float32":
+        return step
+    dtype: HalfPrecision = "float16" if precision == "float16" else "bfloat16"
+    lowered = lower_precision(step, dtype)
+    check_precision(lowered, step, dtype)
+    return lowered
+
+
 def check_precision(lowered: bytes, exact: bytes, dtype: HalfPrecision) -> float | None:
-    """How far `lowered` is off `exact`, relative to the largest output; None for bfloat16, which nothing here computes.
+    """The error of `lowered` against `exact`, relative to the largest output; None for bfloat16, which is not run here.
 
     Raises ExportError beyond HALF_TOLERANCE, and for a value that float16 cannot hold, by name. ONNX Runtime's CPU
-    rounds weights and inputs to float16 but may keep what is in between in float32, so ranges are looked at apart, in
+    rounds weights and inputs to float16 but may keep values in between in float32, so ranges are checked separately, in
     the float32 network.
     """
     if dtype == "bfloat16":
@@ -75,14 +85,3 @@ def _check_ranges(lowered: bytes, exact: bytes, given: Mapping[str, NDArray[np.g
                 expected=f"at most {_LARGEST:g}, the largest that float16 holds",
                 remedy=_REMEDY,
             )
-
-
-def step_graph(parts: Partition, precision: str) -> bytes:
-    """The step network in "float32", "float16" or "bfloat16". Raises ExportError where it cannot be lowered."""
-    step = parts.graphs.step
-    if precision == "float32":
-        return step
-    dtype: Literal["float16", "bfloat16"] = "float16" if precision == "float16" else "bfloat16"
-    lowered = lower_precision(step, dtype)
-    check_precision(lowered, step, dtype)
-    return lowered

@@ -1,10 +1,11 @@
 """What a bundle is made for, from the words of a command line.
 
-cpu              the whole loop as one ONNX graph, for ONNX Runtime; every bundle has it
-rtx:sm86         a TensorRT-RTX engine for that architecture
-sm_87            the step kernels compiled for that architecture
-tensorrt         the step network, for skipstep build to make an engine of where it will run
-server           a model repository for Triton Inference Server
+cpu              ONNX Runtime: the step network, its earlier parts and tables; every bundle holds them
+rtx:sm86         TensorRT-RTX engines for that architecture
+sm_87            step kernels compiled for that architecture
+tensorrt         the step network in the precision asked for; skipstep build makes engines of it on the device
+onnx-loop        the whole loop of each plan as one ONNX graph, for hosts that are not Python
+server           the same graphs as a model repository for Triton Inference Server
 """
 
 from __future__ import annotations
@@ -16,22 +17,25 @@ from dataclasses import dataclass
 from skipstep.errors import InputError
 from skipstep.export.tensorrt_engine import EngineTarget, parse_targets
 
+_OTHERS = {"tensorrt": "step_network", "onnx-loop": "onnx_loop", "server": "server"}
+
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """`engines` to build now, architectures of `kernels` to compile, and whether the rest is wanted."""
+    """`engines` to build now, architectures of `kernels` to compile, and which of the others are asked for."""
 
     engines: tuple[EngineTarget, ...] = ()
     kernels: tuple[int, ...] = ()
     step_network: bool = False
+    onnx_loop: bool = False
     server: bool = False
 
     @classmethod
     def parse(cls, words: Iterable[str]) -> Targets:
-        """Each word may hold several, with commas. Raises InputError for one that is none."""
+        """Each word may hold several targets with commas between them. Raises InputError for an unknown one."""
         engines: dict[EngineTarget, None] = {}
         kernels: dict[int, None] = {}
-        step_network = server = False
+        others = dict.fromkeys(_OTHERS.values(), False)
         for word in (part.strip() for each in words for part in each.split(",")):
             if word.startswith("rtx"):
                 engines.update(dict.fromkeys(parse_targets(word)))
@@ -41,14 +45,12 @@ class Targets:
                 from skipstep.export.cubins import parse_architecture
 
                 kernels[parse_architecture(word)] = None
-            elif word == "tensorrt":
-                step_network = True
-            elif word == "server":
-                server = True
+            elif word in _OTHERS:
+                others[_OTHERS[word]] = True
             elif word != "cpu":
                 raise InputError(
                     got=f"target {word!r}",
-                    expected="cpu, rtx:smNN, sm_NN, tensorrt or server",
+                    expected="cpu, rtx:smNN, sm_NN, tensorrt, onnx-loop or server",
                     remedy="name the architecture of the device, as in rtx:sm89 or sm_87",
                 )
-        return cls(tuple(engines), tuple(kernels), step_network, server)
+        return cls(tuple(engines), tuple(kernels), **others)

@@ -1,8 +1,8 @@
-"""Weights on disk in half the bytes where not a bit is lost: float16 in the file, a Cast in the graph.
+"""Weights in half the bytes on disk where no bit is lost: float16 in the file, a Cast in the graph.
 
-A float32 weight whose every element float16 holds exactly is stored as float16 and cast back ahead of the nodes of its
-own graph, inside a loop's body too. A runtime computes such casts when it loads the model, so what runs is what ran
-before; a network whose weights were rounded to float16 takes half the disk.
+A float32 weight of which float16 holds every element exactly is stored as float16 and cast back before the nodes of its
+own graph, also inside a loop's body. ONNX Runtime computes such casts when it loads the model, so the same operations
+run on the same numbers. A network whose weights were rounded to float16 takes half the disk.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 import onnx
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+
+from skipstep.export.graph_writer import inner_graphs
 
 
 def compress_weights(model: bytes) -> bytes:
@@ -25,6 +27,24 @@ def compress_weights(model: bytes) -> bytes:
     taken = {name for graph in graphs for name in _names(graph)}
     for graph in reversed(graphs):  # Inner ones first: a graph's nodes are written anew, with all that they hold.
         _compress(graph, taken)
+    return bytes(loaded.SerializeToString())
+
+
+def expand_weights(model: bytes) -> bytes:
+    """The model before `compress_weights`, for builders that take a weight only as it is: TensorRT's fusions do."""
+    loaded = onnx.load_from_string(model)
+    for graph in reversed(list(_graphs(loaded.graph))):
+        stored = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT16}
+        nodes = []
+        for node in graph.node:
+            # The form that `compress_weights` writes, and no cast of a network's own.
+            if node.op_type == "Cast" and node.input[0] in stored and node.name == node.input[0]:
+                half = numpy_helper.to_array(stored[node.input[0]])
+                stored[node.input[0]].CopyFrom(numpy_helper.from_array(half.astype(np.float32), node.output[0]))
+            else:
+                nodes.append(node)
+        del graph.node[:]
+        graph.node.extend(nodes)
     return bytes(loaded.SerializeToString())
 
 
@@ -67,12 +87,11 @@ def _free_name(name: str, taken: set[str]) -> str:
 
 
 def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    """The graph and all that its nodes hold."""
+    """The graph and all graphs inside its nodes."""
     yield graph
     for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-                yield from _graphs(inner)
+        for inner in inner_graphs(node):
+            yield from _graphs(inner)
 
 
 def _names(graph: GraphProto) -> Iterator[str]:

@@ -26,7 +26,7 @@ Spare columns are zero; a row is 128 bytes, one cache line.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from enum import IntEnum
 from typing import Final
 
@@ -85,3 +85,7 @@ class StepFlags:
     wide_output: bool = False
     guided: bool = False
     rescale: bool = False
+
+    def union(self, *others: StepFlags) -> StepFlags:
+        """The flags that are set in any of these."""
+        return StepFlags(*map(any, zip(*map(astuple, (self, *others)), strict=True)))

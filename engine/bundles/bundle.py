@@ -1,15 +1,15 @@
-"""A bundle: a compiled sampler in a folder, which runs without what it was compiled with.
+"""A bundle: a compiled sampler in a folder, which runs without the tools that compiled it.
 
-    manifest.json         what is in it (skipstep.bundles.manifest); manifest.sig signs it where somebody did
-    tables.safetensors    schedules, and each plan's coefficients, timesteps and what the network makes of them
-    golden.safetensors    samples that the builder drew, to be drawn again by skipstep verify
-    cpu/loop.onnx         the whole loop as one graph
-    network/*.onnx        the network by binding time
-    engines/, kernels/    TensorRT engines and step kernels by target
-    calibration.json      how long its plans take, by device, where somebody measured (skipstep.latency.calibration)
+    manifest.json         what is in it (skipstep.bundles.manifest); manifest.sig is its signature, where it is signed
+    tables.safetensors    schedules, and each plan's coefficients, timesteps and step inputs (skipstep.bundles.tables)
+    golden.safetensors    samples that the builder drew; skipstep verify draws them again
+    network/*.onnx        the network by binding time: plan, prompt, call, and step, which a loop runs at every stage
+    engines/, kernels/    TensorRT engines and step kernels, by target
+    onnx-loop/, server/   whole loops as ONNX graphs for other hosts, where asked for
+    calibration.json      measured latencies of its plans, by device (skipstep.latency.calibration)
 
-Nothing is parsed before its hash matches what the manifest says, and the very bytes that were hashed are the bytes
-that are parsed. Loading takes NumPy and ONNX Runtime; neither torch nor diffusers is imported.
+Nothing is parsed before its hash matches the manifest, and the very bytes that were hashed are the bytes that are
+parsed. Loading needs NumPy and ONNX Runtime; neither torch nor diffusers is imported.
 """
 
 from __future__ import annotations
@@ -23,19 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 from skipstep.bundles.manifest import FILE_NAME, MAX_BYTES, SIGNATURE_NAME, EngineEntry, Manifest
 from skipstep.bundles.reader import parse_manifest
-from skipstep.errors import (
-    BundleError,
-    DeviceUnavailableError,
-    SignatureError,
-)
+from skipstep.errors import BundleError, DeviceUnavailableError, SignatureError
 from skipstep.storage.atomic import read_up_to, read_verified
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-# ONNX graphs may keep tensors in files of their own, which a runtime would open wherever the path leads. Such a tensor
-# says so by this key; without the word in its bytes a graph is complete in itself.
+# ONNX graphs may keep tensors in separate files, which a runtime would open wherever the path leads. Such a tensor has
+# an entry with this key; a graph whose bytes do not contain the word is complete in itself.
 _EXTERNAL = b"location"
 
 
@@ -43,7 +39,7 @@ _EXTERNAL = b"location"
 class Bundle:
     """A folder whose manifest has been read. `read` gives a file's bytes, verified.
 
-    `signed_bytes` are the manifest's own; `signed` says that there is a signature, not that somebody checked it.
+    `signed_bytes` are the manifest's; `signed` is whether a signature exists, not whether it was checked.
     """
 
     path: Path
@@ -90,28 +86,28 @@ def read_engine(
 ) -> tuple[bytes, EngineEntry]:
     """The TensorRT engine of a bundle that this device and library can run, verified, for a network batch size.
 
-    An engine runs on the architecture and with the library version that it was built for; anything else may crash
-    instead of failing, so it is refused here. `library` is "tensorrt" or "tensorrt_rtx", `compute_capability` 86 for
-    8.6. Raises DeviceUnavailableError, which lists what there is, and IntegrityError.
+    An engine runs on the architecture and with the library version that it was built for; any other combination may
+    crash, so it is refused here. `library` is "tensorrt" or "tensorrt_rtx", `compute_capability` 86 for 8.6. Raises
+    DeviceUnavailableError, which lists the engines of the bundle, and IntegrityError.
     """
-    wanted = {
+    requested = {
         "library": library,
         "library_version": version,
         "compute_capability": compute_capability,
         "batch_size": batch_size,
     }
-    engines = [(entry, {name: _engine_fact(entry, name) for name in wanted}) for entry in bundle.manifest.engines]
+    engines = [(entry, {name: _engine_fact(entry, name) for name in requested}) for entry in bundle.manifest.engines]
     for entry, facts in engines:
-        if facts == wanted:
+        if facts == requested:
             return bundle.read(entry.file), entry
 
     def described(facts: Mapping[str, Any]) -> str:
         return "{library} {library_version} for sm_{compute_capability} at batch {batch_size}".format(**facts)
 
     raise DeviceUnavailableError(
-        got=f"a device and library that need {described(wanted)}",
+        got=f"a device and library that need {described(requested)}",
         expected="; or ".join(described(facts) for _, facts in engines) or "engines: this bundle has none",
-        remedy="build engines on this device: skipstep build, on a bundle exported with --target tensorrt",
+        remedy="build engines on this device with skipstep build",
     )
 
 
@@ -161,7 +157,7 @@ def is_bundle(path: str | os.PathLike[str]) -> bool:
 
 
 def _read_small(folder: Path, name: str, limit: int) -> bytes | None:
-    """A file of at most `limit` bytes, None where there is none. Raises BundleError for anything but a regular file."""
+    """The bytes of a file of at most `limit` bytes; None if it does not exist. Raises BundleError for other kinds."""
     try:
         fd = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:

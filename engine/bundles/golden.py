@@ -1,4 +1,4 @@
-"""Golden samples: what the builder of a bundle drew, so that any machine can tell whether it draws the same."""
+"""Golden samples: the builder of a bundle draws them and stores them; any machine can draw them again and compare."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from skipstep.calls.request import Conditions
 from skipstep.errors import IntegrityError
 
 if TYPE_CHECKING:
-    from skipstep.loops.runner import Sampler
+    from skipstep.loops.contract import Sampler
 
 GOLDEN_FILE: Final = "golden.safetensors"
 _SEEDS = (0, 1)
 _GUIDANCE = 2.0
 # Root mean square of the difference over that of the samples. Processors sum a float32 convolution in different
-# orders, and the first steps magnify that; another network, plan or seed is off by more than a hundred times this.
+# orders, and the first steps magnify that; with another network, plan or seed the error is over a hundred times this.
 _TOLERANCE = 2e-3
 
 
 def draw_golden(sampler: Sampler) -> tuple[GoldenEntry, dict[str, NDArray[Any]]]:
-    """Draw two samples with the shortest plan, guided where the network can be; the entry, and the arrays to keep."""
+    """Draw two samples with the shortest plan, guided if the network can be: the entry, and the arrays to store."""
     network = sampler.network
     plan = min(sampler.plans.values(), key=lambda plan: (plan.num_evaluations, plan.key))
     arrays: dict[str, NDArray[Any]] = {}
@@ -48,8 +48,8 @@ def draw_golden(sampler: Sampler) -> tuple[GoldenEntry, dict[str, NDArray[Any]]]
 
 
 def replay_golden(sampler: Sampler, golden: GoldenEntry | None, arrays: Mapping[str, NDArray[Any]]) -> float:
-    """Draw them again; how far off they are, as the tolerance is measured. Raises IntegrityError beyond it."""
-    assert golden is not None, "the caller looked"
+    """Draw them again and return the error, measured like the tolerance. Raises IntegrityError beyond it."""
+    assert golden is not None, "the caller has checked"
     expected = arrays.get("x_0")
     drawn = _draw(sampler, golden, arrays)
     error = np.inf
@@ -57,7 +57,7 @@ def replay_golden(sampler: Sampler, golden: GoldenEntry | None, arrays: Mapping[
         error = float(np.sqrt(np.mean((drawn - expected) ** 2) / np.mean(expected**2)))
     if not error <= golden.tolerance:
         raise IntegrityError(
-            got=f"golden samples that are off by {error:.2g} of their size",
+            got=f"golden samples with a relative error of {error:.2g}",
             expected=f"at most {golden.tolerance:g}",
             remedy="do not use this bundle here; export it again, and report the machine if it persists",
         )

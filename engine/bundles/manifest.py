@@ -1,17 +1,18 @@
-"""A bundle's manifest: what is in it, what for, and the size and sha256 of every file (read by manifest_reader)."""
+"""A bundle's manifest: its contents and their purpose, and the size and sha256 of every file.
+
+Schema 2: the step network is stored once, for every plan and batch size. skipstep.bundles.reader reads a manifest.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from skipstep.loops.loop_table import LoopFeatures
 from skipstep.networks.spec import NetworkSpec
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 FILE_NAME: Final = "manifest.json"
 SIGNATURE_NAME: Final = "manifest.sig"
 MAX_BYTES: Final = 16 << 20
@@ -27,10 +28,9 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class PlanEntry:
-    """A plan: its key, the options that make it (skipstep.plans.plan), and the schedule that they refer to, by number.
+    """A plan: its key, the options that make it (skipstep.plans.plan), and the number of its schedule.
 
-    Its tables are in the tables file: KEY/coefficients, KEY/timesteps, and KEY/values/NAME for what the network
-    computes of its distinct timesteps.
+    Its arrays are in the tables file (skipstep.bundles.tables).
     """
 
     key: str
@@ -39,16 +39,21 @@ class PlanEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class LoopEntry:
-    """A whole-loop graph, and what it can do."""
+class SamplerEntry:
+    """One plan's whole loop as one self-contained ONNX graph (skipstep.export.onnx_sampler), for other hosts.
+
+    `plan` is the plan's key, `form` "loop" or "unrolled"; a `guided` one takes guidance_scale.
+    """
 
     file: str
-    features: LoopFeatures
+    plan: str
+    form: str
+    guided: bool
 
 
 @dataclass(frozen=True, slots=True)
 class EngineEntry:
-    """A TensorRT engine; `facts` are what its builder said of it (skipstep.export.tensorrt_engine)."""
+    """A TensorRT engine; `facts` is what its builder reports (skipstep.export.tensorrt_engine)."""
 
     file: str
     target: str
@@ -66,9 +71,9 @@ class KernelEntry:
 
 @dataclass(frozen=True, slots=True)
 class GoldenEntry:
-    """Samples that the builder drew: `file` holds x_0, and drawing them again must come this close.
+    """Samples that the builder drew: `file` holds x_0.
 
-    `tolerance` bounds the root mean square of the difference over that of x_0.
+    `tolerance` bounds the root mean square of the difference of a later drawing, over the root mean square of x_0.
     """
 
     file: str
@@ -81,10 +86,12 @@ class GoldenEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The whole of it. `graphs` names the files of the network's parts (plan, prompt, call, step and its halves).
+    """The whole manifest.
 
-    `defaults` are the options of a step count's plan, with `default_schedule`; None where the model names none.
-    `calibration` is the file of measured latencies (skipstep.latency.calibration), None where nobody measured.
+    `graphs` names the files of the network's parts: plan, prompt and call where the network has them; always step, in
+    float32; and step-float16 or step-bfloat16 where a GPU target needs it. `defaults`, with `default_schedule`, are the
+    options of the plan of a step count; None where the model has no scheduler configuration. `calibration` is the file
+    of measured latencies (skipstep.latency.calibration), None for a bundle that was never calibrated.
     """
 
     model: str
@@ -94,7 +101,6 @@ class Manifest:
     batch_sizes: tuple[int, ...]
     plans: tuple[PlanEntry, ...]
     graphs: Mapping[str, str]
-    loops: tuple[LoopEntry, ...]
     tables: str
     golden: GoldenEntry | None
     files: Mapping[str, FileEntry]
@@ -104,6 +110,7 @@ class Manifest:
     default_schedule: int | None = None
     engines: tuple[EngineEntry, ...] = ()
     kernels: tuple[KernelEntry, ...] = ()
+    samplers: tuple[SamplerEntry, ...] = ()
     calibration: str | None = None
     schema: int = field(default=SCHEMA)
 
@@ -111,9 +118,5 @@ class Manifest:
         """The same manifest always gives the same bytes."""
         contents = asdict(self)
         if self.calibration is None:
-            del contents["calibration"]  # A bundle that was never calibrated has the bytes that it always had.
-        for loop in contents["loops"]:
-            thresholding = loop["features"]["thresholding"]
-            if thresholding is not None and math.isinf(thresholding["maximum"]):
-                thresholding["maximum"] = None  # JSON has no infinity.
+            del contents["calibration"]  # Calibrating a bundle adds the field; nothing else in the manifest changes.
         return (json.dumps(contents, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()

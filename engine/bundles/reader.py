@@ -13,13 +13,11 @@ from skipstep.bundles.manifest import (
     FileEntry,
     GoldenEntry,
     KernelEntry,
-    LoopEntry,
     Manifest,
     PlanEntry,
+    SamplerEntry,
 )
 from skipstep.errors import BundleError, InputError
-from skipstep.kernels.statistics import Thresholding
-from skipstep.loops.loop_table import LoopFeatures
 from skipstep.networks.spec import NetworkSpec
 from skipstep.storage.atomic import check_relative_name
 from skipstep.storage.untrusted import (
@@ -27,7 +25,6 @@ from skipstep.storage.untrusted import (
     Fields,
     malformed,
     parse_json,
-    read_boolean,
     read_file_name,
     read_integer,
     read_list,
@@ -49,7 +46,9 @@ def parse_manifest(data: bytes) -> Manifest:
         raise BundleError(
             got=f"a bundle of schema {schema}",
             expected=f"schema {SCHEMA}, which this version of skipstep reads",
-            remedy="upgrade skipstep" if schema > SCHEMA else "export the bundle again",
+            remedy="upgrade skipstep"
+            if schema > SCHEMA
+            else "export it again from the model with this version: skipstep export --overwrite",
         )
     try:
         manifest = _manifest(top)
@@ -70,7 +69,6 @@ def _manifest(top: Fields) -> Manifest:
         batch_sizes=tuple(top.each("batch_sizes", lambda v, w: read_integer(v, w, 1, MAX_ITEMS))),
         plans=tuple(top.each("plans", read_object(_plan))),
         graphs=top.mapping("graphs", read_file_name),
-        loops=tuple(top.each("loops", read_object(_loop))),
         tables=read_file_name(top.take("tables"), f"{FILE_NAME}.tables"),
         golden=top.optional("golden", read_object(_golden)),
         files=top.mapping("files", read_object(_file)),
@@ -80,6 +78,7 @@ def _manifest(top: Fields) -> Manifest:
         default_schedule=top.optional("default_schedule", lambda v, w: read_integer(v, w, 0, MAX_ITEMS)),
         engines=tuple(top.each("engines", read_object(_engine))),
         kernels=tuple(top.each("kernels", read_object(_kernel))),
+        samplers=tuple(top.each("samplers", read_object(_sampler))),
         calibration=top.added("calibration", read_file_name),
     )
 
@@ -91,7 +90,7 @@ def _check_references(manifest: Manifest) -> None:
     named = {
         manifest.tables,
         *manifest.graphs.values(),
-        *(each.file for group in (manifest.loops, manifest.engines, manifest.kernels) for each in group),
+        *(each.file for group in (manifest.engines, manifest.kernels, manifest.samplers) for each in group),
         *([] if manifest.golden is None else [manifest.golden.file]),
         *([] if manifest.calibration is None else [manifest.calibration]),
     }
@@ -102,8 +101,13 @@ def _check_references(manifest: Manifest) -> None:
         raise malformed(f"{FILE_NAME}.plans", "two plans of one key")
     if manifest.golden is not None and manifest.golden.plan not in keys:
         raise malformed(f"{FILE_NAME}.golden", f"the plan {manifest.golden.plan!r}, which is not among plans")
-    if not manifest.batch_sizes or not manifest.plans or not manifest.loops:
-        raise malformed(f"{FILE_NAME}.plans, loops or batch_sizes", "none")
+    for sampler in manifest.samplers:
+        if sampler.plan not in keys:
+            raise malformed(f"{FILE_NAME}.samplers", f"the plan {sampler.plan!r}, which is not among plans")
+    if not manifest.batch_sizes or not manifest.plans:
+        raise malformed(f"{FILE_NAME}.plans or batch_sizes", "none")
+    if "step" not in manifest.graphs:
+        raise malformed(f"{FILE_NAME}.graphs", "no step network")
 
 
 def _network(fields: Fields) -> NetworkSpec:
@@ -134,21 +138,13 @@ def _plan(fields: Fields) -> PlanEntry:
     )
 
 
-def _loop(fields: Fields) -> LoopEntry:
-    def features(inner: Fields) -> LoopFeatures:
-        thresholding = inner.optional("thresholding", read_object(_thresholding))
-        return LoopFeatures(**inner.all(read_boolean), thresholding=thresholding)
-
-    try:
-        return LoopEntry(read_file_name(fields.take("file"), "loops.file"), fields.nested("features", features))
-    except TypeError as error:
-        raise malformed(f"{FILE_NAME}.loops.features", str(error)) from error
-
-
-def _thresholding(fields: Fields) -> Thresholding:
-    quantile = fields.number("quantile", low=0.0, high=1.0)
-    maximum = fields.optional("maximum", lambda v, w: read_number(v, w, 1.0, math.inf))
-    return Thresholding(quantile, math.inf if maximum is None else maximum)
+def _sampler(fields: Fields) -> SamplerEntry:
+    return SamplerEntry(
+        file=read_file_name(fields.take("file"), "samplers.file"),
+        plan=fields.hexadecimal("plan", 16),
+        form=fields.text("form"),
+        guided=fields.boolean("guided"),
+    )
 
 
 def _engine(fields: Fields) -> EngineEntry:

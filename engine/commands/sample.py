@@ -105,9 +105,9 @@ def run(options: argparse.Namespace) -> None:
 
 def open_engine(options: argparse.Namespace, *, batch_sizes: Sequence[int]) -> Engine:
     """The engine of `options.model`: loaded from a bundle, or compiled from a diffusers folder."""
+    from skipstep import load
     from skipstep.bundles.bundle import is_bundle
     from skipstep.engine import Engine
-    from skipstep.loading import load
 
     if not is_bundle(options.model):
         return Engine.build(

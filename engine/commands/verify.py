@@ -20,9 +20,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from skipstep import load
     from skipstep.bundles.bundle import open_bundle
     from skipstep.bundles.golden import replay_golden
-    from skipstep.loading import load
 
     shipped = options.bundle == SHIPPED_BUNDLE
     bundle = open_bundle(options.bundle, require_signature=options.require_signature, allow_hard_links=shipped)

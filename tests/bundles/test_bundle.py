@@ -20,7 +20,7 @@ from tiny_networks import tiny_unet
 from tolerances import BACKENDS_AGREE
 
 import skipstep
-from skipstep import Engine, NoiseSchedule, Plan
+from skipstep import Engine, NoiseSchedule, Plan, load
 from skipstep.bundles.bundle import is_bundle, open_bundle
 from skipstep.errors import (
     BundleError,
@@ -32,7 +32,6 @@ from skipstep.errors import (
     SkipstepError,
     StorageError,
 )
-from skipstep.loading import load
 
 SCHEDULE = NoiseSchedule.cosine(1000)
 PLANS = [

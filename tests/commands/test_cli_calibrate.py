@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from skipstep import load
 from skipstep.bundles.bundle import open_bundle
 from skipstep.commands.main import main
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.latency.measure import calibrate
-from skipstep.loading import load
 
 QUICK = ("--steps", "10", "--batch", "1", "--repeats", "3", "--seconds", "1")
 

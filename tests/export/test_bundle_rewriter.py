@@ -131,7 +131,7 @@ def test_damaged_latencies_are_not_loaded(bundle):
 def test_an_engine_is_saved_with_what_was_measured_of_it(engine, saved, tmp_path):
     extra = Calibration(HERE, {**measured(saved).latencies, RunKind("f" * 16, 1, False): LATENCY})
     request = BundleRequest(name="tiny", license="MIT", calibration=extra)
-    write_bundle(engine, engine._built.parts(), tmp_path / "bundle", request)
+    write_bundle(engine, engine.source.partition(), tmp_path / "bundle", request)
     loaded = load(tmp_path / "bundle")
     assert loaded.calibration == measured(saved)
     np.testing.assert_array_equal(loaded.sample(steps=2, seeds=1), engine.sample(steps=2, seeds=1))

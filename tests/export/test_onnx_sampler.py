@@ -40,13 +40,13 @@ SCALES = [2.0, 3.0, 1.5]
 X_T = np.random.default_rng(0).standard_normal((3, 1, 8, 8), dtype=np.float32)
 
 
-def engine_of(network, plans, *, loop="onnx", **options):
+def engine_of(network, plans, **options):
     given = {"batch_sizes": [len(X_T)], "backend": "onnxruntime", "device": "cpu", "schedule": SCHEDULE, **options}
-    return Engine.build(network, plans=plans, loop=loop, **given)
+    return Engine.build(network, plans=plans, **given)
 
 
 def sampler_of(engine, plan, **options):
-    graph = build_sampler(engine._built.parts(), engine.network, plan, **options)
+    graph = build_sampler(engine.source.partition(), engine.network, plan, **options)
     onnx.checker.check_model(onnx.load_from_string(graph), full_check=True)
     return InferenceSession(graph, providers=["CPUExecutionProvider"])
 
@@ -190,18 +190,10 @@ def test_a_unet_keeps_its_weights_once(unet, name, form):
     for batch_size in (3, None):
         found = run(sampler_of(unet, plan, batch_size=batch_size, guided=True, form=form), plan, **given)
         np.testing.assert_allclose(found["x_0"], samples, rtol=0, atol=STATIC_SHAPES * np.abs(samples).max())
-    network = unet._built.parts().graphs
+    network = unet.source.partition().graphs
     whole = sum(len(graph) for graph in (*network.before_loop.values(), network.step))
-    graph = build_sampler(unet._built.parts(), unet.network, plan, guided=True)
+    graph = build_sampler(unet.source.partition(), unet.network, plan, guided=True)
     assert len(graph) < whole + 20_000
-
-
-def test_equals_the_stepwise_loop_too(labelled):
-    stepwise = engine_of(Small().eval(), list(PLANS.values()), loop="stepwise", **LABELLED)
-    for name in ("eta", "heun"):
-        samples, _, given = expected_and_given(stepwise, PLANS[name], guided=True)
-        found = run(sampler_of(labelled, PLANS[name], batch_size=None, guided=True), PLANS[name], **given)
-        np.testing.assert_array_equal(found["x_0"], samples)
 
 
 @pytest.mark.parametrize("form", ["loop", "unrolled"])
@@ -225,12 +217,12 @@ def test_a_learned_variance_scales_the_noise(form):
 def test_an_unrolled_stage_does_what_its_flags_say_and_no_more(labelled):
     """Of DPM-Solver++ 2M the first step has no memory to read and the last writes none."""
     plan = PLANS["dpm_solver_pp_2m"]
-    graph = build_sampler(labelled._built.parts(), labelled.network, plan, form="unrolled")
+    graph = build_sampler(labelled.source.partition(), labelled.network, plan, form="unrolled")
     model = onnx.load_from_string(graph).graph
     assert not any(node.op_type in ("Loop", "Equal", "Where") for node in model.node)
     weights = [tensor.name for tensor in model.initializer if tensor.name.endswith("first.weight")]
     assert len(weights) == 1
-    lean = build_sampler(labelled._built.parts(), labelled.network, PLANS["ddim"], form="unrolled")
+    lean = build_sampler(labelled.source.partition(), labelled.network, PLANS["ddim"], form="unrolled")
     added = len(model.node) - len(onnx.load_from_string(lean).graph.node)
     flags = plan.stage_flags
     reads, writes = sum(f.read_memory for f in flags), sum(f.write_memory for f in flags)
@@ -250,7 +242,7 @@ def test_nan_reaches_the_output(labelled):
 def test_what_does_not_fit_is_refused():
     plan = PLANS["ddim"]
     engine = engine_of(Curve(), [plan], sample_shape=(1, 8, 8))
-    parts, network = engine._built.parts(), engine.network
+    parts, network = engine.source.partition(), engine.network
     with pytest.raises(InputError, match="guided=True"):
         build_sampler(parts, network, plan, guided=True)
     with pytest.raises(InputError, match="form='flat'"):

@@ -35,7 +35,7 @@ def graphs():
         num_classes=9,
         null_label=9,
     )
-    parts, network = engine._built.parts(), engine.network
+    parts, network = engine.source.partition(), engine.network
     return {
         "open": build_sampler(parts, network, QUIET, batch_size=None, guided=True),
         "fixed": build_sampler(parts, network, QUIET, batch_size=2),
