@@ -98,7 +98,7 @@ evaluate: $(VENV)/.dev $(DATA)
 
 bundle: $(VENV)/.dev
 	$(BIN)/skipstep export --model engine/demo/fashion-mnist --out engine/demo/fashion-mnist.bundle --overwrite \
-		--license "Apache-2.0; trained on Fashion-MNIST (MIT)" --steps 10 20 50 --any-plan
+		--license "Apache-2.0; trained on Fashion-MNIST (MIT)" --steps 10 20 50
 
 fuzz: $(VENV)/.test
 	SKIPSTEP_FUZZ=50000 $(BIN)/python -m pytest tests/bundles/test_manifest.py tests/bundles/test_bundle.py -k "any_" --timeout 7200

@@ -18,7 +18,8 @@ from typing import Any, Final
 
 from skipstep.bench.markdown import describe_environment, markdown
 from skipstep.bench.record import write_json
-from skipstep.export.cubins import ARCHITECTURES, DTYPES, VARIANTS, KernelFacts, inspect_step
+from skipstep.export.cubins import ARCHITECTURES
+from skipstep.export.kernel_inspection import DTYPES, VARIANTS, KernelFacts, inspect_step
 from skipstep.kernels.launch import DEFAULT_LAUNCH, StepLaunch
 from skipstep.kernels.layout import StepFlags
 

@@ -1,11 +1,8 @@
 """The step kernel compiled ahead of time, for any NVIDIA architecture, on a machine without a GPU.
 
 `compile_step_kernels` makes what skipstep.edge.launcher runs on a machine without Triton: cubins, each with the facts
-that a launch needs. What the compiler says is taken from the compiler: the arguments are those of the PTX, checked
-against the kernel's own, and shared memory and registers those of the machine code.
-
-`inspect_step` says what the compiler made of a variant: registers, spills, local memory, and the width and number of
-accesses to global memory. Tests assert on these, and skipstep.bench.step_codegen records them.
+that a launch needs. The facts come from the compiler's output: arguments from the PTX, checked against the kernel's
+declaration; shared memory and registers from the machine code.
 """
 
 from __future__ import annotations
@@ -46,17 +43,6 @@ except ImportError as error:
 # 87: Orin; 110: Thor; 100, 103, 120 and 121: Blackwell, where no cubin of one runs on another. There is no 101.
 ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 
-# From what plain DDIM costs to what everything of DDIM at once costs, and the solvers that remember.
-VARIANTS: Mapping[str, StepFlags] = {
-    "plain": StepFlags(),
-    "clip": StepFlags(clip=True),
-    "everything": StepFlags(clip=True, rederive_eps=True, add_noise=True, guided=True),
-    "multistep": StepFlags(add_state=True, read_memory=True, write_memory=True),
-    "runge_kutta": StepFlags(read_base=True, read_memory=True, write_memory=True),
-    "learned_variance": StepFlags(clip=True, add_state=True, add_noise=True, learned_variance=True, wide_output=True),
-}
-DTYPES = ("fp16", "fp32")
-
 # The compiler may only use wide accesses where it knows that addresses are multiples of 16 bytes.
 _ALIGNED = [["tt.divisibility", POINTER_ALIGNMENT]]
 
@@ -78,29 +64,6 @@ class StepBinary:
     facts: StepBinaryFacts
     cubin: bytes
     ptx: str
-
-
-@dataclass(frozen=True, slots=True)
-class KernelFacts:
-    """One compiled kernel. Accesses are per thread: "ld.v4.b32" → how many instructions of that form.
-
-    `machine_accesses` are those of the machine code, by kind and bits: "LDG.128". Accesses to shared memory exchange
-    elements between threads, where the network's dtype is narrower than the state and both are still to be read and
-    written 16 bytes at a time; `barriers` are what threads wait at for each other there.
-    """
-
-    arch: int
-    variant: str
-    dtype: str
-    registers: int
-    stack_bytes: int
-    local_bytes: int
-    spill_instructions: int
-    fused_multiply_adds: int
-    shared_accesses: int
-    barriers: int
-    global_accesses: Mapping[str, int]
-    machine_accesses: Mapping[str, int]
 
 
 def parse_architecture(name: str) -> int:
@@ -172,8 +135,8 @@ def _compile_binary(
 ) -> StepBinary:
     multiple = POINTER_ALIGNMENT if num_elements % POINTER_ALIGNMENT == 0 else 1
     constants = step_constants(flags, per_sample=per_sample, store_x0=store_x0)
-    pointers = _step_pointers(_TRITON_TYPES[dtype])
-    compiled = _compile(ddim_step_kernel, architecture, pointers, constants, wide=multiple > 1)
+    pointers = step_pointers(_TRITON_TYPES[dtype])
+    compiled = compile_for(ddim_step_kernel, architecture, pointers, constants, wide=multiple > 1)
     ptx, cubin, metadata = compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
         raise ExportError(
@@ -181,7 +144,7 @@ def _compile_binary(
             expected="one that needs neither, as the launcher gives it neither",
             remedy="compile without profiling or instrumentation",
         )
-    usage = _resource_usage(cubin)
+    usage = resource_usage(cubin)
     facts = StepBinaryFacts(
         architecture=architecture,
         target=_search(r"^\.target\s+(\w+)", ptx),
@@ -220,35 +183,14 @@ def _arguments(ptx: str, types: Mapping[str, str]) -> tuple[KernelArgument, ...]
     return tuple(arguments)
 
 
-def _step_pointers(dtype: str) -> dict[str, str]:
+def step_pointers(dtype: str) -> dict[str, str]:
     """The step kernel's pointers in Triton's types; the network in `dtype`, one of Triton's too."""
     types = argument_types("float32")
     pointers = {name: f"*{_TRITON_TYPES[kind[1:]]}" for name, kind in types.items() if kind.startswith("*")}
     return pointers | {"output_ptr": f"*{dtype}", "network_input_ptr": f"*{dtype}"}
 
 
-def compile_step(
-    arch: int, flags: StepFlags, dtype: str, *, launch: StepLaunch = DEFAULT_LAUNCH, checked: bool = False
-) -> tuple[str, bytes]:
-    """PTX and cubin of `ddim_step_kernel` for sm_`arch`, the network in `dtype` ("fp16", "bf16" or "fp32")."""
-    constants = step_constants(flags, per_sample=False, store_x0=False, checked=checked)
-    return compile_kernel(ddim_step_kernel, arch, _step_pointers(dtype), constants, launch=launch)
-
-
-def compile_kernel(
-    kernel: Any,
-    arch: int,
-    pointers: Mapping[str, str],
-    constants: Mapping[str, bool],
-    *,
-    launch: StepLaunch = DEFAULT_LAUNCH,
-) -> tuple[str, bytes]:
-    """PTX and cubin of a kernel over (pointers, num_elements, stage, constants, BLOCK), launched as the step is."""
-    compiled = _compile(kernel, arch, pointers, constants, wide=True, launch=launch)
-    return compiled.asm["ptx"], compiled.asm["cubin"]
-
-
-def _compile(
+def compile_for(
     kernel: Any,
     arch: int,
     pointers: Mapping[str, str],
@@ -279,55 +221,14 @@ def _compile(
         )
 
 
-def inspect_step(
-    arch: int, variant: str, dtype: str, *, launch: StepLaunch = DEFAULT_LAUNCH, checked: bool = False
-) -> KernelFacts:
-    """Compile one variant and read the facts out of its PTX, its cubin and its machine code.
-
-    `checked`: with the mark for samples that are not finite, as loops on a GPU launch it.
-    """
-    ptx, cubin = compile_step(arch, VARIANTS[variant], dtype, launch=launch, checked=checked)
-    return inspect_kernel(ptx, cubin, arch=arch, variant=variant, dtype=dtype)
-
-
-def inspect_kernel(ptx: str, cubin: bytes, *, arch: int, variant: str, dtype: str) -> KernelFacts:
-    resources, sass = _resource_usage(cubin), _dump(cubin, "-sass")
-    accesses: dict[str, int] = {}
-    for form in re.findall(r"(?:ld|st)\.global(?:\.\w+)*", ptx):
-        operation, *_, width = form.split(".")
-        vector = next((part for part in form.split(".") if re.fullmatch(r"v\d", part)), "v1")
-        key = f"{operation}.{vector}.{width}"
-        accesses[key] = accesses.get(key, 0) + 1
-    machine: dict[str, int] = {}
-    for form in re.findall(r"\b(?:LDG|STG)(?:\.\w+)*", sass):  # LDG.E.128.SYS; of 32 bits where it says none.
-        kind, *rest = form.split(".")
-        key = f"{kind}.{next(filter(str.isdigit, rest), 32)}"
-        machine[key] = machine.get(key, 0) + 1
-    return KernelFacts(
-        arch=arch,
-        variant=variant,
-        dtype=dtype,
-        registers=resources["REG"],
-        stack_bytes=resources["STACK"],
-        local_bytes=resources["LOCAL"],
-        spill_instructions=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        # In PTX, where every operation of ours stands; machine code has more, inside the exact square root.
-        fused_multiply_adds=len(re.findall(r"\bfma\.", ptx)),
-        shared_accesses=len(re.findall(r"\b(?:ld|st)\.shared|ldmatrix|stmatrix", ptx)),
-        barriers=len(re.findall(r"\bbar(?:rier)?\.(?:cta\.)?sync", ptx)),
-        global_accesses=accesses,
-        machine_accesses=machine,
-    )
-
-
-def _resource_usage(cubin: bytes) -> dict[str, int]:
-    usage = _dump(cubin, "-res-usage")
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    usage = dump_cubin(cubin, "-res-usage")
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
 
 
 def _toolkit(cubin: bytes) -> str:
     """Release of the assembler, "12.9": older cubins say 129 instead."""
-    release = _search(r"toolkit\s*=\s*([\d.]+)", _dump(cubin, "-elf"))
+    release = _search(r"toolkit\s*=\s*([\d.]+)", dump_cubin(cubin, "-elf"))
     return release if "." in release else f"{release[:-1]}.{release[-1]}"
 
 
@@ -342,7 +243,7 @@ def _search(pattern: str, text: str) -> str:
     return found[1]
 
 
-def _dump(cubin: bytes, option: str) -> str:
+def dump_cubin(cubin: bytes, option: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "step.cubin"

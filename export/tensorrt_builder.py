@@ -1,11 +1,10 @@
-"""The process that builds an engine: a graph in, an engine or one of our errors out.
+"""The process that builds a TensorRT engine: a graph in, an engine or one of our errors out.
 
-The library is native code that a graph can crash, so all that can be refused is refused before it sees the graph: an
-installation or device that cannot serve, bytes that are no valid graph, files beside it, dtypes that it would change,
-shapes without bounds, operators that it lacks.
+The library is native code that a graph can crash, so whatever can be refused is refused before the library reads the
+graph: an installation or device that cannot be used, and graphs that skipstep.export.tensorrt_graph refuses.
 
-skipstep.export.tensorrt_engine starts this as `python -P -m skipstep.export.tensorrt_builder` and says on standard
-input what to build: a line of JSON, then the graph's bytes and the timing cache's.
+skipstep.export.tensorrt_engine starts this as `python -P -m skipstep.export.tensorrt_builder` and writes the request to
+its standard input: a line of JSON, then the bytes of the graph and of the timing cache.
 """
 
 from __future__ import annotations
@@ -19,28 +18,14 @@ import signal
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from skipstep.cuda.probe import cuda_device
 from skipstep.errors import ExportError, InputError, MissingDependencyError, SkipstepError
 from skipstep.export.tensorrt_engine import EXTRAS, Library, Progress
+from skipstep.export.tensorrt_graph import BATCH, batch_profile, checked_graph, messages
 
-BATCH = "batch"
-# What a strongly typed network holds. The parser would turn float64 into float32 without a word.
-_DTYPES = (
-    "FLOAT",
-    "FLOAT16",
-    "BFLOAT16",
-    "FLOAT8E4M3FN",
-    "FLOAT4E2M1",
-    "INT64",
-    "INT32",
-    "INT8",
-    "UINT8",
-    "INT4",
-    "BOOL",
-)
 _DTYPE_NAMES: Mapping[str, str] = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 _NO_DEVICE = "build on the machine that will run the engine, or name an architecture, as in rtx:sm86"
 _SECONDS_BETWEEN_REPORTS = 0.05
@@ -77,13 +62,13 @@ def _serve() -> None:
 def _build(
     request: Mapping[str, Any], onnx_model: bytes, cache: bytes, report: Progress
 ) -> tuple[dict[str, Any], bytes, bytes]:
-    """Facts, engine and timing cache; all refusals come before the library gets to see the graph."""
+    """Facts, engine and timing cache; all refusals come before the library reads the graph."""
     library: Library = request["library"]
     trt = _import_library(library)
     number, device = _resolve_architecture(trt, library, request["compute_capability"])
     report("check the graph", 0, 1)
-    model = _checked_graph(onnx_model)
-    profile = _profile(model, request["batch_sizes"])
+    model = checked_graph(onnx_model)
+    profile = batch_profile(model, request["batch_sizes"])
     report("check the graph", 1, 1)
 
     logger = _error_logger(trt)
@@ -141,7 +126,7 @@ def _import_library(library: Library) -> Any:
     except (ImportError, OSError) as error:
         found = str(error)
     else:
-        # Its networks were weakly typed, and built float16 where nobody had asked for it.
+        # Its networks were weakly typed, and became float16 without being asked.
         if library == "tensorrt_rtx" or int(trt.__version__.split(".")[0]) >= 10:
             return trt
         found = f"version {trt.__version__}"
@@ -168,100 +153,10 @@ def _resolve_architecture(trt: Any, library: Library, wanted: int | None) -> tup
     return number, None
 
 
-def _checked_graph(onnx_model: bytes) -> Any:
-    """The graph as a message that holds all it needs, valid and of dtypes that stay what they are."""
-    onnx = importlib.import_module("onnx")
-    try:
-        model = onnx.load_from_string(onnx_model)
-    except Exception as error:  # protobuf's DecodeError, whose module has no stable name.
-        raise _unusable(
-            f"{len(onnx_model)} bytes that are no ONNX model: {error}", "export the network again"
-        ) from error
-    # Unknown fields would be read by the library's parser alone.
-    model.DiscardUnknownFields()
-    allowed = {onnx.TensorProto.DataType.Value(name) for name in _DTYPES}
-    for owner, message in _messages(model):
-        dtype = None
-        if isinstance(message, onnx.TensorProto):
-            # The library would follow the path anywhere, links included.
-            if message.data_location == onnx.TensorProto.EXTERNAL or message.external_data:
-                raise _unusable(f"tensor {owner!r} stored in a file beside the model", "save the weights in the model")
-            dtype = message.data_type
-        elif isinstance(message, onnx.TypeProto.Tensor):
-            dtype = message.elem_type
-        elif isinstance(message, onnx.AttributeProto) and message.name in ("to", "dtype"):
-            dtype = message.i
-        if dtype is not None and dtype not in allowed:
-            names = {value: name for name, value in onnx.TensorProto.DataType.items()}
-            raise _unusable(
-                f"{owner!r} of dtype {names.get(dtype, dtype)}", f"export with one of {', '.join(_DTYPES).lower()}"
-            )
-    try:
-        onnx.checker.check_model(model)
-    except onnx.checker.ValidationError as error:
-        raise _unusable(f"an invalid graph: {str(error).splitlines()[0]}", "export the network again") from error
-    return model
-
-
-def _unusable(got: str, remedy: str) -> ExportError:
-    return ExportError(
-        got=got, expected="a valid ONNX graph, complete in itself, that TensorRT can hold", remedy=remedy
-    )
-
-
-def _messages(message: Any, owner: str = "") -> Iterator[tuple[str, Any]]:
-    """Every message inside, each with the name of the node or tensor that it belongs to."""
-    for descriptor, value in message.ListFields():
-        if descriptor.type == descriptor.TYPE_MESSAGE:
-            for each in (value,) if hasattr(value, "ListFields") else value:
-                # An attribute's own name says nothing; a node without a name is known by what it computes.
-                kind = type(each).__name__
-                name = each.name or each.output[0] if kind == "NodeProto" and each.output else getattr(each, "name", "")
-                inner = owner if kind == "AttributeProto" or not name else name
-                yield inner, each
-                yield from _messages(each, inner)
-
-
-def _profile(model: Any, batch_sizes: Sequence[int]) -> tuple[int, int, int] | None:
-    """Least, favoured and greatest batch for an open batch dimension; a single size is written into the graph."""
-    stored = {tensor.name for tensor in model.graph.initializer}
-    inputs = [each for each in model.graph.input if each.name not in stored]
-    leading = set()
-    for each in inputs:
-        kind = each.type.tensor_type
-        if not kind.HasField("shape") or any(not d.dim_value and d.dim_param != BATCH for d in kind.shape.dim):
-            raise _unusable(
-                f"input {each.name!r} with a dimension that is neither a number nor {BATCH!r}",
-                f"export with fixed shapes, or with one open dimension named {BATCH!r}",
-            )
-        leading |= {d.dim_param or d.dim_value for d in kind.shape.dim[:1]}
-        if any(d.dim_param for d in kind.shape.dim):
-            leading.add(BATCH)
-    if BATCH not in leading:
-        if set(batch_sizes) - leading:
-            raise InputError(
-                got=f"batch_sizes={tuple(batch_sizes)} for a graph fixed at {sorted(leading)}",
-                expected="its own batch size, or none",
-                remedy=f"leave batch_sizes out, or export with an open dimension named {BATCH!r}",
-            )
-        return None
-    if not batch_sizes:
-        raise InputError(
-            got="no batch sizes for a graph with an open batch", expected="one or more", remedy="pass such as (1, 8)"
-        )
-    if len(set(batch_sizes)) > 1:
-        return min(batch_sizes), batch_sizes[0], max(batch_sizes)
-    for each in (*inputs, *model.graph.output, *model.graph.value_info):
-        for dimension in each.type.tensor_type.shape.dim:
-            if dimension.dim_param == BATCH:
-                dimension.dim_value = batch_sizes[0]
-    return None
-
-
 def _parse(trt: Any, network: Any, model: Any, logger: Any) -> None:
     parser = trt.OnnxParser(network, logger)
     own = {function.name for function in model.functions}
-    nodes = [(name, each) for name, each in _messages(model) if type(each).__name__ == "NodeProto"]
+    nodes = [(name, each) for name, each in messages(model) if type(each).__name__ == "NodeProto"]
     unknown = [
         f"{node.op_type} (node {name!r})"
         for name, node in nodes
@@ -307,26 +202,26 @@ def _timing_cache(config: Any, stored: bytes) -> Any:
 
 def _error_logger(trt: Any) -> Any:
     class ErrorLogger(trt.ILogger):  # type: ignore[misc]
-        """Keeps what the library complains about, for the error that follows."""
+        """Keeps the library's messages for the error that follows."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self._errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            # Without a GPU the library adds to each complaint that it finds no driver.
+            # Without a GPU the library adds to each message that it finds no driver.
             if severity <= trt.ILogger.Severity.ERROR and "catchCudaError" not in message:
                 self._errors.append(message)
 
         def summary(self) -> str:
-            return "; ".join(self._errors[:3])[:1000] or "it does not say why"
+            return "; ".join(self._errors[:3])[:1000] or "no reason given"
 
     return ErrorLogger()
 
 
 def _monitor(trt: Any, report: Progress) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Reports the library's phases: each start and end, and of the steps between as many as an eye can follow."""
+        """Reports each start and end of the library's phases, and at most 20 steps a second in between."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)

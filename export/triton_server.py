@@ -1,6 +1,6 @@
-"""A model repository for NVIDIA's Triton Inference Server: self-contained graphs, for the stock server to run.
+"""A model repository for NVIDIA's Triton Inference Server: self-contained graphs that the unmodified server runs.
 
-    NAME/config.pbtxt    what the server must know of a graph, read from the graph's own inputs and outputs
+    NAME/config.pbtxt    the description of a graph for the server, made from the graph's inputs and outputs
     NAME/1/model.onnx    the graph, which the server's onnxruntime backend runs
 
 The server batches requests itself where the first dimension of every input and output is one open batch: then
@@ -11,7 +11,6 @@ max_batch_size counts samples, and the dims leave that dimension out. Any other 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 from onnx import TensorProto, ValueInfoProto
 
 from skipstep.errors import ExportError, InputError
-from skipstep.storage.atomic import atomic_folder
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 _TYPES: Mapping[int, str] = {
@@ -38,35 +36,16 @@ _OPEN = -1
 Device = Literal["cpu", "gpu"]
 
 
-def write_model_repository(
-    folder: str | os.PathLike[str],
-    graphs: Mapping[str, bytes],
-    *,
-    max_batch_size: int = 8,
-    device: Device = "cpu",
-    instances: int = 1,
-    overwrite: bool = False,
-) -> None:
-    """Write `graphs`, ONNX by model name, as the folder that `tritonserver --model-repository` takes.
-
-    max_batch_size  how many samples the server may join into one run, where it can.
-    device          what each of the `instances` of a model runs on: "cpu", or each "gpu" of the server.
-    overwrite       replace an existing folder.
-
-    Raises InputError, ExportError and StorageError; then nothing is written.
-    """
-    files = model_repository(graphs, max_batch_size=max_batch_size, device=device, instances=instances)
-    with atomic_folder(folder, replace=overwrite) as new:
-        for name, data in files.items():
-            path = new / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-
-
 def model_repository(
     graphs: Mapping[str, bytes], *, max_batch_size: int = 8, device: Device = "cpu", instances: int = 1
 ) -> dict[str, bytes]:
-    """The files of a repository by relative name. See write_model_repository."""
+    """The files of the folder that `tritonserver --model-repository` takes, by relative name; `graphs` by model name.
+
+    max_batch_size  how many samples the server may join into one run, where it can.
+    device          what each of the `instances` of a model runs on: "cpu", or each "gpu" of the server.
+
+    Raises InputError and ExportError.
+    """
     files: dict[str, bytes] = {}
     for name, graph in graphs.items():
         config = model_config(name, graph, max_batch_size=max_batch_size, device=device, instances=instances)
@@ -85,7 +64,7 @@ def model_repository(
 def model_config(
     name: str, graph: bytes, *, max_batch_size: int = 8, device: Device = "cpu", instances: int = 1
 ) -> str:
-    """The text of config.pbtxt for one graph. See write_model_repository."""
+    """The text of config.pbtxt for one graph. See model_repository."""
     _check(name, max_batch_size, device, instances)
     try:
         model = onnx.load_from_string(graph)

@@ -1,17 +1,18 @@
-"""skipstep build: engines for this machine's GPU, from the network in a bundle."""
+"""skipstep build: TensorRT engines for this machine's GPU, from the network in a bundle."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from pathlib import Path
 
+from skipstep.commands.progress import elapsed_progress
+
 HELP = "build TensorRT engines for this machine's GPU from a bundle"
-DESCRIPTION = "Build engines from the step network of a bundle, where they will run, and add them to it."
+DESCRIPTION = "Build TensorRT engines from a bundle's step network on the machine that will run them."
 EPILOG = """\
-The bundle must hold the step network: export it with --target tensorrt. What it holds is verified before the builder
-sees it. A signature is of the manifest as it was: sign the bundle again afterwards.
+The engines are built from the bundle's half-precision network (exported with --target tensorrt --precision float16), or
+from its float32 network. Files are verified before the builder reads them. A signature is removed, because the manifest
+changes: sign the bundle again afterwards.
 """
 
 
@@ -30,16 +31,11 @@ def run(options: argparse.Namespace) -> None:
     from skipstep.export.engines import add_engines
     from skipstep.export.tensorrt_engine import parse_targets
 
-    started = time.perf_counter()
-
-    def progress(message: str) -> None:
-        print(f"[{time.perf_counter() - started:6.1f} s] {message}", file=sys.stderr)
-
     added = add_engines(
         options.bundle,
         parse_targets(options.target),
         require_signature=options.require_signature,
         workspace_bytes=None if options.workspace is None else options.workspace << 20,
-        progress=progress,
+        progress=elapsed_progress(),
     )
     print(f"added {', '.join(added)}")

@@ -1,4 +1,4 @@
-"""skipstep calibrate: how long a bundle's plans take on this machine, kept in the bundle for `deadline_ms=`."""
+"""skipstep calibrate: measure a bundle's plans on this machine and store the latencies in it, for `deadline_ms=`."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-HELP = "measure how long a bundle's plans take here, and keep that in the bundle"
+from skipstep.commands.progress import elapsed_progress
+
+HELP = "measure how long a bundle's plans take here, and store that in the bundle"
 DESCRIPTION = """\
 Time whole calls of every plan and batch size on this machine, and add the latencies to the bundle. An engine that is
-loaded from it here then answers sample(deadline_ms=…) with the most steps whose p99 fits."""
+loaded from it here then answers sample(deadline_ms=…) with the largest step count whose p99 fits."""
 EPILOG = """\
 examples:
   skipstep calibrate my-bundle
-      every plan at the bundle's batch sizes: 100 calls each, or fewer of the slow ones in about two minutes,
-      but three at least
+      every plan at the bundle's batch sizes: 100 calls each in about two minutes, fewer of slow plans, at least three
   skipstep calibrate my-bundle --steps 10 20 --batch 1 4 --repeats 1000 --seconds 600
-      a p99 that a thousand calls stand behind
+      a p99 from a thousand calls
   skipstep calibrate my-bundle --dry-run
       print the table and leave the bundle as it is
 
-Let the machine do nothing else meanwhile, or what it will do beside sampling in earnest. Latencies count on a machine
-with the same processor, cores and threads, and with the same versions of skipstep and of the runtime; a bundle keeps
-one set for each that it was measured on. Every file of the bundle is verified on its way into the new one. A signature
-is of the manifest as it was: sign the bundle again afterwards.
+Run nothing else on the machine meanwhile, or exactly what will run beside sampling later. Latencies count on machines
+with the same processor, cores and threads, and the same versions of skipstep and of the runtime; a bundle stores one
+set for each such machine. Every file is verified on its way into the new bundle. A signature is removed, because the
+manifest changes: sign the bundle again afterwards.
 """
 
 _SECONDS_BETWEEN_REPORTS = 5.0
@@ -72,23 +73,23 @@ def run(options: argparse.Namespace) -> None:
     print("\n".join(describe_latencies(calibration, engine.plans)))
     if options.dry_run:
         return
-    print(f"kept in {options.bundle}")
+    print(f"stored in {options.bundle}")
     if bundle.signed:
         print(
-            "skipstep: the manifest has changed, so its signature was left out: sign the bundle again (skipstep sign)",
+            "skipstep: the manifest has changed, so its signature was removed: sign the bundle again (skipstep sign)",
             file=sys.stderr,
         )
 
 
 def _progress() -> Callable[[int, int], None]:
-    started = said = time.perf_counter()
-    print("[   0.0 s] warm-up, two calls of each", file=sys.stderr)
+    report = elapsed_progress()
+    report("warm-up, two calls of each")
+    last = time.perf_counter()
 
-    def report(done: int, total: int) -> None:
-        nonlocal said
-        now = time.perf_counter()
-        if now - said >= _SECONDS_BETWEEN_REPORTS or done == total:
-            said = now
-            print(f"[{now - started:6.1f} s] {done} of {total} calls", file=sys.stderr)
+    def count(done: int, total: int) -> None:
+        nonlocal last
+        if time.perf_counter() - last >= _SECONDS_BETWEEN_REPORTS or done == total:
+            last = time.perf_counter()
+            report(f"{done} of {total} calls")
 
-    return report
+    return count

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from pathlib import Path
 
 from skipstep.commands.inspect import describe_bundle
+from skipstep.commands.progress import elapsed_progress
 from skipstep.demo import SHIPPED_MODEL
 
 HELP = "compile a model into a bundle that runs without torch"
-DESCRIPTION = "Compile a diffusers folder into a bundle: a folder that skipstep.load, skipstep sample and others run."
+DESCRIPTION = "Compile a diffusers folder into a bundle: a folder that skipstep.load and skipstep sample run."
 EPILOG = """\
 examples:
   skipstep export --model my-ddpm --steps 10 20 50 --license Apache-2.0 --out my-bundle
-      for the CPU; every bundle has that
+      for the CPU; every bundle runs there
   skipstep export --model my-ddpm --target rtx:sm86,sm89,sm120 --precision float16 --license Apache-2.0 --out for-rtx
       with TensorRT-RTX engines, built here, with or without a GPU
   skipstep export --model my-ddpm --target sm_87,tensorrt --precision float16 --license Apache-2.0 --out for-jetson
       for a Jetson: step kernels, and the network for skipstep build to compile there
 
 targets, with commas between them:
-  cpu         ONNX Runtime: the whole loop as one graph
+  cpu         ONNX Runtime: the step network and its tables; always in the bundle
   rtx:smNN    TensorRT-RTX engines (skipstep[rtx])
   sm_NN       step kernels as machine code (skipstep[torch], for Triton)
-  tensorrt    the step network, from which skipstep build makes an engine on the device
-  server      a model repository for Triton Inference Server, one model a plan
+  tensorrt    the step network in --precision, of which skipstep build makes an engine on the device
+  onnx-loop   each plan's whole loop as one ONNX graph, for hosts that are not Python
+  server      a model repository for Triton Inference Server, one model for each plan
 """
 
 
@@ -51,23 +51,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="of the network for GPUs (default: float32)",
     )
-    parser.add_argument(
-        "--any-plan",
-        action="store_true",
-        help="a second loop for the CPU, for any solver and not only what these plans need",
-    )
     parser.add_argument("--sign", type=Path, metavar="KEY", help="sign with this private key (skipstep keygen)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
 
 
 def run(options: argparse.Namespace) -> None:
     from skipstep.engine import Engine
 
-    started = time.perf_counter()
-
-    def progress(message: str) -> None:
-        print(f"[{time.perf_counter() - started:6.1f} s] {message}", file=sys.stderr)
-
+    progress = elapsed_progress()
     progress(f"compile {options.model.name}")
     engine = Engine.build(
         options.model,
@@ -85,7 +76,6 @@ def run(options: argparse.Namespace) -> None:
         name=options.name,
         targets=options.target,
         precision=options.precision,
-        any_plan=options.any_plan,
         overwrite=options.overwrite,
         sign_key=options.sign,
         progress=progress,

@@ -1,4 +1,4 @@
-"""skipstep inspect: what is in a bundle."""
+"""skipstep inspect: the contents of a bundle."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from skipstep.demo import SHIPPED_BUNDLE
 if TYPE_CHECKING:
     from skipstep.bundles.bundle import Bundle
 
-HELP = "say what is in a bundle"
-DESCRIPTION = "Read a bundle's manifest, and nothing else of it, and say what is inside."
+HELP = "list the contents of a bundle"
+DESCRIPTION = "Read a bundle's manifest, and no other file of it, and list its contents."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def describe_bundle(path: str | os.PathLike[str]) -> str:
 
 
 def describe(bundle: Bundle) -> str:
-    """One fact a line, then tables of what moved out of the loop and of the files."""
+    """One fact a line, then a table of the network by binding time and one of the files."""
     manifest = bundle.manifest
     network = manifest.network
     takes = [f"{network.num_classes} classes"] if network.num_classes is not None else []
@@ -51,7 +51,7 @@ def describe(bundle: Bundle) -> str:
         ),
         ("digest", manifest.digest),
         ("licence", manifest.license),
-        ("signed", "yes, by whom skipstep verify can tell" if bundle.signed else "no"),
+        ("signed", "yes; skipstep verify checks by whom" if bundle.signed else "no"),
         ("batch sizes", ", ".join(map(str, manifest.batch_sizes))),
         *(
             (
@@ -63,6 +63,7 @@ def describe(bundle: Bundle) -> str:
         ),
         *(("engine", f"{e.target}, {e.precision}, {e.file}") for e in manifest.engines),
         *(("kernels", line) for line in _kernel_lines(bundle)),
+        *(("onnx loop", f"plan {s.plan}{', guided' if s.guided else ''}, {s.file}") for s in manifest.samplers),
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
     ]
     parts = [

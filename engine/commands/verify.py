@@ -1,4 +1,4 @@
-"""skipstep verify: whether a bundle is whole, whose it is, and whether it draws here what it drew where it was made."""
+"""skipstep verify: check that a bundle is complete, who signed it, and that it draws its golden samples here."""
 
 from __future__ import annotations
 
@@ -42,6 +42,5 @@ def run(options: argparse.Namespace) -> None:
     engine = load(options.bundle, require_signature=options.require_signature, allow_hard_links=shipped)
     error = replay_golden(engine, bundle.manifest.golden, bundle.read_arrays(bundle.manifest.golden.file))
     seconds = time.perf_counter() - started
-    print(
-        f"golden      off by {error:.2g} of {bundle.manifest.golden.tolerance:g} allowed, {seconds:.2f} s with loading"
-    )
+    allowed = bundle.manifest.golden.tolerance
+    print(f"golden      error {error:.2g}, at most {allowed:g} allowed; {seconds:.2f} s with loading")

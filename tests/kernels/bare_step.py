@@ -10,7 +10,7 @@ from dataclasses import asdict
 import triton
 import triton.language as tl
 
-from skipstep.export.cubins import compile_kernel, inspect_kernel
+from skipstep.export.kernel_inspection import compile_kernel, inspect_kernel
 from skipstep.kernels.layout import NUM_COLUMNS, Column
 
 ROW = tl.constexpr(NUM_COLUMNS)
