@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from skipstep.version import __version__
+
 if TYPE_CHECKING:
     from skipstep.engine import Engine
     from skipstep.loading import load
@@ -12,8 +14,6 @@ if TYPE_CHECKING:
     from skipstep.plans.schedule import NoiseSchedule
 
 __all__ = ["Engine", "NoiseSchedule", "Plan", "__version__", "load"]
-
-__version__ = "0.1.0"
 
 # Loaded on first use: importing skipstep costs milliseconds and pulls in no array library.
 _HOME = {

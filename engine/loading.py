@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from skipstep.bundles.bundle import Bundle, open_bundle
 from skipstep.bundles.manifest import PlanEntry
-from skipstep.calls.distinct import distinct
+from skipstep.calls.conditioning import distinct
 from skipstep.errors import BundleError, InputError, MissingDependencyError, PlanError, ScheduleError
 from skipstep.networks.spec import network_batch_sizes
 

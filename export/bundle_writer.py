@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from numpy.typing import NDArray
 from safetensors.numpy import save as save_arrays
 
-from skipstep import __version__
 from skipstep.backends.onnxruntime import LoopConstants
 from skipstep.bundles.bundle import is_bundle
 from skipstep.bundles.golden import GOLDEN_FILE, draw_golden, replay_golden
@@ -29,7 +28,7 @@ from skipstep.bundles.manifest import (
     Manifest,
     PlanEntry,
 )
-from skipstep.calls.distinct import distinct
+from skipstep.calls.conditioning import distinct
 from skipstep.errors import InputError, StorageError
 from skipstep.export.bundle_files import BundleFiles, package_version
 from skipstep.export.engines import Progress, built_engines
@@ -46,6 +45,7 @@ from skipstep.plans.plan import Plan
 from skipstep.plans.schedule import NoiseSchedule
 from skipstep.plans.stages import Stages
 from skipstep.storage.atomic import atomic_folder
+from skipstep.version import __version__
 
 if TYPE_CHECKING:
     from skipstep.engine import Engine

@@ -36,8 +36,8 @@ from skipstep.export.onnx_prologue import NEGATIVE_PROMPTS, write_prologue
 from skipstep.export.partition import BATCH, Partition
 from skipstep.kernels.layout import Column, StepFlags
 from skipstep.loops.loop_table import LoopFeatures, loop_table
-from skipstep.networks.spec import NetworkSpec
-from skipstep.plans.plan import Plan, check_plan_fits
+from skipstep.networks.spec import NetworkSpec, check_plan_fits
+from skipstep.plans.plan import Plan
 from skipstep.plans.stages import Stages
 
 Form = Literal["loop", "unrolled"]

@@ -15,8 +15,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from skipstep.calls.conditioning import Conditioning
-from skipstep.calls.distinct import distinct
+from skipstep.calls.conditioning import Conditioning, distinct
 from skipstep.errors import ExportError
 from skipstep.networks.spec import NetworkSpec
 

@@ -28,7 +28,7 @@ from skipstep.errors import (
     DeviceUnavailableError,
     SignatureError,
 )
-from skipstep.storage.atomic import read_up_to, read_verified
+from skipstep.storage.verified import read_up_to, read_verified
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from skipstep.errors import CacheError, InputError, StorageError
-from skipstep.storage.atomic import atomic_write, read_up_to
+from skipstep.storage.atomic import atomic_write
+from skipstep.storage.verified import read_up_to
 
 Part = str | bytes | int | float | tuple["Part", ...] | None
 
