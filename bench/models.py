@@ -13,7 +13,8 @@ from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 
 from skipstep.backends.torch import DenoisingModule, prepare_module
 from skipstep.bundles.bundle import is_bundle, open_bundle
-from skipstep.bundles.cache import ArtefactCache, cache_key
+from skipstep.bundles.cache import ArtefactCache
+from skipstep.bundles.cache_key import cache_key
 from skipstep.demo import SHIPPED_MODEL
 from skipstep.errors import InputError
 from skipstep.export.onnx_model import export_onnx, exporter_versions

@@ -221,7 +221,8 @@ def _read_model(
 def _exported(source: _Model) -> Partition:
     """The network's parts. A checkpoint's export is kept in the user's cache: it takes longer than all the rest."""
     from skipstep.backends.torch import module_on
-    from skipstep.bundles.cache import ArtefactCache, cache_key
+    from skipstep.bundles.cache import ArtefactCache
+    from skipstep.bundles.cache_key import cache_key
     from skipstep.export.onnx_model import export_onnx, exporter_versions
     from skipstep.export.partition import partition
 

@@ -1,11 +1,13 @@
-"""Untrusted JSON for tests: random values, and random changes of a good file."""
+"""Untrusted JSON for tests: random values, random changes of a good file, and bundles whose hashes were made to fit."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -85,3 +87,11 @@ def check_read_or_refused(data: bytes, read: Callable[[bytes], Any], write: Call
     except BundleError:
         return
     assert read(write(value)) == value
+
+
+def rewrite(folder: Path, name: str, data: bytes) -> None:
+    """Replace a bundle's file and its entry in the manifest, as an attacker would."""
+    (folder / name).write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -77,8 +77,8 @@ def test_verify_hashes_and_draws(bundle, capsys, tmp_path):
 
 def test_another_machines_samples_are_told_apart(bundle, capsys, tmp_path):
     """Golden samples that this machine does not draw: whole files, other numbers."""
+    from hostile_json import rewrite
     from safetensors.numpy import load_file, save
-    from test_bundle import rewrite
 
     copy = shutil.copytree(bundle, tmp_path / "copy")
     arrays = load_file(copy / "golden.safetensors")
