@@ -1,9 +1,9 @@
 """Choosing a launch by measuring, where the rule of skipstep.kernels.launch may be off.
 
-All candidates take turns, so that a slow spell of the device does not hit one alone, and the rule's choice runs at both
-ends of every turn: how far its two times are apart is the noise. Another launch replaces it only if the median of its
-gains within turns is more than twice the median of that noise, and more than 2 %. So on a device where nothing matters
-the rule's choice stands, and two tunings of one device agree.
+All candidates run once a round, so that a slow period of the device does not affect one alone, and the rule's choice
+runs at both ends of every round: the distance of its two times is the noise. Another launch replaces it only if the
+median of its gains within rounds is more than twice the median of that noise, and more than 2 %. So on a device where
+the launch does not matter the rule's choice stands, and two tunings of one device agree.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Self
 
-from skipstep.errors import InputError
+from skipstep.errors import InputError, check_choice, check_integer
 from skipstep.kernels.launch import StepLaunch, choose_launch, least_elements_per_thread
 from skipstep.kernels.layout import NUM_COLUMNS, Column, StepFlags
 from skipstep.storage.untrusted import own_rules, read_dataclass
@@ -38,15 +38,9 @@ class LaunchCase:
 
     def __post_init__(self) -> None:
         for name in ("num_elements", "batch_size"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise InputError(got=f"{name}={value!r}", expected="an integer, 1 or more", remedy=f"correct {name}")
-        if self.network_dtype not in ITEM_SIZES:
-            raise InputError(
-                got=f"network_dtype={self.network_dtype!r}",
-                expected="one of " + ", ".join(ITEM_SIZES),
-                remedy="pass the dtype of the network's input and output",
-            )
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), low=1))
+        remedy = "pass the dtype of the network's input and output"
+        check_choice("network_dtype", self.network_dtype, tuple(ITEM_SIZES), remedy=remedy)
 
     @property
     def item_size(self) -> int:

@@ -30,10 +30,10 @@ def copy_samples(samples: np.ndarray[Any, Any], part: Any) -> None:
 
 
 def callers_memory(out: Any, shape: tuple[int, ...], *, device: str) -> Any:
-    """`out` as loops write to it: a NumPy array, or a tensor on the CUDA `device`. It shares the caller's memory.
+    """`out` in the form that loops write to: a NumPy array, or a tensor on the CUDA `device`, over the same memory.
 
-    NumPy arrays, torch tensors and whatever else offers DLPack are taken: float32, contiguous, writable, in host memory
-    or on the engine's device. Raises InputError.
+    It may be a NumPy array, a torch tensor, or anything with DLPack: float32, contiguous, writable, in host memory or
+    on the engine's device. Raises InputError.
     """
     given = out
     if not isinstance(out, np.ndarray) and hasattr(out, "__dlpack__"):

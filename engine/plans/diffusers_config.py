@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from skipstep.errors import ScheduleError
+from skipstep.errors import ScheduleError, check_integer, check_number
 from skipstep.plans.coefficients import PREDICTION_TYPES
 from skipstep.storage.untrusted import read_json_object
 
@@ -50,6 +50,7 @@ _PNDM: Mapping[str, Any] = {**_SHARED, "skip_prk_steps": False, "set_alpha_to_on
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {"DDIMScheduler": _DDIM, "DDPMScheduler": _DDPM, "PNDMScheduler": _PNDM}
 
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+_CORRECT = "correct the scheduler configuration"
 _SPACINGS = ("leading", "trailing", "linspace")
 
 
@@ -159,21 +160,15 @@ def _choice(config: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> st
 
 
 def _integer(config: Mapping[str, Any], key: str, *, low: int) -> int:
-    value = config[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise _refused(key, value, f"an integer ≥ {low}", "correct the file")
-    return value
+    return check_integer(key, config[key], low=low, remedy=_CORRECT, error=ScheduleError)
 
 
 def _number(config: Mapping[str, Any], key: str) -> float:
-    value = config[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < float("inf"):
-        raise _refused(key, value, "a positive number", "correct the file")
-    return float(value)
+    return check_number(key, config[key], low=0.0, above=True, remedy=_CORRECT, error=ScheduleError)
 
 
 def _boolean(config: Mapping[str, Any], key: str, *, default: bool) -> bool:
     value = config.get(key, default)
     if not isinstance(value, bool):
-        raise _refused(key, value, "true or false", "correct the file")
+        raise _refused(key, value, "true or false", _CORRECT)
     return value

@@ -170,7 +170,8 @@ def test_signatures_are_required_and_checked(bundle, capsys, tmp_path):
 
 
 def test_cache_lists_and_clears(capsys, tmp_path, monkeypatch):
-    from skipstep.bundles.cache import ArtefactCache, cache_key
+    from skipstep.bundles.cache import ArtefactCache
+    from skipstep.bundles.cache_key import cache_key
 
     monkeypatch.setenv("SKIPSTEP_CACHE", str(tmp_path / "cache"))
     ArtefactCache().put(cache_key(kind="test"), b"x" * 1000, "an engine for sm_86")
