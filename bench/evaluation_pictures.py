@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from skipstep.bench.evaluation import Evaluation
-from skipstep.calls.grid import labelled_grid
-from skipstep.calls.images import to_pil
+from skipstep.calls.images import labelled_grid, to_pil
 from skipstep.demo.data import CLASS_NAMES
 
 _GUIDANCE = 2.0

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 
+from skipstep import load
 from skipstep.backends.torch import DenoisingModule, prepare_module
 from skipstep.bundles.bundle import is_bundle, open_bundle
-from skipstep.bundles.cache import ArtefactCache, cache_key
+from skipstep.bundles.cache import ArtefactCache
+from skipstep.bundles.cache_key import cache_key
 from skipstep.demo import SHIPPED_MODEL
 from skipstep.errors import InputError
 from skipstep.export.onnx_model import export_onnx, exporter_versions
-from skipstep import load
 from skipstep.networks.checkpoint import Checkpoint, load_unet, read_checkpoint
 from skipstep.networks.spec import NetworkSpec, takes_fractional_timesteps
 from skipstep.plans.plan import Plan

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from skipstep.version import __version__
+
 if TYPE_CHECKING:
     from skipstep.engine import Engine, load
     from skipstep.plans.plan import Plan
     from skipstep.plans.schedule import NoiseSchedule
 
 __all__ = ["Engine", "NoiseSchedule", "Plan", "__version__", "load"]
-
-__version__ = "0.1.0"
 
 # Loaded on first use: importing skipstep costs milliseconds and pulls in no array library.
 _HOME = {

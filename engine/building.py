@@ -99,7 +99,8 @@ class ModelSource:
             return self._partition
 
     def _export(self) -> Partition:
-        from skipstep.bundles.cache import ArtefactCache, cache_key
+        from skipstep.bundles.cache import ArtefactCache
+        from skipstep.bundles.cache_key import cache_key
         from skipstep.export.onnx_model import export_onnx, exporter_versions
         from skipstep.export.partition import partition
 

@@ -1,10 +1,14 @@
-"""The errors of skipstep: one small family, and every one says what was got, what was expected and the remedy.
+"""The errors of skipstep, each with what was got, what was expected and the remedy; and checks of numbers.
 
 Each class also derives from the built-in that a caller would reach for (`ValueError`, `LookupError`, `ImportError`,
 ...), so code that does not know skipstep catches the right thing.
 """
 
 from __future__ import annotations
+
+import math
+import operator
+from numbers import Real
 
 
 class SkipstepError(Exception):
@@ -18,11 +22,11 @@ class SkipstepError(Exception):
 
 
 class ScheduleError(SkipstepError, ValueError):
-    """A noise schedule that is not one: values out of range, not decreasing, or a configuration key nobody honours."""
+    """An invalid noise schedule: values out of range, not decreasing, or a configuration key that is not supported."""
 
 
 class PlanError(SkipstepError, ValueError):
-    """A plan that cannot be: step counts, spacings, eta or conventions outside what the mathematics allows."""
+    """An invalid plan: step counts, spacings, eta or conventions outside what the mathematics allows."""
 
 
 class InputError(SkipstepError, ValueError):
@@ -30,7 +34,7 @@ class InputError(SkipstepError, ValueError):
 
 
 class PlanNotFoundError(SkipstepError, LookupError):
-    """The engine holds no such plan; the message lists those that it holds."""
+    """The engine holds no such plan; the message lists the plans that it holds."""
 
 
 class ModelFormatError(SkipstepError, ValueError):
@@ -38,7 +42,7 @@ class ModelFormatError(SkipstepError, ValueError):
 
 
 class UnsafeCheckpointError(ModelFormatError):
-    """Weights stored as a pickle: loading them would run code, so they are refused unread."""
+    """Weights stored as a pickle: loading them would run code, so they are not read."""
 
 
 class MissingDependencyError(SkipstepError, ImportError):
@@ -66,7 +70,7 @@ class IntegrityError(BundleError):
 
 
 class SignatureError(BundleError):
-    """A bundle without the signature that was asked for, or with one that does not fit; nothing of it was used."""
+    """A bundle without the required signature, or with an invalid one; nothing of it was used."""
 
 
 class CacheError(SkipstepError, OSError):
@@ -82,7 +86,7 @@ class EngineStateError(SkipstepError, RuntimeError):
 
 
 class CaptureError(SkipstepError, RuntimeError):
-    """A loop that could not become a CUDA graph, where nothing less would do."""
+    """A loop that could not become a CUDA graph although the caller required one."""
 
 
 class DeviceMemoryError(SkipstepError, MemoryError):
@@ -91,3 +95,76 @@ class DeviceMemoryError(SkipstepError, MemoryError):
 
 class DeadlineError(SkipstepError, TimeoutError):
     """No plan of the engine is fast enough; the message lists how long each takes."""
+
+
+def check_integer(
+    name: str,
+    value: object,
+    *,
+    low: int,
+    high: int | None = None,
+    remedy: str | None = None,
+    error: type[SkipstepError] = InputError,
+) -> int:
+    """`value` as an int, if it is an integer (Python's or NumPy's, no bool) from `low` to `high`. Raises `error`."""
+    number: int | None = None
+    if not isinstance(value, bool):
+        try:
+            number = operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            number = None
+    if number is None or number < low or (high is not None and number > high):
+        raise error(
+            got=f"{name}={value!r:.200}",
+            expected=f"an integer ≥ {low}" if high is None else f"an integer from {low} to {high}",
+            remedy=remedy or f"pass {name} within this range",
+        )
+    return number
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: bool = False,
+    remedy: str | None = None,
+    error: type[SkipstepError] = InputError,
+) -> float:
+    """`value` as a float, if it is a finite number (no bool) from `low` to `high`. Raises `error`.
+
+    With `above`, `low` itself is refused, too.
+    """
+    number = math.nan
+    if isinstance(value, Real) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.nan
+    if not (math.isfinite(number) and low <= number <= high) or (above and number == low):
+        start = "" if low == -math.inf else f" {'above' if above else 'from'} {low:g}"
+        raise error(
+            got=f"{name}={value!r:.200}",
+            expected=f"a finite number{start}" + ("" if high == math.inf else f" to {high:g}"),
+            remedy=remedy or f"pass {name} within this range",
+        )
+    return number
+
+
+def check_choice(
+    name: str,
+    value: object,
+    choices: tuple[str, ...],
+    *,
+    remedy: str | None = None,
+    error: type[SkipstepError] = InputError,
+) -> str:
+    """`value`, if it is one of `choices`; raises `error` if not."""
+    if not isinstance(value, str) or value not in choices:
+        raise error(
+            got=f"{name}={value!r:.200}",
+            expected=f"one of {', '.join(choices)}",
+            remedy=remedy or f"pass {name} as one of these",
+        )
+    return value

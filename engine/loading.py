@@ -11,7 +11,7 @@ from skipstep.backends.denoiser import Target
 from skipstep.backends.registry import resolve_backend
 from skipstep.bundles.bundle import Bundle, open_bundle, read_engine
 from skipstep.bundles.tables import default_options, plan_values, read_plans
-from skipstep.calls.distinct import distinct
+from skipstep.calls.conditioning import distinct
 from skipstep.cuda.probe import cuda_device
 from skipstep.errors import DeviceUnavailableError, InputError
 from skipstep.loops.choice import make_loop, resolve_form

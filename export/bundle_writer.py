@@ -17,14 +17,13 @@ from typing import Any
 from numpy.typing import NDArray
 from safetensors.numpy import save as save_arrays
 
-from skipstep import __version__
 from skipstep.backends.onnxruntime import EarlyGraphs
 from skipstep.bundles.bundle import is_bundle
 from skipstep.bundles.golden import GOLDEN_FILE, draw_golden, replay_golden
 from skipstep.bundles.manifest import FILE_NAME, SIGNATURE_NAME, KernelEntry, Manifest, PlanEntry, SamplerEntry
 from skipstep.bundles.tables import FILE_NAME as TABLES_NAME
 from skipstep.bundles.tables import write_tables
-from skipstep.calls.distinct import distinct
+from skipstep.calls.conditioning import distinct
 from skipstep.errors import InputError, StorageError
 from skipstep.export.bundle_files import BundleFiles, package_version
 from skipstep.export.engines import Progress, built_engines
@@ -38,6 +37,7 @@ from skipstep.latency.calibration import Calibration, write_calibrations
 from skipstep.loops.contract import Sampler
 from skipstep.networks.graphs import Partition
 from skipstep.storage.atomic import atomic_folder
+from skipstep.version import __version__
 
 PRECISIONS = ("float32", "float16", "bfloat16")
 _TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "triton", "tensorrt-rtx", "tensorrt", "numpy")

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from skipstep.bundles.bundle import open_bundle
-from skipstep.bundles.cache import ArtefactCache, cache_key
+from skipstep.bundles.cache import ArtefactCache
+from skipstep.bundles.cache_key import cache_key
 from skipstep.bundles.manifest import EngineEntry
 from skipstep.cuda.probe import cuda_device
 from skipstep.export.bundle_files import package_version

@@ -16,8 +16,7 @@ import onnx
 from onnx import GraphProto, TensorProto, helper
 
 from skipstep.backends.onnxruntime import EarlyGraphs
-from skipstep.calls.conditioning import LABELS, PROMPTS
-from skipstep.calls.distinct import distinct
+from skipstep.calls.conditioning import LABELS, PROMPTS, distinct
 from skipstep.export.graph_writer import GraphWriter, rename_graph
 from skipstep.export.onnx_loop import INDEX_NAMES, StepNetwork
 from skipstep.networks.graphs import Binding, Partition

@@ -35,8 +35,8 @@ from skipstep.export.onnx_prologue import NEGATIVE_PROMPTS, write_prologue
 from skipstep.export.onnx_table import loop_table, stage_columns
 from skipstep.kernels.layout import StepFlags
 from skipstep.networks.graphs import BATCH, Partition
-from skipstep.networks.spec import NetworkSpec
-from skipstep.plans.plan import Plan, check_plan_fits
+from skipstep.networks.spec import NetworkSpec, check_plan_fits
+from skipstep.plans.plan import Plan
 from skipstep.plans.stages import Stages
 
 Form = Literal["loop", "unrolled"]

@@ -1,9 +1,9 @@
 """Choosing a launch by measuring, where the rule of skipstep.kernels.launch may be off.
 
-All candidates take turns, so that a slow spell of the device does not hit one alone, and the rule's choice runs at both
-ends of every turn: how far its two times are apart is the noise. Another launch replaces it only if the median of its
-gains within turns is more than twice the median of that noise, and more than 2 %. So on a device where nothing matters
-the rule's choice stands, and two tunings of one device agree.
+All candidates run once a round, so that a slow period of the device does not affect one alone, and the rule's choice
+runs at both ends of every round: the distance of its two times is the noise. Another launch replaces it only if the
+median of its gains within rounds is more than twice the median of that noise, and more than 2 %. So on a device where
+the launch does not matter the rule's choice stands, and two tunings of one device agree.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Self
 
-from skipstep.errors import InputError, ModelFormatError
+from skipstep.errors import InputError, check_choice, check_integer
 from skipstep.kernels.launch import StepLaunch, choose_launch, least_elements_per_thread
 from skipstep.kernels.layout import NUM_COLUMNS, Column, StepFlags
+from skipstep.storage.untrusted import own_rules, read_dataclass
 
 ITEM_SIZES: Final[Mapping[str, int]] = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -37,15 +38,9 @@ class LaunchCase:
 
     def __post_init__(self) -> None:
         for name in ("num_elements", "batch_size"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise InputError(got=f"{name}={value!r}", expected="an integer, 1 or more", remedy=f"correct {name}")
-        if self.network_dtype not in ITEM_SIZES:
-            raise InputError(
-                got=f"network_dtype={self.network_dtype!r}",
-                expected="one of " + ", ".join(ITEM_SIZES),
-                remedy="pass the dtype of the network's input and output",
-            )
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), low=1))
+        remedy = "pass the dtype of the network's input and output"
+        check_choice("network_dtype", self.network_dtype, tuple(ITEM_SIZES), remedy=remedy)
 
     @property
     def item_size(self) -> int:
@@ -62,29 +57,26 @@ class TunedLaunch:
 
     def to_json(self) -> dict[str, Any]:
         """A flat object that `from_json` reads."""
-        return {
-            "num_elements": self.case.num_elements,
-            "batch_size": self.case.batch_size,
-            "network_dtype": self.case.network_dtype,
-            "block_size": self.launch.block_size,
-            "num_warps": self.launch.num_warps,
-        }
+        return {**asdict(self.case), **asdict(self.launch)}
 
     @classmethod
-    def from_json(cls, value: object) -> Self:
-        """Read what `to_json` wrote. Raises ModelFormatError for anything else, down to unknown keys."""
-        names = ("num_elements", "batch_size", "network_dtype", "block_size", "num_warps")
-        if not isinstance(value, dict) or set(value) != set(names):
-            raise _unreadable(f"{value!r}", f"an object of {', '.join(names)}")
-        try:
-            case = LaunchCase(*(value[name] for name in names[:3]))
-            return cls(case, StepLaunch(value["block_size"], value["num_warps"]))
-        except (InputError, TypeError) as error:
-            raise _unreadable(f"{value!r} ({error})", "what a tuning wrote") from error
+    def from_json(cls, value: object, where: str = "a tuned launch") -> Self:
+        """Read what `to_json` wrote. Raises BundleError for anything else, also for unknown keys."""
+        stored = read_dataclass(_StoredLaunch, value, where)
+        with own_rules(where):
+            case = LaunchCase(stored.num_elements, stored.batch_size, stored.network_dtype)
+            return cls(case, StepLaunch(stored.block_size, stored.num_warps))
 
 
-def _unreadable(got: str, expected: str) -> ModelFormatError:
-    return ModelFormatError(got=f"the launch {got}", expected=expected, remedy="calibrate the engine again")
+@dataclass(frozen=True, slots=True)
+class _StoredLaunch:
+    """The JSON form of a TunedLaunch."""
+
+    num_elements: int
+    batch_size: int
+    network_dtype: str
+    block_size: int
+    num_warps: int
 
 
 def candidates(case: LaunchCase, *, num_multiprocessors: int, compute_capability: int) -> tuple[StepLaunch, ...]:

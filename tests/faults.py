@@ -50,3 +50,9 @@ def shared_folder():
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
+
+
+def start_python(code, *arguments, **options):
+    """A Python process that runs `code`; it reports on stdout how far it is."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)

@@ -10,7 +10,7 @@ from typing import Any
 from skipstep.bench.gpu.aims import seconds_per_step
 from skipstep.bench.gpu.tasks import AIMS_FILE, LATENCY_FILE
 from skipstep.bench.results import read_run
-from skipstep.commands.tables import format_table
+from skipstep.latency.table import format_table
 
 
 def print_summary(out: Path, records: Sequence[Mapping[str, Any]]) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from skipstep import __version__
 from skipstep.bench.page.canvas import to_png
 from skipstep.bench.page.html import Html, element, join
 from skipstep.bench.page.inputs import ReportInputs, read_inputs
@@ -33,6 +32,7 @@ from skipstep.bench.page.style import style_sheet
 from skipstep.bench.page.tables import absent_section, environment_section, measurements_section, numbers_section
 from skipstep.errors import StorageError
 from skipstep.storage.atomic import atomic_write
+from skipstep.version import __version__
 
 PAGE: Final = "report.html"
 # Nothing may be loaded or run, whatever a name in a result contains.

@@ -17,8 +17,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, Target
-from skipstep.calls.conditioning import Conditioning
-from skipstep.calls.distinct import distinct
+from skipstep.calls.conditioning import Conditioning, distinct
 from skipstep.errors import ExportError
 from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs, Values
 from skipstep.networks.spec import NetworkSpec

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, Target
-from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
-from skipstep.calls.distinct import distinct
+from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning, distinct
 from skipstep.errors import InputError
 from skipstep.networks.graphs import StepInputs
 from skipstep.networks.spec import NetworkSpec

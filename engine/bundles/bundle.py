@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from skipstep.bundles.manifest import FILE_NAME, MAX_BYTES, SIGNATURE_NAME, EngineEntry, Manifest
 from skipstep.bundles.reader import parse_manifest
 from skipstep.errors import BundleError, DeviceUnavailableError, SignatureError
-from skipstep.storage.atomic import read_up_to, read_verified
+from skipstep.storage.verified import read_up_to, read_verified
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -1,12 +1,12 @@
 """The cache of built artefacts: build once per machine, trust only what comes back whole.
 
-    key    = sha256 of everything that the artefact depends on
+    key    = sha256 of everything that the artefact depends on (skipstep.bundles.cache_key)
     entry  = MAGIC ‖ sha256(rest) ‖ rest,    rest = key ‖ lengths ‖ description ‖ artefact      in the file <key>.entry
     lock   = flock on <key>.lock; the kernel frees it when its holder dies, however it dies
 
 An entry appears by one rename, holds its own key, and is hashed before any byte of it is used, so a half-written, a
 damaged or a renamed entry is a miss and nothing worse. The hash guards against damage, not against other users; against
-them the folder and every entry must be the user's own and closed to writing by others.
+them, the folder and every entry must belong to this user and be closed to writing by others.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from skipstep.errors import CacheError, InputError, StorageError
-from skipstep.storage.atomic import atomic_write, read_up_to
-
-Part = str | bytes | int | float | tuple["Part", ...] | None
+from skipstep.storage.atomic import atomic_write
+from skipstep.storage.verified import read_up_to
 
 DEFAULT_MAX_BYTES = 8 << 30
 
@@ -48,18 +47,6 @@ class CacheEntry:
     description: str
     bytes: int
     last_used: float
-
-
-def cache_key(**parts: Part) -> str:
-    """sha256 (hex) over named parts: every name, type, length and value counts, their order does not.
-
-    Each value is written as type, length, bytes, so no two sets of parts share an encoding: 1, 1.0, True and "1"
-    differ, and so do ("ab", "c") and ("a", "bc"). Raises InputError for other types and for no parts at all.
-    """
-    if not parts:
-        raise InputError(got="no parts", expected="all that the artefact depends on", remedy="name them as keywords")
-    named = tuple((name, parts[name]) for name in sorted(parts))
-    return hashlib.sha256(b"skipstep cache key 1" + _encode(named)).hexdigest()
 
 
 def default_folder() -> Path:
@@ -84,7 +71,7 @@ class ArtefactCache:
         self._warned = False
 
     def get(self, key: str) -> bytes | None:
-        """The artefact, verified, or None. An entry that is damaged or may be another's work is removed: a miss."""
+        """The artefact, verified, or None. An entry that is damaged or not this user's is removed."""
         _check_key(key)
         with self._open(create=False) as folder:
             if folder is None:
@@ -108,7 +95,7 @@ class ArtefactCache:
             return data
 
     def put(self, key: str, data: bytes, description: str) -> None:
-        """Store an artefact, in place of an older one; `description` is one line for people who list the cache."""
+        """Store an artefact, in place of an older one; `description` is one line for the listing of the cache."""
         _check_key(key)
         with self._locked(key):
             self._store(key, data, description)
@@ -117,8 +104,8 @@ class ArtefactCache:
         """The artefact of the cache, else of `build()`, which is then stored.
 
         Of several processes that ask for one key at once, one builds and the others wait for it. What `build` raises
-        passes through; it must not ask for its own key. A cache that cannot be used costs the reuse and a warning,
-        never the artefact.
+        passes through; it must not ask for its own key. With a cache that cannot be used
+        it warns and returns the artefact without storing it.
         """
         with ExitStack() as held:
             try:
@@ -137,7 +124,7 @@ class ArtefactCache:
             return data
 
     def entries(self) -> list[CacheEntry]:
-        """What is in the cache, most recently used first. Sizes and descriptions are as recorded, not verified."""
+        """All entries, most recently used first. Sizes and descriptions are as recorded, not verified."""
         found = []
         with self._open(create=False) as folder, _cache_errors(self.folder):
             for key, status in _scan(folder):
@@ -193,7 +180,7 @@ class ArtefactCache:
 
     @contextmanager
     def _locked(self, key: str) -> Iterator[None]:
-        """Hold the lock of `key`, which may be waited for without end: a living builder is never overtaken."""
+        """Hold the lock of `key`, and wait for it as long as its holder lives."""
         with self._open(create=True) as folder, ExitStack() as stack:
             assert folder is not None
             with _cache_errors(self.folder):
@@ -245,34 +232,11 @@ class ArtefactCache:
             warnings.warn(f"the artefact is built but not kept: {error}", RuntimeWarning, stacklevel=3)
 
 
-def _encode(value: object) -> bytes:
-    """Type, length and bytes of a part; a tuple's bytes are its encoded items."""
-    if value is None:
-        tag, body = b"n", b""
-    elif isinstance(value, str):
-        tag, body = b"s", value.encode("utf-8", "surrogatepass")
-    elif isinstance(value, bytes):
-        tag, body = b"b", value
-    elif isinstance(value, bool):
-        tag, body = b"t", bytes([value])
-    elif isinstance(value, int):
-        tag, body = b"i", value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True)
-    elif isinstance(value, float):
-        tag, body = b"f", struct.pack(">d", value)
-    elif isinstance(value, tuple):
-        tag, body = b"(", b"".join(map(_encode, value))
-    else:
-        raise InputError(
-            got=f"a {type(value).__name__} as part of a cache key",
-            expected="str, bytes, int, float, None or tuples of them",
-            remedy="convert it; of large data pass the sha256",
-        )
-    return tag + struct.pack(">Q", len(body)) + body
-
-
 def _check_key(key: str) -> None:
     if not _KEY.fullmatch(key):
-        raise InputError(got=f"the cache key {key!r}", expected="64 hexadecimal digits", remedy="use cache_key()")
+        raise InputError(
+            got=f"the cache key {key!r}", expected="64 hexadecimal digits", remedy="use skipstep.bundles.cache_key"
+        )
 
 
 @contextmanager
@@ -280,7 +244,7 @@ def _lock(folder: int, key: str, *, wait: bool) -> Iterator[None]:
     """Hold the lock of `key`; without `wait` a lock that is held elsewhere raises BlockingIOError."""
     name = f"{key}.lock"
     fd = _open_locked(folder, name, wait)
-    # The holder before may have removed the file while we waited; then what we hold is the lock of nobody.
+    # The previous holder may have removed the file while we waited; then others would lock another file.
     while not _is_named(fd, folder, name):
         os.close(fd)
         fd = _open_locked(folder, name, wait)

@@ -1,29 +1,44 @@
 """A bundle's manifest: its contents and their purpose, and the size and sha256 of every file.
 
-Schema 2: the step network is stored once, for every plan and batch size. skipstep.bundles.reader reads a manifest.
+Schema 2: the step network is stored once, for every plan and batch size. The types of the fields are also the rules by
+which skipstep.bundles.reader reads an untrusted manifest (skipstep.storage.untrusted). They are evaluated when the
+module is imported, because evaluating text takes time when a bundle is loaded: no `from __future__ import annotations`.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from skipstep.networks.spec import NetworkSpec
+from skipstep.storage.untrusted import (
+    ADDED_LATER,
+    MAX_ITEMS,
+    FileName,
+    Key,
+    Length,
+    Sha256,
+    Within,
+)
 
 SCHEMA: Final = 2
 FILE_NAME: Final = "manifest.json"
 SIGNATURE_NAME: Final = "manifest.sig"
 MAX_BYTES: Final = 16 << 20
 
+FileSize = Annotated[int, Within(0, 64 << 30)]
+BatchSize = Annotated[int, Within(1, MAX_ITEMS)]
+ScheduleNumber = Annotated[int, Within(0, MAX_ITEMS)]
+Seed = Annotated[int, Within(0, 2**64 - 1)]
+Label = Annotated[int, Within(0, 1 << 31)]
+
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
     """One file: how many bytes, and their sha256 in hexadecimal."""
 
-    size: int
-    sha256: str
+    size: FileSize
+    sha256: Sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +48,8 @@ class PlanEntry:
     Its arrays are in the tables file (skipstep.bundles.tables).
     """
 
-    key: str
-    schedule: int
+    key: Key
+    schedule: ScheduleNumber
     options: Mapping[str, Any]
 
 
@@ -45,9 +60,9 @@ class SamplerEntry:
     `plan` is the plan's key, `form` "loop" or "unrolled"; a `guided` one takes guidance_scale.
     """
 
-    file: str
-    plan: str
-    form: str
+    file: FileName
+    plan: Key
+    form: Literal["loop", "unrolled"]
     guided: bool
 
 
@@ -55,7 +70,7 @@ class SamplerEntry:
 class EngineEntry:
     """A TensorRT engine; `facts` is what its builder reports (skipstep.export.tensorrt_engine)."""
 
-    file: str
+    file: FileName
     target: str
     precision: str
     facts: Mapping[str, Any]
@@ -65,7 +80,7 @@ class EngineEntry:
 class KernelEntry:
     """A step kernel compiled for one architecture; `facts` say how to launch it (skipstep.edge.step_binary)."""
 
-    file: str
+    file: FileName
     facts: Mapping[str, Any]
 
 
@@ -76,12 +91,12 @@ class GoldenEntry:
     `tolerance` bounds the root mean square of the difference of a later drawing, over the root mean square of x_0.
     """
 
-    file: str
-    plan: str
-    seeds: tuple[int, ...]
-    class_labels: tuple[int, ...] | None
-    guidance_scale: float | None
-    tolerance: float
+    file: FileName
+    plan: Key
+    seeds: Annotated[tuple[Seed, ...], Length(1, 64)]
+    class_labels: tuple[Label, ...] | None
+    guidance_scale: Annotated[float, Within(-1e6, 1e6)] | None
+    tolerance: Annotated[float, Within(0.0, 1.0)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,23 +110,23 @@ class Manifest:
     """
 
     model: str
-    digest: str
+    digest: Sha256
     license: str
     network: NetworkSpec
-    batch_sizes: tuple[int, ...]
-    plans: tuple[PlanEntry, ...]
-    graphs: Mapping[str, str]
-    tables: str
+    batch_sizes: Annotated[tuple[BatchSize, ...], Length(1)]
+    plans: Annotated[tuple[PlanEntry, ...], Length(1)]
+    graphs: Mapping[str, FileName]
+    tables: FileName
     golden: GoldenEntry | None
     files: Mapping[str, FileEntry]
     tools: Mapping[str, str]
     partition: Mapping[str, Any]
     defaults: Mapping[str, Any] | None = None
-    default_schedule: int | None = None
+    default_schedule: ScheduleNumber | None = None
     engines: tuple[EngineEntry, ...] = ()
     kernels: tuple[KernelEntry, ...] = ()
     samplers: tuple[SamplerEntry, ...] = ()
-    calibration: str | None = None
+    calibration: Annotated[FileName | None, ADDED_LATER] = None
     schema: int = field(default=SCHEMA)
 
     def to_json(self) -> bytes:

@@ -1,7 +1,7 @@
 """Splitting a request over the batch sizes that were compiled.
 
-A run costs about as much as its batch size plus a fixed share, so the cheapest cover of n samples by sizes b_1 … b_k
-minimises the sum of (b + OVERHEAD) over the runs; padding is what is run beyond n.
+A run costs about its batch size plus a constant, so the cheapest cover of n samples by sizes b_1 … b_k minimises the
+sum of (b + OVERHEAD) over the runs; samples beyond n are padding.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-# What one more run costs, in samples: small networks at batch 1 take about as long as half a sample more.
+# The cost of one more run, in samples, as measured on small networks at batch 1.
 OVERHEAD = 0.5
 
 

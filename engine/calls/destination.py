@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from skipstep.calls.arrays import DLPACK_ERRORS, tensor_from_dlpack
 from skipstep.errors import InputError
 
 
@@ -29,15 +30,19 @@ def copy_samples(samples: np.ndarray[Any, Any], part: Any) -> None:
 
 
 def callers_memory(out: Any, shape: tuple[int, ...], *, device: str) -> Any:
-    """`out` as loops write to it: a NumPy array, or a tensor on the CUDA `device`. It shares the caller's memory.
+    """`out` in the form that loops write to: a NumPy array, or a tensor on the CUDA `device`, over the same memory.
 
-    NumPy arrays, torch tensors and whatever else offers DLPack are taken: float32, contiguous, writable, in host memory
-    or on the engine's device. Raises InputError.
+    It may be a NumPy array, a torch tensor, or anything with DLPack: float32, contiguous, writable, in host memory or
+    on the engine's device. Raises InputError.
     """
     given = out
     if not isinstance(out, np.ndarray) and hasattr(out, "__dlpack__"):
         if not hasattr(out, "detach"):
-            out = _tensor(out)
+            try:
+                out = tensor_from_dlpack(out)
+            except DLPACK_ERRORS as error:
+                problem = f"whose memory cannot be shared: {error}"
+                raise _unfit(out, problem, "memory that can be written to") from error
         if out.device.type == "cpu":
             # A tensor that needs a gradient has no NumPy array.
             out = out.detach().numpy() if out.dtype.is_floating_point and out.is_contiguous() else out
@@ -45,24 +50,14 @@ def callers_memory(out: Any, shape: tuple[int, ...], *, device: str) -> Any:
             raise _unfit(given, f"on {out.device}", f"host memory, or {device}, where the engine runs")
     if isinstance(out, np.ndarray):
         fits = out.dtype == np.float32 and out.flags.c_contiguous and out.flags.writeable
-        described = f"of shape {list(out.shape)} and dtype {out.dtype}" + ("" if fits else ", as it lies in memory")
     elif hasattr(out, "detach"):
         fits = str(out.dtype) == "torch.float32" and out.is_contiguous()
-        described = f"of shape {list(out.shape)} and dtype {out.dtype}" + ("" if fits else ", as it lies in memory")
     else:
         raise _unfit(given, "without memory to write to", "a NumPy array, a torch tensor, or one with __dlpack__")
+    described = f"of shape {list(out.shape)} and dtype {out.dtype}" + ("" if fits else ", as it lies in memory")
     if not fits or tuple(out.shape) != shape:
         raise _unfit(given, described, f"writable contiguous float32 {list(shape)}")
     return out
-
-
-def _tensor(out: Any) -> Any:
-    from torch.utils.dlpack import from_dlpack
-
-    try:
-        return from_dlpack(out)
-    except (RuntimeError, BufferError, TypeError, ValueError) as error:
-        raise _unfit(out, f"whose memory cannot be shared: {error}", "memory that can be written to") from error
 
 
 def _unfit(out: Any, got: str, expected: str) -> InputError:

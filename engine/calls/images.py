@@ -1,12 +1,20 @@
-"""Samples as pictures."""
+"""Samples as pictures, alone or in a labelled grid: a row per step count, a column per sample, for comparison."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from skipstep.errors import InputError
+
+MAX_COLUMNS = 10
+_CELL = 96
+_GAP = 6
+_FONT_SIZE = 14
+_INK, _PAPER = (32, 33, 36), (255, 255, 255)
 
 
 def to_pil(samples: NDArray[np.float32]) -> list[Image.Image]:
@@ -23,3 +31,40 @@ def to_pil(samples: NDArray[np.float32]) -> list[Image.Image]:
         )
     pixels = np.rint((samples.clip(-1.0, 1.0) + 1.0) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
     return [Image.fromarray(image[..., 0] if channels == 1 else image) for image in pixels]
+
+
+def labelled_grid(
+    rows: Sequence[Sequence[Image.Image]], *, row_labels: Sequence[str], column_labels: Sequence[str]
+) -> Image.Image:
+    """Arrange `rows[r][c]`, pictures of one size, under `column_labels[c]` and beside `row_labels[r]`.
+
+    More than MAX_COLUMNS columns continue below, as further blocks of all rows.
+    """
+    font = ImageFont.load_default(size=_FONT_SIZE)
+    num_samples = len(rows[0])
+    columns = min(num_samples, MAX_COLUMNS)
+    blocks = -(-num_samples // columns)
+    width, height = _cell_size(rows[0][0])
+    margin = 2 * _GAP + max(round(font.getlength(label)) for label in row_labels)
+    header = _FONT_SIZE + 2 * _GAP
+    block_height = header + len(rows) * (height + _GAP)
+    canvas = Image.new("RGB", (margin + columns * (width + _GAP), blocks * block_height + _GAP), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for block in range(blocks):
+        top = block * block_height
+        for column, sample in enumerate(range(block * columns, min(num_samples, (block + 1) * columns))):
+            left = margin + column * (width + _GAP)
+            draw.text((left + width // 2, top + header // 2), column_labels[sample], _INK, font, anchor="mm")
+            for r, row in enumerate(rows):
+                # Whole pixels, not smoothed: the picture should show what the model drew.
+                cell = row[sample].convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+                canvas.paste(cell, (left, top + header + r * (height + _GAP)))
+        for r, label in enumerate(row_labels):
+            middle = top + header + r * (height + _GAP) + height // 2
+            draw.text((margin - _GAP, middle), label, _INK, font, anchor="rm")
+    return canvas
+
+
+def _cell_size(picture: Image.Image) -> tuple[int, int]:
+    factor = max(1, round(_CELL / picture.width))
+    return picture.width * factor, picture.height * factor

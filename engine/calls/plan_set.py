@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from skipstep.errors import InputError, PlanError, PlanNotFoundError
-from skipstep.networks.spec import NetworkSpec
-from skipstep.plans.plan import Plan, check_plan_fits
+from skipstep.networks.spec import NetworkSpec, check_plan_fits
+from skipstep.plans.plan import Plan
 
 
 class PlanSet(Mapping[str, Plan]):

@@ -5,26 +5,26 @@ Scalars apply to every sample, sequences name each one; all sequences of a call 
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.errors import InputError
+from skipstep.calls.arrays import batch_rows, from_dlpack, host_floats
+from skipstep.errors import InputError, check_integer
 from skipstep.networks.spec import NetworkSpec
 
 MAX_SEED = 2**64 - 1
 
 
 class Conditions(TypedDict, total=False):
-    """What steers a call, as its caller passes it.
+    """The conditions of a call, as its caller passes them.
 
     class_labels            an int, or one per sample; left out, a network with a null label draws unconditionally.
     prompt_embeds           float `[B, L, D]`, or `[L, D]` for all samples: what the text encoder gives for the prompts.
-    negative_prompt_embeds  the same for what guidance leads away from; needed with guidance_scale.
+    negative_prompt_embeds  the same for the unconditional half of guidance; needed with guidance_scale.
     guidance_scale          classifier-free guidance u + scale·(c - u); 1 is none. A number, or one per sample.
     guidance_rescale        how much of the spread that guidance adds is taken back, 0 to 1. A number, or one each.
     """
@@ -41,7 +41,7 @@ class SampleRequest:
     """B samples: `seeds` uint64 `[B]`, `x_T` float32 `[B, C, H, W]`, `class_labels` int64 `[B]`; `guidance` and
     `rescale` float32 `[B]`; `prompts` and `negative_prompts` float32 `[B, L, D]`, or `[1, L, D]` for all samples.
 
-    What a call does not use is None; at least one of `seeds` and `x_T` is there. x_T is a NumPy array, or a tensor of
+    What a call does not use is None; at least one of `seeds` and `x_T` is given. x_T is a NumPy array, or a tensor of
     the device that the engine runs on, where the caller gave one.
     """
 
@@ -56,7 +56,7 @@ class SampleRequest:
 
     @property
     def num_copies(self) -> int:
-        """How often the network sees each sample: with its label, and with guidance also without."""
+        """The batch multiplier: 2 with classifier-free guidance, else 1."""
         return 1 if self.guidance is None else 2
 
     def chunk(self, start: int, batch_size: int) -> SampleRequest:
@@ -67,21 +67,9 @@ class SampleRequest:
             name for name in ("prompts", "negative_prompts") if arrays[name] is not None and len(arrays[name]) == 1
         }
         return SampleRequest(
-            batch_size, **{name: a if a is None or name in shared else _rows(a, index) for name, a in arrays.items()}
+            batch_size,
+            **{name: a if a is None or name in shared else batch_rows(a, index) for name, a in arrays.items()},
         )
-
-
-def _rows(array: Any, index: NDArray[np.int64]) -> Any:
-    """Those rows, in consecutive order but for repetitions of the last."""
-    if isinstance(array, np.ndarray):
-        return array[index]
-    rows = array[int(index[0]) : int(index[-1]) + 1]
-    missing = len(index) - len(rows)
-    if not missing:
-        return rows
-    import torch
-
-    return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
 
 
 def resolve_request(
@@ -179,11 +167,8 @@ def _resolve_labels(labels: int | Sequence[int] | None, network: NetworkSpec) ->
 def _resolve_guidance(scale: float | Sequence[float] | None, network: NetworkSpec) -> NDArray[np.float32] | None:
     if scale is None:
         return None
-    try:
-        array = np.asarray(scale, dtype=np.float32)
-    except (TypeError, ValueError):
-        array = np.array(np.nan, np.float32)
-    if array.ndim > 1 or isinstance(scale, bool) or not np.all(np.isfinite(array)):
+    array = _float_vector(scale)
+    if not np.all(np.isfinite(array)):
         raise InputError(
             got=f"guidance_scale={scale!r}",
             expected="a finite number, or one per sample",
@@ -203,11 +188,8 @@ def _resolve_rescale(
 ) -> NDArray[np.float32] | None:
     if strength is None:
         return None
-    try:
-        array = np.asarray(strength, dtype=np.float32)
-    except (TypeError, ValueError):
-        array = np.array(np.nan, np.float32)
-    if array.ndim > 1 or isinstance(strength, bool) or not np.all((array >= 0.0) & (array <= 1.0)):
+    array = _float_vector(strength)
+    if not np.all((array >= 0.0) & (array <= 1.0)):
         raise InputError(
             got=f"guidance_rescale={strength!r}",
             expected="a number in [0, 1], or one per sample",
@@ -216,10 +198,19 @@ def _resolve_rescale(
     if guidance_scale is None:
         raise InputError(
             got=f"guidance_rescale={strength!r} without guidance_scale",
-            expected="guidance, whose effect on the spread it takes back",
+            expected="classifier-free guidance, whose effect on the spread it takes back",
             remedy="pass guidance_scale as well",
         )
     return array
+
+
+def _float_vector(values: Any) -> NDArray[np.float32]:
+    """Float32, scalar or `[B]`; NaN for anything else."""
+    try:
+        array = np.asarray(values, dtype=np.float32)
+    except (TypeError, ValueError):
+        array = np.array(np.nan, np.float32)
+    return np.array(np.nan, np.float32) if array.ndim > 1 or isinstance(values, bool) else array
 
 
 def _resolve_prompts(
@@ -229,7 +220,7 @@ def _resolve_prompts(
         for name, embeds in (("prompt_embeds", prompts), ("negative_prompt_embeds", negative)):
             if embeds is not None:
                 raise InputError(
-                    got=f"{name} for a network that attends to no prompts",
+                    got=f"{name} for a network without prompts",
                     expected="none",
                     remedy=f"leave {name} out, or load a text-conditional checkpoint",
                 )
@@ -251,7 +242,7 @@ def _resolve_prompts(
 
 def _embeddings(name: str, given: Any, shape: tuple[int, int]) -> NDArray[np.float32]:
     """Float32 `[B or 1, L, D]` from NumPy or torch, of that or of one prompt's shape."""
-    array = _host_floats(name, given)
+    array = host_floats(name, given)
     if array.ndim == 2:
         array = array[None]
     if array.ndim != 3 or array.shape[1:] != shape or not len(array):
@@ -270,29 +261,18 @@ def _embeddings(name: str, given: Any, shape: tuple[int, int]) -> NDArray[np.flo
 def _int_vector(
     name: str, values: int | Sequence[int], *, low: int, high: int, dtype: type[np.integer[Any]]
 ) -> NDArray[Any]:
-    scalar = isinstance(values, int | np.integer)
-    try:
-        listed: list[Any] = [values] if scalar else list(values)  # type: ignore[arg-type]
-        boolean = any(isinstance(v, bool | np.bool_) for v in listed)
-        listed = [operator.index(v) for v in listed]
-    except TypeError:
-        listed, boolean = [], True
-    outside = [v for v in listed if not low <= v <= high]
-    if boolean or outside:
-        raise InputError(
-            got=f"{name}={outside[0] if outside else values!r}",
-            expected=f"an integer in [{low}, {high}]" + ("" if scalar else ", one per sample"),
-            remedy=f"pass {name} in this range",
-        )
-    return np.array(listed[0] if scalar else listed, dtype=dtype)
+    remedy = f"pass {name} in this range" + ("" if isinstance(values, int | np.integer) else ", one per sample")
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        return np.array(check_integer(name, values, low=low, high=high, remedy=remedy), dtype=dtype)
+    return np.array([check_integer(name, each, low=low, high=high, remedy=remedy) for each in values], dtype=dtype)
 
 
 def resolve_latents(x_T: Any, network: NetworkSpec, *, name: str = "x_T", device: str = "cpu") -> Any:
     """Float32 `[B, C, H, W]`, contiguous, from NumPy, torch or DLPack. Raises InputError, which calls it `name`.
 
-    A tensor on `device`, where that is a GPU, stays there: nobody waits for it, and NaN in it shows in what is drawn.
+    A tensor on `device`, where that is a GPU, stays there without synchronizing; NaN in it appears in the samples.
     """
-    x_T = _from_dlpack(name, x_T)
+    x_T = from_dlpack(name, x_T)
     on_device = device != "cpu" and hasattr(x_T, "detach") and str(x_T.device) == device
     if device != "cpu" and not on_device and str(getattr(x_T, "device", "cpu")).startswith("cuda"):
         raise InputError(
@@ -301,7 +281,7 @@ def resolve_latents(x_T: Any, network: NetworkSpec, *, name: str = "x_T", device
             remedy=f"move it with {name}.to({device!r}), in the order of your own streams",
         )
     if not on_device:
-        x_T = _host_floats(name, x_T)
+        x_T = host_floats(name, x_T)
     if x_T.ndim != 4 or tuple(x_T.shape[1:]) != network.sample_shape:
         raise InputError(
             got=f"{name} of shape {list(x_T.shape)}",
@@ -320,44 +300,3 @@ def resolve_latents(x_T: Any, network: NetworkSpec, *, name: str = "x_T", device
             remedy="check where they come from",
         )
     return np.ascontiguousarray(x_T, dtype=np.float32)
-
-
-# Of DLPack's device types.
-_DLPACK_CUDA = 2
-
-
-def _from_dlpack(name: str, given: Any) -> Any:
-    """Arrays of other libraries without a copy: as NumPy's where they are in host memory, as torch's on a GPU."""
-    if isinstance(given, np.ndarray) or hasattr(given, "detach") or not hasattr(given, "__dlpack__"):
-        return given
-    try:
-        if given.__dlpack_device__()[0] != _DLPACK_CUDA:
-            return np.from_dlpack(given)
-        from torch.utils.dlpack import from_dlpack
-
-        return from_dlpack(given)
-    except (RuntimeError, BufferError, TypeError, ValueError, ImportError) as error:
-        raise InputError(
-            got=f"{name} of type {type(given).__name__}, whose memory cannot be read through DLPack: {error}",
-            expected="floating-point numbers in host memory or on a CUDA device",
-            remedy="pass a NumPy array or a torch tensor",
-        ) from error
-
-
-def _host_floats(name: str, given: Any) -> NDArray[np.floating[Any]]:
-    """A NumPy array of any floating dtype, from NumPy or torch."""
-    if hasattr(given, "detach"):
-        if given.device.type not in ("cpu", "cuda"):
-            raise InputError(
-                got=f"{name} on {given.device}", expected="a tensor in memory", remedy=f"move it with {name}.cpu()"
-            )
-        # NumPy has no bfloat16.
-        given = (given.float() if given.dtype.is_floating_point else given).detach().cpu().numpy()
-    if not isinstance(given, np.ndarray) or not np.issubdtype(given.dtype, np.floating):
-        kind = f"dtype {given.dtype}" if isinstance(given, np.ndarray) else f"type {type(given).__name__}"
-        raise InputError(
-            got=f"{name} of {kind}",
-            expected="floating-point numbers in a NumPy array or a torch tensor",
-            remedy="pass float32",
-        )
-    return given

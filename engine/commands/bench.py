@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skipstep.commands.tables import format_table
 from skipstep.errors import InputError, MissingDependencyError
+from skipstep.latency.table import format_table
 
 if TYPE_CHECKING:
     from skipstep.bench.results import Case, Contender, Run

@@ -6,7 +6,7 @@ import argparse
 import time
 
 from skipstep.bundles.cache import ArtefactCache
-from skipstep.commands.tables import format_table
+from skipstep.latency.table import format_table
 
 HELP = "list or clear what was built before and is kept"
 DESCRIPTION = "List the cache of exported networks and engines, or clear it."

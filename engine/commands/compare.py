@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skipstep.commands.tables import format_table
 from skipstep.errors import MissingDependencyError
+from skipstep.latency.table import format_table
 
 if TYPE_CHECKING:
     from skipstep.bench.compare import Change, Comparison

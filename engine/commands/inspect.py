@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skipstep.commands.tables import format_table
 from skipstep.demo import SHIPPED_BUNDLE
+from skipstep.latency.table import format_table
 
 if TYPE_CHECKING:
     from skipstep.bundles.bundle import Bundle

@@ -7,8 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from skipstep import __version__
 from skipstep.errors import SkipstepError
+from skipstep.version import __version__
 
 COMMANDS = (
     "sample",

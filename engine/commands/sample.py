@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skipstep.commands.tables import format_table
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.errors import InputError
+from skipstep.latency.table import format_table
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -67,7 +67,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from skipstep.bundles.bundle import is_bundle
-    from skipstep.calls.grid import labelled_grid
+    from skipstep.calls.images import labelled_grid
 
     seeds = options.seeds if options.seeds is not None else list(range(options.num))
     if not seeds:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Final, Self
+from typing import Annotated, Any, Final, Self
 
 from skipstep.errors import ModelFormatError
 from skipstep.kernels.layout import StepFlags
+from skipstep.storage.untrusted import ReadBy, malformed, read_dataclass, read_value
 
 ITEM_SIZES: Final[Mapping[str, int]] = {"float16": 2, "bfloat16": 2, "float32": 4}
 POINTER_ALIGNMENT: Final = 16
@@ -62,9 +63,23 @@ class KernelArgument:
         return 8 if self.type.startswith("*") else 4
 
 
+def _read_argument(value: Any, where: str) -> KernelArgument:
+    """In JSON an argument is the list of its name and type."""
+    return KernelArgument(*read_value(tuple[str, str], value, where))
+
+
+def _read_flags(value: Any, where: str) -> StepFlags:
+    """In JSON the flags are the names of those that are on."""
+    names = read_value(tuple[str, ...], value, where)
+    known = {field.name for field in fields(StepFlags)}
+    if len(set(names)) != len(names) or not known.issuperset(names):
+        raise malformed(where, f"the flags {', '.join(names):.80}")
+    return StepFlags(**dict.fromkeys(names, True))
+
+
 @dataclass(frozen=True, slots=True)
 class StepBinaryFacts:
-    """What a launcher must know of one compiled step kernel. Raises ModelFormatError where the facts cannot be.
+    """What a launcher must know of one compiled step kernel. Raises ModelFormatError for impossible facts.
 
     `target` is the compiler's, "sm_90a" for `architecture` 90: with a suffix the cubin runs there and nowhere else.
     The kernel was compiled for one set of flags, `per_sample` tables or not, and with or without an output for x̂0.
@@ -76,7 +91,7 @@ class StepBinaryFacts:
     architecture: int
     target: str
     kernel: str
-    flags: StepFlags
+    flags: Annotated[StepFlags, ReadBy(_read_flags)]
     per_sample: bool
     store_x0: bool
     network_dtype: str
@@ -87,7 +102,7 @@ class StepBinaryFacts:
     registers: int
     pointer_alignment: int
     num_elements_multiple: int
-    arguments: tuple[KernelArgument, ...]
+    arguments: tuple[Annotated[KernelArgument, ReadBy(_read_argument)], ...]
     compiler: str
     toolkit: str
 
@@ -144,37 +159,11 @@ class StepBinaryFacts:
         return value | {"grid": list(GRID)}
 
     @classmethod
-    def from_json(cls, value: object) -> Self:
-        """Read what `to_json` wrote; ModelFormatError for anything else, down to unknown keys and flags."""
-        types = {field.name: _JSON_TYPES[str(field.type)] for field in fields(cls)} | {"grid": list}
-        _require(isinstance(value, dict), "a kernel's facts", value)
-        assert isinstance(value, dict)
-        _require(set(value) == set(types), "the keys of a kernel's facts", sorted(map(str, value)))
-        for key, kind in types.items():
-            _require(type(value[key]) is kind, key, value[key])
-        flag_names = {field.name for field in fields(StepFlags)}
-        flags, arguments = value["flags"], value["arguments"]
-        _require(all(isinstance(f, str) and f in flag_names for f in flags), "flags", flags)
-        _require(len(set(flags)) == len(flags), "flags", flags)
-        _require(
-            all(isinstance(a, list) and len(a) == 2 and all(isinstance(part, str) for part in a) for a in arguments),
-            "arguments",
-            arguments,
-        )
-        _require(value["grid"] == GRID, "grid", value["grid"])
-        members = {key: value[key] for key in types if key != "grid"}
-        members["flags"] = StepFlags(**dict.fromkeys(flags, True))
-        members["arguments"] = tuple(KernelArgument(*argument) for argument in arguments)
-        return cls(**members)
-
-
-_JSON_TYPES: Final[Mapping[str, type]] = {
-    "int": int,
-    "str": str,
-    "bool": bool,
-    "StepFlags": list,
-    "tuple[KernelArgument, ...]": list,
-}
+    def from_json(cls, value: object, where: str = "a kernel's facts") -> Self:
+        """Read what `to_json` wrote. Raises BundleError for anything else, also for unknown keys and flags."""
+        if not isinstance(value, dict) or value.get("grid") != GRID:
+            raise malformed(where, f"no grid {GRID}")
+        return read_dataclass(cls, {key: each for key, each in value.items() if key != "grid"}, where)
 
 
 def _require(holds: object, what: str, got: object) -> None:

@@ -3,8 +3,8 @@
     slerp(a, b, w) = sin((1-w)·θ)/sin θ · a + sin(w·θ)/sin θ · b        cos θ = <a, b>/(|a||b|)
 
 (DDIM's latents: arXiv 2010.02502, section 5.3, eq. 67 there.) One angle per sample, in float64. Where the two are
-nearly parallel the weights become 1-w and w; where they are opposite, every great circle through them is as good as
-the next, and the request is refused.
+nearly parallel the weights become 1-w and w; where they are opposite, the shortest path is not unique and the request
+is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SMALL_ANGLE = 1e-6
 
 
 def slerp(a: NDArray[np.float32], b: NDArray[np.float32], weights: ArrayLike) -> NDArray[np.float32]:
-    """The points at `weights` `[n]` on the way from a to b (each `[…]`), float32 `[n, …]`; 0 is a and 1 is b.
+    """The points at `weights` `[n]` on the path from a to b (each `[…]`), float32 `[n, …]`; 0 is a and 1 is b.
 
     Raises InputError for different shapes, and for noises that are zero, not finite or opposite.
     """
@@ -45,8 +45,8 @@ def slerp(a: NDArray[np.float32], b: NDArray[np.float32], weights: ArrayLike) ->
     if np.pi - angle < SMALL_ANGLE:
         raise InputError(
             got="latents in opposite directions",
-            expected="an angle below 180 degrees, so that there is one shortest way",
-            remedy="go by a third noise: interpolate to it, and from it",
+            expected="an angle below 180 degrees, so that the shortest path is unique",
+            remedy="interpolate to a third noise, and from it",
         )
     if angle < SMALL_ANGLE:
         between = (1.0 - w) * start + w * end

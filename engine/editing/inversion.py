@@ -37,7 +37,7 @@ class Inversion:
 def invert(
     loop: Loop, stages: Stages, request: SampleRequest, *, refinements: int = 0, tolerance: float = 0.0
 ) -> Inversion:
-    """Walk up from the request's images; up to `refinements` + 1 evaluations a step, fewer once every sample stalled.
+    """Invert the request's images with up to `refinements` + 1 network evaluations a step, fewer once all stalled.
 
     A sample has stalled when its residual is at most `tolerance`, or no longer falls.
     """

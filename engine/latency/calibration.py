@@ -13,13 +13,22 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
-from skipstep.commands.tables import format_table
-from skipstep.errors import BundleError, InputError, SkipstepError
+from skipstep.errors import InputError
 from skipstep.kernels.autotune import TunedLaunch
 from skipstep.latency.identity import DeviceIdentity
-from skipstep.storage.untrusted import Fields, malformed, parse_json, read_object
+from skipstep.latency.table import format_table
+from skipstep.storage.untrusted import (
+    Key,
+    ReadBy,
+    Within,
+    malformed,
+    parse_json,
+    read_dataclass,
+    read_schema,
+    read_value,
+)
 
 if TYPE_CHECKING:
     from skipstep.plans.plan import Plan
@@ -28,6 +37,7 @@ SCHEMA: Final = 1
 FILE_NAME: Final = "calibration.json"
 
 _MAX_MS = 1e9
+Milliseconds = Annotated[float, Within(math.ulp(0.0), _MAX_MS)]
 _MAX_BATCH = 1 << 20
 # Of one bundle; the entries that were added last stay.
 _MAX_DEVICES = 64
@@ -77,15 +87,39 @@ def nearest_rank(values: Sequence[float], percent: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class _StoredLatency:
+    """One entry of `latencies` in the file."""
+
+    plan: Key
+    batch_size: Annotated[int, Within(1, _MAX_BATCH)]
+    guided: bool
+    p50_ms: Milliseconds
+    p90_ms: Milliseconds
+    p99_ms: Milliseconds
+    count: Annotated[int, Within(1)]
+
+
+def _read_latencies(value: Any, where: str) -> dict[RunKind, Latency]:
+    stored: tuple[_StoredLatency, ...] = read_value(tuple[_StoredLatency, ...], value, where)
+    latencies = {
+        RunKind(each.plan, each.batch_size, each.guided): Latency(each.p50_ms, each.p90_ms, each.p99_ms, each.count)
+        for each in stored
+    }
+    if len(latencies) != len(stored):
+        raise malformed(where, "two latencies of one run")
+    return latencies
+
+
+@dataclass(frozen=True, slots=True)
 class Calibration:
     """What was measured on one device: the latency of each kind of run, and launches of the step that were tuned there.
 
-    Raises InputError for kinds of run that cannot be, and for two launches of one case.
+    Raises InputError for a batch size out of range, and for two launches of one case.
     """
 
     identity: DeviceIdentity
-    latencies: Mapping[RunKind, Latency]
-    launches: tuple[TunedLaunch, ...] = field(default=())
+    latencies: Annotated[Mapping[RunKind, Latency], ReadBy(_read_latencies)]
+    launches: tuple[Annotated[TunedLaunch, ReadBy(TunedLaunch.from_json)], ...] = field(default=())
 
     def __post_init__(self) -> None:
         for kind in self.latencies:
@@ -108,7 +142,7 @@ class Calibration:
         return tuple(sorted({kind.batch_size for kind in self.latencies}))
 
     def updated_by(self, newer: Calibration) -> Calibration:
-        """Both, and of what both measured the newer. Raises InputError for another device's."""
+        """Both merged; where both measured, the newer counts. Raises InputError for another device's."""
         if newer.identity != self.identity:
             raise InputError(
                 got=f"calibrations of two devices: {', '.join(newer.identity.differences(self.identity))}",
@@ -119,7 +153,7 @@ class Calibration:
         return Calibration(self.identity, {**self.latencies, **newer.latencies}, tuple(launches.values()))
 
     def only(self, plans: Iterable[str]) -> Calibration:
-        """What there is of the plans with these keys."""
+        """The part about the plans with these keys."""
         kept = set(plans)
         return replace(self, latencies={kind: each for kind, each in self.latencies.items() if kind.plan in kept})
 
@@ -134,7 +168,7 @@ class Calibration:
     @classmethod
     def from_json(cls, value: Any, where: str = "calibration") -> Calibration:
         """What `to_json` gave. Raises BundleError for anything else."""
-        return read_object(_calibration)(value, where)
+        return read_dataclass(cls, value, where)
 
 
 def write_calibrations(calibrations: Iterable[Calibration]) -> bytes:
@@ -146,23 +180,22 @@ def write_calibrations(calibrations: Iterable[Calibration]) -> bytes:
 
 def read_calibrations(data: bytes) -> tuple[Calibration, ...]:
     """What `write_calibrations` wrote. Raises BundleError for anything else."""
-    top = Fields(parse_json(data, FILE_NAME), FILE_NAME)
-    schema = top.integer("schema", low=1)
-    if schema != SCHEMA:
-        raise BundleError(
-            got=f"{FILE_NAME} of schema {schema}",
-            expected=f"schema {SCHEMA}, which this version of skipstep reads",
-            remedy="upgrade skipstep" if schema > SCHEMA else "calibrate again: skipstep calibrate",
-        )
-    calibrations = tuple(top.each("calibrations", Calibration.from_json))
-    top.finish()
+    value = parse_json(data, FILE_NAME)
+    read_schema(value, FILE_NAME, known=SCHEMA, remedy="calibrate again: skipstep calibrate")
+    calibrations = read_dataclass(_CalibrationFile, value, FILE_NAME).calibrations
     if len({each.identity for each in calibrations}) != len(calibrations):
         raise malformed(f"{FILE_NAME}.calibrations", "two calibrations of one device")
     return calibrations
 
 
+@dataclass(frozen=True, slots=True)
+class _CalibrationFile:
+    schema: int
+    calibrations: tuple[Calibration, ...]
+
+
 def matching(calibrations: Iterable[Calibration], identity: DeviceIdentity) -> Calibration | None:
-    """That of this device; None where nobody has measured on it."""
+    """The calibration of this device, None where there is none."""
     return next((each for each in calibrations if each.identity == identity), None)
 
 
@@ -172,7 +205,7 @@ def stored_calibration(data: bytes, identity: DeviceIdentity) -> Calibration | N
 
 
 def describe_latencies(calibration: Calibration, plans: Mapping[str, Plan]) -> list[str]:
-    """Lines of a table of what the plans, by key, take; those that were not measured are named below it."""
+    """Lines of a table of the latencies of `plans`, by key; plans that were not measured are named below it."""
     rows = [
         (
             f"{plans[kind.plan].steps}",
@@ -198,25 +231,3 @@ def describe_latencies(calibration: Calibration, plans: Mapping[str, Plan]) -> l
     if unmeasured:
         lines.append(f"Not measured: {', '.join(unmeasured)}.")
     return lines
-
-
-def _calibration(given: Fields) -> Calibration:
-    try:
-        measured = given.each("latencies", read_object(_latency))
-        latencies = dict(measured)
-        if len(latencies) != len(measured):
-            raise malformed(given.where, "two latencies of one run")
-        launches = tuple(given.each("launches", lambda value, where: TunedLaunch.from_json(value)))
-        return Calibration(given.nested("identity", DeviceIdentity.from_fields), latencies, launches)
-    except BundleError:
-        raise
-    except SkipstepError as error:  # The classes' own rules.
-        raise malformed(given.where, error.got) from error
-
-
-def _latency(given: Fields) -> tuple[RunKind, Latency]:
-    kind = RunKind(
-        given.hexadecimal("plan", 16), given.integer("batch_size", low=1, high=_MAX_BATCH), given.boolean("guided")
-    )
-    p50, p90, p99 = (given.number(name, low=math.ulp(0.0), high=_MAX_MS) for name in ("p50_ms", "p90_ms", "p99_ms"))
-    return kind, Latency(p50, p90, p99, given.integer("count", low=1))

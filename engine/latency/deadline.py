@@ -1,18 +1,17 @@
-"""The plan for a deadline: of those whose measured p99, with a margin, fits, the one of the most steps.
+"""The plan for a deadline: the one with the most steps of those whose measured p99 fits, with a margin.
 
     (1 + margin) · Σ over the request's runs of p99(plan, batch size of the run, guided)  ≤  deadline
 
-Adding the runs' p99 is cautious: the runs of a call are rarely all slow. Only what was measured is chosen: nothing is
-concluded from other batch sizes, or from plans of other lengths.
+Adding the runs' p99 is cautious: the runs of a call are rarely all slow. Only measured plans are chosen: nothing is
+inferred from other batch sizes, or from plans of other lengths.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from numbers import Real
 
-from skipstep.errors import DeadlineError, InputError
+from skipstep.errors import DeadlineError, InputError, check_number
 from skipstep.latency.calibration import Calibration, RunKind
 from skipstep.latency.identity import DeviceIdentity
 from skipstep.plans.plan import Plan
@@ -31,27 +30,20 @@ def choose_plan(
     margin: float = MARGIN,
     identity: DeviceIdentity | None = None,
 ) -> Plan:
-    """The plan of the most steps that meets the deadline; of equal ones that with the lower p99.
+    """The plan with the most steps that meets the deadline; of equally long ones that with the lower p99.
 
-    calibration    of this device; None: nobody has measured.
-    plans          to choose from. Those that walk from images to noise are passed over.
+    calibration    of this device; None where nothing was measured.
+    plans          to choose from. Inversions are left out.
     sizes_of_runs  the batch sizes that the request is split over (Sampler.split).
-    margin         what the p99 is raised by, as a share of it, ≥ 0.
-    identity       of this device, where the caller wants the calibration held against it.
+    margin         the share of the p99 that is added to it, ≥ 0.
+    identity       of this device, to check that the calibration was measured on it.
 
-    Raises DeadlineError where nothing fits, which says what would; InputError for a deadline or margin that is no such
-    number, without a calibration of this device, and where no plan was measured at these batch sizes.
+    Raises DeadlineError where no plan fits, with the shortest possible deadline; InputError for an invalid deadline or
+    margin, without a calibration of this device, and where no plan was measured at these batch sizes.
     """
-    if not _is_number(deadline_ms) or deadline_ms == 0:
-        raise InputError(
-            got=f"deadline_ms={deadline_ms!r}",
-            expected="a positive number of milliseconds",
-            remedy="pass deadline_ms=50.0, say, or steps=",
-        )
-    if not _is_number(margin):
-        raise InputError(
-            got=f"margin={margin!r}", expected="a share of the p99, 0 or more", remedy="pass 0.1, or 0 for none"
-        )
+    remedy = "pass milliseconds, such as deadline_ms=50.0, or steps="
+    deadline_ms = check_number("deadline_ms", deadline_ms, low=0.0, above=True, remedy=remedy)
+    margin = check_number("margin", margin, low=0.0, remedy="pass a share of the p99, such as 0.1, or 0 for none")
     latencies = _checked(calibration, identity).latencies
     factor, measured, unmeasured = 1.0 + margin, [], []
     for plan in sorted(plans, key=lambda plan: (len(plan.timesteps), plan.key)):
@@ -102,13 +94,6 @@ def _not_measured(plans: Sequence[Plan], sizes_of_runs: Sequence[int], guided: b
     )
 
 
-def _is_number(value: object) -> bool:
-    try:
-        return isinstance(value, Real) and not isinstance(value, bool) and 0.0 <= float(value) < math.inf
-    except OverflowError:
-        return False
-
-
 def _request(sizes_of_runs: Sequence[int], guided: bool) -> str:
     sizes = " + ".join(map(str, sizes_of_runs)) if len(sizes_of_runs) <= 4 else f"{sum(sizes_of_runs)}"
     return f"{sizes} sample{'s' if sizes != '1' else ''}" + (" with guidance" if guided else "")
@@ -123,6 +108,6 @@ def _name(plan: Plan) -> str:
 
 
 def _rounded_up(milliseconds: float) -> str:
-    """With two decimals, and never less than it: a deadline of so much fits."""
+    """With two decimals, rounded up: a deadline of this length fits."""
     rounded = round(milliseconds, 2)
     return f"{rounded if rounded >= milliseconds else rounded + 0.01:.2f}"

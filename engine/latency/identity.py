@@ -1,7 +1,7 @@
-"""What must be the same for measured latencies to count: the device, what runs the network on it, and how.
+"""What must be equal for measured latencies to be valid: the device, what runs the network on it, and how.
 
 The processor's model, cores and threads, or the GPU and its driver; the backend and its version; the loop; the
-network's precision; the version of skipstep. What else a machine is busy with, or how it is clocked, it cannot say.
+network's precision; the version of skipstep. Other load on the machine and its clock rates are not part of it.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ import platform
 import sys
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
 
-from skipstep import __version__
 from skipstep.cuda.probe import cuda_device
 from skipstep.errors import InputError
-from skipstep.storage.untrusted import Fields, read_integer, read_text
+from skipstep.storage.untrusted import Within
+from skipstep.version import __version__
 
-# Which modules run the network, by backend; those of them that are imported say their version.
+# The modules that run the network, by backend; the imported ones give their version.
 _LIBRARIES = {"tensorrt": ("tensorrt", "tensorrt_rtx")}
 _DRIVER_FILE = "/sys/module/nvidia/version"
-_MAX_COUNT = 1 << 20
+Count = Annotated[int, Within(1, 1 << 20)]
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceIdentity:
-    """Equal identities may share latencies.
+    """Latencies measured under one identity are valid under an equal one.
 
     device    "cpu" or "cuda".
     name      the processor's model or the GPU's name.
     library   what runs the network, with its version: "onnxruntime 1.31.1".
-    cores     that the process may use, and `threads` that the network runs on; on the CPU alone.
-    driver    of the GPU; on a GPU alone.
+    cores     that the process may use, and `threads` that the network runs on; only on the CPU.
+    driver    of the GPU; only on a GPU.
     Raises InputError where these contradict each other.
     """
 
@@ -43,8 +43,8 @@ class DeviceIdentity:
     loop: str
     precision: str
     skipstep: str = __version__
-    cores: int | None = None
-    threads: int | None = None
+    cores: Count | None = None
+    threads: Count | None = None
     driver: str | None = None
 
     def __post_init__(self) -> None:
@@ -62,32 +62,12 @@ class DeviceIdentity:
         return f"{self.name}, {where}; {self.library}, {self.loop} loop, {self.precision}; skipstep {self.skipstep}"
 
     def differences(self, other: DeviceIdentity) -> list[str]:
-        """What is not the same, in words: "threads 2 instead of 4"."""
+        """The differences in words, such as "threads 2 instead of 4"."""
         pairs = [(each.name, getattr(self, each.name), getattr(other, each.name)) for each in fields(self)]
         return [f"{name} {mine} instead of {theirs}" for name, mine, theirs in pairs if mine != theirs]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_fields(cls, given: Fields) -> DeviceIdentity:
-        """Raises BundleError for fields that are missing or of another type, InputError as above."""
-
-        def count(value: Any, where: str) -> int:
-            return read_integer(value, where, 1, _MAX_COUNT)
-
-        return cls(
-            device=given.text("device"),
-            name=given.text("name"),
-            backend=given.text("backend"),
-            library=given.text("library"),
-            loop=given.text("loop"),
-            precision=given.text("precision"),
-            skipstep=given.text("skipstep"),
-            cores=given.optional("cores", count),
-            threads=given.optional("threads", count),
-            driver=given.optional("driver", read_text),
-        )
 
 
 def device_identity(
@@ -99,7 +79,7 @@ def device_identity(
     num_threads: int | None = None,
     gpu_name: str | None = None,
 ) -> DeviceIdentity:
-    """That of an engine in this process.
+    """The identity of an engine in this process.
 
     device        "cpu", "cuda" or "cuda:1", as engines have it.
     num_threads   of ONNX Runtime; None: all cores. torch is asked for its own.

@@ -1,8 +1,8 @@
-"""Measuring whole calls: `sampler.sample` from arguments to NumPy samples, as a product calls it, all work finished.
+"""Measuring whole calls: `sampler.sample` from arguments to NumPy samples, with all work finished.
 
-Plans, batch sizes and guidance take turns: the calls of each are spread evenly over the whole measurement, so that a
-slow spell of the machine does not hit one kind alone. Where time is short, the kinds that take longest are called less
-often; how often is kept beside every percentile.
+The calls of each kind (plan, batch size, guidance) are spread evenly over the whole measurement, so that a slow period
+of the machine does not affect one kind alone. Where time is short, the kinds that take longest are called less often;
+the number of calls is kept beside every percentile.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from skipstep.calls.request import Conditions
-from skipstep.errors import InputError
+from skipstep.errors import InputError, check_integer, check_number
 from skipstep.latency.calibration import Calibration, Latency, RunKind
 from skipstep.latency.identity import DeviceIdentity
 from skipstep.plans.plan import Plan
 from skipstep.plans.solvers import SOLVERS
 
 if TYPE_CHECKING:
-    from skipstep.loops.runner import Sampler
+    from skipstep.loops.contract import Sampler
 
 # From 100 calls on, p99 is less than the longest of them.
 REPEATS = 100
 MAX_SECONDS = 120.0
-# However short the time: percentiles of fewer calls are not worth the name.
+# The fewest calls of a kind, however short the time.
 _FEWEST_CALLS = 3
 _GUIDANCE = 2.0
 
@@ -42,6 +42,7 @@ def calibrate(
     plans: Iterable[int | Plan] | None = None,
     batch_sizes: Iterable[int] | None = None,
     progress: Progress | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Calibration:
     """Latencies of whole calls on this device, unguided, and guided where the network can be.
 
@@ -51,18 +52,13 @@ def calibrate(
     plans         of the sampler, or their step counts; None: all that lead from noise to images.
     batch_sizes   None: the sampler's own. One that takes any size can be measured at each, up to its largest.
     progress      called as progress(done, total), in calls.
+    clock         in seconds.
 
     Labels and seeds differ within a batch, and so do the prompts, which are random numbers: no work is shared between
     samples. Raises InputError, and what `sample` raises.
     """
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < _FEWEST_CALLS:
-        raise InputError(
-            got=f"repeats={repeats!r}", expected=f"an integer ≥ {_FEWEST_CALLS}", remedy="pass 100 for a p99 of use"
-        )
-    if not max_seconds > 0:
-        raise InputError(
-            got=f"max_seconds={max_seconds!r}", expected="a positive number of seconds", remedy="pass 60.0, say"
-        )
+    repeats = check_integer("repeats", repeats, low=_FEWEST_CALLS, remedy="pass 100 for a useful p99")
+    max_seconds = check_number("max_seconds", max_seconds, low=0.0, above=True, remedy="pass seconds, such as 60.0")
     chosen = _chosen_plans(sampler, plans)
     sizes = _chosen_sizes(sampler, batch_sizes)
     guided = (False, True) if sampler.network.can_guide else (False,)
@@ -74,21 +70,21 @@ def calibrate(
     }
     expected = {}
     for kind, call in calls.items():
-        call()  # Compiles and captures; the next one says how long a call is.
-        expected[kind] = _seconds(call)
-    turns = take_turns(allot(expected, repeats=repeats, max_seconds=max_seconds))
+        call()  # Compiles and captures; the second call tells how long one takes.
+        expected[kind] = _seconds(call, clock)
+    order = spread_calls(allot(expected, repeats=repeats, max_seconds=max_seconds))
     seconds: dict[RunKind, list[float]] = {kind: [] for kind in calls}
-    for done, kind in enumerate(turns, 1):
-        seconds[kind].append(_seconds(calls[kind]))
+    for done, kind in enumerate(order, 1):
+        seconds[kind].append(_seconds(calls[kind], clock))
         if progress is not None:
-            progress(done, len(turns))
+            progress(done, len(order))
     return Calibration(identity, {kind: Latency.of(each) for kind, each in seconds.items()})
 
 
 def allot(seconds: Mapping[RunKind, float], *, repeats: int, max_seconds: float) -> dict[RunKind, int]:
-    """How often to call each kind that takes so long: all `repeats` times where that fits into `max_seconds`.
+    """How often to call each kind, given the seconds of a call: `repeats` times where that fits into `max_seconds`.
 
-    Where it does not, each has an equal share of the time, and what a quick one leaves of its share goes to the others.
+    Where it does not, each has an equal share of the time; what a quick kind leaves of its share goes to the others.
     """
     counts = {}
     left = max_seconds
@@ -99,7 +95,7 @@ def allot(seconds: Mapping[RunKind, float], *, repeats: int, max_seconds: float)
     return counts
 
 
-def take_turns(counts: Mapping[RunKind, int]) -> list[RunKind]:
+def spread_calls(counts: Mapping[RunKind, int]) -> list[RunKind]:
     """Each kind that often, in an order that spreads the calls of every kind evenly from beginning to end."""
     places = [((n + 0.5) / count, i, kind) for i, (kind, count) in enumerate(counts.items()) for n in range(count)]
     return [kind for _, _, kind in sorted(places)]
@@ -121,9 +117,9 @@ def _chosen_plans(sampler: Sampler, plans: Iterable[int | Plan] | None) -> list[
 def _chosen_sizes(sampler: Sampler, batch_sizes: Iterable[int] | None) -> list[int]:
     sizes = sorted(set(sampler.batch_sizes if batch_sizes is None else batch_sizes))
     for size in sizes:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1 or sampler.split(size) != [size]:
+        if sampler.split(check_integer("batch size", size, low=1)) != [size]:
             raise InputError(
-                got=f"batch size {size!r}",
+                got=f"batch size={size!r}",
                 expected=f"one that a single run draws; this engine was made for {list(sampler.batch_sizes)}",
                 remedy="leave batch_sizes out, or build the engine with it",
             )
@@ -148,7 +144,7 @@ def _call(sampler: Sampler, plan: Plan, size: int, *, guided: bool) -> Callable[
     return lambda: sampler.sample(plan=plan, seeds=seeds, **conditions)
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
+def _seconds(call: Callable[[], Any], clock: Callable[[], float]) -> float:
+    started = clock()
     call()
-    return time.perf_counter() - started
+    return clock() - started

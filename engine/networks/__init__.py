@@ -1,1 +1,9 @@
-"""What is sampled: a network's spec, its checkpoint and its graphs. ADD A MODEL FAMILY here."""
+"""What is sampled: a network's state, conditions and checkpoint. ADD A MODEL FAMILY here.
+
+Calls and everything above may import it; it imports skipstep.errors, storage, kernels and plans. Checkpoint folders
+(read_checkpoint, load_unet) are in skipstep.networks.checkpoint, which a bundle does not need.
+"""
+
+from skipstep.networks.spec import NetworkSpec, check_plan_fits, network_batch_sizes
+
+__all__ = ["NetworkSpec", "check_plan_fits", "network_batch_sizes"]

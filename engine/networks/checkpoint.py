@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from skipstep.errors import MissingDependencyError, ModelFormatError, UnsafeCheckpointError
 from skipstep.plans.scheduler_config import SchedulerConfig, read_scheduler_config
+from skipstep.storage.untrusted import read_json_object
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,6 +32,7 @@ NETWORK_CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 # Where a folder has no tokenizer: what every CLIP text encoder is given.
 _CLIP_TOKENS = 77
 _STEM = "diffusion_pytorch_model"
+_DOWNLOAD = "download it again"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -83,7 +85,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
             expected="a folder written by diffusers' save_pretrained()",
             remedy="pass a pipeline's folder, or its unet folder",
         )
-    config = _read_json(unet / "config.json")
+    config = read_json_object(unet / "config.json", remedy=_DOWNLOAD)
     class_name = config.get("_class_name")
     if class_name not in NETWORK_CLASSES:
         raise ModelFormatError(
@@ -176,10 +178,10 @@ def _find_weights(unet: Path) -> tuple[Path, ...]:
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json_object(index, remedy=_DOWNLOAD).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ModelFormatError(
-            got=f"{index} without a weight_map", expected="a map from tensors to files", remedy="download it again"
+            got=f"{index} without a weight_map", expected="a map from tensors to files", remedy=_DOWNLOAD
         )
     names = sorted(set(weight_map.values()))
     for name in names:
@@ -220,27 +222,13 @@ def _check_safetensors(path: Path) -> None:
 
 
 def _truncated(path: Path, size: str) -> ModelFormatError:
-    return ModelFormatError(got=f"{path} with {size}", expected="a whole safetensors file", remedy="download it again")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelFormatError(
-            got=f"{path}, which cannot be read as JSON ({error})", expected="a JSON object", remedy="download it again"
-        ) from error
-    if not isinstance(contents, dict):
-        raise ModelFormatError(
-            got=f"{path} holding a JSON {type(contents).__name__}", expected="a JSON object", remedy="download it again"
-        )
-    return contents
+    return ModelFormatError(got=f"{path} with {size}", expected="a whole safetensors file", remedy=_DOWNLOAD)
 
 
 def _class_names(index: Path) -> tuple[str, ...] | None:
     if not index.exists():
         return None
-    id2label = _read_json(index).get("id2label")
+    id2label = read_json_object(index, remedy=_DOWNLOAD).get("id2label")
     if id2label is None:
         return None
     keys = [str(i) for i in range(len(id2label))] if isinstance(id2label, dict) else []
@@ -298,7 +286,7 @@ def _prompt_shape(config: Mapping[str, Any], root: Path) -> tuple[int, int] | No
             )
     width = config.get("cross_attention_dim", 1280)
     path = root / "tokenizer" / "tokenizer_config.json"
-    tokens = _read_json(path).get("model_max_length") if path.exists() else _CLIP_TOKENS
+    tokens = read_json_object(path, remedy=_DOWNLOAD).get("model_max_length") if path.exists() else _CLIP_TOKENS
     if not isinstance(width, int) or not isinstance(tokens, int) or width < 1 or not 1 <= tokens <= 1 << 16:
         raise ModelFormatError(
             got=f"cross_attention_dim={width!r} and model_max_length={tokens!r} in {root}",

@@ -1,23 +1,27 @@
-"""What a sampling loop must know of a network: the shape that it denoises and the labels that it takes.
+"""What a sampling loop must know of a network: the shape that it denoises and the conditions that it takes.
 
 out = network(x_t [N, C, H, W], timestep [N], encoder_hidden_states [N, L, D], class_labels [N])
 
-of which a network takes the last two or not.
-
-out has the shape of x_t, or 2C channels, of which the second half says where the variance of the step lies
-(learned_range).
+The last two are optional. out has the shape of x_t, or 2C channels, of which the second half says where the variance
+of the step lies (learned_range).
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from skipstep.errors import InputError
+from skipstep.errors import InputError, PlanError
+from skipstep.storage.untrusted import Within
+
+if TYPE_CHECKING:
+    from skipstep.plans.plan import Plan
+
+# Bounds for a specification that is read from a bundle.
+Side = Annotated[int, Within(1, 1 << 16)]
+Label = Annotated[int, Within(0, 1 << 31)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +35,13 @@ class NetworkSpec:
     Raises InputError where these contradict each other.
     """
 
-    sample_shape: tuple[int, int, int]
-    num_classes: int | None = None
-    null_label: int | None = None
+    sample_shape: tuple[Side, Side, Side]
+    num_classes: Label | None = None
+    null_label: Label | None = None
     class_names: tuple[str, ...] | None = None
     fractional_timesteps: bool = False
     learns_variance: bool = False
-    prompt_shape: tuple[int, int] | None = None
+    prompt_shape: tuple[Side, Side] | None = None
 
     def __post_init__(self) -> None:
         shape = self.sample_shape
@@ -80,7 +84,7 @@ class NetworkSpec:
 
     @property
     def can_guide(self) -> bool:
-        """Whether it can predict with and without the conditioning, which guidance contrasts."""
+        """Whether it can predict with and without the conditioning, as classifier-free guidance needs."""
         return self.null_label is not None or self.prompt_shape is not None
 
     @property
@@ -97,8 +101,8 @@ class NetworkSpec:
         null_label: int | None = None,
         prompt_shape: tuple[int, int] | None = None,
         fractional_timesteps: bool | None = None,
-    ) -> NetworkSpec:
-        """Complete what the caller gave with a diffusers-style `module.config`; InputError if that falls short."""
+    ) -> "NetworkSpec":
+        """Complete the arguments from a diffusers-style `module.config`; InputError if something is still missing."""
         config = getattr(module, "config", None)
         if sample_shape is None:
             size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
@@ -130,6 +134,23 @@ class NetworkSpec:
             null_label,
             fractional_timesteps=fractional_timesteps,
             prompt_shape=prompt_shape,
+        )
+
+
+def check_plan_fits(plan: "Plan", network: NetworkSpec) -> None:
+    """Raise PlanError for a plan that needs what the network does not offer."""
+    if plan.is_fractional and not network.fractional_timesteps:
+        first = float(plan.evaluation_timesteps[plan.evaluation_timesteps % 1.0 != 0.0][0])
+        raise PlanError(
+            got=f"fractional timesteps, {first}, from {plan!r}",
+            expected="integers: this network takes no others",
+            remedy="pass midpoints='nearest' to the plan, or fractional_timesteps=True when building the engine",
+        )
+    if plan.learns_variance and not network.learns_variance:
+        raise PlanError(
+            got=f"{plan!r} for a network with {network.sample_shape[0]} output channels",
+            expected=f"{2 * network.sample_shape[0]}: a prediction, and where its variance lies",
+            remedy="use variance='fixed_small' or 'fixed_large'",
         )
 
 

@@ -28,7 +28,7 @@ PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 def coefficient_table(
     alpha_bar: NDArray[np.float64], weights: UpdateWeights, *, prediction_type: str, clip: float | None
 ) -> NDArray[np.float32]:
-    """Return float32 `[E, NUM_COLUMNS]` for the E noise levels `alpha_bar` that the network is told.
+    """Return float32 `[E, NUM_COLUMNS]` for the E noise levels `alpha_bar` of the network's timestep inputs.
 
     Raises PlanError for epsilon prediction at alpha_bar = 0, where the predicted image is 1/0.
     """

@@ -1,8 +1,7 @@
 """A plan: one way to walk from noise to an image, with every number known before the first call.
 
 A plan is an explicit list of pairs t_i → t_{i+1} that ends at `final_alpha_bar` (1: no noise left), and one row of
-coefficients per network evaluation. There is no stride arithmetic: the level that a step leads to is the level at
-which the next one starts.
+coefficients per network evaluation. The level that a step leads to is the level at which the next one starts.
 
 Three conventions differ in what happens to the predicted image x0 and noise eps, by up to half the signal's scale:
 
@@ -17,18 +16,18 @@ import dataclasses
 import hashlib
 import itertools
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.errors import PlanError
+from skipstep.errors import PlanError, check_choice, check_number
 from skipstep.kernels.layout import Column, StepFlags
 from skipstep.kernels.statistics import Thresholding
 from skipstep.plans.coefficients import PredictionType, coefficient_table
+from skipstep.plans.plan_options import check_final_alpha_bar, check_solver_options, resolve_clip, resolve_timesteps
 from skipstep.plans.schedule import NoiseSchedule
 from skipstep.plans.solvers import (
     BETWEEN,
@@ -40,10 +39,7 @@ from skipstep.plans.solvers import (
     UpdateWeights,
     Variance,
 )
-from skipstep.plans.spacing import Spacing, space_timesteps
-
-if TYPE_CHECKING:
-    from skipstep.networks.spec import NetworkSpec
+from skipstep.plans.spacing import Spacing
 
 Convention = Literal["diffusers", "guided", "paper"]
 CONVENTIONS: tuple[str, ...] = get_args(Convention)
@@ -58,8 +54,8 @@ class Plan:
     variance        for ddpm: "fixed_small", "fixed_large" or "learned_range"; None is fixed_small.
     midpoints       for solvers that look between training timesteps: "fractional" timesteps, found in log-SNR, or the
                     "nearest" integer for a network that knows no others, at the price of the solver's order.
-    evaluate_at     for ddim_inversion: the network is told the timestep of the "target" of each step, which is where
-                    sampling stood when it made that step, or of its "source".
+    evaluate_at     for ddim_inversion: the network's timestep input is that of the "target" of each step, as in
+                    sampling, or of its "source".
     prediction_type what the network was trained to predict.
     clip            bound on the predicted image, None for none; "auto" is 1.0 where the convention and the solver clip;
                     "dynamic" thresholds at the quantile `dynamic_quantile` of each sample's absolute values, at least 1
@@ -73,11 +69,11 @@ class Plan:
     `clip` a number, "dynamic" or None. All of the following are read-only:
 
     alpha_bars      float64 `[S+1]`, the levels visited. An inversion visits levels and timesteps upward.
-    evaluation_timesteps  float64 `[E]`, what the network is told, one per evaluation; E is S for one-stage solvers.
+    evaluation_timesteps  float64 `[E]`, the network's timestep inputs; E is S for one-stage solvers.
     coefficients    float32 `[E, NUM_COLUMNS]`; `stage_flags`, E of them, say which columns count
                     (skipstep.kernels.layout).
     ends_step       E truth values: whether an evaluation is the last of its step.
-    key             sixteen hexadecimal digits, equal exactly where the results are: a hash of timesteps, table, flags.
+    key             sixteen hexadecimal digits, equal if and only if the results are: a hash of timesteps, table, flags.
 
     Raises PlanError.
     """
@@ -112,18 +108,33 @@ class Plan:
                 expected="a NoiseSchedule",
                 remedy="build one, e.g. NoiseSchedule.linear(1000) or NoiseSchedule.from_diffusers(config)",
             )
-        _check_choice("solver", self.solver, tuple(SOLVERS))
-        _check_choice("convention", self.convention, CONVENTIONS)
-        _check_choice("midpoints", self.midpoints, ("fractional", "nearest"))
-        _check_choice("evaluate_at", self.evaluate_at, ("target", "source"))
-        if self.variance is not None:
-            _check_choice("variance", self.variance, VARIANCES)
+        for option, chosen, choices in (
+            ("solver", self.solver, tuple(SOLVERS)),
+            ("convention", self.convention, CONVENTIONS),
+            ("midpoints", self.midpoints, ("fractional", "nearest")),
+            ("evaluate_at", self.evaluate_at, ("target", "source")),
+            ("variance", self.variance or VARIANCES[0], VARIANCES),
+        ):
+            check_choice(option, chosen, choices, error=PlanError)
         solver = SOLVERS[self.solver]
-        eta = _checked_number("eta", self.eta, low=0.0, high=1.0)
-        self._check_solver_takes(solver, eta)
-        timesteps = self._resolved_timesteps()
-        final_alpha_bar = self._checked_final_alpha_bar(timesteps[-1])
-        clip = self._resolved_clip(solver)
+        eta = check_number("eta", self.eta, low=0.0, high=1.0, error=PlanError)
+        check_solver_options(
+            self.solver,
+            eta=eta or None,
+            variance=self.variance,
+            midpoints=None if self.midpoints == "fractional" else self.midpoints,
+            evaluate_at=None if self.evaluate_at == "target" else self.evaluate_at,
+        )
+        timesteps = resolve_timesteps(
+            self.schedule, self.timesteps, steps=self.steps, spacing=self.spacing, offset=self.steps_offset
+        )
+        final_alpha_bar = check_final_alpha_bar(self.final_alpha_bar, self.schedule, timesteps[-1])
+        clip = resolve_clip(
+            self.clip,
+            quantile=self.dynamic_quantile,
+            maximum=self.dynamic_maximum,
+            unclipped="inversion" if solver.upward else "paper" if self.convention == "paper" else None,
+        )
 
         alpha_bars = np.append(self.schedule.alpha_bar[list(timesteps)], final_alpha_bar)
         if solver.upward:
@@ -135,14 +146,14 @@ class Plan:
                 remedy="use ddim, ddpm or dpm_solver_pp_2m, or leave the last timestep out",
             )
         weights = solver.weights(alpha_bars, SolverOptions(eta, self.variance or "fixed_small"))
-        told, told_levels = self._evaluations(weights, timesteps)
+        inputs, input_levels = self._evaluations(weights, timesteps)
         coefficients = coefficient_table(
-            told_levels,
+            input_levels,
             weights,
             prediction_type=self.prediction_type,
             clip=clip if isinstance(clip, float) else None,
         )
-        for array in (alpha_bars, told, coefficients):
+        for array in (alpha_bars, inputs, coefficients):
             array.setflags(write=False)
         for name, value in {
             "steps": len(timesteps),
@@ -152,7 +163,7 @@ class Plan:
             "clip": clip,
             "final_alpha_bar": final_alpha_bar,
             "alpha_bars": alpha_bars,
-            "evaluation_timesteps": told,
+            "evaluation_timesteps": inputs,
             "coefficients": coefficients,
             "ends_step": tuple(weights.ends_step.tolist()),
             "stage_flags": self._stage_flags(solver, clip, coefficients, weights),
@@ -162,7 +173,7 @@ class Plan:
 
     @property
     def num_evaluations(self) -> int:
-        """E, how often one sample evaluates the network (twice that where guidance doubles the batch)."""
+        """E, the network evaluations (NFE) of a sample; classifier-free guidance doubles their batch."""
         return len(self.evaluation_timesteps)
 
     @property
@@ -173,12 +184,12 @@ class Plan:
 
     @property
     def is_fractional(self) -> bool:
-        """Whether the network is told timesteps between those that it was trained at."""
+        """Whether the network's timestep inputs include some between those of its training."""
         return bool(np.any(self.evaluation_timesteps % 1.0))
 
     @property
     def adds_noise(self) -> bool:
-        """Whether samples depend on fresh noise beside x_T."""
+        """Whether steps add fresh noise."""
         return any(flags.add_noise for flags in self.stage_flags)
 
     @property
@@ -205,7 +216,7 @@ class Plan:
         )
 
     def inverted(self, *, evaluate_at: Literal["target", "source"] = "target") -> Plan:
-        """The way back up: DDIM inversion over this plan's timesteps, without clipping."""
+        """DDIM inversion over this plan's timesteps, without clipping."""
         return Plan(
             schedule=self.schedule,
             timesteps=self.timesteps,
@@ -216,12 +227,12 @@ class Plan:
         )
 
     def started_at(self, step: int) -> Plan:
-        """The same plan from its step `step` on, in [0, S-1]: what is left of it for an image noised to that level."""
+        """The rest of this plan from its step `step`, in [0, S-1], on: for an image noised to that level."""
         timesteps = self.timesteps[step:]
         return dataclasses.replace(self, steps=None, timesteps=timesteps)
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments that make this plan again, but for its schedule, as plain values."""
+        """The keyword arguments that make this plan again, except its schedule, as plain values."""
         names = [each.name for each in dataclasses.fields(self) if each.init and each.name != "schedule"]
         options = {name: getattr(self, name) for name in names}
         # Of steps with a spacing and explicit timesteps, what the plan was made from.
@@ -258,39 +269,23 @@ class Plan:
         digest.update(self.coefficients.astype("<f4").tobytes())
         return digest.hexdigest()[:16]
 
-    def _check_solver_takes(self, solver: Solver, eta: float) -> None:
-        given = {
-            "eta": eta != 0.0,
-            "variance": self.variance is not None,
-            "midpoints": self.midpoints != "fractional",
-            "evaluate_at": self.evaluate_at != "target",
-        }
-        for name, is_given in given.items():
-            if is_given and name not in solver.takes:
-                heeding = ", ".join(key for key, other in SOLVERS.items() if name in other.takes)
-                raise PlanError(
-                    got=f"{name}={getattr(self, name)!r} with solver={self.solver!r}",
-                    expected=f"an option of this solver; {name} is one of {heeding}",
-                    remedy=f"leave {name} out, or change the solver",
-                )
-
     def _evaluations(
         self, weights: UpdateWeights, timesteps: tuple[int, ...]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """What the network is told at each evaluation: timesteps `[E]`, and the levels that they stand for `[E]`."""
-        told, levels = np.empty(len(weights.level)), weights.level.copy()
+        """The network's timestep inputs `[E]`, and the levels `[E]` that they stand for."""
+        inputs, levels = np.empty(len(weights.level)), weights.level.copy()
         # An inversion's first level is the image's, which no timestep has; its others follow.
         shift = {"target": 0, "source": -1}[self.evaluate_at] if SOLVERS[self.solver].upward else 0
         for row, place in enumerate(weights.grid + shift):
             if 0 <= place < len(timesteps) and weights.grid[row] != BETWEEN:
-                told[row] = timesteps[place]
+                inputs[row] = timesteps[place]
             else:
-                told[row] = self.schedule.timestep_at(float(weights.level[row]))
+                inputs[row] = self.schedule.timestep_at(float(weights.level[row]))
                 if self.midpoints == "nearest" or weights.grid[row] != BETWEEN:
-                    told[row] = round(told[row])
-            if told[row] % 1.0 == 0.0:
-                levels[row] = self.schedule.alpha_bar[int(told[row])]
-        return told, levels
+                    inputs[row] = round(inputs[row])
+            if inputs[row] % 1.0 == 0.0:
+                levels[row] = self.schedule.alpha_bar[int(inputs[row])]
+        return inputs, levels
 
     def _stage_flags(
         self,
@@ -319,117 +314,3 @@ class Plan:
             )
             for row in range(len(coefficients))
         )
-
-    def _resolved_timesteps(self) -> tuple[int, ...]:
-        num_timesteps = self.schedule.num_timesteps
-        if len(self.timesteps) == 0:
-            if self.steps is None or self.spacing is None:
-                raise PlanError(
-                    got="neither steps with a spacing nor timesteps",
-                    expected="one of the two",
-                    remedy="pass steps=20, or timesteps=[...] from the noisiest to the cleanest",
-                )
-            return space_timesteps(self.spacing, self.schedule, steps=self.steps, offset=self.steps_offset)
-        try:
-            timesteps = tuple(operator.index(t) for t in self.timesteps)
-        except TypeError as error:
-            raise PlanError(
-                got=f"timesteps={list(self.timesteps)!r}",
-                expected="integers",
-                remedy="round them; the network was trained at integer timesteps",
-            ) from error
-        decreasing = all(t > s for t, s in itertools.pairwise(timesteps))
-        if not decreasing or timesteps[-1] < 0 or timesteps[0] >= num_timesteps:
-            raise PlanError(
-                got=f"timesteps={list(timesteps)!r}",
-                expected=f"strictly decreasing integers in [0, {num_timesteps - 1}]",
-                remedy="sort them from the noisiest to the cleanest and drop repetitions",
-            )
-        if self.steps is not None and self.steps != len(timesteps):
-            raise PlanError(
-                got=f"steps={self.steps} beside {len(timesteps)} timesteps",
-                expected="one of the two, or two that agree",
-                remedy="leave steps out",
-            )
-        return timesteps
-
-    def _resolved_clip(self, solver: Solver) -> float | Literal["dynamic"] | None:
-        for name in ("dynamic_quantile", "dynamic_maximum"):
-            if getattr(self, name) is not None and self.clip != "dynamic":
-                raise PlanError(
-                    got=f"{name}={getattr(self, name)!r} with clip={self.clip!r}",
-                    expected="clip='dynamic' beside it",
-                    remedy=f"pass clip='dynamic', or leave {name} out",
-                )
-        if self.clip == "auto":
-            return None if self.convention == "paper" or solver.upward else 1.0
-        if self.clip is None:
-            return None
-        if self.convention == "paper" or solver.upward:
-            why = "inversion cannot be undone where it clips" if solver.upward else "the paper's step does not clip"
-            raise PlanError(
-                got=f"clip={self.clip!r} in " + ("an inversion" if solver.upward else "the paper's convention"),
-                expected=f"no clip: {why}",
-                remedy="leave clip out" + ("" if solver.upward else ", or use convention='diffusers' or 'guided'"),
-            )
-        if self.clip != "dynamic":
-            return _checked_number("clip", self.clip, low=0.0, high=math.inf, open_low=True)
-        if self.dynamic_quantile is None:
-            raise PlanError(
-                got="clip='dynamic' without dynamic_quantile",
-                expected="the quantile at which to threshold, in (0, 1]",
-                remedy="pass dynamic_quantile=0.995, as Imagen does",
-            )
-        _checked_number("dynamic_quantile", self.dynamic_quantile, low=0.0, high=1.0, open_low=True)
-        if self.dynamic_maximum is not None:
-            _checked_number("dynamic_maximum", self.dynamic_maximum, low=1.0, high=math.inf)
-        return "dynamic"
-
-    def _checked_final_alpha_bar(self, last_timestep: int) -> float:
-        level = float(self.schedule.alpha_bar[last_timestep])
-        final = _checked_number("final_alpha_bar", self.final_alpha_bar, low=0.0, high=1.0, open_low=True)
-        if final < level:
-            raise PlanError(
-                got=f"final_alpha_bar={final:.9g} after timestep {last_timestep} with alpha_bar {level:.9g}",
-                expected="a result with no more noise than the last timestep visited",
-                remedy="use final_alpha_bar=1.0, or stop at an earlier timestep",
-            )
-        return final
-
-
-def check_plan_fits(plan: Plan, network: NetworkSpec) -> None:
-    """Raise PlanError for a plan that asks of the network what it cannot do."""
-    if plan.is_fractional and not network.fractional_timesteps:
-        first = float(plan.evaluation_timesteps[plan.evaluation_timesteps % 1.0 != 0.0][0])
-        raise PlanError(
-            got=f"fractional timesteps, {first}, from {plan!r}",
-            expected="integers: this network takes no others",
-            remedy="pass midpoints='nearest' to the plan, or fractional_timesteps=True when building the engine",
-        )
-    if plan.learns_variance and not network.learns_variance:
-        raise PlanError(
-            got=f"{plan!r} for a network with {network.sample_shape[0]} output channels",
-            expected=f"{2 * network.sample_shape[0]}: a prediction, and where its variance lies",
-            remedy="use variance='fixed_small' or 'fixed_large'",
-        )
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise PlanError(
-            got=f"{name}={value!r}", expected=f"one of {', '.join(choices)}", remedy=f"pass {name} as one of these"
-        )
-
-
-def _checked_number(name: str, value: object, *, low: float, high: float, open_low: bool = False) -> float:
-    numeric = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    number = float(value) if numeric else math.nan  # type: ignore[arg-type]
-    inside = (low < number if open_low else low <= number) and number <= high and math.isfinite(number)
-    if not inside:
-        raise PlanError(
-            got=f"{name}={value!r}",
-            expected=f"a finite number {'above' if open_low else 'from'} {low:g}"
-            + ("" if math.isinf(high) else f" to {high:g}"),
-            remedy=f"pass {name} within this range",
-        )
-    return number

@@ -8,7 +8,7 @@ alpha_bar.) A schedule is that one float64 array and nothing else: every other n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from skipstep.errors import ScheduleError
+from skipstep.errors import ScheduleError, check_integer
+from skipstep.plans.diffusers_config import read_diffusers_config
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,13 +118,20 @@ class NoiseSchedule:
     def from_diffusers(cls, config: str | Path | Mapping[str, Any]) -> NoiseSchedule:
         """From a diffusers `scheduler_config.json` (the file, its folder, or its contents as a dict).
 
-        Every key is honoured or refused by name with a ScheduleError. The keys that are not about the schedule
+        Every key is supported or refused by name with a ScheduleError. The keys that are not about the schedule
         (prediction type, clipping, spacing) are returned by `skipstep.plans.scheduler_config.read_scheduler_config`.
         """
-        # That module is built upon this one; it is named here only so that the constructors stand together.
-        from skipstep.plans.scheduler_config import read_scheduler_config
-
-        return read_scheduler_config(config).schedule
+        read = read_diffusers_config(config)
+        if read.trained_betas is not None:
+            schedule = cls.from_betas(read.trained_betas, name="trained_betas")
+        elif read.beta_schedule == "squaredcos_cap_v2":
+            schedule = cls.cosine(read.num_train_timesteps)
+        else:
+            make = {"linear": cls.linear, "scaled_linear": cls.scaled_linear, "sigmoid": cls.sigmoid}
+            schedule = make[read.beta_schedule](
+                read.num_train_timesteps, beta_start=read.beta_start, beta_end=read.beta_end
+            )
+        return schedule.rescaled_to_zero_terminal_snr() if read.rescale_betas_zero_snr else schedule
 
     def timestep_at(self, alpha_bar: float) -> float:
         """The timestep, between training timesteps where need be, at which the level is `alpha_bar`.
@@ -141,14 +149,6 @@ class NoiseSchedule:
         root = np.sqrt(self.alpha_bar)
         rescaled = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
         return NoiseSchedule(rescaled, name=f"{self.name}, zero terminal SNR")
-
-
-BETA_SCHEDULES: Mapping[str, Callable[..., NoiseSchedule]] = {
-    "linear": NoiseSchedule.linear,
-    "scaled_linear": NoiseSchedule.scaled_linear,
-    "squaredcos_cap_v2": NoiseSchedule.cosine,
-    "sigmoid": NoiseSchedule.sigmoid,
-}
 
 
 def _float64_vector(values: ArrayLike, *, what: str) -> NDArray[np.float64]:
@@ -172,13 +172,8 @@ def _float64_vector(values: ArrayLike, *, what: str) -> NDArray[np.float64]:
 
 
 def _checked_length(num_timesteps: int) -> int:
-    if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int) or num_timesteps < 1:
-        raise ScheduleError(
-            got=f"num_timesteps={num_timesteps!r}",
-            expected="an integer ≥ 1",
-            remedy="pass the number of timesteps that the network was trained with, usually 1000",
-        )
-    return num_timesteps
+    remedy = "pass the number of timesteps that the network was trained with, usually 1000"
+    return check_integer("num_timesteps", num_timesteps, low=1, remedy=remedy, error=ScheduleError)
 
 
 def _check_beta_range(beta_start: float, beta_end: float) -> None:

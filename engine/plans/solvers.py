@@ -12,12 +12,12 @@ probability-flow ODE is dx̄/ds = eps, so the classical rules apply as they stan
     ddpm            the posterior mean and a variance (Ho et al. 2020, arXiv 2006.11239, eq. 7)   stochastic, S
     ddim_inversion  Euler's rule from the image up to the noise                                   order 1, S
 
-A rule of order above 1 would need the network at the level where no noise is left, or cannot weigh it: the last step,
-where p = 1, is Euler's. DDIM's variance (Song, Meng, Ermon 2021, arXiv 2010.02502, eq. 12 and 16; their alpha is our
-alpha_bar) is sigma² = eta²·(1-p)/(1-a)·(1-a/p).
+A rule of order above 1 would need the network at the level without noise, or has no finite weight for it, so the last
+step, where p = 1, is Euler's. DDIM's variance (Song, Meng, Ermon 2021, arXiv 2010.02502, eq. 12 and 16; their alpha is
+our alpha_bar) is sigma² = eta²·(1-p)/(1-a)·(1-a/p).
 
-A solver is a function from levels to `UpdateWeights` in float64, one row per evaluation; the loop and the kernel never
-learn its name. To add one, write such a function and enter it in `SOLVERS`.
+A solver is a function from levels to `UpdateWeights` in float64, one row per evaluation; the loop and the kernel do
+not know its name. To add one, write such a function and enter it in `SOLVERS`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BETWEEN: Final = -1
 
 @dataclass(frozen=True, slots=True)
 class SolverOptions:
-    """What a plan may tell its solver. Solvers ignore what is not theirs; the plan refuses it before."""
+    """The options of a plan for its solver. A plan refuses options that its solver does not support."""
 
     eta: float = 0.0
     variance: Variance = "fixed_small"
@@ -52,9 +52,9 @@ class UpdateWeights:
 
     level       alpha_bar of the state that the network reads.
     grid        int `[E]`: which of the plan's levels that is, or BETWEEN.
-    c_*, m_*    weights of the next state and of the memory (skipstep.kernels.layout).
+    c_*, m_*    weights of the next state and of the history (skipstep.kernels.layout).
     sigma       of the fresh noise; exp(log_sigma + log_sigma_out·v) times it where the variance is learned.
-    keep_base   bool `[E]`: this evaluation is the first of a step whose later ones look back at its state.
+    keep_base   bool `[E]`: this evaluation is the first of a step whose later ones read its state.
     ends_step   bool `[E]`: this evaluation is the last of its step.
     """
 
@@ -90,12 +90,12 @@ UPDATE_COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Solver:
-    """A table and what it understands.
+    """A function that makes a table, and its properties.
 
-    takes           the options of a plan that it heeds; others are refused.
+    takes           the options of a plan that it supports; others are refused.
     sees_clip_in_eps  with clipping, eps is derived again from the clipped image in the diffusers convention too.
     diverges_at_zero  it has no finite weights for a step that starts at alpha_bar = 0.
-    upward          it walks from the image to the noise.
+    upward          it leads from the image to the noise.
     """
 
     weights: Callable[[Levels, SolverOptions], UpdateWeights]
@@ -143,7 +143,7 @@ def ddpm(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
 
 
 def heun(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
-    """Heun's rule. The memory carries x̄ + h/2·eps_1, all that the second evaluation needs of the first."""
+    """Heun's rule. The history holds x̄ + h/2·eps_1, all that the second evaluation needs of the first."""
     weights = _rows(2, alpha_bars)
     for row, a, p in _steps(weights, alpha_bars):
         _euler(weights, row, p)
@@ -157,7 +157,7 @@ def heun(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
 
 
 def rk4(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
-    """The classical Runge-Kutta rule. The memory sums up the result while the inner stages start from the base."""
+    """The classical Runge-Kutta rule. The history sums up the result while the inner stages start from the base."""
     weights = _rows(4, alpha_bars)
     for row, a, p in _steps(weights, alpha_bars):
         if p == 1.0:
@@ -180,7 +180,7 @@ def rk4(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
 
 
 def dpm_solver_2(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
-    """DPM-Solver-2, singlestep, with the midpoint in ln s (r = 1/2). The memory carries the step's first state."""
+    """DPM-Solver-2, singlestep, with the midpoint in ln s (r = 1/2). The history holds the step's first state."""
     weights = _rows(2, alpha_bars)
     for row, a, p in _steps(weights, alpha_bars):
         if p == 1.0:
@@ -195,7 +195,7 @@ def dpm_solver_2(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
 
 
 def dpm_solver_pp_2m(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
-    """DPM-Solver++(2M): the line through the last two predicted images. The memory carries the earlier one."""
+    """DPM-Solver++(2M): the line through the last two predicted images. The history holds the earlier one."""
     weights = _one_row_per_step(alpha_bars)
     a, p = alpha_bars[:-1], alpha_bars[1:]
     weights.c_x = np.sqrt((1.0 - p) / (1.0 - a))

@@ -12,8 +12,8 @@
 for i = 0 … S-1 and snr = alpha_bar/(1 - alpha_bar). The first three are those of Lin et al. 2024 (arXiv 2305.08891,
 table 2) and give the indices that diffusers gives; quadratic is the DDIM paper's (arXiv 2010.02502, appendix D.2);
 karras is Karras et al. 2022 (arXiv 2206.00364, eq. 5). With S = 1 all but `leading` visit their noisiest index. Every
-result has exactly S strictly decreasing indices in [0, T-1], or there is none:
-where rounding would merge two of them the request is refused, since a merged plan runs fewer steps than was asked.
+result has exactly S strictly decreasing indices in [0, T-1]. Where rounding would merge two of them the request is
+refused, since the plan would run fewer steps than requested.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.errors import PlanError
+from skipstep.errors import PlanError, check_choice, check_integer
 from skipstep.plans.schedule import NoiseSchedule
 
 Spacing = Literal["leading", "trailing", "linspace", "quadratic", "paper_quadratic", "log", "logsnr", "karras"]
@@ -41,27 +41,18 @@ def space_timesteps(spacing: str, schedule: NoiseSchedule, *, steps: int, offset
     indices do not exist.
     """
     num_timesteps = schedule.num_timesteps
-    if spacing not in SPACINGS:
-        raise PlanError(
-            got=f"spacing={spacing!r}",
-            expected=f"one of {', '.join(SPACINGS)}",
-            remedy="pick one of these, or pass timesteps=[...] to choose every index yourself",
-        )
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 1 <= steps <= num_timesteps:
-        raise PlanError(
-            got=f"steps={steps!r}",
-            expected=f"an integer from 1 to {num_timesteps}, the number of training timesteps",
-            remedy="ask for fewer steps"
-            if isinstance(steps, int) and steps > num_timesteps
-            else "ask for at least one",
-        )
+    remedy = "pick one of these, or pass timesteps=[...] to choose every index yourself"
+    check_choice("spacing", spacing, SPACINGS, remedy=remedy, error=PlanError)
+    steps = check_integer(
+        "steps", steps, low=1, high=num_timesteps, remedy="ask for at least one, at most all", error=PlanError
+    )
     if spacing in ("logsnr", "karras") and schedule.alpha_bar[-1] == 0.0:
         raise PlanError(
             got=f"spacing={spacing!r} over a schedule with zero terminal SNR",
             expected="a finite signal-to-noise ratio at the last timestep",
             remedy="use trailing spacing, which that schedule was made for",
         )
-    ascending = _ascending(spacing, schedule, int(steps), offset)
+    ascending = _ascending(spacing, schedule, steps, offset)
     if not _is_valid(ascending, num_timesteps):
         largest = _largest_number_of_steps(spacing, schedule, offset)
         raise PlanError(

@@ -1,4 +1,4 @@
-"""What a loop reads of its plans: one for all samples of a batch, or one per sample."""
+"""The tables that a loop reads: of one plan for all samples of a batch, or of one plan per sample."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ class Stages:
         )
 
     def chunk(self, start: int, batch_size: int) -> Stages:
-        """Those of samples start … start + batch_size - 1; past the end the last sample's are repeated."""
+        """The stages of samples start … start + batch_size - 1; past the end those of the last sample are repeated."""
         if self.table.shape[1] == 1:
             return self
         index = np.minimum(np.arange(start, start + batch_size), self.table.shape[1] - 1)
         return replace(self, table=np.ascontiguousarray(self.table[:, index]), timesteps=self.timesteps[:, index])
 
     def network_timesteps(self, copies: int, batch_size: int) -> NDArray[np.float64]:
-        """Timesteps `[E, copies·B]` of the network's batch, which guidance doubles."""
+        """Timesteps `[E, copies·B]` of the network's batch; `copies` is the batch multiplier."""
         return np.tile(np.broadcast_to(self.timesteps, (len(self), batch_size)), (1, copies))
 
 

@@ -1,17 +1,15 @@
-"""Files that are whole or absent: writes that appear at once, and reads that return only the promised bytes.
+"""Files and folders that are whole or absent: a write appears under its name all at once.
 
-    write   temporary sibling -> fsync -> one rename -> fsync of the folder above
-    read    open below a root without following a link -> size -> read once -> sha256 of those very bytes
+    temporary name beside the target -> fsync -> one rename -> fsync of the folder above
 
-A writer holds a lock on its temporary sibling. The kernel drops the lock with the process, so the next writer in the
-same folder tells a killed writer's left-over (free) from the work of a living one (locked) and removes it.
+A writer holds a lock on its temporary name. The kernel releases the lock when the process ends, so the next writer in
+the same folder can tell what a killed writer left (unlocked) from the work of a running one (locked), and removes it.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
 import re
 import stat
@@ -19,11 +17,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from skipstep.errors import IntegrityError, SkipstepError, StorageError
+from skipstep.errors import SkipstepError, StorageError
+from skipstep.storage.verified import kind_of_file
 
 _PARTIAL = re.compile(r"\.skipstep-[0-9a-f]{16}\.partial")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
+_AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
 _REMEDIES = {
     errno.ENOSPC: "free space on this disk, or write to another one",
     errno.EDQUOT: "free some of this user's quota, or write to another disk",
@@ -38,16 +38,20 @@ _REMEDIES = {
 }
 
 
-def atomic_write(path: str | os.PathLike[str], data: bytes | Iterable[bytes], *, mode: int = 0o644) -> None:
+def atomic_write(
+    path: str | os.PathLike[str], data: bytes | Iterable[bytes], *, mode: int = 0o644, replace: bool = True
+) -> None:
     """Write `data`, whole or in pieces, to the file `path`: readers see the old content or the new, never a part.
 
     `mode` is narrowed by the umask. A symbolic link at `path` is replaced, not followed. The folder must exist.
+    Without `replace` an existing name, of whatever kind, is refused: the StorageError's cause is a FileExistsError.
     Raises StorageError; whatever is raised, the old file is as it was and no temporary file is left.
     """
     path = Path(path)
     with _folder_of(path) as folder:
         with _storage_errors(path):
-            _refuse_other_kinds(path, (stat.S_IFREG, stat.S_IFLNK), "a regular file or a free name")
+            if replace:
+                _refuse_other_kinds(path, (stat.S_IFREG, stat.S_IFLNK), "a regular file or a free name")
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             name, fd = _claim(folder, lambda name: os.open(name, flags, mode, dir_fd=folder))
         try:
@@ -56,7 +60,11 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | Iterable[bytes], *,
                     _write(fd, piece)
             with _storage_errors(path):
                 os.fsync(fd)
-                os.replace(name, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+                if replace:
+                    os.replace(name, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+                elif not _renameat2(path.parent / name, path, _RENAME_NOREPLACE):
+                    os.link(name, path.name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+                    os.unlink(name, dir_fd=folder)
         except BaseException:
             with suppress(OSError):
                 os.unlink(name, dir_fd=folder)
@@ -70,7 +78,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | Iterable[bytes], *,
 def atomic_folder(path: str | os.PathLike[str], *, replace: bool) -> Iterator[Path]:
     """A new folder to fill; it takes the name `path` when the block ends well and vanishes when it does not.
 
-    An existing folder `path` is refused, or with `replace` swapped for the new one in one step where the file system
+    An existing folder `path` is refused, or, with `replace`, swapped for the new one in one step where the file system
     can (two renames where it cannot) and then removed. Two writers of one path do not mix: the last one stays.
     Raises StorageError, also for a full disk inside the block; other exceptions of the block pass through.
     """
@@ -103,130 +111,16 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool) -> Iterator[Pa
         _sync_names(folder, path)
 
 
-def check_relative_name(name: object) -> str:
-    """`name` if it is a plain relative file name ("a/b.onnx"); anything that could lead elsewhere: IntegrityError."""
-    if not isinstance(name, str):
-        problem = f"a {type(name).__name__}"
-    elif not name.isascii() and not _encodes(name):
-        problem = "characters that no file name can hold"
-    elif "\0" in name or "\\" in name:
-        problem = "a NUL or a backslash"
-    elif any(part in ("", ".", "..") for part in name.split("/")):
-        problem = "an absolute path, or an empty, '.' or '..' component"
-    elif re.search(r"(^|/)[A-Za-z]:", name):
-        problem = "a drive letter"
-    else:
-        return name
-    raise IntegrityError(
-        got=f"{problem} as the file name {name!r:.200}",
-        expected="a name relative to its folder, with '/' between components",
-        remedy="take the files from a source that you trust; this one may try to reach outside its folder",
-    )
-
-
-def read_verified(
-    root: str | os.PathLike[str], name: str, *, size: int, sha256: str, allow_hard_links: bool = False
-) -> bytes:
-    """The bytes of file `name` below the folder `root`, if there are `size` of them and they hash to `sha256` (hex).
-
-    No component below `root` may be a symbolic link, and the file must be a regular one. It is opened once and read
-    once, and what was hashed is what is returned, so nothing can change in between. A second hard link is refused too:
-    it would let a bundle adopt a file from elsewhere. `allow_hard_links` is for folders that a package manager fills
-    by linking from its store. Raises IntegrityError.
-    """
-    path = f"{os.fspath(root)}/{check_relative_name(name)}"
-    fd = _open_below(root, name, path)
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise _integrity_error(path, _kind(status.st_mode), "a regular file")
-        if status.st_nlink > 1 and not allow_hard_links:
-            raise IntegrityError(
-                got=f"{path} with {status.st_nlink} hard links", expected="one", remedy="copy the folder with `cp -r`"
-            )
-        if status.st_size != size:
-            raise _integrity_error(path, f"{status.st_size} bytes", f"{size} bytes")
-        data = read_up_to(fd, size + 1)
-    except OSError as error:
-        raise _integrity_error(path, error.strerror or str(error), "a readable file") from error
-    finally:
-        os.close(fd)
-    if len(data) != size:
-        raise _integrity_error(path, f"{len(data)} bytes or more", f"{size} bytes")
-    if (digest := hashlib.sha256(data).hexdigest()) != sha256:
-        raise _integrity_error(path, f"sha256 {digest}", f"sha256 {sha256}")
-    return data
-
-
-def read_up_to(fd: int, size: int) -> bytes:
-    """The next `size` bytes of an open file, or fewer where it ends."""
-    pieces = []
-    while size and (piece := os.read(fd, size)):
-        pieces.append(piece)
-        size -= len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-def sha256_file(path: str | os.PathLike[str]) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb", buffering=0) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _open_below(root: str | os.PathLike[str], name: str, path: str) -> int:
-    """Open `name` component by component, each relative to the one before, so no link can be slipped in between."""
-    here = None
-    flags = os.O_RDONLY | os.O_CLOEXEC
-    try:
-        here = os.open(root, flags | os.O_DIRECTORY)
-        *folders, last = name.split("/")
-        for folder in folders:
-            above, here = here, os.open(folder, flags | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
-            os.close(above)
-        # Without O_NONBLOCK the opening of a named pipe would wait for a writer.
-        return os.open(last, flags | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=here)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENOTDIR):
-            got = "a symbolic link, or a component that is not a folder"
-        elif error.errno == errno.ENOENT:
-            got = "no such file"
-        else:
-            got = error.strerror or str(error)
-        raise _integrity_error(path, got, "a readable regular file") from error
-    finally:
-        if here is not None:
-            os.close(here)
-
-
-def _integrity_error(path: str, got: str, expected: str) -> IntegrityError:
-    remedy = "complete or repeat the download or copy; if it is complete, do not trust it and build it again"
-    return IntegrityError(got=f"{path!r}: {got}", expected=expected, remedy=remedy)
-
-
-def _encodes(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _kind(mode: int) -> str:
-    """The kind of a file in words."""
-    kinds = {stat.S_IFREG: "a regular file", stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link"}
-    return kinds.get(stat.S_IFMT(mode), "a device, pipe or socket")
-
-
 def _claim(folder: int, make: Callable[[str], int]) -> tuple[str, int]:
     """A new temporary name in `folder` and the open, locked descriptor of what `make(name)` put there."""
     _sweep(folder)
     for _ in range(16):
         name = f".skipstep-{os.urandom(8).hex()}.partial"
-        # Another writer's sweep may take it for a left-over before it is locked; then it is gone, and we try again.
+        # Before it is locked another writer's sweep may remove it as abandoned; then we try another name.
         with suppress(FileNotFoundError):
             fd = make(name)
             try:
-                with suppress(OSError):  # Network file systems may lack locks; then nobody can sweep either.
+                with suppress(OSError):  # Network file systems may lack locks; then no sweep removes anything.
                     fcntl.flock(fd, fcntl.LOCK_EX)
                 if os.path.samestat(os.stat(name, dir_fd=folder, follow_symlinks=False), os.fstat(fd)):
                     return name, fd
@@ -238,7 +132,7 @@ def _claim(folder: int, make: Callable[[str], int]) -> tuple[str, int]:
 
 
 def _sweep(folder: int) -> None:
-    """Remove the left-overs of killed writers: temporary names that no process holds a lock on."""
+    """Remove what killed writers left: temporary names that no process holds a lock on."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if _PARTIAL.fullmatch(entry.name)]
     for name in names:
@@ -294,7 +188,7 @@ def _sync_names(folder: int, path: Path) -> None:
         try:
             os.fsync(folder)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # The file system has no such thing.
+            if error.errno != errno.EINVAL:  # The file system does not support it.
                 raise
 
 
@@ -324,15 +218,19 @@ def _restore_previous(path: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two names in one step (Linux renameat2); False where the C library or the file system cannot."""
+    """Swap two names in one step; False where that is not supported."""
+    return _renameat2(a, b, _RENAME_EXCHANGE)
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> bool:
+    """Linux' rename with flags; False where the C library or the file system does not support it."""
     import ctypes
 
-    at_fdcwd, rename_exchange = -100, 2
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:
         return False
-    if renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0:
+    if renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) == 0:
         return True
     code = ctypes.get_errno()
     if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
@@ -359,7 +257,9 @@ def _refuse_other_kinds(path: Path, allowed: tuple[int, ...], expected: str) -> 
         return
     if stat.S_IFMT(mode) not in allowed:
         raise StorageError(
-            got=f"{path}, which is {_kind(mode)}", expected=expected, remedy="choose another name, or remove it first"
+            got=f"{path}, which is {kind_of_file(mode)}",
+            expected=expected,
+            remedy="choose another name, or remove it first",
         )
 
 

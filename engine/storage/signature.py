@@ -8,13 +8,13 @@ and hash of every other file. Ed25519: RFC 8032. Keys are PEM files, PKCS 8 and 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from skipstep.errors import InputError, MissingDependencyError, SignatureError, StorageError
+from skipstep.storage.atomic import atomic_write
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -28,8 +28,7 @@ Path = str | os.PathLike[str]
 def generate_key(private_path: Path, public_path: Path) -> None:
     """Write a new private key, readable by its owner alone, and the public key that verifies what it signs.
 
-    Raises InputError where either file is there already, StorageError, and MissingDependencyError; then there is
-    neither new file.
+    Raises InputError where either name is taken, StorageError, and MissingDependencyError, and then writes neither.
     """
     serialization = _serialization()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -47,14 +46,14 @@ def generate_key(private_path: Path, public_path: Path) -> None:
 
 
 def sign(data: bytes, private_key_path: Path) -> bytes:
-    """The signature of `data`, 64 bytes. Raises InputError for a key that is none, and MissingDependencyError."""
+    """The 64-byte signature of `data`. Raises InputError for a file without such a key, and MissingDependencyError."""
     return _private_key(private_key_path).sign(_message(data))
 
 
 def verify(data: bytes, signature: bytes, public_key_path: Path) -> None:
     """Return if `signature` is that of `data` by this key, and raise SignatureError if it is not, or missing.
 
-    Raises InputError for a key that is none, and MissingDependencyError.
+    Raises InputError for a file without such a key, and MissingDependencyError.
     """
     key = _public_key(public_key_path)
     from cryptography.exceptions import InvalidSignature
@@ -110,7 +109,7 @@ def _parsed(path: Path, parse: Callable[[bytes], Any], kind: str) -> Any:
     try:
         return parse(data)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        # The parser's own words can quote the file; a wrong file may be a secret.
+        # The parser's message can quote the file, and a wrong file may be a secret.
         encrypted = isinstance(error, TypeError)
         raise _not_a_key(path, "an encrypted key" if encrypted else "no such key", kind) from None
 
@@ -137,33 +136,14 @@ def _serialization() -> Any:
 
 
 def _write_new(path: Path, data: bytes, *, mode: int) -> None:
-    """Write a file that is not there yet; one that is, be it a link to nowhere, is left as it is."""
+    """Write a file whose name must be free; an existing one, even a link to nowhere, is left as it is."""
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    except FileExistsError as error:
+        atomic_write(path, data, mode=mode, replace=False)
+    except StorageError as error:
+        if not isinstance(error.__cause__, FileExistsError):
+            raise
         raise InputError(
             got=f"{os.fspath(path)!r}, which is there already",
             expected="a free name: a private key that is overwritten is lost",
             remedy="choose another name, or move the file away",
         ) from error
-    except OSError as error:
-        raise _not_written(path, error) from error
-    try:
-        with open(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(fd)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        if isinstance(error, OSError):
-            raise _not_written(path, error) from error
-        raise
-
-
-def _not_written(path: Path, error: OSError) -> StorageError:
-    return StorageError(
-        got=f"{os.fspath(path)!r}: {error.strerror or error}",
-        expected="a key file written whole",
-        remedy="choose a folder on a disk with room that this user may write to",
-    )

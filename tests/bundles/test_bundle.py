@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hostile_json import FUZZ, fuzz, rewrite
+from hypothesis import given
 from hypothesis import strategies as st
-from test_manifest import FUZZ
 from tiny_networks import tiny_unet
 from tolerances import BACKENDS_AGREE
 
@@ -309,16 +309,6 @@ def harm_external(folder: Path) -> str:
     return "loop.onnx"
 
 
-def rewrite(folder: Path, name: str, data: bytes) -> None:
-    """Replace a file and what the manifest says of it, as someone hostile would."""
-    import hashlib
-
-    (folder / name).write_bytes(data)
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
 HARM = {name: harm for name, harm in globals().items() if name.startswith("harm_")}
 
 
@@ -353,7 +343,7 @@ def test_a_graph_that_the_runtime_refuses_is_an_error_of_ours(copy):
 
 
 @given(data=st.data())
-@settings(max_examples=max(100, FUZZ // 10), deadline=None, suppress_health_check=list(HealthCheck))
+@fuzz(max(100, FUZZ // 10))
 def test_any_harm_to_any_file_is_noticed(saved, tmp_path_factory, data):
     """Random edits, without regard to the manifest: nothing loads that is not byte for byte what was saved."""
     folder = tmp_path_factory.mktemp("fuzz") / "bundle"
@@ -391,12 +381,12 @@ def test_a_killed_writer_leaves_what_was_there(saved, tmp_path):
     before = open_bundle(folder).manifest
     code = f"""
 import os, signal, sys
-sys.path[:0] = {sys.path[:1]!r} + [{str(Path(__file__).parents[1])!r}, {str(Path(__file__).parent)!r}]
-from test_bundle import PLANS, SCHEDULE
+sys.path[:0] = {sys.path[:1]!r} + [{str(Path(__file__).parents[1])!r}]
 from tiny_networks import tiny_unet
-from skipstep import Engine
+from skipstep import Engine, NoiseSchedule
 from skipstep.export import bundle_writer
-engine = Engine.build(tiny_unet(), plans=[2], backend="onnxruntime", device="cpu", schedule=SCHEDULE)
+schedule = NoiseSchedule.cosine(1000)
+engine = Engine.build(tiny_unet(), plans=[2], backend="onnxruntime", device="cpu", schedule=schedule)
 bundle_writer.draw_golden = lambda engine: os.kill(os.getpid(), signal.SIGKILL)
 engine.save({str(folder)!r}, license="MIT", overwrite=True)
 """

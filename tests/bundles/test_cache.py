@@ -1,17 +1,17 @@
 import os
 import stat
 import subprocess
-import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from faults import DROP_PRIVILEGES, file_size_limit, run_on_small_disk, shared_folder
+from faults import DROP_PRIVILEGES, file_size_limit, run_on_small_disk, shared_folder, start_python
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from skipstep.bundles.cache import ArtefactCache, cache_key, default_folder
+from skipstep.bundles.cache import ArtefactCache, default_folder
+from skipstep.bundles.cache_key import cache_key
 from skipstep.errors import CacheError, InputError, StorageError
 
 KEY = cache_key(name="first")
@@ -30,11 +30,6 @@ def path_of(cache, key=KEY):
 
 def never():
     raise AssertionError("built again")
-
-
-def start(code, *arguments):
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 scalars = (
@@ -275,7 +270,8 @@ def test_a_file_size_limit_costs_a_warning_and_no_artefact(cache):
 def test_a_full_disk_costs_a_warning_and_no_artefact():
     output = run_on_small_disk("""
 import os, warnings
-from skipstep.bundles.cache import ArtefactCache, cache_key
+from skipstep.bundles.cache import ArtefactCache
+from skipstep.bundles.cache_key import cache_key
 cache = ArtefactCache("cache")
 a, b = cache_key(a=1), cache_key(a=2)
 cache.put(a, b"old", "")
@@ -308,7 +304,7 @@ os.chmod(cache.folder, 0o700)
 """
     with shared_folder() as folder:
         folder.chmod(0o777)
-        process = start(code, folder, KEY, OTHER)
+        process = start_python(code, folder, KEY, OTHER)
         lines = process.communicate(timeout=60)[0].splitlines()
         assert process.returncode == 0
     assert lines[:2] == ["b'kept' 0", "b'built' b'built'"]
@@ -318,7 +314,8 @@ os.chmod(cache.folder, 0o700)
 def test_a_read_only_disk_gives_what_others_may_read_but_not_write():
     output = run_on_small_disk("""
 import os, subprocess
-from skipstep.bundles.cache import ArtefactCache, cache_key
+from skipstep.bundles.cache import ArtefactCache
+from skipstep.bundles.cache_key import cache_key
 from skipstep.errors import CacheError
 key = cache_key(a=1)
 for mode in (0o755, 0o775):
@@ -389,9 +386,7 @@ with ArtefactCache(sys.argv[1])._locked(sys.argv[2]):
     print("locked", flush=True)
     sys.stdin.read()
 """
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, cache.folder, KEY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    holder = start_python(code, cache.folder, KEY, stdin=subprocess.PIPE)
     assert holder.stdout.readline() == "locked\n"
     third = cache_key(name="third")
     cache.put(third, bytes(1000), "")
@@ -403,7 +398,7 @@ with ArtefactCache(sys.argv[1])._locked(sys.argv[2]):
 
 def test_processes_that_build_one_key_at_once_build_it_once(tmp_path):
     log = tmp_path / "log"
-    builders = [start(BUILD, tmp_path / "cache", KEY, log, 0.5) for _ in range(4)]
+    builders = [start_python(BUILD, tmp_path / "cache", KEY, log, 0.5) for _ in range(4)]
     outputs = [builder.communicate(timeout=60)[0] for builder in builders]
     assert [builder.returncode for builder in builders] == [0] * 4
     assert sorted(outputs) == ["building\ndone\n"] + ["done\n"] * 3
@@ -432,9 +427,9 @@ def test_builds_of_one_key_that_fail_never_overlap(cache):
 
 def test_a_killed_builder_leaves_nothing_to_trust_and_its_lock_is_free(tmp_path):
     log = tmp_path / "log"
-    builder = start(BUILD, tmp_path / "cache", KEY, log, 60)
+    builder = start_python(BUILD, tmp_path / "cache", KEY, log, 60)
     assert builder.stdout.readline() == "building\n"
-    waiter = start(BUILD, tmp_path / "cache", KEY, log, 0)
+    waiter = start_python(BUILD, tmp_path / "cache", KEY, log, 0)
     builder.kill()
     builder.communicate()
     assert waiter.communicate(timeout=60)[0] == "building\ndone\n"
@@ -452,7 +447,7 @@ for i in itertools.count():
     cache.put(sys.argv[2], bytes([i % 256]) * 3_000_000, "")
 """
     for wait in (0.002, 0.01, 0.021, 0.034):
-        writer = start(code, cache.folder, KEY)
+        writer = start_python(code, cache.folder, KEY)
         assert writer.stdout.readline() == "ready\n"
         time.sleep(wait)
         writer.kill()

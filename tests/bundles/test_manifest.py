@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-import os
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hostile_json import FUZZ, KEY, changed, check_read_or_refused, fuzz, random_changes
+from hypothesis import given
 from hypothesis import strategies as st
 
 from skipstep.bundles.manifest import (
@@ -25,10 +24,6 @@ from skipstep.errors import BundleError, IntegrityError
 from skipstep.kernels.statistics import Thresholding
 from skipstep.loops.loop_table import LoopFeatures
 from skipstep.networks.spec import NetworkSpec
-
-# SKIPSTEP_FUZZ=100000 is what the bundle's claims rest on; a run of the suite tries fewer.
-FUZZ = int(os.environ.get("SKIPSTEP_FUZZ", "1500"))
-KEY = "0123456789abcdef"
 
 
 def a_manifest() -> Manifest:
@@ -70,18 +65,17 @@ def test_what_was_written_is_read():
 
 
 def test_a_manifest_from_before_there_were_calibrations_is_read():
-    changed = contents()
-    del changed["calibration"]
-    manifest = parse_manifest(json.dumps(changed).encode())
+    without = contents()
+    del without["calibration"]
+    manifest = parse_manifest(json.dumps(without).encode())
     assert manifest.calibration is None
-    assert json.loads(manifest.to_json()) == changed
-    assert parse_manifest(json.dumps(changed | {"calibration": None}).encode()) == manifest
+    assert json.loads(manifest.to_json()) == without
+    assert parse_manifest(json.dumps(without | {"calibration": None}).encode()) == manifest
 
 
 def test_a_newer_schema_is_named():
-    changed = contents() | {"schema": 2}
     with pytest.raises(BundleError, match="schema 2") as caught:
-        parse_manifest(json.dumps(changed).encode())
+        parse_manifest(changed(contents(), ("schema",), 2))
     assert "upgrade skipstep" in caught.value.remedy
 
 
@@ -116,22 +110,18 @@ def test_a_newer_schema_is_named():
     ],
 )
 def test_what_is_wrong_is_named(path, value, said):
-    changed = contents()
-    place = changed
-    for step in path[:-1]:
-        place = place[step]
-    place[path[-1]] = value
     with pytest.raises(BundleError, match=said):
-        parse_manifest(json.dumps(changed).encode())
+        parse_manifest(changed(contents(), path, value))
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../loop", "a/../../b", "a//b", "C:/x", "a\\b", "a\0b", "", "."])
 def test_names_that_lead_out_are_refused(name):
-    changed = contents()
-    changed["loops"][0]["file"] = name
-    changed["files"][name] = changed["files"]["loop"]
+    hostile = contents()
+    hostile["files"][name] = hostile["files"]["call"]
     with pytest.raises(IntegrityError, match="file name"):
-        parse_manifest(json.dumps(changed).encode())
+        parse_manifest(changed(hostile, ("graphs", "call"), name))
+    with pytest.raises(IntegrityError, match="file name"):
+        parse_manifest(json.dumps(contents() | {"files": hostile["files"]}).encode())
 
 
 @pytest.mark.parametrize(
@@ -154,62 +144,17 @@ def test_other_bytes_are_no_manifest(data):
         parse_manifest(data)
 
 
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=20)
-    | st.sampled_from(["loop", "../x", KEY, "b" * 64]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
-    max_leaves=6,
-)
-
-
-def places(value, path=()):
-    """Every place in a JSON value."""
-    yield path
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in children:
-        yield from places(child, (*path, key))
-
-
-PLACES = list(places(contents()))[1:]
-
-
-@given(st.lists(st.tuples(st.sampled_from(PLACES), st.sampled_from(["replace", "remove", "add"]), JSON), max_size=3))
-@settings(max_examples=FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
-def test_any_change_is_read_or_refused(changes):
-    """Random values anywhere in a good manifest: a manifest comes back, or a BundleError."""
-    changed = contents()
-    for path, how, value in changes:
-        place = changed
-        try:
-            for step in path[:-1]:
-                place = place[step]
-            if how == "replace":
-                place[path[-1]] = copy.deepcopy(value)
-            elif how == "remove":
-                del place[path[-1]]
-            else:
-                place["added"] = value
-        except (KeyError, IndexError, TypeError):
-            continue
-    _read_or_refuse(json.dumps(changed).encode())
+@given(random_changes(contents()))
+@fuzz(FUZZ)
+def test_any_change_is_read_or_refused(data):
+    """Random values anywhere in a good manifest: a manifest is returned, or a BundleError raised."""
+    check_read_or_refused(data, parse_manifest, Manifest.to_json)
 
 
 @given(st.lists(st.tuples(st.integers(0, len(a_manifest().to_json()) - 1), st.binary(max_size=3)), max_size=4))
-@settings(max_examples=FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
+@fuzz(FUZZ)
 def test_any_bytes_are_read_or_refused(edits):
     data = bytearray(a_manifest().to_json())
     for at, piece in edits:
         data[at : at + len(piece) or 1] = piece
-    _read_or_refuse(bytes(data))
-
-
-def _read_or_refuse(data: bytes) -> None:
-    try:
-        manifest = parse_manifest(data)
-    except BundleError:
-        return
-    assert parse_manifest(manifest.to_json()) == manifest
+    check_read_or_refused(bytes(data), parse_manifest, Manifest.to_json)

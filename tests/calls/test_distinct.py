@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from skipstep.calls.distinct import distinct
+from skipstep.calls.conditioning import distinct
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from skipstep.calls.grid import MAX_COLUMNS, labelled_grid
-from skipstep.calls.images import to_pil
+from skipstep.calls.images import MAX_COLUMNS, labelled_grid, to_pil
 from skipstep.errors import InputError
 
 

@@ -78,7 +78,7 @@ def with_nan():
         (PLAIN, {"seeds": -1}, "seeds=-1"),
         (PLAIN, {"seeds": [2**64]}, f"seeds={2**64}"),
         (PLAIN, {"seeds": True}, "seeds=True"),
-        (PLAIN, {"seeds": [1.5]}, "seeds=[1.5]"),
+        (PLAIN, {"seeds": [1.5]}, "seeds=1.5"),
         (PLAIN, {"seeds": "12"}, "seeds='12'"),
         (PLAIN, {"seeds": [1, 2, 3], "x_T": LATENTS}, "3 seeds, 2 x_T"),
         (CONDITIONAL, {"seeds": [1, 2], "class_labels": [1, 2, 3]}, "2 seeds, 3 class_labels"),

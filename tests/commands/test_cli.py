@@ -12,7 +12,7 @@ from tiny_networks import tiny_unet
 
 from skipstep import __version__
 from skipstep.commands.main import main
-from skipstep.commands.tables import format_table
+from skipstep.latency.table import format_table
 
 
 @pytest.fixture(scope="module")

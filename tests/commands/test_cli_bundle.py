@@ -77,8 +77,8 @@ def test_verify_hashes_and_draws(bundle, capsys, tmp_path):
 
 def test_another_machines_samples_are_told_apart(bundle, capsys, tmp_path):
     """Golden samples that this machine does not draw: whole files, other numbers."""
+    from hostile_json import rewrite
     from safetensors.numpy import load_file, save
-    from test_bundle import rewrite
 
     copy = shutil.copytree(bundle, tmp_path / "copy")
     arrays = load_file(copy / "golden.safetensors")
@@ -170,7 +170,8 @@ def test_signatures_are_required_and_checked(bundle, capsys, tmp_path):
 
 
 def test_cache_lists_and_clears(capsys, tmp_path, monkeypatch):
-    from skipstep.bundles.cache import ArtefactCache, cache_key
+    from skipstep.bundles.cache import ArtefactCache
+    from skipstep.bundles.cache_key import cache_key
 
     monkeypatch.setenv("SKIPSTEP_CACHE", str(tmp_path / "cache"))
     ArtefactCache().put(cache_key(kind="test"), b"x" * 1000, "an engine for sm_86")

@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from skipstep.errors import InputError, ModelFormatError
+from skipstep.errors import BundleError, InputError
 from skipstep.kernels.autotune import (
     LaunchCase,
     TunedLaunch,
@@ -123,7 +123,7 @@ def test_a_tuned_launch_survives_storage():
     ],
 )
 def test_a_damaged_one_is_refused(value):
-    with pytest.raises(ModelFormatError):
+    with pytest.raises(BundleError):
         TunedLaunch.from_json(value)
 
 

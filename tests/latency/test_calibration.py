@@ -6,10 +6,11 @@ import copy
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hostile_json import FUZZ, KEY, at, changed, check_read_or_refused, fuzz, random_changes
+from hostile_json import OTHER_KEY as OTHER
+from hypothesis import given
 from hypothesis import strategies as st
-from test_device_identity import GPU
-from test_manifest import FUZZ, JSON, places
+from identities import CPU, GPU
 
 from skipstep import NoiseSchedule, Plan
 from skipstep.errors import BundleError, InputError
@@ -25,19 +26,7 @@ from skipstep.latency.calibration import (
     read_calibrations,
     write_calibrations,
 )
-from skipstep.latency.identity import DeviceIdentity
 
-CPU = DeviceIdentity(
-    device="cpu",
-    name="a processor",
-    backend="onnxruntime",
-    library="onnxruntime 1.31.1",
-    loop="onnx",
-    precision="float32",
-    cores=4,
-    threads=2,
-)
-KEY, OTHER = "0123456789abcdef", "fedcba9876543210"
 LAUNCH = TunedLaunch(LaunchCase(3072, 1, "float16"), StepLaunch(256, 1))
 
 
@@ -141,13 +130,8 @@ LATENCY = (*ENTRY, "latencies", 0)
     ],
 )
 def test_what_is_wrong_is_named(path, value, said):
-    changed = contents()
-    place = changed
-    for step in path[:-1]:
-        place = place[step]
-    place[path[-1]] = value
     with pytest.raises(BundleError, match=said):
-        read_calibrations(json.dumps(changed).encode())
+        read_calibrations(changed(contents(), path, value))
 
 
 @pytest.mark.parametrize(
@@ -155,38 +139,17 @@ def test_what_is_wrong_is_named(path, value, said):
     [(("calibrations",), "one device"), (LATENCY[:-1], "one run"), ((*ENTRY, "launches"), "one case")],
 )
 def test_nothing_is_said_twice(path, said):
-    changed = contents()
-    place = changed
-    for step in path:
-        place = place[step]
-    place.append(copy.deepcopy(place[0]))
+    twice = contents()
+    items = at(twice, path)
+    items.append(copy.deepcopy(items[0]))
     with pytest.raises(BundleError, match=said):
-        read_calibrations(json.dumps(changed).encode())
+        read_calibrations(json.dumps(twice).encode())
 
 
-PLACES = list(places(contents()))[1:]
-
-
-@given(st.lists(st.tuples(st.sampled_from(PLACES), st.sampled_from(["replace", "remove"]), JSON), max_size=3))
-@settings(max_examples=FUZZ // 3, deadline=None, suppress_health_check=list(HealthCheck))
-def test_any_change_is_read_or_refused(changes):
-    changed = contents()
-    for path, how, value in changes:
-        place = changed
-        try:
-            for step in path[:-1]:
-                place = place[step]
-            if how == "replace":
-                place[path[-1]] = copy.deepcopy(value)
-            else:
-                del place[path[-1]]
-        except (KeyError, IndexError, TypeError):
-            continue
-    try:
-        read = read_calibrations(json.dumps(changed).encode())
-    except BundleError:
-        return
-    assert read_calibrations(write_calibrations(read)) == read
+@given(random_changes(contents()))
+@fuzz(FUZZ // 3)
+def test_any_change_is_read_or_refused(data):
+    check_read_or_refused(data, read_calibrations, write_calibrations)
 
 
 def test_the_table_has_every_run_and_says_what_is_missing():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_calibration import CPU
+from identities import CPU
 
 from skipstep import NoiseSchedule, Plan
 from skipstep.errors import DeadlineError, InputError

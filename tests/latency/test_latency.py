@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 
 import numpy as np
@@ -10,14 +9,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_calibration import CPU
+from identities import CPU
 from tiny_networks import Curve, Labelled
 from torch import Tensor, nn
 
 from skipstep import Engine, NoiseSchedule, Plan
 from skipstep.errors import InputError, NonFiniteError, PlanNotFoundError
 from skipstep.latency.calibration import RunKind
-from skipstep.latency.measure import allot, calibrate, take_turns
+from skipstep.latency.measure import allot, calibrate, spread_calls
 
 SCHEDULE = NoiseSchedule.linear(1000)
 KINDS = [RunKind(f"{n:016x}", 1, False) for n in range(8)]
@@ -44,7 +43,7 @@ def test_calls_are_allotted_within_the_time(seconds, repeats, max_seconds):
 
 @given(st.dictionaries(st.sampled_from(KINDS), st.integers(3, 40), min_size=1))
 def test_turns_spread_every_kind_evenly(counts):
-    turns = take_turns(counts)
+    turns = spread_calls(counts)
     assert Counter(turns) == Counter(counts)
     for part in range(1, 4):
         so_far = Counter(turns[: len(turns) * part // 4])
@@ -52,12 +51,17 @@ def test_turns_spread_every_kind_evenly(counts):
             assert abs(so_far[kind] - count * part / 4) <= 2
 
 
-class Sleepy(nn.Module):
-    """Takes two milliseconds an evaluation and sample, whatever the machine."""
+class Clocked(nn.Module):
+    """Takes two milliseconds an evaluation and sample, on a clock of its own."""
+
+    now = 0.0
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        time.sleep(0.002 * len(x))
+        self.now += 0.002 * len(x)
         return 0.1 * x
+
+    def clock(self) -> float:
+        return self.now
 
 
 def build(model: nn.Module, **options: object) -> Engine:
@@ -66,9 +70,9 @@ def build(model: nn.Module, **options: object) -> Engine:
 
 
 def test_latencies_are_those_of_whole_calls():
-    engine = build(Sleepy())
-    done = []
-    calibration = calibrate(engine, CPU, repeats=5, progress=lambda *where: done.append(where))
+    network, done = Clocked(), []
+    engine = build(network)
+    calibration = calibrate(engine, CPU, repeats=5, progress=lambda *where: done.append(where), clock=network.clock)
     assert done == [(n, 20) for n in range(1, 21)]
     assert calibration.identity == CPU
     plans = {plan.key: plan for plan in engine.plans.values()}
@@ -81,7 +85,8 @@ def test_latencies_are_those_of_whole_calls():
     for kind, latency in calibration.latencies.items():
         assert not kind.guided
         assert latency.count == 5
-        assert latency.p50_ms >= 2 * plans[kind.plan].steps * kind.batch_size
+        expected = pytest.approx(2.0 * plans[kind.plan].steps * kind.batch_size)
+        assert latency.p50_ms == latency.p99_ms == expected
 
 
 def test_guided_and_unguided_calls_are_measured_where_the_network_can():
@@ -131,11 +136,10 @@ def test_a_way_back_to_noise_is_not_measured_unasked():
 
 
 def test_time_that_is_short_is_shared():
-    """Of one sample at two steps there is time for all calls; of four at five steps only for the fewest."""
-    calibration = calibrate(build(Sleepy()), CPU, repeats=20, max_seconds=0.5)
-    counts = sorted(latency.count for latency in calibration.latencies.values())
-    assert counts[-1] > counts[0]
-    assert counts[0] >= 3
+    """Calls of 4, 10, 16 and 40 ms: each kind has an equal share of the time that the quicker kinds leave."""
+    network = Clocked()
+    calibration = calibrate(build(network), CPU, repeats=20, max_seconds=0.51, clock=network.clock)
+    assert sorted(latency.count for latency in calibration.latencies.values()) == [3, 9, 14, 20]
 
 
 @pytest.mark.parametrize(
@@ -146,9 +150,9 @@ def test_time_that_is_short_is_shared():
         ({"repeats": 10.0}, "repeats"),
         ({"max_seconds": 0}, "max_seconds"),
         ({"max_seconds": float("nan")}, "max_seconds"),
-        ({"batch_sizes": [3]}, "batch size 3"),
-        ({"batch_sizes": [5]}, "batch size 5"),
-        ({"batch_sizes": [0]}, "batch size 0"),
+        ({"batch_sizes": [3]}, "batch size=3"),
+        ({"batch_sizes": [5]}, "batch size=5"),
+        ({"batch_sizes": [0]}, "batch size=0"),
         ({"batch_sizes": []}, "no batch sizes"),
         ({"plans": []}, "no plans"),
     ],
@@ -171,5 +175,5 @@ def test_a_network_that_breaks_is_reported():
 def test_an_engine_of_any_batch_size_is_measured_at_each():
     engine = build(Curve(), backend="onnxruntime", batch_sizes=[4], plans=[Plan(schedule=SCHEDULE, steps=2)])
     assert calibrate(engine, CPU, repeats=3, batch_sizes=[1, 3]).batch_sizes == (1, 3)
-    with pytest.raises(InputError, match="batch size 5"):
+    with pytest.raises(InputError, match="batch size=5"):
         calibrate(engine, CPU, batch_sizes=[5])

@@ -51,7 +51,7 @@ def test_every_key_of_a_supported_scheduler_is_known():
     """A key that diffusers adds later must be looked at, not ignored."""
     import inspect
 
-    from skipstep.plans.scheduler_config import _DEFAULTS
+    from skipstep.plans.diffusers_config import _DEFAULTS
 
     for name, defaults in _DEFAULTS.items():
         parameters = inspect.signature(getattr(diffusers, name).__init__).parameters

@@ -1,4 +1,4 @@
-"""Tables for terminals."""
+"""A table for terminals."""
 
 from __future__ import annotations
 

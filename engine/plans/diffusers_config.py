@@ -1,0 +1,174 @@
+"""diffusers' `scheduler_config.json` as checked values, before a schedule or a plan is made of them.
+
+Every key is supported or refused by name. A key that is missing has the default of the scheduler class that the file
+names, as in diffusers; a key that no supported class has is refused, since ignoring it would draw other images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from skipstep.errors import ScheduleError, check_integer, check_number
+from skipstep.plans.coefficients import PREDICTION_TYPES
+from skipstep.storage.untrusted import read_json_object
+
+FILE_NAME = "scheduler_config.json"
+
+_SHARED: Mapping[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 0,
+}
+_CLIPPING: Mapping[str, Any] = {"clip_sample": True, "clip_sample_range": 1.0}
+_THRESHOLDING: Mapping[str, Any] = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
+_DDIM: Mapping[str, Any] = {
+    **_SHARED,
+    **_CLIPPING,
+    **_THRESHOLDING,
+    "set_alpha_to_one": True,
+    "rescale_betas_zero_snr": False,
+}
+_DDPM: Mapping[str, Any] = {
+    **_SHARED,
+    **_CLIPPING,
+    **_THRESHOLDING,
+    "variance_type": "fixed_small",
+    "rescale_betas_zero_snr": False,
+}
+# Stable Diffusion's files name PNDM, which never clips; its Runge-Kutta warm-up is not part of a schedule.
+_PNDM: Mapping[str, Any] = {**_SHARED, "skip_prk_steps": False, "set_alpha_to_one": False}
+
+# The keys and defaults of each scheduler class.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"DDIMScheduler": _DDIM, "DDPMScheduler": _DDPM, "PNDMScheduler": _PNDM}
+
+_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+_CORRECT = "correct the scheduler configuration"
+_SPACINGS = ("leading", "trailing", "linspace")
+
+
+@dataclass(frozen=True, slots=True)
+class DiffusersConfig:
+    """The values of the keys, by diffusers' names; `clip` stands for the keys about clipping and thresholding.
+
+    `dynamic_quantile` and `dynamic_maximum` belong to `clip` "dynamic".
+    """
+
+    num_train_timesteps: int
+    beta_schedule: str
+    beta_start: float
+    beta_end: float
+    trained_betas: tuple[float, ...] | None
+    rescale_betas_zero_snr: bool
+    prediction_type: str
+    timestep_spacing: str
+    steps_offset: int
+    set_alpha_to_one: bool
+    clip: float | Literal["dynamic"] | None
+    dynamic_quantile: float | None
+    dynamic_maximum: float | None
+
+
+def read_diffusers_config(source: str | Path | Mapping[str, Any]) -> DiffusersConfig:
+    """Read a `scheduler_config.json`, the folder that holds one, or its contents as a mapping.
+
+    Raises ModelFormatError for a file that is missing or no JSON object, ScheduleError for a key or value that is not
+    supported.
+    """
+    contents = source if isinstance(source, Mapping) else _read_file(Path(source))
+    class_name = contents.get("_class_name", "DDIMScheduler")
+    if class_name not in _DEFAULTS:
+        raise ScheduleError(
+            got=f"_class_name={class_name!r}",
+            expected=f"one of {', '.join(_DEFAULTS)}",
+            remedy="convert it with DDIMScheduler.from_config(scheduler.config), or pass schedule= yourself",
+        )
+    # Names that start with an underscore are diffusers' own notes: its version, the keys it filled in by default.
+    keys = {key: value for key, value in contents.items() if not key.startswith("_")}
+    unknown = sorted(set(keys) - set(_DEFAULTS[class_name]))
+    if unknown:
+        raise _refused(unknown[0], keys[unknown[0]], f"a key of {class_name}", "remove it if the sampler may ignore it")
+    return _interpret({**_DEFAULTS[class_name], **keys})
+
+
+def _interpret(config: Mapping[str, Any]) -> DiffusersConfig:
+    if config.get("variance_type") == "learned":
+        raise _refused(
+            "variance_type",
+            config["variance_type"],
+            "a fixed or a learned_range variance",
+            "use a deterministic plan with the module itself, which ignores the variance",
+        )
+    clips = _boolean(config, "clip_sample", default=False)
+    clip: float | Literal["dynamic"] | None = _number(config, "clip_sample_range") if clips else None
+    quantile = maximum = None
+    if _boolean(config, "thresholding", default=False):  # This goes before clipping, as in diffusers.
+        clip = "dynamic"
+        quantile, maximum = _number(config, "dynamic_thresholding_ratio"), _number(config, "sample_max_value")
+    length = _integer(config, "num_train_timesteps", low=1)
+    return DiffusersConfig(
+        num_train_timesteps=length,
+        beta_schedule=_choice(config, "beta_schedule", _BETA_SCHEDULES),
+        beta_start=_number(config, "beta_start"),
+        beta_end=_number(config, "beta_end"),
+        trained_betas=_trained_betas(config["trained_betas"], length),
+        rescale_betas_zero_snr=_boolean(config, "rescale_betas_zero_snr", default=False),
+        prediction_type=_choice(config, "prediction_type", PREDICTION_TYPES),
+        timestep_spacing=_choice(config, "timestep_spacing", _SPACINGS),
+        steps_offset=_integer(config, "steps_offset", low=0),
+        set_alpha_to_one=_boolean(config, "set_alpha_to_one", default=True),
+        clip=clip,
+        dynamic_quantile=quantile,
+        dynamic_maximum=maximum,
+    )
+
+
+def _trained_betas(betas: Any, length: int) -> tuple[float, ...] | None:
+    if betas is None:
+        return None
+    if not isinstance(betas, list | tuple) or len(betas) != length:
+        count = f"{len(betas)} trained_betas" if isinstance(betas, list | tuple) else f"trained_betas={betas!r}"
+        raise ScheduleError(
+            got=f"{count} with num_train_timesteps={length}",
+            expected="a list with one beta per timestep",
+            remedy="correct num_train_timesteps or the list",
+        )
+    return tuple(betas)
+
+
+def _read_file(path: Path) -> Mapping[str, Any]:
+    file = path / FILE_NAME if path.is_dir() else path
+    return read_json_object(file, remedy="write it with scheduler.save_pretrained(), or pass schedule= instead")
+
+
+def _refused(key: str, value: object, expected: str, remedy: str) -> ScheduleError:
+    return ScheduleError(got=f"{key}={value!r} in a scheduler configuration", expected=expected, remedy=remedy)
+
+
+def _choice(config: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> str:
+    value = config[key]
+    if value not in choices:
+        raise _refused(key, value, f"one of {', '.join(choices)}", "pass the plan's settings yourself")
+    return str(value)
+
+
+def _integer(config: Mapping[str, Any], key: str, *, low: int) -> int:
+    return check_integer(key, config[key], low=low, remedy=_CORRECT, error=ScheduleError)
+
+
+def _number(config: Mapping[str, Any], key: str) -> float:
+    return check_number(key, config[key], low=0.0, above=True, remedy=_CORRECT, error=ScheduleError)
+
+
+def _boolean(config: Mapping[str, Any], key: str, *, default: bool) -> bool:
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise _refused(key, value, "true or false", _CORRECT)
+    return value

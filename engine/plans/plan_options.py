@@ -1,0 +1,115 @@
+"""Checking and completing the options of a plan, before any number is computed. Everything here raises PlanError."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import Literal
+
+from skipstep.errors import PlanError, check_number
+from skipstep.plans.schedule import NoiseSchedule
+from skipstep.plans.solvers import SOLVERS
+from skipstep.plans.spacing import Spacing, space_timesteps
+
+
+def check_solver_options(solver: str, **options: object) -> None:
+    """Refuse options, other than None, that the solver does not take."""
+    for name, value in options.items():
+        if value is not None and name not in SOLVERS[solver].takes:
+            supporting = ", ".join(key for key, other in SOLVERS.items() if name in other.takes)
+            raise PlanError(
+                got=f"{name}={value!r} with solver={solver!r}",
+                expected=f"an option that this solver supports; {name} is supported by {supporting}",
+                remedy=f"leave {name} out, or change the solver",
+            )
+
+
+def resolve_timesteps(
+    schedule: NoiseSchedule, given: Sequence[int], *, steps: int | None, spacing: Spacing | None, offset: int
+) -> tuple[int, ...]:
+    """The timesteps, decreasing: those given, or `steps` of them by `spacing`."""
+    if len(given) == 0:
+        if steps is None or spacing is None:
+            raise PlanError(
+                got="neither steps with a spacing nor timesteps",
+                expected="one of the two",
+                remedy="pass steps=20, or timesteps=[...] from the noisiest to the cleanest",
+            )
+        return space_timesteps(spacing, schedule, steps=steps, offset=offset)
+    try:
+        timesteps = tuple(operator.index(t) for t in given)
+    except TypeError as error:
+        raise PlanError(
+            got=f"timesteps={list(given)!r}",
+            expected="integers",
+            remedy="round them; the network was trained at integer timesteps",
+        ) from error
+    decreasing = all(t > s for t, s in itertools.pairwise(timesteps))
+    if not decreasing or timesteps[-1] < 0 or timesteps[0] >= schedule.num_timesteps:
+        raise PlanError(
+            got=f"timesteps={list(timesteps)!r}",
+            expected=f"strictly decreasing integers in [0, {schedule.num_timesteps - 1}]",
+            remedy="sort them from the noisiest to the cleanest and drop repetitions",
+        )
+    if steps is not None and steps != len(timesteps):
+        raise PlanError(
+            got=f"steps={steps} beside {len(timesteps)} timesteps",
+            expected="one of the two, or two that agree",
+            remedy="leave steps out",
+        )
+    return timesteps
+
+
+def resolve_clip(
+    clip: float | str | None,
+    *,
+    quantile: float | None,
+    maximum: float | None,
+    unclipped: Literal["inversion", "paper"] | None,
+) -> float | Literal["dynamic"] | None:
+    """The bound on the predicted image, "dynamic", or None; `unclipped` names what never clips, if the plan is such."""
+    for name, value in (("dynamic_quantile", quantile), ("dynamic_maximum", maximum)):
+        if value is not None and clip != "dynamic":
+            raise PlanError(
+                got=f"{name}={value!r} with clip={clip!r}",
+                expected="clip='dynamic' beside it",
+                remedy=f"pass clip='dynamic', or leave {name} out",
+            )
+    if clip == "auto":
+        return None if unclipped else 1.0
+    if clip is None:
+        return None
+    if unclipped is not None:
+        upward = unclipped == "inversion"
+        why = "an inversion that clips cannot be undone" if upward else "the paper's step does not clip"
+        raise PlanError(
+            got=f"clip={clip!r} in " + ("an inversion" if upward else "the paper's convention"),
+            expected=f"no clip: {why}",
+            remedy="leave clip out" + ("" if upward else ", or use convention='diffusers' or 'guided'"),
+        )
+    if clip != "dynamic":
+        return check_number("clip", clip, low=0.0, above=True, error=PlanError)
+    if quantile is None:
+        raise PlanError(
+            got="clip='dynamic' without dynamic_quantile",
+            expected="the quantile at which to threshold, in (0, 1]",
+            remedy="pass dynamic_quantile=0.995, as Imagen does",
+        )
+    check_number("dynamic_quantile", quantile, low=0.0, high=1.0, above=True, error=PlanError)
+    if maximum is not None:
+        check_number("dynamic_maximum", maximum, low=1.0, error=PlanError)
+    return "dynamic"
+
+
+def check_final_alpha_bar(final_alpha_bar: float, schedule: NoiseSchedule, last_timestep: int) -> float:
+    """The level of the result, which has no more noise than the last timestep."""
+    level = float(schedule.alpha_bar[last_timestep])
+    final = check_number("final_alpha_bar", final_alpha_bar, low=0.0, high=1.0, above=True, error=PlanError)
+    if final < level:
+        raise PlanError(
+            got=f"final_alpha_bar={final:.9g} after timestep {last_timestep} with alpha_bar {level:.9g}",
+            expected="a result with no more noise than the last timestep visited",
+            remedy="use final_alpha_bar=1.0, or stop at an earlier timestep",
+        )
+    return final
