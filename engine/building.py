@@ -177,7 +177,7 @@ def build_network(
     make, network = chosen.denoisers(source, target), source.spec
     if chosen.name == "onnxruntime" and cuda is None:
         _check_export(source, make(2))
-    made = make_loop(make, network, batch_sizes, form=form, required=require_captured, lifecycle=lifecycle, device=cuda)
+    made = make_loop(make, network, sizes, form=form, required=require_captured, lifecycle=lifecycle, device=cuda)
     runner = BatchRunner(made, network, sizes, lifecycle)
     return CompiledNetwork(source, runner, chosen.name, precision, num_threads, plan_defaults=source.plan_defaults)
 

@@ -79,10 +79,14 @@ class NetworkSource(Protocol):
     Each method raises InputError, with a remedy, where this source has no such thing.
     """
 
-    name: str
-    spec: NetworkSpec
-    # Values that follow from timesteps alone, if they are known already (skipstep.backends.onnxruntime.EarlyGraphs).
-    tables: dict[bytes, Values]
+    @property
+    def name(self) -> str: ...
+    @property
+    def spec(self) -> NetworkSpec: ...
+    @property
+    def tables(self) -> dict[bytes, Values]:
+        """Values that follow from timesteps alone, if they are known (skipstep.backends.onnxruntime.EarlyGraphs)."""
+        ...
 
     def module(self) -> Any:
         """The torch module that predicts (skipstep.backends.torch.DenoisingModule), in float32 on the CPU."""

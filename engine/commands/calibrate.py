@@ -50,13 +50,13 @@ def run(options: argparse.Namespace) -> None:
     from skipstep.export.bundle_rewriter import add_calibration
     from skipstep.latency.calibration import describe_latencies
     from skipstep.latency.measure import calibrate
-    from skipstep.loading import load, loaded_identity
+    from skipstep import load
 
     bundle = open_bundle(options.bundle, require_signature=options.require_signature)
     engine = load(options.bundle, num_threads=options.threads, require_signature=options.require_signature)
     calibration = calibrate(
         engine,
-        loaded_identity(num_threads=options.threads),
+        engine.identity(),
         repeats=options.repeats,
         max_seconds=options.seconds,
         plans=options.steps,

@@ -58,7 +58,8 @@ class CudaLoop:
         required: bool = False,
     ) -> None:
         self.name: str = wanted
-        self.device, self.device_name = str(device.torch_device), device.name
+        self.device = str(device.torch_device)
+        self.device_name: str | None = device.name
         self._denoisers, self._network, self._device = denoisers, network, device
         self._lifecycle, self._batch_sizes = lifecycle, tuple(batch_sizes)
         self._wanted, self._required = wanted, required
