@@ -14,7 +14,7 @@ from typing import Any
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from skipstep.export.partition import BATCH, Binding, Partition
+from skipstep.networks.graphs import BATCH, Binding, Partition
 
 _MOVES = frozenset(
     {

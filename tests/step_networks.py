@@ -14,7 +14,8 @@ from skipstep.backends.onnxruntime import LoopConstants, OnnxRuntimeDenoiser, ma
 from skipstep.backends.torch import DenoisingModule
 from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
 from skipstep.export.onnx_model import export_onnx
-from skipstep.export.partition import Partition, partition
+from skipstep.export.partition import partition
+from skipstep.networks.graphs import Partition
 from skipstep.networks.spec import NetworkSpec
 
 SPEC = NetworkSpec((2, 4, 4), num_classes=5, null_label=5, prompt_shape=(3, 6))

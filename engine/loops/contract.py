@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Sampler(Protocol):
 
     def split(self, num_samples: int) -> Sequence[int]: ...
 
-    def sample(self, **arguments: Any) -> Any: ...
+    @property
+    def sample(self) -> Callable[..., Any]: ...
 
     def identity(self) -> Any: ...

@@ -16,7 +16,8 @@ from skipstep.backends.torch import prepare_module
 from skipstep.calls.conditioning import Conditioning
 from skipstep.errors import ExportError
 from skipstep.export.onnx_model import export_onnx
-from skipstep.export.partition import Binding, partition
+from skipstep.export.partition import partition
+from skipstep.networks.graphs import Binding
 from skipstep.networks.spec import NetworkSpec
 
 CPU = torch.device("cpu")
