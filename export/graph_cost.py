@@ -1,4 +1,4 @@
-"""What the parts of a network cost: nodes, floating-point operations and bytes by binding time, for one sample.
+"""The cost of a network's parts: nodes, floating-point operations and bytes by binding time, for one sample.
 
 Operations are counted as is usual: two for each multiply-add of a convolution or matrix product, one an element for
 all else that computes; moving and reshaping count nothing.
@@ -40,7 +40,7 @@ class PartCost:
 
 
 def partition_costs(parts: Partition) -> dict[str, PartCost]:
-    """Costs by the name of each graph: plan, prompt, call, step. A graph that there is not has none."""
+    """Costs by the name of each graph that exists: plan, prompt, call, step."""
     costs: dict[str, PartCost] = {}
     for binding in (Binding.PLAN, Binding.PROMPT, Binding.CALL, Binding.STEP):
         name = str(binding.name).lower()
@@ -48,7 +48,7 @@ def partition_costs(parts: Partition) -> dict[str, PartCost]:
         if graph is not None:
             nodes = len(parts.nodes[binding])
             if binding == Binding.CALL and parts.graphs.prompt is None:
-                nodes += len(parts.nodes[Binding.PROMPT])  # This graph computes them for itself.
+                nodes += len(parts.nodes[Binding.PROMPT])  # This graph repeats them.
             costs[name] = graph_cost(onnx.load_from_string(graph), nodes=nodes, crosses=binding != Binding.STEP)
     return costs
 
@@ -98,7 +98,7 @@ def shapes_and_sizes(graph: GraphProto) -> tuple[dict[str, Shape], dict[str, int
 
 
 def node_flops(node: NodeProto, shapes: Mapping[str, Shape]) -> int:
-    """Operations of one node, counted as the module says."""
+    """Operations of one node, counted as described above."""
     if node.op_type in _MOVES:
         return 0
     elements = math.prod(shapes.get(node.output[0], (0,)))

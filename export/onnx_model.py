@@ -62,7 +62,7 @@ def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int |
 def _export(
     module: DenoisingModule, arguments: tuple[Tensor, ...], names: list[str], shapes: Any
 ) -> torch.onnx.ONNXProgram:
-    """Raises ExportError, naming the submodule that could not be captured or the operator that ONNX has not."""
+    """Raises ExportError, naming the submodule that could not be captured or the operator that ONNX lacks."""
     with _first_failure(module.network) as stopped_in:
         try:
             program = torch.onnx.export(

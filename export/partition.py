@@ -5,11 +5,11 @@
     call     values that follow from conditioning and timestep    evaluated once per call, for all stages in one batch
     step     values that follow from the state                    evaluated at every stage
 
-A value depends on what its node's inputs depend on. Only the *shape* of a state is known before it: a Shape node
-depends on nothing, and is rewritten in terms of the batch dimension so that the other graphs need no state. What the
-step needs of an earlier graph crosses over as a tensor; of all that could, the last values before the state joins in
-are taken. The parts are run on many stages and samples at once, as rows of a batch: a value that has no row for each
-stays where it is.
+A value depends on everything that its node's inputs depend on. Only the *shape* of a state is known before the loop: a
+Shape node depends on nothing, and is rewritten in terms of the batch dimension so that the other graphs need no state.
+The step network reads values of the earlier graphs as inputs: the last values before the state enters the computation.
+The earlier parts run on many stages and samples at once, as rows of a batch; a value without a row for each sample
+stays in the step.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from skipstep.networks.graphs import BATCH, Binding, NetworkGraphs, Partition
 
 _BATCH_SIZE = "batch/size"  # int64 [1]; each graph counts the samples of one of its own inputs.
 
-# What each input of an exported network is known by. Inputs with other names are conditioning.
+# The binding time of an exported network's inputs. Inputs with other names are conditioning.
 _INPUT_BINDINGS: Mapping[str, Binding] = {"sample": Binding.STEP, "timestep": Binding.PLAN}
-# Not functions of their inputs: moved out of the loop they would give one number for all stages.
+# Not functions of their inputs: outside the loop they would give one number for all stages.
 _IMPURE = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
@@ -57,11 +57,11 @@ def partition(exported: bytes) -> Partition:
     inputs = {each.name for each in graph.input}
 
     def read_by(later: Binding, earlier: Binding) -> tuple[str, ...]:
-        """Values of one time that nodes of another read, in order; the graph's own inputs are there anyway."""
+        """Values of one time that nodes of another read, in order, without the graph's inputs."""
         read = (name for node in nodes if times[node.output[0]] == later for name in (*node.input, *_captured(node)))
         return tuple(dict.fromkeys(name for name in read if bindings.get(name) == earlier and name not in inputs))
 
-    # What a call's graph needs of the conditioning alone it computes itself, on its own rows: often a look-up.
+    # The call graph computes values of the conditioning alone itself, on its own rows: often a look-up.
     prompt, call = (read_by(Binding.STEP, earlier) for earlier in (Binding.PROMPT, Binding.CALL))
     plan = tuple(dict.fromkeys((*read_by(Binding.STEP, Binding.PLAN), *read_by(Binding.CALL, Binding.PLAN))))
     sliced = _Slicer(model, nodes, shapes)

@@ -1,4 +1,4 @@
-"""Half-precision networks: products in float16 or bfloat16, what is delicate in float32.
+"""Half-precision networks: products in float16 or bfloat16, sensitive operations in float32.
 
     products     Conv, MatMul, …     in the network's dtype: they take the time, and sum in float32 inside
     moves        Reshape, Concat, …  in float32 where all that they move is, or where only float32 nodes read it
@@ -8,8 +8,8 @@
 So a normalisation is float32 from the addition before it to the activation after it, and none of what lies between is
 rounded. Casts stand only where a value changes dtype, one for all its readers. If, Loop and Scan carry float32.
 
-Our own pass, because the well-kept ones fall short: ONNX Runtime's and onnxconverter-common's know float16 alone and
-clamp weights that do not fit, and Model Optimizer's AutoCast is tied to older releases of onnx and to onnxruntime-gpu.
+We have our own pass because the maintained ones do less: those of ONNX Runtime and onnxconverter-common support only
+float16 and clamp weights that do not fit; Model Optimizer's AutoCast needs older releases of onnx and onnxruntime-gpu.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _typed(graph: bytes, least_opset: int) -> ir.Model:
 
 
 class _Lowering:
-    """One model on its way down, in place."""
+    """The lowering of one model, in place."""
 
     def __init__(self, model: ir.Model, low: ir.DataType) -> None:
         self._model = model
@@ -99,7 +99,7 @@ class _Lowering:
 
     def run(self) -> None:
         self._choose()
-        # From here on a value's dtype is what its producer makes; `floats` is what was float32 before.
+        # From here on a value's dtype is that of its producer's result; `floats` are the values that were float32.
         floats = {value for value in self._values() if value.dtype == ir.DataType.FLOAT}
         for value in floats:
             if self._is_made_low(value):
@@ -129,7 +129,7 @@ class _Lowering:
                         copies[value].name = name
 
     def _choose(self) -> None:
-        """Which nodes compute in the low dtype: forwards what follows its inputs, then backwards what its readers."""
+        """Choose the nodes that compute in the low dtype: first forwards by their inputs, then backwards by readers."""
         accurate: set[ir.Value] = set()
         for node in self._nodes:
             if self._types[node] is None or not self._follows_low(node, accurate):

@@ -35,7 +35,7 @@ def _serve() -> None:
     """Answer one request with lines of progress, then with the error, or facts and bytes."""
     # Linux: a caller that is killed takes its builder along.
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    # Native code may print what it likes, but not between the answers.
+    # Native code may print to standard output; that must not mix with the answers.
     channel = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     request = json.loads(sys.stdin.buffer.readline())
@@ -43,7 +43,7 @@ def _serve() -> None:
     cache = sys.stdin.buffer.read(request["cache_bytes"])
 
     def send(message: Mapping[str, Any], *payload: bytes) -> None:
-        # One write a message: the library reports progress from threads of its own.
+        # One write for each message: the library reports progress from other threads.
         channel.write(json.dumps(message).encode() + b"\n" + b"".join(payload))
         channel.flush()
 

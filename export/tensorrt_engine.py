@@ -1,13 +1,13 @@
 """ONNX graphs to TensorRT engines, by either of two libraries with one Python interface.
 
-    rtx:sm86    TensorRT-RTX   names its architecture; built on any machine, with or without a GPU, in seconds
-    tensorrt    TensorRT       tries kernels out on the GPU that it finds; the engine is for that GPU
+    rtx:sm86    TensorRT-RTX   for a named architecture; built on any machine, with or without a GPU, in seconds
+    tensorrt    TensorRT       times kernels on the GPU of the machine; the engine is for that GPU
 
-Precision is the graph's own: networks are strongly typed, and float32 means float32 unless TF32 is asked for.
+The graph decides the precision: networks are strongly typed, and float32 means float32 unless TF32 is asked for.
 
-The libraries are native code that a graph can crash. So the builder is a process of its own
-(skipstep.export.tensorrt_builder), and a crash kills that process and becomes an ExportError here. Graph and engine
-pass through pipes: a build that is killed half-way leaves no file behind.
+The libraries are native code that a graph can crash. So the builder is a separate process
+(skipstep.export.tensorrt_builder); a crash ends that process and becomes an ExportError here. Graph and engine pass
+through pipes: a build that is killed leaves no file behind.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _checked_request(
     workspace_bytes: int | None,
     timing_cache: bytes | None,
 ) -> dict[str, Any]:
-    """What can be refused from the arguments alone."""
+    """The request, after checks that need only the arguments."""
     if library not in get_args(Library):
         raise InputError(got=f"library={library!r}", expected="'tensorrt' or 'tensorrt_rtx'", remedy="pick one")
     for package, remedy in ((library, f"pip install 'skipstep[{EXTRAS[library]}]'"), ("onnx", "pip install onnx")):
@@ -210,7 +210,7 @@ def _run_builder(
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with (
         open(os.memfd_create("messages"), "r+b") as messages,
-        # A session of its own: an interrupt from the keyboard is for this process, which then ends the other.
+        # A separate session: an interrupt from the keyboard reaches only this process, which then ends the builder.
         subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -223,7 +223,7 @@ def _run_builder(
         assert builder.stdin is not None
         assert builder.stdout is not None
         try:
-            # A builder that died early is told by its exit status.
+            # If the builder has died, its exit status is reported below.
             with contextlib.suppress(BrokenPipeError), builder.stdin:
                 builder.stdin.writelines((json.dumps(request).encode() + b"\n", model, cache))
             for line in builder.stdout:

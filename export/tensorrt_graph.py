@@ -75,7 +75,7 @@ def messages(message: Any, owner: str = "") -> Iterator[tuple[str, Any]]:
     for descriptor, value in message.ListFields():
         if descriptor.type == descriptor.TYPE_MESSAGE:
             for each in (value,) if hasattr(value, "ListFields") else value:
-                # An attribute's own name says nothing; a node without a name is known by what it computes.
+                # An attribute's name is not useful; a node without a name is named by its first output.
                 kind = type(each).__name__
                 name = each.name or each.output[0] if kind == "NodeProto" and each.output else getattr(each, "name", "")
                 inner = owner if kind == "AttributeProto" or not name else name

@@ -46,11 +46,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from skipstep import load
     from skipstep.bundles.bundle import open_bundle
     from skipstep.export.bundle_rewriter import add_calibration
     from skipstep.latency.calibration import describe_latencies
     from skipstep.latency.measure import calibrate
-    from skipstep import load
 
     bundle = open_bundle(options.bundle, require_signature=options.require_signature)
     engine = load(options.bundle, num_threads=options.threads, require_signature=options.require_signature)

@@ -1,9 +1,9 @@
-"""The step on a GPU without a compiler: kernels compiled ahead of time, launched through the CUDA driver.
+"""The step on a GPU without a compiler: kernels that were compiled ahead of time, launched by the CUDA driver.
 
     facts + cubin ──choose for this device──▶ load ──▶ launch(flags, operands, stage, stream)
 
-Neither torch nor Triton is needed. Cubins are machine code: hand over only bytes whose hash has been checked. What a
-cubin is, skipstep.edge.step_binary says; what needs a GPU is in skipstep.cuda.driver.
+Neither torch nor Triton is needed. Cubins are machine code: pass only bytes whose hash has been checked.
+skipstep.edge.step_binary describes a cubin; everything that needs a GPU is in skipstep.cuda.driver.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class StepLauncher:
         )
 
     def close(self) -> None:
-        """Unload the kernels. The launcher is of no use afterwards."""
+        """Unload the kernels. The launcher cannot be used afterwards."""
         self._kernels = {}
         self._driver.close()
 
@@ -193,8 +193,7 @@ def _choose(
     if not fitting:
         raise DeviceUnavailableError(
             got=f"a device of compute capability {capability // 10}.{capability % 10}",
-            expected="one that runs "
-            + (", ".join(sorted({f.target for f, _ in binaries})) or "kernels: there are none"),
+            expected="one that runs " + (", ".join(sorted({f.target for f, _ in binaries})) or "no kernels at all"),
             remedy=f"export with --target sm_{capability}",
         )
     loadable = [pair for pair in fitting if int(pair[0].toolkit.split(".")[0]) <= cuda_major]

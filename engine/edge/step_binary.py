@@ -1,8 +1,8 @@
-"""What a launcher must know of a step kernel that was compiled ahead of time, and its form in JSON.
+"""The facts that a launcher needs of a step kernel that was compiled ahead of time, and their form in JSON.
 
     kernel(arguments in the order of `arguments`), on grid(C·H·W, B) programs of 32·num_warps threads
 
-skipstep.export.cubins writes these facts from what the compiler says; skipstep.edge.launcher launches by them.
+skipstep.export.cubins takes these facts from the compiler; skipstep.edge.launcher uses them.
 """
 
 from __future__ import annotations

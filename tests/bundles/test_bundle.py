@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -12,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+from faults import file_size_limit
 from hostile_json import FUZZ, fuzz, rewrite
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_networks import tiny_unet
-from tolerances import BACKENDS_AGREE
+from tolerances import BACKENDS_AGREE, BATCH_INVARIANCE
 
 import skipstep
 from skipstep import Engine, NoiseSchedule, Plan, load
@@ -27,11 +28,11 @@ from skipstep.errors import (
     ExportError,
     InputError,
     IntegrityError,
-    PlanError,
     PlanNotFoundError,
     SkipstepError,
     StorageError,
 )
+from skipstep.export.weight_storage import expand_weights
 
 SCHEDULE = NoiseSchedule.cosine(1000)
 PLANS = [
@@ -80,35 +81,68 @@ def test_a_loaded_engine_draws_what_the_saved_one_drew(engine, saved):
         for conditions in ({}, {"guidance_scale": 2.0}):
             arguments = {"plan": plan, "seeds": [1, 2], "class_labels": [0, 2], **conditions}
             np.testing.assert_array_equal(loaded.sample(**arguments), engine.sample(**arguments))
-    for fact in ("onnxruntime on cpu", "up to 3", "3 classes"):
+    for fact in ("onnxruntime on cpu", "3 classes"):
         assert fact in loaded.describe()
 
 
-def test_it_takes_new_plans_that_its_loops_cover(engine, saved):
+def test_it_takes_any_new_plan(engine, saved):
+    """One step network runs every solver, noise and guidance rescale; no plan needs to be known at export."""
     loaded = load(saved)
     with pytest.raises(PlanNotFoundError):
         loaded.sample(steps=5, seeds=1, class_labels=0)
-    for plan in (5, Plan(schedule=SCHEDULE, steps=4, eta=1.0)):
-        chosen = loaded.add_plan(plan)
-        engine.add_plan(chosen)
-        arguments = {"plan": chosen, "seeds": [4], "class_labels": [1]}
-        np.testing.assert_array_equal(loaded.sample(**arguments), engine.sample(**arguments))
-    images = engine.sample(plan=chosen, seeds=[4], class_labels=[1])
-    with pytest.raises(PlanError, match="rescale=True") as caught:
-        loaded.sample(plan=chosen, seeds=[4], class_labels=[1], guidance_scale=2.0, guidance_rescale=0.5)
-    assert "any_plan" in caught.value.remedy
-    found = loaded.invert(images, plan=loaded.add_plan(6), class_labels=1)
-    np.testing.assert_array_equal(found.latents, engine.invert(images, plan=engine.add_plan(6), class_labels=1).latents)
-
-
-def test_any_plan_covers_every_solver(engine, tmp_path):
-    engine.save(tmp_path / "any", license="MIT", any_plan=True)
-    loaded = load(tmp_path / "any", compile_on_miss=True)
-    for options in ({"solver": "heun"}, {"solver": "dpm_solver_pp_2m"}, {"eta": 0.5, "convention": "guided"}):
-        plan = Plan(schedule=SCHEDULE, steps=3, **options)
+    guided = {"guidance_scale": 3.0, "guidance_rescale": 0.5}
+    for options in ({}, {"solver": "heun"}, {"solver": "dpm_solver_pp_2m"}, {"eta": 0.5, "convention": "guided"}):
+        plan = loaded.add_plan(Plan(schedule=SCHEDULE, steps=5, **options))
         engine.add_plan(plan)
-        arguments = {"plan": plan, "seeds": [4], "class_labels": 1, "guidance_scale": 3.0, "guidance_rescale": 0.5}
-        np.testing.assert_array_equal(loaded.sample(**arguments), engine.sample(**arguments))
+        for conditions in ({}, guided):
+            arguments = {"plan": plan, "seeds": [4], "class_labels": [1], **conditions}
+            images = engine.sample(**arguments)
+            np.testing.assert_array_equal(loaded.sample(**arguments), images)
+    inverted = loaded.invert(images, plan=loaded.add_plan(6), class_labels=1)
+    expected = engine.invert(images, plan=engine.add_plan(6), class_labels=1)
+    np.testing.assert_array_equal(inverted.latents, expected.latents)
+
+
+def test_whole_loops_for_other_hosts(engine, tmp_path):
+    """The target onnx-loop: a graph a plan, which ONNX Runtime alone runs to the samples of the engine."""
+    engine.save(tmp_path / "bundle", license="MIT", targets=["onnx-loop"])
+    bundle = open_bundle(tmp_path / "bundle")
+    samplers = {each.plan: each for each in bundle.manifest.samplers}
+    assert samplers.keys() == {plan.key for plan in bundle.manifest.plans}
+    x_T = np.random.default_rng(0).standard_normal((3, 1, 8, 8), dtype=np.float32)
+    given = {"x_T": x_T, "class_labels": np.array([0, 2, 1]), "guidance_scale": np.full(3, 2.0, np.float32)}
+    for plan in engine.plans.values():
+        entry = samplers[plan.key]
+        assert (entry.form, entry.guided) == ("loop", True)
+        if plan.adds_noise:
+            continue
+        session = onnxruntime.InferenceSession(bundle.read_graph(entry.file), providers=["CPUExecutionProvider"])
+        expected = engine.sample(plan=plan, x_T=x_T, class_labels=[0, 2, 1], guidance_scale=2.0)
+        [drawn] = session.run(["x_0"], given)
+        np.testing.assert_allclose(drawn, expected, rtol=0, atol=BATCH_INVARIANCE)
+
+
+def test_a_half_precision_network_is_one_more_file(engine, tmp_path):
+    """For engines that are built on the device; the CPU's stays float32, and builders get weights as they were."""
+    engine.save(tmp_path / "bundle", license="MIT", targets=["tensorrt"], precision="float16")
+    bundle = open_bundle(tmp_path / "bundle")
+    assert {"step", "step-float16"} <= bundle.manifest.graphs.keys()
+    step = bundle.read_graph(bundle.manifest.graphs["step"])
+    assert expand_weights(step) == engine._built.parts().graphs.step
+    half = onnx.load_from_string(bundle.read_graph("network/step-float16.onnx")).graph
+    assert {each.type.tensor_type.elem_type for each in half.output} == {onnx.TensorProto.FLOAT16}
+    np.testing.assert_array_equal(
+        load(tmp_path / "bundle").sample(steps=2, seeds=1, class_labels=0),
+        engine.sample(steps=2, seeds=1, class_labels=0),
+    )
+
+
+def test_a_bundle_of_schema_1_says_how_to_make_one_of_this_schema(copy):
+    manifest = json.loads((copy / "manifest.json").read_bytes())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"schema": 1, "loops": []}))
+    with pytest.raises(BundleError, match="schema 1") as caught:
+        load(copy)
+    assert "skipstep export" in caught.value.remedy
 
 
 def test_loading_and_sampling_imports_neither_torch_nor_diffusers(saved):
@@ -140,7 +174,7 @@ def test_a_bundle_says_what_made_it(engine, saved):
     assert {plan.key for plan in manifest.plans} >= {plan.key for plan in PLANS[1:]}
     assert {"plan", "call", "step"} <= manifest.partition.keys()
     assert {str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file()} == {*manifest.files, "manifest.json"}
-    onnx.checker.check_model(onnx.load_from_string((saved / "cpu/loop.onnx").read_bytes()))
+    onnx.checker.check_model(onnx.load_from_string((saved / "network/step.onnx").read_bytes()))
 
 
 def test_saving_twice_writes_the_same_bytes(engine, tmp_path):
@@ -181,13 +215,8 @@ def test_bad_requests_leave_nothing(engine, tmp_path, options, said):
 
 def test_a_full_disk_leaves_nothing(engine, tmp_path):
     """No file may grow beyond this: as on a full disk, writing fails half-way."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(StorageError, match="bundle"):
-            engine.save(tmp_path / "bundle", license="MIT")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with file_size_limit(100_000), pytest.raises(StorageError, match="bundle"):
+        engine.save(tmp_path / "bundle", license="MIT")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -196,20 +225,17 @@ def test_a_loaded_engine_has_nothing_to_save(saved, tmp_path):
         load(saved).save(tmp_path / "bundle", license="MIT")
 
 
-def test_a_loop_that_draws_something_else_is_never_named(engine, tmp_path, monkeypatch):
+def test_a_network_that_draws_something_else_is_never_named(engine, tmp_path, monkeypatch):
     """The writer loads what it wrote and compares."""
     from skipstep.export import bundle_writer
 
-    real = bundle_writer.build_loop
-
-    def wrong(*arguments):
-        model = onnx.load_from_string(real(*arguments))
-        body = model.graph.node[-1].attribute[0].g
-        [bound] = [node for node in body.node if body.output[1].name in node.output]
-        bound.op_type = {"Max": "Min", "Div": "Mul"}[bound.op_type]
+    def wrong(graph):
+        model = onnx.load_from_string(graph)
+        for node in model.graph.node:
+            node.op_type = {"Sigmoid": "Tanh"}.get(node.op_type, node.op_type)
         return model.SerializeToString()
 
-    monkeypatch.setattr(bundle_writer, "build_loop", wrong)
+    monkeypatch.setattr(bundle_writer, "compress_weights", wrong)
     with pytest.raises(IntegrityError, match="golden"):
         engine.save(tmp_path / "bundle", license="MIT")
     assert list(tmp_path.iterdir()) == []
@@ -219,17 +245,17 @@ def test_a_loop_that_draws_something_else_is_never_named(engine, tmp_path, monke
 
 
 def harm_truncate(folder: Path) -> str:
-    path = folder / "cpu/loop.onnx"
+    path = folder / "network/step.onnx"
     path.write_bytes(path.read_bytes()[:-1])
-    return "loop.onnx"
+    return "step.onnx"
 
 
 def harm_flip(folder: Path) -> str:
-    path = folder / "cpu/loop.onnx"
+    path = folder / "network/step.onnx"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    return "loop.onnx"
+    return "step.onnx"
 
 
 def harm_swap(folder: Path) -> str:
@@ -246,27 +272,27 @@ def harm_remove(folder: Path) -> str:
 
 
 def harm_link(folder: Path) -> str:
-    path = folder / "cpu/loop.onnx"
+    path = folder / "network/step.onnx"
     path.rename(folder.parent / "elsewhere.onnx")
     path.symlink_to(folder.parent / "elsewhere.onnx")
-    return "loop.onnx"
+    return "step.onnx"
 
 
 def harm_link_folder(folder: Path) -> str:
-    (folder / "cpu").rename(folder.parent / "cpu")
-    (folder / "cpu").symlink_to(folder.parent / "cpu")
-    return "cpu"
+    (folder / "network").rename(folder.parent / "network")
+    (folder / "network").symlink_to(folder.parent / "network")
+    return "network"
 
 
 def harm_hard_link(folder: Path) -> str:
-    os.link(folder / "cpu/loop.onnx", folder.parent / "second.onnx")
-    return "loop.onnx"
+    os.link(folder / "network/step.onnx", folder.parent / "second.onnx")
+    return "step.onnx"
 
 
 def harm_pipe(folder: Path) -> str:
-    (folder / "cpu/loop.onnx").unlink()
-    os.mkfifo(folder / "cpu/loop.onnx")
-    return "loop.onnx"
+    (folder / "network/step.onnx").unlink()
+    os.mkfifo(folder / "network/step.onnx")
+    return "step.onnx"
 
 
 def harm_manifest_link(folder: Path) -> str:
@@ -297,16 +323,15 @@ def harm_plan(folder: Path) -> str:
 
 def harm_external(folder: Path) -> str:
     """A graph whose weights lie in another file, with the manifest made to fit."""
-    path = folder / "cpu/loop.onnx"
+    path = folder / "network/step.onnx"
     model = onnx.load_from_string(path.read_bytes())
-    body = next(a.g for node in model.graph.node for a in node.attribute if a.HasField("g"))
-    tensor = max(body.initializer, key=lambda tensor: len(tensor.raw_data))
+    tensor = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
     entry = tensor.external_data.add()
     entry.key, entry.value = "location", "../../../../etc/passwd"
-    rewrite(folder, "cpu/loop.onnx", model.SerializeToString())
-    return "loop.onnx"
+    rewrite(folder, "network/step.onnx", model.SerializeToString())
+    return "step.onnx"
 
 
 HARM = {name: harm for name, harm in globals().items() if name.startswith("harm_")}
@@ -337,7 +362,7 @@ def test_other_places_are_no_bundles(tmp_path):
 
 def test_a_graph_that_the_runtime_refuses_is_an_error_of_ours(copy):
     """Hashes match, the bytes are no graph."""
-    rewrite(copy, "cpu/loop.onnx", b"\x08\x07 no graph at all")
+    rewrite(copy, "network/step.onnx", b"\x08\x07 no graph at all")
     with pytest.raises(ExportError, match="ONNX Runtime"):
         load(copy).sample(steps=2, seeds=0, class_labels=0)
 
@@ -376,7 +401,7 @@ def test_any_harm_to_any_file_is_noticed(saved, tmp_path_factory, data):
 
 
 def test_a_killed_writer_leaves_what_was_there(saved, tmp_path):
-    """SIGKILL while the bundle is written: the old one stays whole, and the next writer cleans up."""
+    """SIGKILL while the bundle is written: the old one stays whole, and the next writer removes the rest."""
     folder = Path(shutil.copytree(saved, tmp_path / "bundle"))
     before = open_bundle(folder).manifest
     code = f"""

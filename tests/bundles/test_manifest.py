@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 from hostile_json import FUZZ, KEY, changed, check_read_or_refused, fuzz, random_changes
@@ -15,19 +14,17 @@ from skipstep.bundles.manifest import (
     FileEntry,
     GoldenEntry,
     KernelEntry,
-    LoopEntry,
     Manifest,
     PlanEntry,
+    SamplerEntry,
 )
 from skipstep.bundles.reader import parse_manifest
 from skipstep.errors import BundleError, IntegrityError
-from skipstep.kernels.statistics import Thresholding
-from skipstep.loops.loop_table import LoopFeatures
 from skipstep.networks.spec import NetworkSpec
 
 
 def a_manifest() -> Manifest:
-    names = ["tables", "call", "loop", "loop2", "golden", "engine", "cubin", "calibration.json"]
+    names = ["tables", "call", "step", "sampler", "golden", "engine", "cubin", "calibration.json"]
     return Manifest(
         model="clothes",
         digest="a" * 64,
@@ -35,11 +32,7 @@ def a_manifest() -> Manifest:
         network=NetworkSpec((1, 8, 8), 3, 3, ("a", "b", "c"), prompt_shape=(4, 8)),
         batch_sizes=(1, 4),
         plans=(PlanEntry(KEY, 0, {"solver": "ddim", "eta": 0.3, "timesteps": [9, 5, 0], "clip": None}),),
-        graphs={"call": "call"},
-        loops=(
-            LoopEntry("loop", LoopFeatures(guided=True, noise=True)),
-            LoopEntry("loop2", LoopFeatures(thresholding=Thresholding(0.995))),
-        ),
+        graphs={"call": "call", "step": "step"},
         tables="tables",
         golden=GoldenEntry("golden", KEY, (0, 2**64 - 1), (1, 2), 2.0, 1e-3),
         files={name: FileEntry(7, "b" * 64) for name in names},
@@ -49,6 +42,7 @@ def a_manifest() -> Manifest:
         default_schedule=0,
         engines=(EngineEntry("engine", "rtx:sm86", "float16", {"flags": ["A"]}),),
         kernels=(KernelEntry("cubin", {"architecture": 87}),),
+        samplers=(SamplerEntry("sampler", KEY, "loop", True),),
         calibration="calibration.json",
     )
 
@@ -61,7 +55,6 @@ def test_what_was_written_is_read():
     manifest = a_manifest()
     assert parse_manifest(manifest.to_json()) == manifest
     assert manifest.to_json() == a_manifest().to_json()
-    assert math.isinf(parse_manifest(manifest.to_json()).loops[1].features.thresholding.maximum)
 
 
 def test_a_manifest_from_before_there_were_calibrations_is_read():
@@ -73,10 +66,11 @@ def test_a_manifest_from_before_there_were_calibrations_is_read():
     assert parse_manifest(json.dumps(without | {"calibration": None}).encode()) == manifest
 
 
-def test_a_newer_schema_is_named():
-    with pytest.raises(BundleError, match="schema 2") as caught:
-        parse_manifest(changed(contents(), ("schema",), 2))
-    assert "upgrade skipstep" in caught.value.remedy
+@pytest.mark.parametrize(("schema", "remedy"), [(1, "skipstep export"), (3, "upgrade skipstep")])
+def test_another_schema_is_named(schema, remedy):
+    with pytest.raises(BundleError, match=f"schema {schema}") as caught:
+        parse_manifest(changed(contents(), ("schema",), schema))
+    assert remedy in caught.value.remedy
 
 
 @pytest.mark.parametrize(
@@ -94,16 +88,18 @@ def test_a_newer_schema_is_named():
         (("plans",), [], "plans"),
         (("plans", 0, "key"), "no", "hexadecimal"),
         (("plans", 0, "schedule"), -1, "schedule"),
-        (("loops", 0, "features", "guided"), 1, "true or false"),
-        (("loops", 0, "features", "magic"), True, "magic"),
-        (("loops", 0, "file"), "absent", "absent"),
+        (("graphs",), {"call": "call"}, "no step network"),
+        (("samplers", 0, "guided"), 1, "true or false"),
+        (("samplers", 0, "magic"), True, "magic"),
+        (("samplers", 0, "file"), "absent", "absent"),
+        (("samplers", 0, "plan"), "f" * 16, "samplers"),
         (("golden", "plan"), "f" * 16, "golden"),
         (("golden", "seeds"), [], "seeds"),
         (("golden", "tolerance"), 2, "tolerance"),
-        (("files", "loop", "size"), -1, "size"),
-        (("files", "loop", "size"), 1 << 60, "size"),
-        (("files", "loop", "sha256"), "b" * 63, "sha256"),
-        (("files", "loop", "more"), 1, "more"),
+        (("files", "step", "size"), -1, "size"),
+        (("files", "step", "size"), 1 << 60, "size"),
+        (("files", "step", "sha256"), "b" * 63, "sha256"),
+        (("files", "step", "more"), 1, "more"),
         (("calibration",), "absent", "absent"),
         (("calibration",), 7, "a text"),
         (("more",), 1, "more"),
@@ -114,7 +110,7 @@ def test_what_is_wrong_is_named(path, value, said):
         parse_manifest(changed(contents(), path, value))
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../loop", "a/../../b", "a//b", "C:/x", "a\\b", "a\0b", "", "."])
+@pytest.mark.parametrize("name", ["/etc/passwd", "../step", "a/../../b", "a//b", "C:/x", "a\\b", "a\0b", "", "."])
 def test_names_that_lead_out_are_refused(name):
     hostile = contents()
     hostile["files"][name] = hostile["files"]["call"]

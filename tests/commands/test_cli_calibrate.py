@@ -38,7 +38,7 @@ def test_latencies_are_measured_printed_and_kept(bundle, capsys):
     rows = [line.split() for line in out.splitlines() if line.split()[1:2] == ["ddim"]]
     assert [(row[0], row[3], row[4], row[-1]) for row in rows] == [("10", "1", "no", "3"), ("10", "1", "yes", "3")]
     assert all(0 < float(row[5]) <= float(row[6]) <= float(row[7]) for row in rows)
-    assert "kept in" in out
+    assert "stored in" in out
     assert "6 of 6 calls" in err
     assert "sign" not in err
     latencies = load(bundle, num_threads=1).calibration.latencies
@@ -52,7 +52,7 @@ def test_a_dry_run_changes_nothing(bundle, capsys):
     status, out, _ = run(capsys, "calibrate", bundle, *QUICK, "--dry-run")
     assert status == 0
     assert "p99 ms" in out
-    assert "kept" not in out
+    assert "stored" not in out
     assert {each: each.read_bytes() for each in bundle.rglob("*") if each.is_file()} == before
 
 

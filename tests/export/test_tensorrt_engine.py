@@ -28,8 +28,8 @@ from skipstep.backends.torch import prepare_module
 from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError, SkipstepError
 from skipstep.export.onnx_model import export_onnx
 from skipstep.export.partition import partition
-from skipstep.export.tensorrt_builder import _checked_graph, _profile
 from skipstep.export.tensorrt_engine import EngineTarget, build_engine, parse_targets
+from skipstep.export.tensorrt_graph import batch_profile, checked_graph
 from skipstep.networks.spec import NetworkSpec
 
 pytest.importorskip("tensorrt_rtx")
@@ -439,6 +439,6 @@ def wait_until(condition: Callable[[], object]) -> None:
 def test_bytes_of_any_kind_give_typed_errors(data):
     for graph in (data, RELU[: len(data)] + data, RELU[: -len(data) or None] + data):
         try:
-            _profile(_checked_graph(graph), (1, 4))
+            batch_profile(checked_graph(graph), (1, 4))
         except SkipstepError:
             continue

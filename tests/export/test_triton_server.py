@@ -8,16 +8,15 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from faults import file_size_limit
 from google.protobuf import text_format
 from onnx import TensorProto, helper
 from onnxruntime import InferenceSession
 from tiny_networks import Labelled
 
 from skipstep import Engine, NoiseSchedule, Plan
-from skipstep.errors import ExportError, InputError, StorageError
+from skipstep.errors import ExportError, InputError
 from skipstep.export.onnx_sampler import build_sampler
-from skipstep.export.triton_server import model_config, model_repository, write_model_repository
+from skipstep.export.triton_server import model_config, model_repository
 
 SCHEDULE = NoiseSchedule.linear(1000)
 QUIET, NOISY = Plan(schedule=SCHEDULE, steps=3), Plan(schedule=SCHEDULE, steps=3, eta=1.0)
@@ -115,12 +114,10 @@ def test_instances_run_where_they_are_told(graphs):
     assert not config.HasField("dynamic_batching")
 
 
-def test_a_repository_is_one_folder_a_model(graphs, tmp_path):
-    folder = tmp_path / "models"
-    write_model_repository(folder, graphs)
-    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert found == {f"{name}/{file}" for name in graphs for file in ("config.pbtxt", "1/model.onnx")}
-    session = InferenceSession(str(folder / "open/1/model.onnx"), providers=["CPUExecutionProvider"])
+def test_a_repository_is_one_folder_a_model(graphs):
+    files = model_repository(graphs)
+    assert files.keys() == {f"{name}/{file}" for name in graphs for file in ("config.pbtxt", "1/model.onnx")}
+    session = InferenceSession(files["open/1/model.onnx"], providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
     given = {
         "x_T": rng.standard_normal((2, 1, 4, 4), dtype=np.float32),
@@ -128,22 +125,8 @@ def test_a_repository_is_one_folder_a_model(graphs, tmp_path):
         "guidance_scale": np.ones(2, np.float32),
     }
     assert np.isfinite(session.run(["x_0"], given)[0]).all()
-    with pytest.raises(StorageError, match="choose another name"):
-        write_model_repository(folder, graphs)
-    write_model_repository(folder, {"fixed": graphs["fixed"]}, overwrite=True)
-    assert [path.name for path in folder.iterdir()] == ["fixed"]
-
-
-def test_a_refused_graph_leaves_no_folder(graphs, tmp_path):
     with pytest.raises(InputError, match="no ONNX model"):
-        write_model_repository(tmp_path / "models", {"good": graphs["fixed"], "bad": b"\xff\xff\xff"})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_leaves_no_folder(graphs, tmp_path):
-    with file_size_limit(1000), pytest.raises(StorageError, match="ulimit"):
-        write_model_repository(tmp_path / "models", graphs)
-    assert list(tmp_path.iterdir()) == []
+        model_repository({"good": graphs["fixed"], "bad": b"\xff\xff\xff"})
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "a b", "-a", "a\n", "ä", "x" * 201, 'a"b'])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnx import TensorProto, helper, numpy_helper
 
-from skipstep.export.weight_storage import compress_weights
+from skipstep.export.weight_storage import compress_weights, expand_weights
 
 EXACT = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float16).astype(np.float32)
 INEXACT = EXACT + np.float32(2**-20)
@@ -91,6 +91,7 @@ def test_half_the_bytes_and_the_same_bits(graph, stored):
     assert saved - 150 * stored < len(graph) - len(compressed) < saved
     assert run(compressed) == run(graph)
     assert compress_weights(compressed) == compressed
+    assert expand_weights(compressed) == graph == expand_weights(graph)
 
 
 @pytest.mark.parametrize("graph", [PLAIN, looped()], ids=["plain", "in a loop"])
