@@ -44,20 +44,15 @@ class NetworkSpec:
     prompt_shape: tuple[Side, Side] | None = None
 
     def __post_init__(self) -> None:
-        shape = self.sample_shape
-        if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-            raise InputError(
-                got=f"sample_shape={shape!r}",
-                expected="three positive integers (channels, height, width)",
-                remedy="pass the shape of one sample, e.g. (3, 32, 32)",
-            )
-        prompt = self.prompt_shape
-        if prompt is not None and (len(prompt) != 2 or not all(isinstance(n, int) and n > 0 for n in prompt)):
-            raise InputError(
-                got=f"prompt_shape={prompt!r}",
-                expected="two positive integers (tokens, width)",
-                remedy="pass the shape of one prompt's embeddings, e.g. (77, 768)",
-            )
+        shapes: tuple[tuple[str, tuple[int, ...] | None, int, str], ...] = (
+            ("sample_shape", self.sample_shape, 3, "(channels, height, width), e.g. (3, 32, 32)"),
+            ("prompt_shape", self.prompt_shape, 2, "(tokens, width) of a prompt's embeddings, e.g. (77, 768)"),
+        )
+        for name, shape, rank, example in shapes:
+            if shape is not None and (len(shape) != rank or not all(isinstance(n, int) and n > 0 for n in shape)):
+                raise InputError(
+                    got=f"{name}={shape!r}", expected=f"{rank} positive integers", remedy=f"pass {name}={example}"
+                )
         if self.num_classes is None:
             if self.null_label is not None:
                 raise InputError(

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.errors import PlanError
+from skipstep.errors import PlanError, check_choice
 from skipstep.kernels.layout import NUM_COLUMNS, Column
 from skipstep.plans.solvers import UPDATE_COLUMNS, UpdateWeights
 
@@ -32,6 +32,8 @@ def coefficient_table(
 
     Raises PlanError for epsilon prediction at alpha_bar = 0, where the predicted image is 1/0.
     """
+    remedy = "pass what the network was trained to predict; a diffusers scheduler_config.json names it"
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES, remedy=remedy, error=PlanError)
     a, noise = alpha_bar, 1.0 - alpha_bar
     root_a, root_noise = np.sqrt(a), np.sqrt(noise)
     table = np.zeros((len(a), NUM_COLUMNS), np.float64)
@@ -55,12 +57,6 @@ def coefficient_table(
             table[:, Column.X0_OUT] = 1.0
             table[:, Column.EPS_X] = 1.0 / root_noise
             table[:, Column.EPS_OUT] = -root_a / root_noise
-        case _:
-            raise PlanError(
-                got=f"prediction_type={prediction_type!r}",
-                expected=f"one of {', '.join(PREDICTION_TYPES)}",
-                remedy="pass what the network was trained to predict; a diffusers scheduler_config.json names it",
-            )
     table[:, Column.CLIP] = 0.0 if clip is None else clip
     table[:, Column.RE_X] = 1.0 / root_noise
     table[:, Column.RE_X0] = -root_a / root_noise

@@ -79,26 +79,22 @@ def _message(data: bytes) -> bytes:
 
 
 def _private_key(path: Path) -> Ed25519PrivateKey:
-    serialization = _serialization()
+    load = _serialization().load_pem_private_key
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    key = _parsed(path, lambda data: serialization.load_pem_private_key(data, password=None), "private")
-    if not isinstance(key, Ed25519PrivateKey):
-        raise _not_a_key(path, f"a key of another kind, {type(key).__name__}", "private")
+    key: Ed25519PrivateKey = _parsed(path, lambda data: load(data, password=None), Ed25519PrivateKey, "private")
     return key
 
 
 def _public_key(path: Path) -> Ed25519PublicKey:
-    serialization = _serialization()
+    load = _serialization().load_pem_public_key
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-    key = _parsed(path, serialization.load_pem_public_key, "public")
-    if not isinstance(key, Ed25519PublicKey):
-        raise _not_a_key(path, f"a key of another kind, {type(key).__name__}", "public")
+    key: Ed25519PublicKey = _parsed(path, load, Ed25519PublicKey, "public")
     return key
 
 
-def _parsed(path: Path, parse: Callable[[bytes], Any], kind: str) -> Any:
+def _parsed(path: Path, parse: Callable[[bytes], Any], cls: type, kind: str) -> Any:
     from cryptography.exceptions import UnsupportedAlgorithm
 
     try:
@@ -107,11 +103,14 @@ def _parsed(path: Path, parse: Callable[[bytes], Any], kind: str) -> Any:
     except (OSError, ValueError) as error:
         raise _not_a_key(path, getattr(error, "strerror", None) or str(error), kind) from error
     try:
-        return parse(data)
+        key = parse(data)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         # The parser's message can quote the file, and a wrong file may be a secret.
         encrypted = isinstance(error, TypeError)
         raise _not_a_key(path, "an encrypted key" if encrypted else "no such key", kind) from None
+    if not isinstance(key, cls):
+        raise _not_a_key(path, f"a key of another kind, {type(key).__name__}", kind)
+    return key
 
 
 def _not_a_key(path: Path, got: str, kind: str) -> InputError:

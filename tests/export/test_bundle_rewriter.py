@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from tiny_networks import tiny_unet
 
-from skipstep import Engine, NoiseSchedule
+from skipstep import Engine, NoiseSchedule, load
 from skipstep.bundles.bundle import open_bundle
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.errors import BundleError, IntegrityError
 from skipstep.export.bundle_rewriter import add_calibration
 from skipstep.export.bundle_writer import BundleRequest, write_bundle
 from skipstep.latency.calibration import FILE_NAME, Calibration, Latency, RunKind, read_calibrations
-from skipstep.loading import load, loaded_identity
+from skipstep.latency.identity import device_identity
 
-HERE = loaded_identity()
+HERE = device_identity(backend="onnxruntime", loop="stepwise", device="cpu")
 LATENCY = Latency(1.0, 2.0, 3.0, 100)
 SLOWER = dataclasses.replace(LATENCY, p99_ms=9.0)
 

@@ -108,23 +108,11 @@ def test_a_tuned_launch_survives_storage():
 
 
 @pytest.mark.parametrize(
-    "value",
-    [
-        None,
-        [],
-        {},
-        {**STORED, "gain": 0.1},
-        {name: value for name, value in STORED.items() if name != "num_warps"},
-        {**STORED, "num_elements": "3072"},
-        {**STORED, "batch_size": 8.0},
-        {**STORED, "network_dtype": ["float16"]},
-        {**STORED, "block_size": 500},
-        {**STORED, "num_warps": None},
-    ],
+    "change", [{"gain": 0.1}, {"num_elements": 0}, {"batch_size": 8.0}, {"network_dtype": "int4"}, {"block_size": 500}]
 )
-def test_a_damaged_one_is_refused(value):
+def test_a_damaged_one_is_refused(change):
     with pytest.raises(BundleError):
-        TunedLaunch.from_json(value)
+        TunedLaunch.from_json(STORED | change)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -72,7 +72,7 @@ def test_json_round_trip():
     here = device_identity(backend="onnxruntime", loop="onnx", device="cpu")
     for identity in (GPU, here):
         assert read_dataclass(DeviceIdentity, identity.to_json(), "x") == identity
-    for changes in ({"more": 1}, {"cores": 0}, {"name": None}, {"threads": 1.5}, {"driver": 7}):
+    for changes in ({"cores": 0}, {"cores": None}, {"driver": "7"}):
         with pytest.raises(BundleError):
             read_dataclass(DeviceIdentity, {**here.to_json(), **changes}, "x")
     for name in here.to_json():
