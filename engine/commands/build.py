@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-HELP = "build TensorRT engines for this machine's GPU from a bundle"
 DESCRIPTION = "Build engines from the step network of a bundle, where they will run, and add them to it."
 EPILOG = """\
 The bundle must hold the step network: export it with --target tensorrt. What it holds is verified before the builder

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-HELP = "measure how long a bundle's plans take here, and keep that in the bundle"
 DESCRIPTION = """\
 Time whole calls of every plan and batch size on this machine, and add the latencies to the bundle. An engine that is
 loaded from it here then answers sample(deadline_ms=…) with the most steps whose p99 fits."""

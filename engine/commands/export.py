@@ -7,10 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from skipstep.commands.inspect import describe_bundle
 from skipstep.demo import SHIPPED_MODEL
 
-HELP = "compile a model into a bundle that runs without torch"
 DESCRIPTION = "Compile a diffusers folder into a bundle: a folder that skipstep.load, skipstep sample and others run."
 EPILOG = """\
 examples:
@@ -61,6 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from skipstep.commands.inspect import describe_bundle
     from skipstep.engine import Engine
 
     started = time.perf_counter()

@@ -13,7 +13,6 @@ from skipstep.demo import SHIPPED_BUNDLE
 if TYPE_CHECKING:
     from skipstep.bundles.bundle import Bundle
 
-HELP = "say what is in a bundle"
 DESCRIPTION = "Read a bundle's manifest, and nothing else of it, and say what is inside."
 
 
