@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from engines import parts_of
 from torch import Tensor, nn
 
 from skipstep.backends.onnxruntime import LoopConstants, OnnxRuntimeDenoiser, make_session
-from skipstep.backends.torch import DenoisingModule
 from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
-from skipstep.export.onnx_model import export_onnx
-from skipstep.export.partition import Partition, partition
+from skipstep.export.partition import Partition
 from skipstep.networks.spec import NetworkSpec
 
 SPEC = NetworkSpec((2, 4, 4), num_classes=5, null_label=5, prompt_shape=(3, 6))
@@ -40,8 +39,7 @@ class EveryTime(nn.Module):
 
 @cache
 def parts() -> Partition:
-    """Exported once: torch takes seconds for it."""
-    return partition(export_onnx(DenoisingModule(EveryTime()), SPEC))
+    return parts_of(EveryTime(), SPEC)
 
 
 def constants() -> LoopConstants:
