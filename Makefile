@@ -19,8 +19,8 @@ DEV_EXTRAS    := $(TEST_EXTRAS),dev
 
 help:
 	@echo "make sample   draw clothes with the shipped model in 10, 20 and 50 steps (out/sample/grid.png)"
-	@echo "make test     run the test suite"
-	@echo "make check    formatting, lint, types and tests: what CI runs"
+	@echo "make test     run the test suite, without the slow tests"
+	@echo "make check    formatting, lint, types and all tests, slow ones included: what CI runs"
 	@echo "make format   format the sources"
 	@echo "make bench    everything that is measured on a CPU, an hour; writes bench/results/ and the README's tables"
 	@echo "make bench-report  the committed runs as one HTML page with plots (bench/results/report)"
@@ -37,15 +37,17 @@ help:
 sample: $(VENV)/.sample
 	$(BIN)/skipstep sample --steps 10 20 50 --num 10 --out out/sample
 
-# Files are shared out between processes: most of the suite keeps one core busy.
+# One process a core: most of the suite keeps one core busy. Exports are shared (tests/engines.py).
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(PYTEST)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(MAKE) types
-	$(MAKE) test
+	$(PYTEST) -m ""
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

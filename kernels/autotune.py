@@ -1,9 +1,9 @@
-"""Choosing a launch by measuring, where the rule of skipstep.kernels.launch may be off.
+"""Choosing a launch by measuring, in place of the rule of skipstep.kernels.launch.
 
-All candidates run once a round, so that a slow period of the device does not affect one alone, and the rule's choice
-runs at both ends of every round: the distance of its two times is the noise. Another launch replaces it only if the
-median of its gains within rounds is more than twice the median of that noise, and more than 2 %. So on a device where
-the launch does not matter the rule's choice stands, and two tunings of one device agree.
+Each round measures all candidates, so that a slow period of the device does not affect only one, and measures the
+rule's choice at the start and at the end: the difference between these two times is the noise. Another launch replaces
+the rule's choice only if the median of its gains within rounds is more than twice the median noise, and more than 2 %.
+So on a device where the launch does not matter the rule's choice stands, and two tunings of one device agree.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ ITEM_SIZES: Final[Mapping[str, int]] = {"float16": 2, "bfloat16": 2, "float32": 
 _LEAST_GAIN: Final = 0.02
 _NOISE_FACTOR: Final = 2.0
 _WARPS: Final = (1, 2, 4, 8)
-# Above these the kernel with noise takes up to 105 registers and half of the warps fit.
+# With more, the kernel with noise takes up to 105 registers and only half of the warps fit.
 _MOST_ELEMENTS_PER_THREAD: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchCase:
-    """What a launch is tuned for: `batch_size` samples of `num_elements` = C·H·W, and the network's dtype."""
+    """The case that a launch is tuned for: `batch_size` samples of `num_elements` = C·H·W, and the network's dtype."""
 
     num_elements: int
     batch_size: int
@@ -49,7 +49,7 @@ class LaunchCase:
 
 @dataclass(frozen=True, slots=True)
 class TunedLaunch:
-    """The launch for a case. `gain`, not stored: how much less time it took than the rule's; 0 where that was kept."""
+    """The launch for a case. `gain`, not stored: the share of time saved against the rule; 0 if that was kept."""
 
     case: LaunchCase
     launch: StepLaunch
@@ -101,8 +101,8 @@ def tune_launch(
 ) -> TunedLaunch:
     """The launch for `case`: the first, unless another beats it by the rule above.
 
-    `measure` gives the seconds of one step; what it compiles it does in a first call, which does not count. `repeats`
-    turns, at least 5. Raises InputError, also where a measurement is not a positive number.
+    `measure` returns the seconds of one step. Its first call for each launch does not count: it may compile. `repeats`
+    rounds, at least 5. Raises InputError, also if a measurement is not a positive number.
     """
     if not launches or repeats < 5:
         raise InputError(
@@ -124,10 +124,10 @@ def tune_launch(
         seconds(launch)
     noise: list[float] = []
     gains: dict[StepLaunch, list[float]] = {launch: [] for launch in others}
-    for turn in range(repeats):
+    for round_index in range(repeats):
         before = seconds(rule)
-        # Back and forth, so that none always follows the same one.
-        times = {launch: seconds(launch) for launch in (others if turn % 2 else others[::-1])}
+        # In alternating order, so that no launch always follows the same one.
+        times = {launch: seconds(launch) for launch in (others if round_index % 2 else others[::-1])}
         after = seconds(rule)
         noise.append(abs(math.log(after / before)))
         for launch, time in times.items():
@@ -141,7 +141,7 @@ def tune_launch(
 
 
 def step_to_measure(case: LaunchCase, flags: StepFlags, device: str) -> Callable[[StepLaunch], None]:
-    """A step of a plan with `flags` in buffers of its own, as a function of its launch. Raises InputError."""
+    """A step of a plan with `flags`, with its own buffers, as a function of its launch. Raises InputError."""
     import torch
 
     from skipstep.kernels.step import ddim_step
@@ -151,7 +151,7 @@ def step_to_measure(case: LaunchCase, flags: StepFlags, device: str) -> Callable
     copies, channels = 1 + flags.guided, 1 + flags.wide_output
     state = torch.zeros(shape, device=device)
     ones = torch.ones(case.batch_size, device=device)
-    # As many steps as one likes, and the state stays finite: it tends to what the network is said to have predicted.
+    # The state stays finite for any number of steps: it tends to the network's output.
     table = torch.zeros(1, 1, NUM_COLUMNS, device=device)
     for column in (Column.X0_X, Column.EPS_OUT, Column.CLIP):
         table[..., column] = 1.0
@@ -176,9 +176,9 @@ def step_to_measure(case: LaunchCase, flags: StepFlags, device: str) -> Callable
 
 
 def device_seconds(step: Callable[[StepLaunch], None], *, launches: int = 64) -> Callable[[StepLaunch], float]:
-    """The measuring function of a CUDA device: seconds a step, by events around a graph of `launches` steps.
+    """Measures on a CUDA device: seconds a step, by events around a graph of `launches` steps.
 
-    A graph, because launches from the host take longer than the step of a small sample.
+    A graph, because a launch from the host takes longer than the step of a small sample.
     """
     import torch
 
@@ -203,7 +203,7 @@ def device_seconds(step: Callable[[StepLaunch], None], *, launches: int = 64) ->
 
 
 def tune_on_device(case: LaunchCase, flags: StepFlags, *, repeats: int = 20) -> TunedLaunch:
-    """Measure on the current CUDA device: about 12 launches, a second or two, most of it compilation."""
+    """Measure on the current CUDA device: about 12 launches, one or two seconds, most of them for compilation."""
     import torch
 
     facts = torch.cuda.get_device_properties(torch.cuda.current_device())

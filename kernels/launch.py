@@ -1,18 +1,18 @@
-"""How the step is launched: a frozen choice, apart from what the kernel computes, and the rule that makes it.
+"""How the step is launched: the launch configuration, and the rule that chooses it.
 
-    a program   block_size elements of one sample, by num_warps warps of 32 threads
+    a program   block_size elements of one sample, processed by num_warps warps of 32 threads
     a thread    e = block_size / (32·num_warps) elements, 16 bytes an access: e is 8 for float16, at least 4 for float32
 
-Results do not depend on the launch. The step is elementwise, and the noise counter counts elements and not programs.
+Results do not depend on the launch: the step is elementwise, and the noise counter counts elements, not programs.
 
-What a launch can win or lose, all of it small beside a network, is
-  latency     of small samples. A 3×32×32 sample is 3 programs of 1024 elements, and all other multiprocessors idle.
+A launch affects, little compared with the network's time,
+  latency     of small samples. A 3×32×32 sample is 3 programs of 1024 elements; all other multiprocessors are idle.
               Programs of one warp also need neither shared memory nor a barrier to regroup elements between float32 and
-              float16 accesses: shuffles do.
-  bandwidth   of large ones: enough warps on every multiprocessor that the bytes under way cover the memory's latency
-              (on an H200 4.8 TB/s · 0.7 µs / 132 = 25 kB), and few programs, because each of them costs the scheduler
-              and reads the row of coefficients anew.
-More than eight elements a thread gain nothing: noise then takes up to 105 registers, which halves the warps that fit.
+              float16 accesses: they use shuffles.
+  bandwidth   of large samples: enough warps on every multiprocessor to cover the memory's latency with bytes in flight
+              (on an H200 4.8 TB/s · 0.7 µs / 132 = 25 kB), and few programs, because the scheduler starts each of them
+              and each reads the row of coefficients again.
+More than eight elements a thread do not help: noise then takes up to 105 registers, and only half as many warps fit.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _WIDE_ELEMENTS: Final = 8  # One access of float16, two of float32.
 
 @dataclass(frozen=True, slots=True)
 class StepLaunch:
-    """`block_size` elements of one sample per program, by `num_warps` warps of 32 threads.
+    """`block_size` elements of one sample per program, `num_warps` warps of 32 threads.
 
-    Both are powers of two, with at least four elements a thread. Raises InputError for others.
+    Both are powers of two, with at least four elements a thread. Raises InputError otherwise.
     """
 
     block_size: int
@@ -51,13 +51,13 @@ class StepLaunch:
                 raise InputError(
                     got=f"{name}={value!r}",
                     expected=f"a power of two, 1 to {most}",
-                    remedy="take the launch that choose_launch gives",
+                    remedy="use the launch that choose_launch returns",
                 )
         if self.elements_per_thread < MIN_ELEMENTS_PER_THREAD:
             raise InputError(
                 got=f"{self.block_size} elements by {self.num_warps} warps",
                 expected=f"at least {MIN_ELEMENTS_PER_THREAD} elements for each of the {32 * self.num_warps} threads",
-                remedy="take fewer warps, or a larger block",
+                remedy="use fewer warps, or a larger block",
             )
 
     @property
@@ -69,24 +69,24 @@ class StepLaunch:
         return -(-num_elements // self.block_size), batch_size
 
 
-# Where nothing is known of the device, and for kernels that are compiled ahead of time for any sample.
+# For an unknown device, and for kernels that are compiled ahead of time for any sample.
 DEFAULT_LAUNCH = StepLaunch(block_size=1024, num_warps=4)
 
 
 @dataclass(frozen=True, slots=True)
 class _Multiprocessor:
-    """The most warps and programs that one holds at a time (CUDA C++ Programming Guide, "Compute Capabilities")."""
+    """The most resident warps and programs (CUDA C++ Programming Guide, "Compute Capabilities")."""
 
     warps: int
     programs: int
 
     @property
     def fewest_warps(self) -> int:
-        """Warps that a program needs, a power of two, for programs to be able to fill it."""
+        """The fewest warps per program, a power of two, with which programs can fill the multiprocessor."""
         return 1 << (-(-self.warps // self.programs) - 1).bit_length()
 
 
-# How many multiprocessors a device has is the device's own fact. Each has four schedulers, on all of these.
+# By compute capability. Each multiprocessor has four schedulers, on all of these.
 _MULTIPROCESSORS: Final[Mapping[int, _Multiprocessor]] = {
     75: _Multiprocessor(warps=32, programs=16),
     80: _Multiprocessor(warps=64, programs=32),
@@ -108,27 +108,27 @@ def choose_launch(
 ) -> StepLaunch:
     """The launch for `batch_size` samples of `num_elements` = C·H·W, by rule; skipstep.kernels.autotune measures.
 
-    `compute_capability` is 90 for 9.0; one that is not known is taken for the newest that is older. `network_item_size`
-    is that of the network's dtype in bytes, 2 or 4. Raises InputError.
+    `compute_capability` is 90 for 9.0; an unknown one is treated as the newest known one below it. `network_item_size`
+    is the size of the network's dtype in bytes, 2 or 4. Raises InputError.
     """
     counts = {"num_elements": num_elements, "batch_size": batch_size, "num_multiprocessors": num_multiprocessors}
     for name, value in counts.items():
         if value < 1:
-            raise InputError(got=f"{name}={value}", expected="1 or more", remedy=f"pass the {name} that there are")
+            raise InputError(got=f"{name}={value}", expected="1 or more", remedy=f"correct {name}")
     elements = least_elements_per_thread(network_item_size)
-    holds = _multiprocessor(compute_capability)
+    multiprocessor = _multiprocessor(compute_capability)
 
     def programs(warps: int) -> int:
         return batch_size * -(-num_elements // (32 * warps * elements))
 
-    # Each scheduler of the device has a warp at most: nothing is shared, so the finest division has the least latency.
+    # At most one warp for each scheduler: nothing is shared, so the smallest programs have the least latency.
     if programs(1) <= _SCHEDULERS * num_multiprocessors:
         return StepLaunch(32 * elements, 1)
-    # All run at once, some a scheduler: programs no larger than they have to be for a multiprocessor to take them all.
-    if programs(holds.fewest_warps) <= holds.programs * num_multiprocessors:
-        return StepLaunch(32 * holds.fewest_warps * elements, holds.fewest_warps)
-    # More than the device holds: throughput counts, so two accesses under way a thread also where float32 needs one.
-    warps = max(holds.fewest_warps, DEFAULT_LAUNCH.num_warps)
+    # All run at once, several on a scheduler: the smallest programs with which a multiprocessor holds them all.
+    if programs(multiprocessor.fewest_warps) <= multiprocessor.programs * num_multiprocessors:
+        return StepLaunch(32 * multiprocessor.fewest_warps * elements, multiprocessor.fewest_warps)
+    # More than the device holds: throughput counts, so two accesses in flight per thread, for float32 too.
+    warps = max(multiprocessor.fewest_warps, DEFAULT_LAUNCH.num_warps)
     return StepLaunch(32 * warps * _WIDE_ELEMENTS, warps)
 
 
@@ -157,7 +157,7 @@ def _multiprocessor(compute_capability: int) -> _Multiprocessor:
 def step_constants(
     flags: StepFlags, *, per_sample: bool, store_x0: bool, counted: bool = False, checked: bool = False
 ) -> dict[str, bool]:
-    """The kernel's compile-time constants but for BLOCK; launching and compiling ahead of time agree through this.
+    """The kernel's compile-time constants except BLOCK, for launching and for compiling ahead of time.
 
     `counted`: the stage is read on the device. `checked`: samples that are not finite are marked.
     """

@@ -1,16 +1,17 @@
 """The coefficient table of the step: what the host writes and every implementation of the step reads.
 
-One row per network evaluation (and per sample, where samples follow different plans), float32, `NUM_COLUMNS` wide:
+One row per network evaluation (and per sample, if the samples of a batch follow different plans), float32,
+`NUM_COLUMNS` wide:
 
-    x0     = X0_X·x + X0_OUT·out            the image that the network's output implies
-    eps    = EPS_X·x + EPS_OUT·out          the noise that it implies
+    x0     = X0_X·x + X0_OUT·out            the predicted image
+    eps    = EPS_X·x + EPS_OUT·out          the predicted noise
     x0     = clamp(x0, ±CLIP)               if flags.clip
-    x0     = clamp(x0, ±bound)/bound        if flags.threshold; the bound is the sample's own (dynamic thresholding)
-    eps    = RE_X·x + RE_X0·x0              if flags.rederive_eps: the noise that the clipped image implies
-    next   = C_X0·x0 + C_EPS·eps            DDIM needs no more than this
+    x0     = clamp(x0, ±bound)/bound        if flags.threshold: dynamic thresholding, one bound per sample
+    eps    = RE_X·x + RE_X0·x0              if flags.rederive_eps: the noise that agrees with the clipped image
+    next   = C_X0·x0 + C_EPS·eps            all that DDIM needs
            + C_X·x                          if flags.add_state
            + C_BASE·base                    if flags.read_base: the state that the first evaluation of the step read
-           + C_MEMORY·memory                if flags.read_memory: what earlier evaluations left
+           + C_MEMORY·memory                if flags.read_memory: the solver's history
            + SIGMA·z                        if flags.add_noise
                                             flags.learned_variance: SIGMA is exp(LOG_SIGMA + LOG_SIGMA_OUT·v), v being
                                             the second half of the network's channels
@@ -18,10 +19,10 @@ One row per network evaluation (and per sample, where samples follow different p
            + M_MEMORY·memory                if also flags.read_memory
     base   = x                              if flags.write_base
 
-The prediction type is data: epsilon, v and sample prediction differ in the first four columns alone, so no
-implementation branches on it; and so is the solver. One memory is enough for every solver here, because what a
-Runge-Kutta or multistep rule still needs of its past is a weighted sum, and the sum can be kept instead of its terms.
-Spare columns are zero; a row is 128 bytes, one cache line.
+The prediction type is data: epsilon, v and sample prediction differ only in the first four columns, so no
+implementation branches on it. The solver is data in the same way. One history buffer (`memory`) is enough for every
+solver here, because a Runge-Kutta or multistep rule needs only a weighted sum of its earlier evaluations, and the sum
+is stored instead of its terms. Spare columns are zero. A row is 128 bytes, one cache line.
 """
 
 from __future__ import annotations
@@ -65,11 +66,11 @@ class Stream(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class StepFlags:
-    """What one evaluation's step does beyond DDIM's two terms: compile-time constants, so unused ones cost nothing.
+    """What one step does beyond DDIM's two terms. These are compile-time constants: an unused one costs nothing.
 
-    The last three are not the plan's: wide_output says that the network has 2C output channels, the second half for a
-    learned variance; guidance doubles the network's batch; rescaling multiplies the guided prediction by a factor per
-    sample.
+    The last three do not come from the plan. wide_output: the network has 2C output channels, the second half for a
+    learned variance. guided: classifier-free guidance, which doubles the network's batch. rescale: the guided
+    prediction is multiplied by a factor per sample.
     """
 
     clip: bool = False

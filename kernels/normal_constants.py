@@ -1,4 +1,4 @@
-"""From 32-bit integers to normals, by operations that IEEE 754 rounds alike everywhere: the constants they share.
+"""From 32-bit integers to normals with the same bits on every device: the constants that all implementations share.
 
 Box-Muller (1958): z0 = r·cos(theta), z1 = r·sin(theta), with r² = -2·ln(u). Library logarithms and cosines differ in
 the last bits between a CPU and a GPU, so both are polynomials here, evaluated by Horner's rule in float32 with no
@@ -8,7 +8,7 @@ fused multiply-add. Each is the minimax fit (Lawson's iteration in float64, rela
     sin(y)/y, in y²      |y| <= pi/4                                 degree 3     error 3e-9
     cos(y), in y²        |y| <= pi/4                                 degree 4     error 3e-8
 
-Coefficients stand from the constant term upwards.
+The constant term comes first.
 """
 
 from __future__ import annotations
@@ -39,5 +39,5 @@ LN2_LOW: Final = -2.12194440e-4
 # The bits of sqrt(1/2): subtracting them puts a float's exponent boundary there instead of at 1.
 SQRT_HALF_BITS: Final = 0x3F3504F3
 
-# A turn is 2^32.
+# A full turn is 2^32.
 RADIANS_PER_UNIT: Final = 1.462918079267160e-09

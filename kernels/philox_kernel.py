@@ -1,9 +1,9 @@
-"""Normals in registers: the Triton twin of skipstep.calls.noise, same integers and same float32 bits.
+"""Normals in registers: skipstep.calls.noise in Triton, with the same integers and the same float32 bits.
 
     w0 w1 w2 w3 = Philox4x32-10(counter = (block low, block high, stage, stream), key = seed)
     elements 4·block … 4·block+3 = Box-Muller(w0, w1), Box-Muller(w2, w3)
 
-Only operations that IEEE 754 rounds correctly are used, and fusing is off, so a GPU and a CPU agree to the last bit
+Only operations that IEEE 754 rounds correctly are used, without fused multiply-add, so a GPU and a CPU agree to the bit
 (skipstep.kernels.normal_constants).
 """
 
@@ -82,29 +82,28 @@ def philox_normal_kernel(
     state_ptr,  # float32 [B, n], written
     network_input_ptr,  # network's dtype [B or 2B, n], written
     seeds_ptr,  # int64 [B]
-    given_ptr,  # int32 [1], read if CHOOSES: not zero where the state is already there
+    given_ptr,  # int32 [1], read if CHOOSES: not zero if the state is given
     num_elements,  # n
     stage,
     STREAM: tl.constexpr,
     COPIES: tl.constexpr,  # 2 where guidance doubles the network's batch
-    CHOOSES: tl.constexpr,  # whether to draw or to take what is there is decided on the device
+    CHOOSES: tl.constexpr,  # the device decides whether to draw, or to keep the given state
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < num_elements
-    here = sample * num_elements + offsets
+    elements = sample * num_elements + offsets
     given = False
     if CHOOSES:
         given = tl.load(given_ptr) != 0
     if given:
-        z = tl.load(state_ptr + here, mask=mask)
+        z = tl.load(state_ptr + elements, mask=mask)
     else:
         seed = tl.load(seeds_ptr + sample)
         z = standard_normal_block(seed, tl.program_id(0), tl.to_tensor(stage), tl.full((), STREAM, tl.uint32), BLOCK)
-        tl.store(state_ptr + here, z, mask=mask)
+        tl.store(state_ptr + elements, z, mask=mask)
     network_input = z.to(network_input_ptr.dtype.element_ty)
     for copy in tl.static_range(COPIES):
-        tl.store(
-            network_input_ptr + copy * tl.num_programs(1) * num_elements.to(tl.int64) + here, network_input, mask=mask
-        )
+        copied = copy * tl.num_programs(1) * num_elements.to(tl.int64) + elements
+        tl.store(network_input_ptr + copied, network_input, mask=mask)

@@ -1,8 +1,8 @@
-"""The step by the textbook, in float64: the truth that every implementation is tested against.
+"""The step as the papers state it, in float64: every implementation is tested against it.
 
-`ddim_step_reference` is written from the papers' formulas and shares nothing with the coefficient table (arXiv
+`ddim_step_reference` follows the papers' formulas and does not use the coefficient table (arXiv
 2010.02502, eq. 12, 16; arXiv 2202.00512, section 4; arXiv 2207.12598, eq. 6). `general_update_reference` is the
-equations of skipstep.kernels.layout, read literally: what a table means, whoever wrote it.
+equations of skipstep.kernels.layout: the meaning of a table, for any solver.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def ddim_step_reference(
 ) -> tuple[Tensor, Tensor]:
     """Return (x_s, x0), float64 `[B, …]`.
 
-    `model_output` is `[B, …]`, or `[2B, …]` beside `guidance` `[B]`: predictions with the label, then without.
+    `model_output` is `[B, …]`, or `[2B, …]` beside `guidance` `[B]`: predictions with the condition, then without.
     `z` `[B, …]` is the noise that eta > 0 adds; without it the mean is returned.
     """
     x = x_t.double()
@@ -64,8 +64,8 @@ def ddim_step_reference(
 
 
 @dataclass(frozen=True, slots=True)
-class Updated:
-    """float64 `[B, C, H, W]` each: the next state, the predicted image, and what is kept for later evaluations."""
+class UpdateResult:
+    """float64 `[B, C, H, W]` each: the next state, the predicted image, and the solver's history."""
 
     x_s: Tensor
     x0: Tensor
@@ -85,7 +85,7 @@ def general_update_reference(
     rescale: Tensor,
     thresholding: Thresholding,
     z: Tensor,
-) -> Updated:
+) -> UpdateResult:
     """One evaluation's step for `rows` `[B, NUM_COLUMNS]`; the other shapes are those of `ddim_step`."""
     batch_size, channels = x_t.shape[:2]
     x, out, base, memory, z = (tensor.double() for tensor in (x_t, model_output, base, memory, z))
@@ -121,4 +121,4 @@ def general_update_reference(
         if flags.learned_variance:
             sigma = sigma * (c[Column.LOG_SIGMA] + c[Column.LOG_SIGMA_OUT] * variance).exp()
         x_s = x_s + sigma * z
-    return Updated(x_s, x0, base=x if flags.write_base else base, memory=kept if flags.write_memory else memory)
+    return UpdateResult(x_s, x0, base=x if flags.write_base else base, memory=kept if flags.write_memory else memory)

@@ -1,14 +1,14 @@
-"""Numbers that a step needs of a whole sample before it can begin: two factors, each one per sample.
+"""Two numbers per sample that a step needs from the whole sample before it can begin.
 
 Dynamic thresholding (Saharia et al. 2022, arXiv 2205.11487, section 2.3): the predicted image is clamped to ±s and
-divided by s, where s is a quantile of its absolute values, at least 1 (then nothing is divided) and at most `maximum`.
+divided by s, where s is a quantile of its absolute values, at least 1 (then nothing changes) and at most `maximum`.
 
-Guidance rescale (Lin et al. 2024, arXiv 2305.08891, eq. 14-16): guidance inflates the prediction's spread; the factor
-phi·std(conditional)/std(guided) + 1 - phi takes it back, wholly at phi = 1. (A constant prediction has no spread to
-take back: its ratio counts as 1.)
+Guidance rescale (Lin et al. 2024, arXiv 2305.08891, eq. 14-16): guidance increases the standard
+deviation of the prediction; the factor phi·std(conditional)/std(guided) + 1 - phi undoes that, completely at phi = 1.
+(For a constant prediction the ratio counts as 1.)
 
-Both are reductions, so they run before the step and cost a pass over the data; a plan that does not ask for them pays
-nothing. The NumPy functions serve the loop in host memory, the torch ones the loop on a GPU, where nothing waits.
+Both are reductions, so they run before the step and cost a pass over the data; a plan without them pays nothing. The
+NumPy functions are for the loop in host memory, the torch functions for the loop on a GPU, without synchronizing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Thresholding:
-    """`quantile` in (0, 1] of a sample's absolute values; `maximum` ≥ 1 (infinity: none) bounds what it may become."""
+    """`quantile` in (0, 1] of a sample's absolute values; `maximum` ≥ 1 limits the result (infinity: no limit)."""
 
     quantile: float
     maximum: float = math.inf
@@ -51,7 +51,7 @@ def threshold_bound(x0: Tensor, parameters: Thresholding) -> Tensor:
     low, weight = rank(x0[0].numel(), parameters.quantile)
     ordered = x0.abs().flatten(1).sort(dim=1).values
     bound = ordered[:, low] + weight * (ordered[:, min(low + 1, ordered.shape[1] - 1)] - ordered[:, low])
-    # NaN sorts last, and must not become a bound.
+    # NaN sorts last, and must not be used as a bound.
     return bound.clamp(1.0, parameters.maximum).where(~ordered[:, -1].isnan(), math.nan)
 
 
@@ -105,6 +105,6 @@ def sample_statistics(
 
 
 def rank(count: int, quantile: float) -> tuple[int, float]:
-    """Position of a quantile among `count` ordered values: the lower neighbour and the weight of the next."""
+    """Position of a quantile among `count` ordered values: the index below it, and the weight of the next value."""
     position = quantile * (count - 1)
     return int(position), position - int(position)

@@ -1,7 +1,7 @@
-"""Launching the step and the initial noise on a GPU: checks, grid, one launch each.
+"""The launchers of the step and of the initial noise: they check the tensors, choose the grid and launch one kernel.
 
-Under TRITON_INTERPRET=1 (set before triton is imported) the same kernels run on CPU tensors, which is how they are
-tested without a GPU. Nothing here reads a device value on the host.
+With TRITON_INTERPRET=1 (set before triton is imported) the same kernels run on CPU tensors; so they are tested without
+a GPU. Nothing here reads a device value on the host.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ def ddim_step(
     """Advance `state` from x_t to x_s in place and fill the network's next input, in one launch on the current stream.
 
     state         float32 `[B, C, H, W]`.
-    model_output  float16, bfloat16 or float32 `[B, C, H, W]`, `[2B, C, H, W]` if flags.guided (labelled, then not);
-                  2C channels if flags.wide_output.
+    model_output  float16, bfloat16 or float32 `[B, C, H, W]`, `[2B, C, H, W]` if flags.guided: predictions
+                  with the condition, then without; 2C channels if flags.wide_output.
     network_input `[B or 2B, C, H, W]`, any of those dtypes; receives x_s, once or twice.
     table         float32 `[E, 1 or B, NUM_COLUMNS]` (skipstep.kernels.layout), `stage` its row.
-    seeds         int64 `[B]`, the bits of unsigned seeds, if flags.add_noise.
+    seeds         int64 `[B]`, unsigned 64-bit seeds reinterpreted as signed, if flags.add_noise.
     guidance      float32 `[B]`, if flags.guided.
     rescale       float32 `[B]`, a factor on the guided prediction, if flags.rescale.
-    bound         float32 `[B]`, the samples' own bounds, if flags.threshold.
+    bound         float32 `[B]`, one bound per sample, if flags.threshold.
     base, memory  float32 `[B, C, H, W]`, kept between stages, if flags read or write them.
     x0            optional float32 `[B, C, H, W]`, receives the predicted image.
-    counter       optional int32 `[1]`: the stage stands there, and `stage` is not read.
-    broken        optional int32 `[B]`: lowered to the stage that leaves a sample with NaN or infinity.
+    counter       optional int32 `[1]`, the stage; `stage` is then not read.
+    broken        optional int32 `[B]`, lowered to the first stage that leaves NaN or infinity in a sample.
 
     All tensors are contiguous and on one device. Raises InputError and DeviceUnavailableError.
     """
@@ -104,7 +104,7 @@ def ddim_step(
         state,
         model_output,
         network_input,
-        # An operand that the flags leave out is never touched; any pointer will do.
+        # The kernel does not touch an operand that the flags leave out; any pointer will do.
         state if x0 is None else x0,
         state if base is None else base,
         state if memory is None else memory,
@@ -126,7 +126,7 @@ def ddim_step(
         ),
         BLOCK=launch.block_size,
         num_warps=launch.num_warps,
-        # Triton's default changed between versions; fused, the bits would differ from the CPU's.
+        # Triton's default changed between versions; with fusion the bits would differ from the CPU's.
         enable_fp_fusion=False,
     )
 
@@ -142,7 +142,7 @@ def initial_noise(
     """Fill `state` float32 `[B, C, H, W]` with x_T of the `seeds` int64 `[B]`, and the network's input with the same.
 
     `network_input` is `[B, C, H, W]` or, where guidance doubles the batch, `[2B, C, H, W]`. `given`, optional int32
-    `[1]`: where it is not zero the state is kept as it is, and only copied. Raises InputError.
+    `[1]`: if it is not zero, the state is kept and only copied to the network's input. Raises InputError.
     """
     batch_size = len(state)
     copies = 2 if len(network_input) == 2 * batch_size else 1

@@ -1,6 +1,6 @@
 """The step of the sampling loop: one launch per network evaluation, each operand read once, each result written once.
 
-    out    = u + guidance·(c - u)                   if GUIDED: predictions with and without the label
+    out    = u + guidance·(c - u)                   if GUIDED: predictions with and without the condition
     out    = rescale·out                            if RESCALED: guidance rescale, a factor per sample
     x0     = X0_X·x + X0_OUT·out
     eps    = EPS_X·x + EPS_OUT·out
@@ -12,11 +12,11 @@
     base   = x                                      if WRITE_BASE
     memory = M_X·x + M_X0·x0 + M_EPS·eps            if WRITE_MEMORY, + M_MEMORY·memory if READ_MEMORY
 
-z is Philox in registers. The first stage that leaves a sample with NaN or infinity is noted for it if CHECKED, so that
-nobody has to look at every step. All arithmetic is float32 and unfused (compile with enable_fp_fusion=False);
-skipstep.kernels.step_numpy does the same operations in the same order. Coefficients come from a float32 device table
-and not as scalar arguments: those are rounded differently by different launchers, and a captured graph could not change
-them. skipstep.kernels.layout has the columns, skipstep.kernels.step the launcher.
+z is drawn in registers (Philox). If CHECKED, the first stage that leaves NaN or infinity in a sample is recorded for
+that sample, so the host does not check every step. All arithmetic is float32 without fused multiply-add (compile with
+enable_fp_fusion=False); skipstep.kernels.step_numpy does the same operations in the same order. Coefficients come from
+a float32 table on the device and not as scalar arguments: different launchers round those differently, and a captured
+graph could not change them. skipstep.kernels.layout describes the columns, skipstep.kernels.step has the launcher.
 """
 
 import triton
@@ -53,8 +53,8 @@ STEP_STREAM = tl.constexpr(int(Stream.STEP))
 def ddim_step_kernel(
     state_ptr,  # float32 [B, n], x_t; may be next_ptr
     next_ptr,  # float32 [B, n], x_s
-    output_ptr,  # float16, bfloat16 or float32 [B or 2B, n], what the network predicted; 2n if WIDE
-    network_input_ptr,  # the same dtypes, [B or 2B, n], what the network reads next
+    output_ptr,  # float16, bfloat16 or float32 [B or 2B, n], the network's output; 2n if WIDE
+    network_input_ptr,  # the same dtypes, [B or 2B, n], the network's next input
     x0_ptr,  # float32 [B, n], written if STORE_X0
     base_ptr,  # float32 [B, n], read if READ_BASE, written if WRITE_BASE
     memory_ptr,  # float32 [B, n], read if READ_MEMORY, written if WRITE_MEMORY
@@ -63,7 +63,7 @@ def ddim_step_kernel(
     guidance_ptr,  # float32 [B], read if GUIDED
     rescale_ptr,  # float32 [B], read if RESCALED
     bound_ptr,  # float32 [B], read if THRESHOLDED
-    counter_ptr,  # int32 [1], the stage if COUNTED
+    counter_ptr,  # int32 [1], the stage, read if COUNTED
     broken_ptr,  # int32 [B], lowered to the first stage that left a sample not finite, if CHECKED
     num_elements,  # n = C·H·W
     stage,  # row of the table and word of the noise counter
@@ -90,7 +90,7 @@ def ddim_step_kernel(
     batch_size = tl.num_programs(1).to(tl.int64)
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < num_elements
-    here = sample * num_elements + offsets
+    elements = sample * num_elements + offsets
     second_half = batch_size * num_elements
 
     if COUNTED:
@@ -99,11 +99,11 @@ def ddim_step_kernel(
     if PER_SAMPLE:
         row_ptr = table_ptr + (tl.to_tensor(stage).to(tl.int64) * batch_size + sample) * ROW
 
-    x = tl.load(state_ptr + here, mask=mask)
-    predicted = here
+    x = tl.load(state_ptr + elements, mask=mask)
+    predicted = elements
     predicted_half = second_half
-    if WIDE:  # [B, 2, n]: what the network predicts, then its interpolation between variances.
-        predicted = here + sample * num_elements
+    if WIDE:  # [B, 2, n]: the prediction, then its interpolation between two variances.
+        predicted = elements + sample * num_elements
         predicted_half = 2 * second_half
     out = tl.load(output_ptr + predicted, mask=mask).to(tl.float32)
     if GUIDED:
@@ -130,9 +130,9 @@ def ddim_step_kernel(
     if ADD_STATE:
         x_next += tl.load(row_ptr + C_X) * x
     if READ_BASE:
-        x_next += tl.load(row_ptr + C_BASE) * tl.load(base_ptr + here, mask=mask)
+        x_next += tl.load(row_ptr + C_BASE) * tl.load(base_ptr + elements, mask=mask)
     if READ_MEMORY:
-        memory = tl.load(memory_ptr + here, mask=mask)
+        memory = tl.load(memory_ptr + elements, mask=mask)
         x_next += tl.load(row_ptr + C_MEMORY) * memory
     if NOISY:
         seed = tl.load(seeds_ptr + sample)
@@ -143,22 +143,22 @@ def ddim_step_kernel(
             z = z * tl.exp(tl.load(row_ptr + LOG_SIGMA) + tl.load(row_ptr + LOG_SIGMA_OUT) * v)
         x_next += z * tl.load(row_ptr + SIGMA)
 
-    tl.store(next_ptr + here, x_next, mask=mask)
+    tl.store(next_ptr + elements, x_next, mask=mask)
     if CHECKED:
         # A comparison with NaN is false.
         sound = (tl.abs(x_next) <= LARGEST) | ~mask
         if tl.min(sound.to(tl.int32)) == 0:
             tl.atomic_min(broken_ptr + sample, tl.to_tensor(stage), sem="relaxed")
     network_input = x_next.to(network_input_ptr.dtype.element_ty)
-    tl.store(network_input_ptr + here, network_input, mask=mask)
+    tl.store(network_input_ptr + elements, network_input, mask=mask)
     if GUIDED:
-        tl.store(network_input_ptr + second_half + here, network_input, mask=mask)
+        tl.store(network_input_ptr + second_half + elements, network_input, mask=mask)
     if WRITE_BASE:
-        tl.store(base_ptr + here, x, mask=mask)
+        tl.store(base_ptr + elements, x, mask=mask)
     if WRITE_MEMORY:
         kept = tl.load(row_ptr + M_X) * x + tl.load(row_ptr + M_X0) * x0 + tl.load(row_ptr + M_EPS) * eps
         if READ_MEMORY:
             kept += tl.load(row_ptr + M_MEMORY) * memory
-        tl.store(memory_ptr + here, kept, mask=mask)
+        tl.store(memory_ptr + elements, kept, mask=mask)
     if STORE_X0:
-        tl.store(x0_ptr + here, x0, mask=mask)
+        tl.store(x0_ptr + elements, x0, mask=mask)

@@ -1,8 +1,8 @@
 """The step on a CPU: the same operations in the same order as the Triton kernel, so the float32 bits are the same.
 
-Equations and columns: skipstep.kernels.layout. NumPy never fuses a multiplication with an addition; the kernel is
-compiled not to. (One exception: the exponential of a learned variance is each library's own.) Scratch memory is taken
-once per loop: a step allocates nothing.
+Equations and columns: skipstep.kernels.layout. NumPy never fuses a multiplication with an addition, and the kernel is
+compiled without that. (One exception: each library has its own exponential, which a learned variance needs.) Scratch
+memory is allocated once per loop; a step allocates nothing.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class NumpyStep:
     """One loop's steps over fixed buffers; call it with the stage after each network evaluation.
 
     state           float32 `[B, C, H, W]`, x_t before and x_s after.
-    model_output    `[B, C, H, W]`, or `[2B, C, H, W]` when guided: predictions with the label, then without. With a
-                    learned variance it has 2C channels, the second half of them the variance's.
+    model_output    `[B, C, H, W]`, or `[2B, C, H, W]` when guided: predictions with the condition, then without. With a
+                    learned variance it has 2C channels, the second half for the variance.
     network_input   `[B or 2B, C, H, W]`; receives the next state, in its dtype, once or twice.
     table           float32 `[S, 1 or B, NUM_COLUMNS]`.
     flags           one per row of the table.
@@ -32,7 +32,7 @@ class NumpyStep:
     rescale         float32 `[B]` in [0, 1], when flags.rescale (skipstep.kernels.statistics).
     thresholding    when flags.threshold.
     noise           stage → float32 `[B, C·H·W]`, when flags.add_noise.
-    x0              optional float32 `[B, C, H, W]`, receives the predicted image of every step.
+    x0              optional float32 `[B, C, H, W]`, receives the predicted image of each step.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class NumpyStep:
 
         self._combine(row[Column.X0_X], x, row[Column.X0_OUT], out, into=x0)
         if flags.clip:
-            # minimum and maximum keep NaN: a broken prediction must reach the caller, not become a bound.
+            # minimum and maximum keep NaN: a prediction that is not finite must reach the caller.
             np.minimum(x0, row[Column.CLIP], out=x0)
             np.maximum(x0, -row[Column.CLIP], out=x0)
         if flags.threshold:
@@ -120,7 +120,7 @@ class NumpyStep:
             half[...] = x_next
 
     def _combined_prediction(self, flags: StepFlags) -> NDArray[Any]:
-        """What the network predicts, guidance included; a view of its output where there is none."""
+        """The prediction after guidance and rescaling; without them a view of the network's output."""
         batch_size = len(self._state)
         conditional = self._prediction[:batch_size]
         if not flags.guided or self._guidance is None or self._out is None:

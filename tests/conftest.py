@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 
 def _has_gpu() -> bool:
@@ -19,6 +20,15 @@ def _has_gpu() -> bool:
 HAS_GPU = _has_gpu()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+settings.register_profile("quick", max_examples=25)
+settings.register_profile("all", max_examples=100)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Fewer examples where slow tests are left out. A test that sets its own number keeps it."""
+    settings.load_profile("quick" if config.option.markexpr == "not slow" else "all")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,8 +45,14 @@ def kernel_device() -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The suite neither reads nor fills the cache of whoever runs it."""
+def _one_cache_for_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The suite neither reads nor fills the user's cache. Its processes share one, and in it their exports."""
+    from engines import share_exports
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SKIPSTEP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("SKIPSTEP_CACHE", str(folder / "cache"))
+        share_exports(patch)
         yield

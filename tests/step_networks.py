@@ -7,6 +7,7 @@ from functools import cache
 
 import numpy as np
 import torch
+from engines import parts_of
 from torch import Tensor, nn
 
 from skipstep.backends.denoiser import StepInput
@@ -14,8 +15,6 @@ from skipstep.backends.onnxruntime import EarlyGraphs, LazySession, OnnxRuntimeD
 from skipstep.backends.torch import DenoisingModule
 from skipstep.building import ModelSource
 from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
-from skipstep.export.onnx_model import export_onnx
-from skipstep.export.partition import partition
 from skipstep.networks.graphs import Partition, StepInputs
 from skipstep.networks.spec import NetworkSpec
 
@@ -42,8 +41,7 @@ class EveryTime(nn.Module):
 
 @cache
 def parts() -> Partition:
-    """Exported once: torch takes seconds for it."""
-    return partition(export_onnx(DenoisingModule(EveryTime()), SPEC))
+    return parts_of(EveryTime(), SPEC)
 
 
 def source() -> ModelSource:

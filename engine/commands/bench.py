@@ -16,7 +16,6 @@ from skipstep.latency.table import format_table
 if TYPE_CHECKING:
     from skipstep.bench.results import Case, Contender, Run
 
-HELP = "time our loops beside what people run today, on any model"
 DESCRIPTION = "Time ways to draw the same samples: the same weights, noise, steps and threads, taking turns."
 EPILOG = """\
 examples:

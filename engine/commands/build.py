@@ -7,7 +7,6 @@ from pathlib import Path
 
 from skipstep.commands.progress import elapsed_progress
 
-HELP = "build TensorRT engines for this machine's GPU from a bundle"
 DESCRIPTION = "Build TensorRT engines from a bundle's step network on the machine that will run them."
 EPILOG = """\
 The engines are built from the bundle's half-precision network (exported with --target tensorrt --precision float16), or

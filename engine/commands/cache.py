@@ -8,7 +8,6 @@ import time
 from skipstep.bundles.cache import ArtefactCache
 from skipstep.latency.table import format_table
 
-HELP = "list or clear what was built before and is kept"
 DESCRIPTION = "List the cache of exported networks and engines, or clear it."
 
 

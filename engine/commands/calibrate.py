@@ -10,7 +10,6 @@ from pathlib import Path
 
 from skipstep.commands.progress import elapsed_progress
 
-HELP = "measure how long a bundle's plans take here, and store that in the bundle"
 DESCRIPTION = """\
 Time whole calls of every plan and batch size on this machine, and add the latencies to the bundle. An engine that is
 loaded from it here then answers sample(deadline_ms=…) with the largest step count whose p99 fits."""

@@ -14,7 +14,6 @@ from skipstep.latency.table import format_table
 if TYPE_CHECKING:
     from skipstep.bench.compare import Change, Comparison
 
-HELP = "fail if a benchmark run is slower than its baseline"
 DESCRIPTION = (
     "Compare a run of skipstep bench with a baseline of the same machine class, by ratios to the textbook loop.\n"
     "The exit status is 1 if a contender is slower beyond the limit and beyond noise, or does not work any more."

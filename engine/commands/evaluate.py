@@ -8,7 +8,6 @@ from pathlib import Path
 from skipstep.demo import SHIPPED_MODEL
 from skipstep.errors import MissingDependencyError
 
-HELP = "measure quality, spread, inversion and time of every sampler"
 DESCRIPTION = "Measure the samplers on the shipped model and write tables (CSV, Markdown) and plots (PNG)."
 EPILOG = """\
 needs Fashion-MNIST (apt-get install dataset-fashion-mnist) and skipstep[evaluate].

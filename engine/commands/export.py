@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from skipstep.commands.inspect import describe_bundle
 from skipstep.commands.progress import elapsed_progress
 from skipstep.demo import SHIPPED_MODEL
 
-HELP = "compile a model into a bundle that runs without torch"
 DESCRIPTION = "Compile a diffusers folder into a bundle: a folder that skipstep.load and skipstep sample run."
 EPILOG = """\
 examples:
@@ -56,6 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from skipstep.commands.inspect import describe_bundle
     from skipstep.engine import Engine
 
     progress = elapsed_progress()

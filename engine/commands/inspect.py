@@ -13,7 +13,6 @@ from skipstep.latency.table import format_table
 if TYPE_CHECKING:
     from skipstep.bundles.bundle import Bundle
 
-HELP = "list the contents of a bundle"
 DESCRIPTION = "Read a bundle's manifest, and no other file of it, and list its contents."
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-HELP = "make a pair of keys to sign bundles with"
 DESCRIPTION = "Write an Ed25519 private key, readable by you alone, and its public key beside it."
 
 

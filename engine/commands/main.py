@@ -1,52 +1,54 @@
-"""The command line. Each command is a module of skipstep.commands, imported when it is asked for."""
+"""The command line. Each command is a module of skipstep.commands; only the one that is run is imported."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 from skipstep.errors import SkipstepError
 from skipstep.version import __version__
 
-COMMANDS = (
-    "sample",
-    "export",
-    "inspect",
-    "verify",
-    "build",
-    "calibrate",
-    "keygen",
-    "sign",
-    "cache",
-    "evaluate",
-    "report",
-    "compare",
-    "bench",
-)
+# The name of each command's module, and its line in `skipstep --help`.
+COMMANDS: Final[Mapping[str, str]] = {
+    "sample": "draw samples with one or several step counts",
+    "export": "compile a model into a bundle that runs without torch",
+    "inspect": "show what a bundle contains",
+    "verify": "check a bundle's files and signature, and draw its golden samples",
+    "build": "build TensorRT engines for this machine's GPU from a bundle",
+    "calibrate": "measure how long a bundle's plans take on this machine, and store that in the bundle",
+    "keygen": "make a pair of keys to sign bundles with",
+    "sign": "sign a bundle's manifest",
+    "cache": "list or clear the cache of built artefacts",
+    "evaluate": "measure quality, spread, inversion and time of every sampler",
+    "report": "make one HTML page and PNG plots from benchmark results",
+    "compare": "fail if a benchmark run is slower than its baseline",
+    "bench": "time skipstep beside other ways to run a model, on any model",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: the command's own (0 unless it says otherwise), or 2 after a
     message on standard error."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
         prog="skipstep", description="A compiled sampling engine for diffusion models.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"skipstep {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in COMMANDS:
-        module = importlib.import_module(f"skipstep.commands.{name}")
+    requested = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, summary in COMMANDS.items():
         command = commands.add_parser(
-            name,
-            help=module.HELP,
-            description=module.DESCRIPTION,
-            epilog=getattr(module, "EPILOG", None),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+            name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
-        module.add_options(command)
-        command.set_defaults(run=module.run)
+        if name == requested:
+            module = importlib.import_module(f"skipstep.commands.{name}")
+            command.description = module.DESCRIPTION
+            command.epilog = getattr(module, "EPILOG", None)
+            module.add_options(command)
+            command.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
     try:
         status: int | None = options.run(options)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from skipstep.errors import InputError, MissingDependencyError
 
-HELP = "make one HTML page and PNG plots from benchmark results"
 DESCRIPTION = "Make one self-contained HTML page, and PNG plots beside it, from what skipstep bench measured."
 EPILOG = """\
 examples:

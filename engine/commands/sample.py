@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from skipstep.engine import Engine
     from skipstep.plans.plan import Plan
 
-HELP = "draw samples with one or several step counts"
 DESCRIPTION = "Draw the same samples with each step count; write a labelled grid and the single pictures."
 EPILOG = """\
 examples:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-HELP = "sign a bundle's manifest"
 DESCRIPTION = "Check a bundle's files against its manifest, and sign the manifest: it holds every file's hash."
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from skipstep.demo import SHIPPED_BUNDLE
 
-HELP = "check a bundle's files and signature, and draw its golden samples"
 DESCRIPTION = "Hash every file of a bundle, check its signature where one is required, and draw its golden samples."
 
 

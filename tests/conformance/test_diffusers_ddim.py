@@ -12,10 +12,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from engines import build
 from tiny_networks import Curve
 from tolerances import DIFFUSERS_LOOP, DIFFUSERS_STEP, DIFFUSERS_STEP_SAMPLE
 
-from skipstep import Engine, NoiseSchedule, Plan
+from skipstep import NoiseSchedule, Plan
 from skipstep.kernels.layout import Column
 
 diffusers = pytest.importorskip("diffusers")
@@ -27,19 +28,20 @@ CONVENTIONS = {
 }
 
 
+class FixedOutput(torch.nn.Module):
+    output: torch.Tensor = torch.zeros(1)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.output.expand_as(x)
+
+
 def scheduler_for(convention: str, prediction_type: str, spacing: str = "leading"):
     return diffusers.DDIMScheduler(
         prediction_type=prediction_type, timestep_spacing=spacing, set_alpha_to_one=True, **CONVENTIONS[convention]
     )
 
 
-def engine_for(scheduler, plan: Plan, sample_shape: tuple[int, int, int]) -> Engine:
-    return Engine.build(
-        Curve(), plans=[plan], batch_sizes=[2], backend="torch", device="cpu", sample_shape=sample_shape
-    )
-
-
-@pytest.mark.parametrize("steps", [10, 20, 50, 100, 250])
+@pytest.mark.parametrize("steps", [10, 50, 250, *(pytest.param(n, marks=pytest.mark.slow) for n in (20, 100))])
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_whole_loops(prediction_type, convention, steps):
@@ -57,7 +59,7 @@ def test_whole_loops(prediction_type, convention, steps):
         prediction_type=prediction_type,
         convention=convention,
     )
-    ours = engine_for(scheduler, plan, (3, 8, 8)).sample(plan=plan, x_T=x_T, output_type="pt")
+    ours = build(Curve(), plans=[plan], sample_shape=(3, 8, 8)).sample(plan=plan, x_T=x_T, output_type="pt")
     assert (ours - x).norm() / x.norm() < DIFFUSERS_LOOP
 
 
@@ -65,9 +67,7 @@ def test_the_conventions_are_not_the_same_thing():
     x_T = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     schedule = NoiseSchedule.linear()
     plans = {c: Plan(schedule=schedule, steps=20, convention=c) for c in CONVENTIONS}
-    engine = Engine.build(
-        Curve(), plans=plans.values(), batch_sizes=[2], backend="torch", device="cpu", sample_shape=(3, 8, 8)
-    )
+    engine = build(Curve(), plans=list(plans.values()), sample_shape=(3, 8, 8))
     results = {c: engine.sample(plan=plan, x_T=x_T) for c, plan in plans.items()}
     for one, other in itertools.combinations(results.values(), 2):
         assert np.linalg.norm(one - other) > 0.05 * np.linalg.norm(one)
@@ -84,25 +84,22 @@ def test_single_steps(prediction_type, convention, spacing):
     schedule = NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod.numpy())
     generator = torch.Generator().manual_seed(1)
     tolerance = DIFFUSERS_STEP_SAMPLE if prediction_type == "sample" else DIFFUSERS_STEP
+    plans = {}
     for t in scheduler.timesteps.tolist():
-        x = torch.randn(1, 3, 8, 8, generator=generator)
-        output = torch.randn(1, 3, 8, 8, generator=generator)
-        theirs = scheduler.step(output, t, x, use_clipped_model_output=convention == "guided").prev_sample
         s = t - 1000 // steps
-        final = float(schedule.alpha_bar[s]) if s >= 0 else 1.0
-        plan = Plan(
+        plans[t] = Plan(
             schedule=schedule,
             timesteps=[t],
             prediction_type=prediction_type,
             convention=convention,
-            final_alpha_bar=final,
+            final_alpha_bar=float(schedule.alpha_bar[s]) if s >= 0 else 1.0,
         )
-
-        class Fixed(torch.nn.Module):
-            def forward(self, x: torch.Tensor, t: torch.Tensor, output: torch.Tensor = output) -> torch.Tensor:
-                return output.expand_as(x)
-
-        engine = Engine.build(Fixed(), plans=[plan], backend="torch", device="cpu", sample_shape=(3, 8, 8))
+    network = FixedOutput()
+    engine = build(network, plans=list(plans.values()), batch_sizes=[1], sample_shape=(3, 8, 8))
+    for t, plan in plans.items():
+        x = torch.randn(1, 3, 8, 8, generator=generator)
+        network.output = torch.randn(1, 3, 8, 8, generator=generator)
+        theirs = scheduler.step(network.output, t, x, use_clipped_model_output=convention == "guided").prev_sample
         ours = engine.sample(plan=plan, x_T=x, output_type="pt")
         assert (ours - theirs).norm() / theirs.norm() < tolerance, t
 

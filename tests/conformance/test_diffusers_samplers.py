@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from engines import build
 from tiny_networks import Curve, LearnedVariance
 from tolerances import DIFFUSERS_DDPM_LOOP, DIFFUSERS_LOOP, DIFFUSERS_SIGMA_LOOP
 
@@ -25,7 +26,7 @@ SEEDS = [11, 12]
 
 
 def engine_for(network: torch.nn.Module, plan: Plan) -> Engine:
-    return Engine.build(network, plans=[plan], batch_sizes=[2], backend="torch", device="cpu", sample_shape=SHAPE)
+    return build(network, plans=[plan], batch_sizes=[2], sample_shape=SHAPE)
 
 
 def schedule_of(scheduler) -> NoiseSchedule:

@@ -22,7 +22,9 @@ from skipstep.kernels.step_numpy import NumpyStep
 SCHEDULE = NoiseSchedule.linear(1000)
 SEEDS = np.array([0, 2**64 - 1, 12345], np.uint64)
 GUIDANCE = np.array([1.5, 3.0, 0.0], np.float32)
-NUM_ELEMENTS = [1, 3, 63, 784, 1000, 1024, 4097]
+# One element, a whole block, and several blocks of which the last has one; with odd sizes between them where everything
+# is tested.
+NUM_ELEMENTS = [1, 1024, 2049, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 63, 784, 1000, 4097))]
 CASES = list(itertools.product(["epsilon", "v_prediction", "sample"], ["paper", "diffusers", "guided"], [0.0, 0.7]))
 
 
@@ -153,7 +155,7 @@ GENERAL = {
 
 
 @pytest.mark.parametrize("name", GENERAL)
-@pytest.mark.parametrize("n", [1, 63, 1000, 4097])
+@pytest.mark.parametrize("n", [1, 1025, *(pytest.param(n, marks=pytest.mark.slow) for n in (63, 1000, 4097))])
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_the_general_update(name, n, per_sample, kernel_device):
     """Random coefficients in every column: the kernel, its NumPy twin and the layout's equations in float64."""

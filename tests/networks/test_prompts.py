@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from engines import build
 from tolerances import BACKENDS_AGREE, DIFFUSERS_LOOP
 
 from skipstep import Engine, NoiseSchedule, Plan, load
@@ -55,7 +56,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["onnxruntime", "torch"])
 def engine(request, folder):
-    return Engine.build(folder, plans=[PLAN, 3], batch_sizes=[1, 3], backend=request.param, device="cpu")
+    return build(folder, plans=[PLAN, 3], batch_sizes=[1, 3], backend=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_latents_are_found_again(engine, prompts):
 
 
 def test_keys_and_values_leave_the_loop(folder):
-    engine = Engine.build(folder, plans=[PLAN], backend="onnxruntime", device="cpu")
+    engine = build(folder, plans=[PLAN], backend="onnxruntime")
     parts = engine.source.partition()
     state = tiny_text_unet().state_dict()
     keys_and_values = [name for name in state if ".attn2.to_k." in name or ".attn2.to_v." in name]
@@ -121,7 +122,7 @@ def test_keys_and_values_leave_the_loop(folder):
 
 
 def test_a_bundle_takes_prompts(folder, prompts, tmp_path):
-    engine = Engine.build(folder, plans=[PLAN], backend="onnxruntime", device="cpu")
+    engine = build(folder, plans=[PLAN], backend="onnxruntime")
     engine.save(tmp_path / "bundle", license="MIT")
     conditions = {"prompt_embeds": prompts[0][:1], "negative_prompt_embeds": prompts[1], "guidance_scale": 5.0}
     np.testing.assert_array_equal(
@@ -154,7 +155,7 @@ def test_bad_prompts_are_refused(engine, conditions, said):
 def test_prompts_for_another_network_are_refused():
     from tiny_networks import tiny_unet
 
-    engine = Engine.build(tiny_unet(), plans=[3], schedule=SCHEDULE, backend="torch", device="cpu")
+    engine = build(tiny_unet(), plans=[3])
     with pytest.raises(InputError, match="attends to no prompts"):
         engine.sample(steps=3, seeds=1, prompt_embeds=np.zeros((1, TOKENS, WIDTH), np.float32))
 

@@ -1,0 +1,60 @@
+"""Compiles the step's variants for one architecture, and beside them deterministic DDIM as one would write it by hand.
+
+`python compile_steps.py 90` prints the facts of both as JSON. In a process of its own: the suite has loaded Triton's
+interpreter, with which nothing can be compiled.
+"""
+
+import itertools
+import json
+import sys
+from dataclasses import asdict
+
+import triton
+import triton.language as tl
+
+from skipstep.export.cubins import DTYPES, VARIANTS, compile_kernel, inspect_kernel, inspect_step
+from skipstep.kernels.layout import NUM_COLUMNS, Column
+
+ROW = tl.constexpr(NUM_COLUMNS)
+X0_X = tl.constexpr(int(Column.X0_X))
+X0_OUT = tl.constexpr(int(Column.X0_OUT))
+EPS_X = tl.constexpr(int(Column.EPS_X))
+EPS_OUT = tl.constexpr(int(Column.EPS_OUT))
+C_X0 = tl.constexpr(int(Column.C_X0))
+C_EPS = tl.constexpr(int(Column.C_EPS))
+
+
+@triton.jit
+def bare_ddim_kernel(
+    state_ptr, next_ptr, output_ptr, network_input_ptr, table_ptr, num_elements, stage, BLOCK: tl.constexpr
+):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < num_elements
+    elements = tl.program_id(1).to(tl.int64) * num_elements + offsets
+    row_ptr = table_ptr + tl.to_tensor(stage).to(tl.int64) * ROW
+    x = tl.load(state_ptr + elements, mask=mask)
+    out = tl.load(output_ptr + elements, mask=mask).to(tl.float32)
+    x0 = tl.load(row_ptr + X0_X) * x + tl.load(row_ptr + X0_OUT) * out
+    eps = tl.load(row_ptr + EPS_X) * x + tl.load(row_ptr + EPS_OUT) * out
+    x_next = tl.load(row_ptr + C_X0) * x0 + tl.load(row_ptr + C_EPS) * eps
+    tl.store(next_ptr + elements, x_next, mask=mask)
+    tl.store(network_input_ptr + elements, x_next.to(network_input_ptr.dtype.element_ty), mask=mask)
+
+
+def bare_facts(arch: int, dtype: str):
+    pointers = {
+        "state_ptr": "*fp32",
+        "next_ptr": "*fp32",
+        "output_ptr": f"*{dtype}",
+        "network_input_ptr": f"*{dtype}",
+        "table_ptr": "*fp32",
+    }
+    ptx, cubin = compile_kernel(bare_ddim_kernel, arch, pointers, {})
+    return inspect_kernel(ptx, cubin, arch=arch, variant="plain", dtype=dtype)
+
+
+if __name__ == "__main__":
+    arch = int(sys.argv[1])
+    steps = [inspect_step(arch, *case) for case in itertools.product(VARIANTS, DTYPES)]
+    bare = [bare_facts(arch, dtype) for dtype in DTYPES]
+    print(json.dumps({"steps": [asdict(facts) for facts in steps], "bare": [asdict(facts) for facts in bare]}))
