@@ -65,7 +65,7 @@ bench: $(VENV)/.dev
 	$(BIN)/skipstep bench --model cifar10-architecture --budget 60 --rounds 7 --measure fits,build,accuracy,peak_memory \
 		--out $(RUNS)/cifar10-cpu.json
 	$(BIN)/python -m skipstep.bench.planted --rounds 9 --out bench/results/planted-slowdown.json
-	$(BIN)/python -m skipstep.bench.class_agreement --out bench/results/class-agreement.json
+	$(BIN)/python -m skipstep.bench.quality.class_agreement --out bench/results/class-agreement.json
 	$(BIN)/python -m skipstep.bench.partition_report --out bench/results/partition.json
 	$(BIN)/python -m skipstep.bench.cold_start --out bench/results/cold-start.json
 	$(BIN)/python -m skipstep.bench.bundles --out bench/results/bundles.json

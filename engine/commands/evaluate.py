@@ -32,8 +32,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     try:
-        from skipstep.bench.evaluation import Evaluation
-        from skipstep.bench.evaluation_report import evaluate
+        from skipstep.bench.quality.evaluation import Evaluation
+        from skipstep.bench.quality.evaluation_report import evaluate
     except ImportError as error:
         raise MissingDependencyError(
             got=f"no package {error.name}",

@@ -1,4 +1,4 @@
-"""Train the classifier that judges samples: `python -m skipstep.demo.train_classifier --out classifier.safetensors`.
+"""Train the classifier that judges samples: `python -m skipstep.bench.quality.train_classifier --out classifier.safetensors`.
 
 Cross-entropy on the training split, shifted by up to two pixels, with a one-cycle learning rate (Smith & Topin 2017,
 arXiv 1708.07120). Deterministic for a seed; a few minutes on two CPU cores.
@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from skipstep.demo.classifier import Classifier, classify
-from skipstep.demo.data import DEFAULT_FOLDER, load_fashion_mnist
+from skipstep.bench.quality.classifier import Classifier, classify
+from skipstep.bench.quality.data import DEFAULT_FOLDER, load_fashion_mnist
 
 
 def load_split(split: str, folder: Path) -> tuple[Tensor, Tensor]:

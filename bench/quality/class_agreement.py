@@ -1,4 +1,4 @@
-"""How many samples look like the class that was asked for: `python -m skipstep.bench.class_agreement --out FILE`.
+"""How many samples look like the class that was asked for: `python -m skipstep.bench.quality.class_agreement --out FILE`.
 
 Sample i has seed i and class i mod 10. A separate classifier, trained on the training split, names what it sees; the
 share of names that match is the agreement. It says whether samples are recognisable, not whether they are varied.
@@ -16,8 +16,8 @@ from tqdm import tqdm
 from skipstep import Engine
 from skipstep.bench.record import write_json
 from skipstep.demo import SHIPPED_MODEL
-from skipstep.demo.classifier import SHIPPED_CLASSIFIER, classify, load_classifier
-from skipstep.demo.data import CLASS_NAMES
+from skipstep.bench.quality.classifier import SHIPPED_CLASSIFIER, classify, load_classifier
+from skipstep.bench.quality.data import CLASS_NAMES
 from skipstep.networks.checkpoint import read_checkpoint
 
 

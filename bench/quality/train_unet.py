@@ -7,7 +7,7 @@ image that v implies stays bounded at high noise, where eps divides the network'
 network trained for an hour then draws clean images in ten steps. A tenth of the labels is replaced by the null
 label, so that one network serves both halves of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
 
-Run it with `python -m skipstep.demo.train_unet --out runs/fashion`; interrupt and repeat the command to resume.
+Run it with `python -m skipstep.bench.quality.train_unet --out runs/fashion`; interrupt and repeat the command to resume.
 Every random number is a function of (--seed, step), so a resumed run equals an uninterrupted one.
 """
 
@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from skipstep.demo.data import CLASS_NAMES, DEFAULT_FOLDER, load_fashion_mnist
+from skipstep.bench.quality.data import CLASS_NAMES, DEFAULT_FOLDER, load_fashion_mnist
 
 NULL_LABEL = len(CLASS_NAMES)
 NUM_TIMESTEPS = 1000

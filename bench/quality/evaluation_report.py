@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from skipstep.bench.evaluation import (
+from skipstep.bench.quality.evaluation import (
     PAPER_FID,
     PAPER_STEPS,
     Evaluation,
     Row,
 )
-from skipstep.bench.evaluation_pictures import draw_pictures
+from skipstep.bench.quality.pictures import draw_pictures
 from skipstep.bench.markdown import describe_environment, markdown
 from skipstep.bench.record import environment
 from skipstep.errors import MissingDependencyError

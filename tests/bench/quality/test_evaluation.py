@@ -11,8 +11,8 @@ from PIL import Image
 from tiny_networks import tiny_unet
 
 from skipstep import NoiseSchedule, Plan
-from skipstep.bench.evaluation import Evaluation, Grid, gaussian_spread, proxy_frechet_distance
-from skipstep.bench.evaluation_report import evaluate
+from skipstep.bench.quality.evaluation import Evaluation, Grid, gaussian_spread, proxy_frechet_distance
+from skipstep.bench.quality.evaluation_report import evaluate
 from skipstep.commands.main import main
 from skipstep.demo import SHIPPED_MODEL
 from skipstep.errors import InputError, MissingDependencyError

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from skipstep.demo.data import CLASS_NAMES
+from skipstep.bench.quality.data import CLASS_NAMES
 from skipstep.errors import InputError, ModelFormatError
 
 SHIPPED_CLASSIFIER = Path(__file__).parent / "fashion-mnist" / "classifier.safetensors"
@@ -60,8 +60,8 @@ def load_classifier(path: Path = SHIPPED_CLASSIFIER) -> Classifier:
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ModelFormatError(
             got=f"{path}, which does not load ({error})",
-            expected="the weights that skipstep.demo.train_classifier writes",
-            remedy="train it again: python -m skipstep.demo.train_classifier --out classifier.safetensors",
+            expected="the weights that skipstep.bench.quality.train_classifier writes",
+            remedy="train it again: python -m skipstep.bench.quality.train_classifier --out classifier.safetensors",
         ) from error
     return classifier.float().eval().requires_grad_(False)
 

@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from skipstep import Engine, Plan
 from skipstep.bench.record import write_json
-from skipstep.demo.classifier import NUM_FEATURES, load_classifier
-from skipstep.demo.data import CLASS_NAMES, DEFAULT_FOLDER, load_fashion_mnist
+from skipstep.bench.quality.classifier import NUM_FEATURES, load_classifier
+from skipstep.bench.quality.data import CLASS_NAMES, DEFAULT_FOLDER, load_fashion_mnist
 from skipstep.errors import InputError, MissingDependencyError, PlanError
 from skipstep.networks.checkpoint import read_checkpoint
 from skipstep.plans.solvers import SOLVERS, SolverOptions
@@ -103,7 +103,7 @@ class Evaluation:
             raise InputError(
                 got=f"{model} with {checkpoint.num_classes} classes",
                 expected=f"a class-conditional model of Fashion-MNIST's {len(CLASS_NAMES)} classes with its scheduler",
-                remedy="evaluate the shipped model, or one of your own from skipstep.demo.train_unet",
+                remedy="evaluate the shipped model, or one of your own from skipstep.bench.quality.train_unet",
             )
         self.num_samples = num_samples
         self.grid = grid or Grid()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from demo_data import write_fashion_mnist, write_idx
 
-from skipstep.demo.data import load_fashion_mnist
+from skipstep.bench.quality.data import load_fashion_mnist
 from skipstep.errors import MissingDependencyError, ModelFormatError
 
 

@@ -10,9 +10,9 @@ from demo_data import write_fashion_mnist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from skipstep.demo.classifier import SHIPPED_CLASSIFIER, Classifier, classify, load_classifier
-from skipstep.demo.data import DEFAULT_FOLDER, load_fashion_mnist
-from skipstep.demo.train_classifier import shifted
+from skipstep.bench.quality.classifier import SHIPPED_CLASSIFIER, Classifier, classify, load_classifier
+from skipstep.bench.quality.data import DEFAULT_FOLDER, load_fashion_mnist
+from skipstep.bench.quality.train_classifier import shifted
 from skipstep.errors import InputError, ModelFormatError
 
 
@@ -68,6 +68,6 @@ def test_shifts_move_whole_pixels_and_keep_them_all():
 def test_the_training_script_writes_what_the_loader_reads(tmp_path):
     write_fashion_mnist(tmp_path / "data", train=256, test=64)
     out = tmp_path / "classifier.safetensors"
-    command = [sys.executable, "-m", "skipstep.demo.train_classifier", "--out", out, "--data", tmp_path / "data"]
+    command = [sys.executable, "-m", "skipstep.bench.quality.train_classifier", "--out", out, "--data", tmp_path / "data"]
     subprocess.run([*command, "--epochs", "1", "--batch-size", "64"], check=True, capture_output=True, timeout=120)
     assert classify(load_classifier(out), torch.zeros(2, 1, 28, 28)).shape == (2,)
