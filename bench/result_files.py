@@ -49,6 +49,7 @@ class Entry:
     data: tuple[float, ...]
     ratios: tuple[float, ...] = ()
     error: float | None = None
+    tolerance: float | None = None
     build_seconds: float | None = None
     peak_bytes: float | None = None
     cold_start_seconds: float | None = None

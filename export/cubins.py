@@ -5,7 +5,7 @@ that a launch needs. What the compiler says is taken from the compiler: the argu
 against the kernel's own, and shared memory and registers those of the machine code.
 
 `inspect_step` says what the compiler made of a variant: registers, spills, local memory, and the width and number of
-accesses to global memory. Tests assert on these, and skipstep.bench.step_codegen records them.
+accesses to global memory. Tests assert on these.
 """
 
 from __future__ import annotations

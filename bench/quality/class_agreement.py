@@ -14,10 +14,10 @@ import torch
 from tqdm import tqdm
 
 from skipstep import Engine
-from skipstep.bench.record import write_json
-from skipstep.demo import SHIPPED_MODEL
 from skipstep.bench.quality.classifier import SHIPPED_CLASSIFIER, classify, load_classifier
 from skipstep.bench.quality.data import CLASS_NAMES
+from skipstep.bench.record import write_json
+from skipstep.demo import SHIPPED_MODEL
 from skipstep.networks.checkpoint import read_checkpoint
 
 

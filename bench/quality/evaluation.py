@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from skipstep import Engine, Plan
-from skipstep.bench.record import write_json
 from skipstep.bench.quality.classifier import NUM_FEATURES, load_classifier
 from skipstep.bench.quality.data import CLASS_NAMES, DEFAULT_FOLDER, load_fashion_mnist
+from skipstep.bench.record import write_json
 from skipstep.errors import InputError, MissingDependencyError, PlanError
 from skipstep.networks.checkpoint import read_checkpoint
 from skipstep.plans.solvers import SOLVERS, SolverOptions

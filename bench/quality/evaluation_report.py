@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from skipstep.bench.markdown import describe_environment, markdown
 from skipstep.bench.quality.evaluation import (
     PAPER_FID,
     PAPER_STEPS,
@@ -15,7 +16,6 @@ from skipstep.bench.quality.evaluation import (
     Row,
 )
 from skipstep.bench.quality.pictures import draw_pictures
-from skipstep.bench.markdown import describe_environment, markdown
 from skipstep.bench.record import environment
 from skipstep.errors import MissingDependencyError
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from skipstep.bench.quality.data import CLASS_NAMES
 from skipstep.bench.quality.evaluation import Evaluation
 from skipstep.calls.grid import labelled_grid
 from skipstep.calls.images import to_pil
-from skipstep.bench.quality.data import CLASS_NAMES
 
 _GUIDANCE = 2.0
 _PULLOVER, _SNEAKER, _BOOT = 2, 7, 9

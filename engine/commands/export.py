@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from skipstep.commands.inspect import describe_bundle
-from skipstep.demo import SHIPPED_MODEL
+from skipstep.demo import SHIPPED_MODEL, checked_model
 
 HELP = "compile a model into a bundle that runs without torch"
 DESCRIPTION = "Compile a diffusers folder into a bundle: a folder that skipstep.load, skipstep sample and others run."
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
 
     progress(f"compile {options.model.name}")
     engine = Engine.build(
-        options.model,
+        checked_model(options.model),
         plans=[],
         batch_sizes=options.batch,
         backend="onnxruntime",

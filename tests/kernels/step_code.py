@@ -1,22 +1,20 @@
-"""What the step kernel compiles to, for every architecture: `python -m skipstep.bench.step_codegen --out FILE`.
+"""What the step kernel compiles to, for every architecture: `python tests/kernels/step_code.py --out FILE`.
 
     bytes an element = Σ over the accesses to operands of bytes / elements a thread
 
-counted in the assembly, beside the fewest there can be: the state in and out, what the network says and what it reads,
-each once. Coefficients, seeds and scales are scalars, the same for all threads of a program, and are not counted.
+counted in the assembly, beside the fewest possible: the state in and out, the network's output and its next input, each
+once. Coefficients, seeds and scales are scalars, the same for all threads of a program, and are not counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from skipstep.bench.markdown import describe_environment, markdown
 from skipstep.bench.record import write_json
 from skipstep.export.cubins import ARCHITECTURES, DTYPES, VARIANTS, KernelFacts, inspect_step
 from skipstep.kernels.launch import DEFAULT_LAUNCH, StepLaunch
@@ -59,53 +57,6 @@ def least_bytes(flags: StepFlags, dtype: str) -> int:
     float32 = 2 + flags.read_base + flags.write_base + flags.read_memory + flags.write_memory
     network = 2 * (1 + flags.guided) + flags.learned_variance * (1 + flags.guided)
     return 4 * float32 + _ITEM_SIZES[dtype] * network
-
-
-def codegen_table(results: Path) -> str:
-    """Plain DDIM and the guided, clipped step with noise: registers by dtype, bytes an element, width, spills."""
-    result = json.loads((results / "step-codegen.json").read_text(encoding="utf-8"))
-
-    def by_case(name: str) -> dict[tuple[int, str, str], dict[str, Any]]:
-        return {(each["arch"], each["variant"], each["dtype"]): each for each in result[name]}
-
-    kernels, small, moved = by_case("kernels"), by_case("small"), by_case("traffic")
-    architectures = list(dict.fromkeys(arch for arch, *_ in kernels))
-    rows = []
-    for arch in architectures:
-        registers = [
-            " / ".join(str(table[arch, variant, dtype]["registers"]) for dtype in _ITEM_SIZES)
-            for variant in ("plain", "everything")
-            for table in (kernels, small)
-        ]
-        width = min(
-            each["widest_access_bits"] for each in (*result["small"], *result["traffic"]) if each["arch"] == arch
-        )
-        lost = sum(
-            each["spill_instructions"] + each["stack_bytes"] + each["local_bytes"]
-            for each in (*result["kernels"], *result["small"])
-            if each["arch"] == arch
-        )
-        rows.append([f"sm_{arch}", *registers, f"{width} bit", str(lost)])
-    header = [
-        "architecture",
-        "plain DDIM: fp16 / bf16 / fp32",
-        "in small programs",
-        "guided, clipped, with noise",
-        "in small programs",
-        "widest access, at least",
-        "spills, stack, local memory",
-    ]
-    bytes_moved = []
-    for variant, name in (("plain", "plain DDIM"), ("everything", "guided with noise")):
-        for dtype in ("fp16", "fp32"):
-            of = [table[arch, variant, dtype] for table in (moved, small) for arch in architectures]
-            counted = " or ".join(f"{value:g}" for value in sorted({each["bytes_per_element"] for each in of}))
-            bytes_moved.append(f"{name}, {dtype}: {counted} of at least {of[0]['least_bytes_per_element']}")
-    return markdown(header, rows) + (
-        f"\n\nRegisters a thread. Bytes for an element of the state, counted in the assembly of every architecture: "
-        f"{'; '.join(bytes_moved)}. Compiled ahead of time, not run. Small programs are those of one warp, which also "
-        f"mark samples that are not finite. {describe_environment(result['environment'])}."
-    )
 
 
 def main() -> None:

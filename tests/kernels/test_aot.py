@@ -53,7 +53,7 @@ def kernels(tmp_path_factory):
     """Facts by (arch, variant, dtype)."""
     out = tmp_path_factory.mktemp("aot") / "evidence.json"
     arguments = ["--out", str(out), "--arch", *map(str, ARCHITECTURES)]
-    run_without_interpreter("-m", "skipstep.bench.step_codegen", *arguments)
+    run_without_interpreter(str(Path(__file__).parent / "step_code.py"), *arguments)
     return {(k["arch"], k["variant"], k["dtype"]): k for k in json.loads(out.read_text())["kernels"]}
 
 
