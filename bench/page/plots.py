@@ -144,11 +144,9 @@ def plot_settings(colours: Mapping[str, str]) -> dict[Any, Any]:
 
 def to_svg(plot: Plot) -> str:
     """The plot as an SVG element without a size; its colours are variables, and its ids begin with its name."""
-    buffer = io.BytesIO()
-    _draw(plot, _PLACEHOLDERS, legend=False).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
-    root = ElementTree.fromstring(buffer.getvalue())
+    root = ElementTree.fromstring(_draw(plot, _PLACEHOLDERS, format="svg", transparent=True, metadata={"Date": None}))
     for parent in root.iter():
         for child in list(parent):
             # Matplotlib's own style sheet would apply to the whole page.
@@ -173,12 +171,11 @@ def to_svg(plot: Plot) -> str:
 
 def to_png(plot: Plot) -> bytes:
     """The plot on white, with title and legend."""
-    buffer = io.BytesIO()
-    _draw(plot, LIGHT, legend=True).savefig(buffer, format="png", dpi=200, metadata={"Software": None})
-    return buffer.getvalue()
+    return _draw(plot, LIGHT, format="png", dpi=200, metadata={"Software": None})
 
 
-def _draw(plot: Plot, colours: Mapping[str, str], *, legend: bool) -> Figure:
+def _draw(plot: Plot, colours: Mapping[str, str], **options: Any) -> bytes:
+    buffer, legend = io.BytesIO(), options["format"] == "png"
     with mpl.rc_context(plot_settings(colours)):
         # The page has title and legend in its own text; in the PNG they must not take the plot's room.
         height = 2.6 + (0.3 + 0.18 * math.ceil(len(plot.lines) / 2) if legend else 0)
@@ -214,7 +211,8 @@ def _draw(plot: Plot, colours: Mapping[str, str], *, legend: bool) -> Figure:
             marks = [Line2D([], [], color=colours[each.role], marker=each.marker) for each in plot.lines]
             names = [_short(each.label, 36) for each in plot.lines]
             figure.legend(marks, names, loc="outside lower left", ncols=2, fontsize=7.5)
-        return figure
+        figure.savefig(buffer, **options)
+    return buffer.getvalue()
 
 
 def _short(text: str, length: int) -> str:

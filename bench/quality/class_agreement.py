@@ -1,4 +1,4 @@
-"""How many samples look like the class that was asked for: `python -m skipstep.bench.quality.class_agreement --out FILE`.
+"""Samples that look like the requested class: `python -m skipstep.bench.quality.class_agreement --out FILE`.
 
 Sample i has seed i and class i mod 10. A separate classifier, trained on the training split, names what it sees; the
 share of names that match is the agreement. It says whether samples are recognisable, not whether they are varied.
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from skipstep import Engine
 from skipstep.bench.quality.classifier import SHIPPED_CLASSIFIER, classify, load_classifier
@@ -27,19 +26,9 @@ def measure(
     """Draw and judge `num_samples`; shares in [0, 1], over all and by class, with the plan that drew them."""
     plan = engine.select_plan(steps=steps)
     labels = torch.arange(num_samples) % len(CLASS_NAMES)
-    with tqdm(desc=f"{steps} steps", unit="eval", delay=2.0) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        samples = engine.sample(
-            plan=plan,
-            seeds=range(num_samples),
-            class_labels=labels.tolist(),
-            guidance_scale=guidance_scale,
-            progress=progress,
-        )
+    samples = engine.sample(
+        plan=plan, seeds=range(num_samples), class_labels=labels.tolist(), guidance_scale=guidance_scale
+    )
     seen = classify(load_classifier(classifier), torch.from_numpy(samples).clamp(-1, 1))
     right = seen == labels
     return {
@@ -65,16 +54,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     options = parser.parse_args()
     engine = Engine.build(options.model, plans=options.steps, batch_sizes=[25])
-    results = [
-        measure(
-            engine,
-            steps=steps,
-            num_samples=options.num,
-            guidance_scale=options.guidance,
-            classifier=options.classifier,
-        )
-        for steps in options.steps
-    ]
+    facts = {"num_samples": options.num, "guidance_scale": options.guidance, "classifier": options.classifier}
+    results = [measure(engine, steps=steps, **facts) for steps in options.steps]
     for result in results:
         print(f"{result['steps']:4d} steps: {result['agreement']:.1%} of {options.num} recognised as their class")
     facts = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from skipstep.bench.quality.data import CLASS_NAMES
 from skipstep.errors import InputError, ModelFormatError
 
-SHIPPED_CLASSIFIER = Path(__file__).parent / "fashion-mnist" / "classifier.safetensors"
+SHIPPED_CLASSIFIER = Path(__file__).parent / "classifier.safetensors"
 NUM_FEATURES = 128
 
 

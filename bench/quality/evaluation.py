@@ -14,8 +14,8 @@ are: a stopped evaluation goes on where it was, and a larger one builds on a sma
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +35,7 @@ from skipstep.bench.record import write_json
 from skipstep.errors import InputError, MissingDependencyError, PlanError
 from skipstep.networks.checkpoint import read_checkpoint
 from skipstep.plans.solvers import SOLVERS, SolverOptions
+from skipstep.storage.atomic import atomic_write
 
 CHUNK = 32
 # CIFAR-10, FID, S = 10, 20, 50, 100, 1000 (Song, Meng, Ermon 2021, table 1) and reconstruction MSE (table 2): theirs.
@@ -69,8 +70,8 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """N samples as the classifier sees them: `features` float32 `[N, 128]`, `right` bool `[N]`, seconds in all."""
+class SampleFeatures:
+    """N samples in the classifier's features: `features` float32 `[N, 128]`, `right` bool `[N]`, seconds in all."""
 
     features: NDArray[np.float32]
     right: NDArray[np.bool_]
@@ -95,9 +96,7 @@ class Evaluation:
         grid: Grid | None = None,
     ) -> None:
         if num_samples < 2:
-            raise InputError(
-                got=f"--num {num_samples}", expected="at least 2: a spread needs two samples", remedy="pass --num 64"
-            )
+            raise InputError(got=f"--num {num_samples}", expected="at least 2 samples", remedy="pass --num 64")
         checkpoint = read_checkpoint(model)
         if checkpoint.scheduler is None or checkpoint.num_classes != len(CLASS_NAMES):
             raise InputError(
@@ -114,7 +113,7 @@ class Evaluation:
         # The parts run a whole, a half and a quarter of the samples.
         sizes = {max(1, min(num_samples, CHUNK) // share) for share in (1, 2, 4)}
         self.engine = Engine.build(model, plans=[], batch_sizes=sizes, backend=backend, compile_on_miss=True)
-        # Of this very model: results of another must not be taken for its.
+        # Of this very model: results of another model must not be used.
         self._cache = folder / "cache" / checkpoint.digest()[:16]
         self._reference = self._features(self._test[0])[0]
 
@@ -183,18 +182,13 @@ class Evaluation:
         """Variance between runs from one x_T, per pixel; beside it the same for Gaussian data, exactly."""
         runs = max(2, self.num_samples // 2)
         x_T = np.repeat(np.random.default_rng(0).standard_normal((1, 1, 28, 28)).astype(np.float32), runs, axis=0)
-        rows = []
+        rows: list[Row] = []
         for eta in tqdm(self.grid.spread_etas, desc="spread", unit="eta"):
             plan = self.plan(steps=self.grid.spread_steps, eta=eta)
             drawn = self.engine.sample(plan=plan, x_T=x_T, seeds=range(runs), class_labels=8)
-            rows.append(
-                {
-                    "eta": eta,
-                    "runs": runs,
-                    "variance": float(drawn.var(axis=0, ddof=1).mean()),
-                    "gaussian_data_exact": gaussian_spread(plan, eta),
-                }
-            )
+            variance = float(drawn.var(axis=0, ddof=1).mean())
+            exact = gaussian_spread(plan, eta)
+            rows.append({"eta": eta, "runs": runs, "variance": variance, "gaussian_data_exact": exact})
         return rows
 
     def _inversion(self) -> list[Row]:
@@ -215,7 +209,7 @@ class Evaluation:
         return rows
 
     def _ancestral(self) -> list[Row]:
-        """DDPM beside DDIM: time, evaluations, what two runs from one x_T have in common, quality."""
+        """DDPM beside DDIM: time, network evaluations, the difference of two runs from one x_T, quality."""
         count = max(2, self.num_samples // 4)
         x_T = np.random.default_rng(1).standard_normal((count, 1, 28, 28)).astype(np.float32)
         labels = [i % len(CLASS_NAMES) for i in range(count)]
@@ -262,7 +256,7 @@ class Evaluation:
                 rows.append({**case, "samples": len(judged.right), **quality, "plan_key": plan.key})
         return rows
 
-    def _judge(self, plan: Plan, progress: Any = None) -> Judged:
+    def _judge(self, plan: Plan, progress: Any = None) -> SampleFeatures:
         """Samples of seeds 0 … N-1, class i mod 10, without guidance; chunks that were judged before are read."""
         self.engine.add_plan(plan)
         parts = []
@@ -276,10 +270,10 @@ class Evaluation:
                 features, seen = self._features(images)
                 _save(path, features=features, right=seen == labels, seconds=seconds)
             with np.load(path, allow_pickle=False) as stored:
-                parts.append(Judged(stored["features"], stored["right"], float(stored["seconds"])))
+                parts.append(SampleFeatures(stored["features"], stored["right"], float(stored["seconds"])))
             if progress is not None:
                 progress.update(size * plan.num_evaluations)
-        return Judged(
+        return SampleFeatures(
             np.concatenate([part.features for part in parts]),
             np.concatenate([part.right for part in parts]),
             sum(part.seconds for part in parts),
@@ -350,7 +344,6 @@ def _steps_within(evaluations: int, solver: str) -> int:
 
 def _save(path: Path, features: NDArray[np.float32], right: NDArray[np.bool_], seconds: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        np.savez(file, features=features, right=right, seconds=seconds)
-    os.replace(partial, path)
+    buffer = io.BytesIO()
+    np.savez(buffer, features=features, right=right, seconds=seconds)
+    atomic_write(path, buffer.getvalue())

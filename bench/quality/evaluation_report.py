@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from skipstep.bench.markdown import describe_environment, markdown
-from skipstep.bench.quality.evaluation import (
-    PAPER_FID,
-    PAPER_STEPS,
-    Evaluation,
-    Row,
-)
+from skipstep.bench.quality.evaluation import PAPER_FID, PAPER_STEPS, Evaluation, Row
 from skipstep.bench.quality.pictures import draw_pictures
 from skipstep.bench.record import environment
 from skipstep.errors import MissingDependencyError
+from skipstep.storage.atomic import atomic_write
 
 PAGE = "evaluation.md"
 
@@ -28,9 +24,7 @@ def evaluate(evaluation: Evaluation, folder: Path, *, command: str) -> Path:
     parts = (_steps_and_eta, _spacings, _solvers, _spread, _inversion, _ancestral, _pictures)
     sections = [_introduction(evaluation, command), *(part(evaluation, folder) for part in parts)]
     page = folder / PAGE
-    partial = page.with_suffix(".partial")
-    partial.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    os.replace(partial, page)
+    atomic_write(page, ("\n\n".join(sections) + "\n").encode())
     return page
 
 
@@ -47,7 +41,7 @@ def _introduction(evaluation: Evaluation, command: str) -> str:
         "The **proxy Fréchet distance** is between Gaussians fitted to the features of this repository's own "
         "classifier and those of the 10 000 test images. It is not FID, and compares only within this page: with few "
         "samples it is biased upward, alike in every case of one size. *Recognised* is the share of samples that the "
-        f"classifier takes for the class that was asked for. The ends of the scale, with as many images:\n\n{scale}"
+        f"classifier takes for the requested class. The ends of the scale, with as many images:\n\n{scale}"
     )
 
 
@@ -114,7 +108,7 @@ def _spread(evaluation: Evaluation, folder: Path) -> str:
     }
     _plot(folder / "spread.png", lines, x="η", y="variance between runs")
     return (
-        f"## How far runs from one noise come apart\n\nVariance between {rows[0]['runs']} runs from one x_T, "
+        f"## The difference of runs from one initial noise\n\nVariance between {rows[0]['runs']} runs from one x_T, "
         f"S = {evaluation.grid.spread_steps}, "
         "mean over pixels in [-1, 1]; beside it the closed form for data N(0.3, 0.7²), which is not monotone in η:\n\n"
         + markdown(
@@ -174,39 +168,38 @@ def _eta_name(eta: float | str) -> str:
 
 
 def _write_csv(path: Path, rows: Sequence[Row]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(path, text.getvalue().encode())
 
 
 def _plot(path: Path, lines: Mapping[str, Sequence[tuple[Any, Any]]], *, x: str, y: str, log: bool = False) -> None:
     try:
         import matplotlib as mpl
+        from matplotlib import ticker
+        from matplotlib.figure import Figure
+
+        from skipstep.bench.page.plots import LIGHT, plot_settings
     except ImportError as error:
         raise MissingDependencyError(
             got="no package matplotlib", expected="it, for the plots", remedy="pip install 'skipstep[evaluate]'"
         ) from error
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib import ticker
-
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for name, points in lines.items():
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
-    axes.set(xlabel=x, ylabel=y)
-    if log:
-        axes.set(xscale="log", yscale="log")
-        ticks = sorted({float(point[0]) for points in lines.values() for point in points})
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        # Within a decade or so a logarithmic axis has one labelled tick or none; 1, 2 and 5 of each decade are enough.
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-        axes.yaxis.set_minor_locator(ticker.NullLocator())
-        axes.xaxis.set_minor_locator(ticker.NullLocator())
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with mpl.rc_context(plot_settings(LIGHT)):
+        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        for name, points in lines.items():
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        axes.set(xlabel=x, ylabel=y)
+        if log:
+            axes.set(xscale="log", yscale="log")
+            ticks = sorted({float(point[0]) for points in lines.values() for point in points})
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            # A logarithmic axis of about a decade has one labelled tick or none; 1, 2 and 5 of each decade are enough.
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axes.yaxis.set_minor_locator(ticker.NullLocator())
+            axes.xaxis.set_minor_locator(ticker.NullLocator())
+        axes.legend()
+        figure.savefig(path, dpi=120)

@@ -1,4 +1,4 @@
-"""Train the classifier that judges samples: `python -m skipstep.bench.quality.train_classifier --out classifier.safetensors`.
+"""Train the classifier of samples: `python -m skipstep.bench.quality.train_classifier --out classifier.safetensors`.
 
 Cross-entropy on the training split, shifted by up to two pixels, with a one-cycle learning rate (Smith & Topin 2017,
 arXiv 1708.07120). Deterministic for a seed; a few minutes on two CPU cores.

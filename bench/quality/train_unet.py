@@ -7,8 +7,8 @@ image that v implies stays bounded at high noise, where eps divides the network'
 network trained for an hour then draws clean images in ten steps. A tenth of the labels is replaced by the null
 label, so that one network serves both halves of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
 
-Run it with `python -m skipstep.bench.quality.train_unet --out runs/fashion`; interrupt and repeat the command to resume.
-Every random number is a function of (--seed, step), so a resumed run equals an uninterrupted one.
+Run it with `python -m skipstep.bench.quality.train_unet --out runs/fashion`; interrupt and repeat the command to
+resume. Every random number is a function of (--seed, step), so a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
