@@ -136,6 +136,7 @@ def plot_settings(colours: Mapping[str, str]) -> dict[Any, Any]:
         **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
         **dict.fromkeys(("axes.axisbelow", "axes.grid"), True),
         **dict.fromkeys(("xtick.minor.size", "ytick.minor.size"), 0),
+        **dict.fromkeys(("figure.constrained_layout.w_pad", "figure.constrained_layout.h_pad"), 0.07),
         "grid.color": colours["line"],
         "lines.linewidth": 1.6,
         "lines.markersize": 4.5,
@@ -180,24 +181,24 @@ def _draw(plot: Plot, colours: Mapping[str, str], **options: Any) -> bytes:
         # The page has title and legend in its own text; in the PNG they must not take the plot's room.
         height = 2.6 + (0.3 + 0.18 * math.ceil(len(plot.lines) / 2) if legend else 0)
         figure = Figure(figsize=(4.0, height), layout="constrained", facecolor=colours["surface"])
-        figure.get_layout_engine().set(w_pad=0.07, h_pad=0.07)  # type: ignore[union-attr]
         axes = figure.add_subplot(facecolor="none")
         if plot.rule is not None:
             axes.axhline(plot.rule, color=colours["reference"], linewidth=1.4, linestyle=(0, (4, 3)))
         for line in plot.lines:
-            ours = line.role == "ours"
-            look = {"color": colours[line.role], "linewidth": 2.4 if ours else 1.3, "zorder": 4 if ours else 3}
-            axes.plot(*zip(*line.points, strict=True), **look)
-            hollow = line.hollow or [False] * len(line.points)
-            faces = [colours["surface"] if each else look["color"] for each in hollow]
-            axes.scatter(
-                *zip(*line.points, strict=True), s=30 if ours else 18, c=faces, edgecolors=look["color"],
-                marker=line.marker, zorder=look["zorder"] + 1,
-            )  # fmt: skip
+            ours, colour = line.role == "ours", colours[line.role]
+            xs, ys = zip(*line.points, strict=True)
+            axes.plot(xs, ys, color=colour, linewidth=2.4 if ours else 1.3, zorder=4 if ours else 3)
+            faces = [colours["surface"] if hollow else colour for hollow in line.hollow] or colour
+            size, order = (30, 5) if ours else (18, 4)
+            axes.scatter(xs, ys, s=size, c=faces, edgecolors=colour, marker=line.marker, zorder=order)
+            look: dict[str, Any] = {
+                "textcoords": "offset points",
+                "fontsize": 10,
+                "fontweight": "bold",
+                "color": colour,
+            }
             for text, place in zip(line.labels, line.points, strict=False):
-                axes.annotate(
-                    text, place, (4, 5), textcoords="offset points", fontsize=10, fontweight="bold", color=look["color"]
-                )
+                axes.annotate(text, place, (4, 5), **look)
         axes.set(xlabel=plot.x, ylabel=plot.y, xscale="log", yscale="log" if plot.log_y else "linear")
         axes.margins(x=0.08, y=0.12)
         for axis in (axes.xaxis, axes.yaxis) if plot.log_y else (axes.xaxis,):

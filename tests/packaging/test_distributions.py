@@ -102,8 +102,10 @@ def test_a_wheel_says_what_is_only_in_the_repository(distributions, tmp_path):
         "assert demo.__file__.startswith(TARGET), demo.__file__; assert demo.SHIPPED_BUNDLE.is_dir();"
         "print(main(['evaluate']), main(['export', '--license', 'x', '--out', 'b']))"
     ).replace("TARGET", repr(str(tmp_path)))
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-c", code]
+    # Without `site`, an editable installation's import hook does not run.
+    packages = Path(importlib.import_module("numpy").__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(packages)])}
+    command = [sys.executable, "-S", "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
     assert result.stdout == "2 2\n"
     evaluated, exported = [line for line in result.stderr.splitlines() if "MissingDependencyError" in line]
