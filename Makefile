@@ -57,6 +57,7 @@ types: $(VENV)/.dev
 	rm -rf build
 	$(BIN)/python .ci/tensorrt_stubs.py build/stubs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target build/types .
+	cp -r bench/quality build/types/skipstep/bench/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p skipstep
 
 # An hour on two cores. Whoever wants one part of it runs that line alone.
