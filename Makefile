@@ -8,6 +8,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 PINS   := pyproject.toml .ci/constraints.txt
 OUT    ?= out/gpu
 RUNS   := bench/results/runs
+READMES := $(wildcard README.md */README.md)
 WORKERS ?= 2
 DATA   := .data/usr/share/datasets/fashion-mnist
 
@@ -58,29 +59,23 @@ types: $(VENV)/.dev
 	rm -rf build
 	$(BIN)/python .ci/tensorrt_stubs.py build/stubs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target build/types .
+	cp -r bench/quality build/types/skipstep/bench/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p skipstep
 
 # An hour on two cores. Whoever wants one part of it runs that line alone.
 bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check openvino
 	$(BIN)/skipstep bench --model fashion-mnist --budget 15 --rounds 11 --measure all --out $(RUNS)/fashion-mnist-cpu.json
-	$(BIN)/skipstep bench --model cifar10-architecture --budget 60 --rounds 7 --measure fits,build,accuracy,peak_memory \
+	$(BIN)/skipstep bench --model cifar10-architecture --budget 60 --rounds 7 --measure fits,build,peak_memory \
 		--out $(RUNS)/cifar10-cpu.json
-	$(BIN)/python -m skipstep.bench.planted --rounds 9 --out bench/results/planted-slowdown.json
-	$(BIN)/python -m skipstep.bench.class_agreement --out bench/results/class-agreement.json
-	$(BIN)/python -m skipstep.bench.partition_report --out bench/results/partition.json
+	$(BIN)/python -m skipstep.bench.quality.class_agreement --out bench/results/class-agreement.json
 	$(BIN)/python -m skipstep.bench.cold_start --out bench/results/cold-start.json
-	$(BIN)/python -m skipstep.bench.bundles --out bench/results/bundles.json
-	$(BIN)/python -m skipstep.bench.openvino_trial --out bench/results/openvino.json
-	$(BIN)/python -m skipstep.bench.step_codegen --small --out bench/results/step-codegen.json
-	$(BIN)/python -m skipstep.bench.step_reference --out bench/results/step-reference.json
-	$(BIN)/python -m skipstep.bench.gpu_estimate --out bench/results/gpu-estimate.json
 	$(MAKE) readme-tables
 	$(MAKE) bench-report
 
 # A page and its plots, from what is committed.
 bench-report: $(VENV)/.dev
-	$(BIN)/skipstep report $(RUNS)/*.json bench/results/*.json --evaluation bench/results/evaluation --out bench/results/report
+	$(BIN)/skipstep report $(RUNS)/*.json --evaluation bench/results/evaluation --out bench/results/report
 
 # A baseline is measured once and compared with often: it has three times the turns.
 GATE_CASES := --model fashion-mnist --plans 10,20 --batch 1,4 --contenders textbook,skipstep-onnx,skipstep-torch-stepwise
@@ -93,7 +88,7 @@ bench-baseline: $(VENV)/.dev
 	$(BIN)/skipstep compare bench/results/baselines out/bench/baseline.json --accept
 
 readme-tables: $(VENV)/.dev
-	$(BIN)/python -m skipstep.bench.report README.md bench/results
+	$(BIN)/python -m skipstep.bench.report bench/results $(READMES)
 
 evaluate: $(VENV)/.dev $(DATA)
 	$(BIN)/skipstep evaluate --num 32 --out bench/results/evaluation --data $(DATA)

@@ -1,4 +1,4 @@
-"""What is no case: fits, build times, throughput, cold start, peak memory, accuracy by precision. And the whole run.
+"""What is no case: fits, build times, throughput, cold start and peak memory. And the whole run.
 
 Each measurement goes by its name into `Run.measurements`, as JSON. One that fails is recorded with the reason.
 """
@@ -22,7 +22,6 @@ from skipstep.bench.journal import Journal, journal_path
 from skipstep.bench.measure import Bench, Options
 from skipstep.bench.models import Subject
 from skipstep.bench.peak_memory import NEEDS_EXPORT, peak_memory
-from skipstep.bench.precision_accuracy import accuracies_as_json
 from skipstep.bench.record import environment
 from skipstep.bench.results import Case, Run, write_run
 from skipstep.bench.throughput import throughput_as_json
@@ -94,14 +93,6 @@ def cold_starts(bench: Bench) -> dict[str, Any]:
     }
 
 
-def accuracy(bench: Bench) -> list[dict[str, Any]]:
-    return [
-        each
-        for subject in _folders(bench)
-        for each in accuracies_as_json(_small_workload(bench, subject), bench.setup(subject))
-    ]
-
-
 def peak_memories(bench: Bench) -> list[dict[str, Any]]:
     """Of each contender that has a number, at the smallest batch size."""
     found: list[dict[str, Any]] = []
@@ -138,7 +129,6 @@ MEASUREMENTS: dict[str, Callable[[Bench], Any]] = {
     "build": build_seconds,
     "throughput": throughput,
     "cold_start": cold_starts,
-    "accuracy": accuracy,
     "peak_memory": peak_memories,
 }
 

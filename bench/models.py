@@ -16,7 +16,7 @@ from skipstep.backends.torch import DenoisingModule, prepare_module
 from skipstep.bundles.bundle import is_bundle, open_bundle
 from skipstep.bundles.cache import ArtefactCache
 from skipstep.bundles.cache_key import cache_key
-from skipstep.demo import SHIPPED_MODEL
+from skipstep.demo import SHIPPED_MODEL, checked_model
 from skipstep.errors import InputError
 from skipstep.export.onnx_model import export_onnx, exporter_versions
 from skipstep.networks.checkpoint import Checkpoint, load_unet, read_checkpoint
@@ -47,7 +47,7 @@ class BenchModel:
 
 def shipped_model() -> BenchModel:
     """The Fashion-MNIST model that the package carries: 2.5 M parameters, 1×28×28."""
-    checkpoint = read_checkpoint(SHIPPED_MODEL)
+    checkpoint = read_checkpoint(checked_model(SHIPPED_MODEL))
     scheduler = DDIMScheduler.from_pretrained(SHIPPED_MODEL, subfolder="scheduler")
     return BenchModel("fashion-mnist", _labelled_unet(checkpoint), scheduler, True)
 
@@ -159,7 +159,7 @@ def open_subject(model: str, *, folder: Path) -> Subject:
     configuration, ModelFormatError and BundleError.
     """
     if model == "fashion-mnist":
-        return _of_folder(SHIPPED_MODEL, name=model)
+        return _of_folder(checked_model(SHIPPED_MODEL), name=model)
     if model in ALL_MODELS:
         made = ALL_MODELS[model]()
         made.unet.save_pretrained(folder / model / "unet")

@@ -19,7 +19,7 @@ from typing import Any
 
 _TIMEOUT_SECONDS = 300.0
 # Their process would hold torch and an exporter that no deployment of them holds.
-NEEDS_EXPORT = ("onnxruntime-stepwise-python", "openvino", "skipstep-onnx-stepwise", "skipstep-onnx-int8")
+NEEDS_EXPORT = ("onnxruntime-stepwise-python", "openvino", "skipstep-onnx-stepwise")
 
 
 def peak_memory(model: str, contender: str, *, steps: int, batch_size: int, threads: int) -> int:

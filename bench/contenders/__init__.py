@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from skipstep.bench.contenders.engines import ENGINES, ONNX
-from skipstep.bench.contenders.int8 import INT8
 from skipstep.bench.contenders.pipeline import DIFFUSERS, DIFFUSERS_COMPILE
 from skipstep.bench.contenders.runtimes import ONNXRUNTIME, OPENVINO
 from skipstep.bench.contenders.textbook import TEXTBOOK
@@ -13,7 +12,7 @@ from skipstep.bench.contenders.workload import ContenderKind
 from skipstep.errors import InputError
 
 # In order of importance: where time is short, the last ones are skipped first.
-_ORDER = (TEXTBOOK, ONNX, DIFFUSERS, INT8, ONNXRUNTIME, *ENGINES[1:], OPENVINO, DIFFUSERS_COMPILE)
+_ORDER = (TEXTBOOK, ONNX, DIFFUSERS, ONNXRUNTIME, *ENGINES[1:], OPENVINO, DIFFUSERS_COMPILE)
 CONTENDERS: dict[str, ContenderKind] = {kind.name: kind for kind in _ORDER}
 
 

@@ -1,1 +1,1 @@
-"""The benchmark report: runs as one self-contained page, and its plots as pictures."""
+"""Benchmark results as one HTML page: read, worked out, drawn, and put into a Jinja2 template with one style sheet."""

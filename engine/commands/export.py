@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from skipstep.commands.progress import elapsed_progress
-from skipstep.demo import SHIPPED_MODEL
+from skipstep.demo import SHIPPED_MODEL, checked_model
 
 DESCRIPTION = "Compile a diffusers folder into a bundle: a folder that skipstep.load and skipstep sample run."
 EPILOG = """\
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
     progress = elapsed_progress()
     progress(f"compile {options.model.name}")
     engine = Engine.build(
-        options.model,
+        checked_model(options.model),
         plans=[],
         batch_sizes=options.batch,
         backend="onnxruntime",

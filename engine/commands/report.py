@@ -12,11 +12,10 @@ DESCRIPTION = "Make one self-contained HTML page, and PNG plots beside it, from 
 EPILOG = """\
 examples:
   skipstep report results.json
-  skipstep report bench/results/*.json --out out/report
-  skipstep report v1.json v2.json v3.json        the course of the ratios over commits, too
+  skipstep report bench/results/runs/*.json --evaluation bench/results/evaluation --out out/report
+  skipstep report v1.json v2.json v3.json        also compares our ratios over these commits
 
-JSON files of other kinds in bench/results are used where the page has a place for them (cold start, step bandwidth,
-step code), and left aside with a note where not. Needs skipstep[evaluate].
+A JSON file that is no benchmark result is named and not used. Needs skipstep[bench].
 """
 
 
@@ -42,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
         from skipstep.bench.page.document import write_report
     except ImportError as error:
         raise MissingDependencyError(
-            got=f"no package {error.name}", expected="it, for the report", remedy="pip install 'skipstep[evaluate]'"
+            got=f"no package {error.name}", expected="it, for the report", remedy="pip install 'skipstep[bench]'"
         ) from error
     evaluation = options.evaluation
     if evaluation is None:

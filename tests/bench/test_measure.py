@@ -13,7 +13,6 @@ from skipstep.bench.contenders.textbook import TEXTBOOK
 from skipstep.bench.measure import Bench, Options
 from skipstep.bench.measurements import measure_run, with_peak_memory
 from skipstep.bench.peak_memory import peak_memory
-from skipstep.bench.precision_accuracy import accuracies
 from skipstep.bench.results import Case, Contender, Run, read_run
 from skipstep.bench.throughput import throughput
 from skipstep.demo import SHIPPED_BUNDLE
@@ -173,17 +172,6 @@ def test_throughput_counts_the_calls_of_all_threads():
     assert 0.02 <= found.p50_seconds <= found.p99_seconds
     with pytest.raises(ZeroDivisionError):
         throughput(lambda: 1 / 0, callers=2, seconds=0.1)
-
-
-def test_half_precision_costs_what_rounding_costs(options):
-    with Bench(options(steps=(4,))) as bench:
-        (subject,) = bench.subjects.values()
-        workload = measurements._small_workload(bench, subject)
-        found = {each.precision: each for each in accuracies(workload, bench.setup(subject))}
-    assert found["float32"].rms < 1e-5 < found["float16"].rms < 1e-2
-    assert found["float16"].rms < found["bfloat16, whole module"].rms < 0.2
-    assert found["bfloat16"].rms is None
-    assert "bfloat16" in found["bfloat16"].runtime
 
 
 def test_peak_memory_is_the_child_s_own(model):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from bench_results import a_result, write_result
 
 from skipstep.bench import report
 from skipstep.bench.record import environment, write_json
@@ -20,10 +21,40 @@ def results(tmp_path):
     return tmp_path
 
 
-def test_the_readme_shows_the_committed_results():
-    page = (ROOT / "README.md").read_text()
-    assert all(f"<!-- table {name} -->" in page for name in report.TABLES)
-    assert report.main([str(ROOT / "README.md"), str(ROOT / "bench" / "results"), "--check"]) == 0
+def test_the_readmes_show_the_committed_results():
+    pages = sorted([ROOT / "README.md", *ROOT.glob("[a-z]*/README.md")])
+    text = "".join(page.read_text() for page in pages)
+    assert all(f"<!-- table {name} -->" in text for name in report.TABLES)
+    assert report.main([str(ROOT / "bench" / "results"), *map(str, pages), "--check"]) == 0
+
+
+def test_a_finding_is_a_table_with_the_command_and_the_commit_that_made_it():
+    files = sorted((ROOT / "bench" / "results" / "findings").glob("*.json"))
+    text = (ROOT / "bench" / "results" / "README.md").read_text()
+    for file in files:
+        finding = json.loads(file.read_text())
+        assert finding["command"]
+        assert finding["commit"] == finding["environment"]["commit"]
+        assert all(len(row) == len(finding["header"]) for row in finding["rows"])
+        assert report.finding_table(file).startswith(f"| {finding['header'][0]} |")
+        assert f"findings/{file.name}" in text
+        assert f"`{finding['command']}`" in text
+        assert finding["commit"] in text
+
+
+def test_tables_of_benchmarks_compare_within_the_rounds(tmp_path):
+    result = a_result(models=("fashion-mnist",), steps=(5, 10), batches=(1, 4))
+    ratios = {"textbook": [1.0, 1.0, 1.0], "diffusers": [0.5, 1.0, 1.0], "network": [4.0, 4.0, 4.0]}
+    for each in result["benchmarks"]:
+        each["extra_info"]["ratios"] = ratios.get(each["extra_info"]["contender"], [2.0, 3.0, 3.6])
+        each["stats"]["data"] = [0.1, 0.2, 0.3]
+    write_result(tmp_path / "runs" / "a.json", result)
+    filled = report.fill("<!-- table sampling -->\n<!-- end sampling -->\n", tmp_path)
+    assert "| fashion-mnist | 4 | 200 | 200 | 200 | 3.00× | **3.60×** | 25.0% |" in filled
+    assert "AMD EPYC, 2 cores, torch 2.13.0+cpu, commit 011de5f." in filled
+    filled = report.fill("<!-- table contenders -->\n<!-- end contenders -->\n", tmp_path)
+    assert "| fashion-mnist | skipstep | 200 | 3.00× | 3e-06 of 0.001 |" in filled
+    assert "| fashion-mnist | skipstep-captured | absent | – | – |" in filled
 
 
 def test_a_table_replaces_what_stood_there(results):
@@ -38,10 +69,10 @@ def test_a_table_replaces_what_stood_there(results):
 def test_check_tells_a_stale_page_and_leaves_it(results, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(PAGE)
-    assert report.main([str(page), str(results), "--check"]) == 1
+    assert report.main([str(results), str(page), "--check"]) == 1
     assert page.read_text() == PAGE
-    assert report.main([str(page), str(results)]) == 0
-    assert report.main([str(page), str(results), "--check"]) == 0
+    assert report.main([str(results), str(page)]) == 0
+    assert report.main([str(results), str(page), "--check"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
-from bench_runs import a_run
+from bench_results import a_result, write_result
 
-from skipstep.bench.results import write_run
 from skipstep.commands.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -14,37 +14,26 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def results(tmp_path):
-    folder = tmp_path / "results"
-    write_run(folder / "run.json", a_run(models=("fashion-mnist",), steps=(5, 10, 20), batches=(1,)))
-    return folder
+    result = a_result(models=("fashion-mnist",), steps=(5, 10, 20), batches=(1,))
+    return write_result(tmp_path / "results" / "run.json", result).parent
 
 
-def test_writes_the_page_and_says_where(results, tmp_path, capsys):
-    assert main(["report", str(results / "run.json"), "--out", str(tmp_path / "out")]) == 0
+def test_writes_the_page_says_where_and_names_what_it_does_not_use(results, tmp_path, capsys):
+    shutil.copy(ROOT / "bench" / "results" / "cold-start.json", results)
+    assert main(["report", *sorted(map(str, results.glob("*.json"))), "--out", str(tmp_path / "out")]) == 0
     captured = capsys.readouterr()
     assert captured.out == f"wrote {tmp_path / 'out' / 'report.html'}\n"
-    assert captured.err == ""
+    assert captured.err == f"{results / 'cold-start.json'} is not used: it is no result of skipstep bench\n"
     assert list((tmp_path / "out").glob("*.png"))
-
-
-def test_takes_all_of_a_results_folder_and_notes_what_it_leaves_aside(results, tmp_path, capsys):
-    for path in (ROOT / "bench" / "results").glob("*.json"):
-        shutil.copy(path, results)
-    paths = sorted(map(str, results.glob("*.json")))
-    assert main(["report", *paths, "--out", str(tmp_path / "out")]) == 0
-    err = capsys.readouterr().err
-    assert "bundles.json is left aside" in err
-    assert "partition.json is left aside" in err
-    assert "cold-start.json" not in err
 
 
 def test_finds_the_evaluation_beside_the_results(results, tmp_path):
     shutil.copytree(ROOT / "bench" / "results" / "evaluation", results / "evaluation", ignore=lambda *_: ["cache"])
     assert main(["report", str(results / "run.json"), "--out", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "quality-fashion-mnist.png").exists()
+    assert (tmp_path / "out" / "m1-quality.png").exists()
     other = ["--evaluated-model", "another", "--out", str(tmp_path / "other")]
     assert main(["report", str(results / "run.json"), *other]) == 0
-    assert "timed here with another" in (tmp_path / "other" / "report.html").read_text()
+    assert "Choose a plan" not in (tmp_path / "other" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -68,3 +57,13 @@ def test_no_file_is_a_usage_error(capsys):
     with pytest.raises(SystemExit):
         main(["report"])
     assert "FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_without_a_package_the_error_names_the_extra(results, tmp_path, monkeypatch, capsys, package):
+    for name in [name for name in sys.modules if name.startswith("skipstep.bench.page")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["report", str(results / "run.json"), "--out", str(tmp_path / "out")]) == 2
+    assert "pip install 'skipstep[bench]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+NOT_IN_THE_WHEEL = ("bench/suite/", "bench/results/", "bench/ci/", "bench/quality/", "engine/demo/fashion-mnist/")
 FOLDERS = {"engine": "skipstep", "kernels": "skipstep/kernels", "export": "skipstep/export", "bench": "skipstep/bench"}
 
 
@@ -67,10 +68,19 @@ def test_wheel_holds_one_package_and_all_of_it(distributions):
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"skipstep"}
     for tracked in tracked_files():
         folder, _, rest = tracked.partition("/")
-        if folder in FOLDERS and not tracked.startswith(("bench/suite/", "bench/results/", "bench/ci/")):
+        if folder in FOLDERS and Path(tracked).name != "README.md" and not tracked.startswith(NOT_IN_THE_WHEEL):
             assert f"{FOLDERS[folder]}/{rest}" in names
     assert "skipstep/py.typed" in names
+    assert {"skipstep/bench/page/report.html.j2", "skipstep/bench/page/style.css"} <= names
     assert not [name for name in names if "test_" in name or "/tests/" in name]
+
+
+def test_wheel_holds_the_demo_once_and_nothing_of_its_training(distributions):
+    wheel, _ = distributions
+    assert wheel.stat().st_size < 6e6
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "skipstep/demo/fashion-mnist.bundle/manifest.json" in names
+    assert not [name for name in names if "quality" in name or name.startswith("skipstep/demo/fashion-mnist/")]
 
 
 def test_source_distribution_holds_what_a_build_needs(distributions):
@@ -78,7 +88,29 @@ def test_source_distribution_holds_what_a_build_needs(distributions):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "engine/plans/plan.py", "kernels/step_kernel.py"} <= names
-    assert "engine/demo/fashion-mnist/unet/diffusion_pytorch_model.safetensors" in names
+    assert "engine/demo/fashion-mnist.bundle/manifest.json" in names
+    assert "engine/demo/fashion-mnist/unet/diffusion_pytorch_model.safetensors" not in names
+
+
+def test_a_wheel_says_what_is_only_in_the_repository(distributions, tmp_path):
+    """Dependencies are those of this environment; the package itself is the wheel's."""
+    wheel, _ = distributions
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        "import skipstep.demo as demo; from skipstep.commands.main import main;"
+        "assert demo.__file__.startswith(TARGET), demo.__file__; assert demo.SHIPPED_BUNDLE.is_dir();"
+        "print(main(['evaluate']), main(['export', '--license', 'x', '--out', 'b']))"
+    ).replace("TARGET", repr(str(tmp_path)))
+    # Without `site`, an editable installation's import hook does not run.
+    packages = Path(importlib.import_module("numpy").__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(packages)])}
+    command = [sys.executable, "-S", "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
+    assert result.stdout == "2 2\n"
+    evaluated, exported = [line for line in result.stderr.splitlines() if "MissingDependencyError" in line]
+    assert "skipstep's repository and not in its wheel" in evaluated
+    assert "the shipped checkpoint, which this installation does not hold" in exported
 
 
 def test_installed_wheel_shadows_no_other_package(distributions, tmp_path):
