@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# Written by `make gpu-wheels`, for a machine that gets the sources without git.
+_COMMIT_FILE = Path(".gpu-wheels/COMMIT")
 _PACKAGES = ("torch", "triton", "diffusers", "onnx", "onnxruntime", "openvino", "tensorrt-rtx", "numpy")
 
 
 def environment() -> dict[str, str | int]:
     """Commit, processor, GPU and driver where there is one, and the versions of what was run."""
     facts: dict[str, str | int] = {
-        "commit": _output("git", "rev-parse", "--short", "HEAD") or "unknown",
+        "commit": _commit(),
         "cpu": _cpu_name(),
         "cores": os.cpu_count() or 0,
         "machine_class": machine_class(),
@@ -34,6 +36,15 @@ def environment() -> dict[str, str | int]:
     return facts
 
 
+def run_facts() -> dict[str, Any]:
+    """What a benchmark result says of where it comes from; `machine` must be equal for two to be compared."""
+    facts = environment()
+    versions = {name: facts[name] for name in ("python", *_PACKAGES) if name in facts}
+    found = {"machine": facts["machine_class"], "processor": facts["cpu"], "cores": facts["cores"]}
+    found |= {"gpu": facts["gpu"]} if "gpu" in facts else {}
+    return {**found, "commit": facts["commit"], "versions": versions}
+
+
 def machine_class() -> str:
     """What two machines must have in common for their results to be compared: the GPU, or the CPU's vector width and
     cores."""
@@ -47,10 +58,26 @@ def machine_class() -> str:
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Write `result` with its environment, whole or not at all."""
+    write_whole(path, {"environment": environment(), **result})
+
+
+def write_whole(path: Path, contents: Mapping[str, Any]) -> None:
+    """Write JSON, whole or not at all. Raises ValueError for NaN and infinity: they are not JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(contents, indent=1, allow_nan=False) + "\n"
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def _commit() -> str:
+    """Of git, else $GATE_COMMIT, else what `make gpu-wheels` wrote."""
+    if found := _output("git", "rev-parse", "--short", "HEAD") or os.environ.get("GATE_COMMIT"):
+        return found
+    try:
+        return _COMMIT_FILE.read_text(encoding="utf-8").strip()
+    except OSError:
+        return "unknown"
 
 
 def _output(*command: str) -> str:
