@@ -1,4 +1,4 @@
-"""What --measure adds to the facts of a contender: throughput, and its process (cold start and peak memory).
+"""What --measure adds to a contender's facts: throughput, its process (cold start, peak memory), jitter on a GPU.
 
 A process counts whole: interpreter, imports, weights and compilation until the first samples are drawn. The peak is
 VmHWM of /proc, which begins with the program; getrusage's ru_maxrss would begin with the parent's memory.
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _CALLERS = (1, 2, 4)
 _THROUGHPUT_SECONDS = 3.0
 _PROCESSES = 5
+_JITTER_CALLS = 1000
 _PROCESS_SECONDS = 300.0
 
 
@@ -109,10 +110,24 @@ def _process(contender: Contender, workload: Workload, setup: Setup, draw: Calla
     return {"cold_start_seconds": seconds, "peak_bytes": peak}
 
 
+def _jitter(contender: Contender, workload: Workload, setup: Setup, draw: Callable[[], object]) -> dict[str, Any]:
+    """How steady the calls of an engine on a GPU are."""
+    if not (contender.ours and setup.on_gpu):
+        return {}
+    times = []
+    for _ in range(20 if setup.simulated else _JITTER_CALLS):
+        started = time.perf_counter()
+        draw()
+        times.append(time.perf_counter() - started)
+    ranks = {f"p{percent}": nearest_rank(times, percent) for percent in (50, 90, 99)}
+    return {"jitter": {"calls": len(times), **ranks, "max": max(times)}}
+
+
 # By name: facts of one contender at the smallest batch size, with ten steps where the run has them.
 MEASUREMENTS: dict[str, Callable[[Any, Any, Any, Callable[[], object]], dict[str, Any]]] = {
     "throughput": _throughputs,
     "process": _process,
+    "jitter": _jitter,
 }
 
 

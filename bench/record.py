@@ -13,16 +13,20 @@ from typing import Any
 
 # Written by `make gpu-wheels`, for a machine that gets the sources without git.
 _COMMIT_FILE = Path(".gpu-wheels/COMMIT")
+_GPU_STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "memory.used", "utilization.gpu")
 _PACKAGES = ("torch", "triton", "diffusers", "onnx", "onnxruntime", "openvino", "tensorrt-rtx", "numpy")
 
 
-def environment() -> dict[str, str | int]:
-    """Commit, processor, GPU and driver where there is one, and the versions of what was run."""
+def environment(*, simulated: bool = False) -> dict[str, str | int]:
+    """Commit, processor, GPU and driver where there is one, and the versions of what was run.
+
+    `simulated`: a dry run of the GPU gate, a machine class of its own that is never compared with a GPU.
+    """
     facts: dict[str, str | int] = {
         "commit": _commit(),
         "cpu": _cpu_name(),
         "cores": os.cpu_count() or 0,
-        "machine_class": machine_class(),
+        "machine_class": f"dry run on {machine_class()}" if simulated else machine_class(),
         "python": platform.python_version(),
     }
     gpu = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
@@ -36,9 +40,9 @@ def environment() -> dict[str, str | int]:
     return facts
 
 
-def run_facts() -> dict[str, Any]:
+def run_facts(*, simulated: bool = False) -> dict[str, Any]:
     """What a benchmark result says of where it comes from; `machine` must be equal for two to be compared."""
-    facts = environment()
+    facts = environment(simulated=simulated)
     versions = {name: facts[name] for name in ("python", *_PACKAGES) if name in facts}
     found = {"machine": facts["machine_class"], "processor": facts["cpu"], "cores": facts["cores"]}
     found |= {"gpu": facts["gpu"]} if "gpu" in facts else {}
@@ -54,6 +58,12 @@ def machine_class() -> str:
     flags = set(_cpu_fact("flags").split())
     widest = next((name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in flags), "scalar")
     return f"cpu {platform.machine()} {widest}, {os.cpu_count()} cores"
+
+
+def gpu_state() -> dict[str, str]:
+    """Clocks, temperature and load as nvidia-smi reports them now; empty where it does not answer."""
+    lines = _output("nvidia-smi", f"--query-gpu={','.join(_GPU_STATE)}", "--format=csv,noheader").splitlines()
+    return dict(zip(_GPU_STATE, lines[0].split(", "), strict=False)) if lines else {}
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
@@ -82,8 +92,8 @@ def _commit() -> str:
 
 def _output(*command: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return ""
 
 

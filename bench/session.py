@@ -150,7 +150,8 @@ class BenchSession:
         setup, subject = self.setup(case.model), self.subject(case.model)
         if reason := contender.lacks(subject, setup):
             raise Absent("absent", reason)
-        self._fit_budget(self._predicted(case, contender.name) + self._predicted(case, REFERENCE))
+        if self.options.paired:
+            self._fit_budget(self._predicted(case, contender.name) + self._predicted(case, REFERENCE))
         workload = Workload(subject, subject.plan(case.steps), case.batch_size)
         fresh = (contender.name, subject.name) not in self._built
         built, build_seconds = self._build(contender, subject)
@@ -159,22 +160,24 @@ class BenchSession:
         def draw() -> Any:
             drawn = drawing()
             setup.accelerator.synchronize()
-            return drawn
+            return drawn + 1 if self.options.simulated == "wrong" else drawn
 
         first = draw()
         error, tolerance = self._gate(case, contender, workload, first)
         seconds = _timed(draw)
         self._seconds[case, contender.name] = seconds
         textbook = self._paired_with(case, contender, workload)
-        a_round = seconds + (_timed(textbook) if textbook else 0.0) + 2 * REST_SECONDS
-        self._fit_budget(a_round)
+        a_round = seconds
+        if self.options.paired:
+            a_round += (_timed(textbook) if textbook else 0.0) + 2 * REST_SECONDS
+            self._fit_budget(a_round)
         beside: list[float] = []
 
         def before_round() -> None:
-            time.sleep(REST_SECONDS)
-            if textbook is not None:
-                beside.append(_timed(textbook))
+            for call in (textbook, None) if self.options.paired else ():
                 time.sleep(REST_SECONDS)
+                if call is not None:
+                    beside.append(_timed(call))
 
         def facts(data: Sequence[float]) -> dict[str, Any]:
             ratios = [1.0] * len(data) if contender.name == REFERENCE else _ratios(beside, data)

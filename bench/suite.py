@@ -89,7 +89,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
     from skipstep.bench.record import run_facts
 
     session = config.stash[_SESSION]
-    output_json["skipstep"] = {**run_facts(), **session.facts()}
+    output_json["skipstep"] = {**run_facts(simulated=bool(session.options.simulated)), **session.facts()}
 
 
 @pytest.hookimpl(optionalhook=True)

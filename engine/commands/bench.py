@@ -34,10 +34,9 @@ _FULL: dict[str, Any] = {"plans": (1, 5, 10, 20, 50, 100), "batch": (1, 4, 16, 6
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", action="append", metavar="MODEL", help=MODEL_HELP)
     for name, kind, _, text in OPTIONS:
-        default = (
-            f" (default: {','.join(map(str, _FULL[name]))})" if name in _FULL else text[len(text.split(" (")[0]) :]
-        )
-        parser.add_argument(f"--{name}", type=kind, help=text.split(" (default")[0] + default)
+        if name in _FULL:
+            text = f"{text.split(' (')[0]} (default: {','.join(map(str, _FULL[name]))})"
+        parser.add_argument(f"--{name}", type=kind, help=text)
     parser.add_argument("--quick", action="store_true", help="a few cases that take less than a minute")
     parser.add_argument("--out", type=Path, help="the JSON file to write")
 
