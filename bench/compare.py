@@ -124,17 +124,20 @@ class Case:
 def cases_of(run: Run) -> dict[str, Case]:
     """By name, in the run's order. Raises InputError for a contender that is measured twice in a case."""
     found: dict[str, Case] = {}
-    for each in (*run.entries, *run.absent):
+    measured: tuple[Entry | Absence, ...] = (*run.entries, *run.absent)
+    for each in measured:
         name = f"{each.model}, {each.steps} steps, batch {each.batch_size}"
         case = found.setdefault(name, Case(name, {}, {}))
-        held: dict[str, Any] = case.entries if isinstance(each, Entry) else case.absent  # type: ignore[assignment]
-        if each.contender in held:
+        if case.status(each.contender):
             raise InputError(
                 got=f"a run with {each.contender} ({name}) twice",
                 expected="each contender once in a case",
                 remedy="measure it again in one run",
             )
-        held[each.contender] = each
+        if isinstance(each, Entry):
+            case.entries[each.contender] = each
+        else:
+            case.absent[each.contender] = each
     return found
 
 
