@@ -25,7 +25,7 @@ def run_benchmark(options: Mapping[str, Any], *, out: Path | None, quiet: bool =
     command = [sys.executable, "-m", "pytest", "--pyargs", "skipstep.bench", "-rsf", "-q"]
     # The current folder's pytest settings are for other tests than these.
     command += ["-c", os.devnull, "--rootdir", os.getcwd(), "--import-mode=importlib", "-p", "no:cacheprovider"]
-    command += ["--benchmark-columns=median,min,max,rounds", "--benchmark-sort=median"]
+    command += ["--benchmark-columns=median,min,max,rounds", "--benchmark-sort=mean"]
     for name, value in options.items():
         if name == "models":
             for model in value:
@@ -71,7 +71,13 @@ def measuring_again(result: Path, *, progress: Callable[[str], None]) -> Callabl
         progress(f"measure again: {case.name}")
         with TemporaryDirectory(prefix="skipstep-again-") as folder:
             out = Path(folder) / "again.json"
-            run_benchmark({**options, **changes}, out=out, quiet=True)
+            status = run_benchmark({**options, **changes}, out=out, quiet=True)
+            if status not in (0, 1):
+                raise InputError(
+                    got=f"a second measurement that pytest ended with status {status}",
+                    expected="the same models and contenders as in the result, at the same paths",
+                    remedy="compare in the folder where skipstep bench ran",
+                )
             # Without a single number there is no file, and the first measurement stands.
             return cases_of(read_run(out))[case.name] if out.exists() else case
 

@@ -49,7 +49,7 @@ def register(monkeypatch):
 
 
 def measured(options):
-    """By (steps, contender): its facts with its seconds, or why it has none. Rounds are timed as pytest-benchmark does."""
+    """By (steps, contender): its facts with its seconds, or why it has none."""
     found = {}
     with BenchSession(options) as session:
         for case in session.case_keys():
