@@ -26,7 +26,7 @@ help:
 	@echo "make bench    everything that is measured on a CPU, an hour; writes bench/results/ and the README's tables"
 	@echo "make bench-report  the committed runs as one HTML page with plots (bench/results/report)"
 	@echo "make bench-compare   measure a few cases and fail if skipstep is slower than this machine class's baseline"
-	@echo "make bench-baseline  measure them with more turns and make that the baseline"
+	@echo "make bench-baseline  measure them with more rounds and make that the baseline"
 	@echo "make evaluate measure every sampler on the shipped model; writes bench/results/evaluation/"
 	@echo "make data     fetch Fashion-MNIST (31 MB, a Debian package) into .data/"
 	@echo "make bundle   compile the shipped checkpoint into the shipped bundle again"
@@ -65,11 +65,11 @@ types: $(VENV)/.dev
 # An hour on two cores. Whoever wants one part of it runs that line alone.
 bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check openvino
-	$(BIN)/skipstep bench --model fashion-mnist --budget 15 --rounds 11 --measure all --out $(RUNS)/fashion-mnist-cpu.json
-	$(BIN)/skipstep bench --model cifar10-architecture --budget 60 --rounds 7 --measure fits,build,peak_memory \
+	$(BIN)/skipstep bench --model fashion-mnist --budget 5 --rounds 11 --measure throughput,process \
+		--out $(RUNS)/fashion-mnist-cpu.json
+	$(BIN)/skipstep bench --model cifar10-architecture --budget 20 --rounds 7 --measure process \
 		--out $(RUNS)/cifar10-cpu.json
 	$(BIN)/python -m skipstep.bench.quality.class_agreement --out bench/results/class-agreement.json
-	$(BIN)/python -m skipstep.bench.cold_start --out bench/results/cold-start.json
 	$(MAKE) readme-tables
 	$(MAKE) bench-report
 
@@ -77,14 +77,14 @@ bench: $(VENV)/.dev
 bench-report: $(VENV)/.dev
 	$(BIN)/skipstep report $(RUNS)/*.json --evaluation bench/results/evaluation --out bench/results/report
 
-# A baseline is measured once and compared with often: it has three times the turns.
-GATE_CASES := --model fashion-mnist --plans 10,20 --batch 1,4 --contenders textbook,skipstep-onnx,skipstep-torch-stepwise
+# A baseline is measured once and compared with often: it has three times the rounds.
+GATE_CASES := --model fashion-mnist --plans 10,20 --batch 1,4 --contenders textbook,skipstep,skipstep-torch
 bench-compare: $(VENV)/.dev
-	$(BIN)/skipstep bench $(GATE_CASES) --budget 25 --rounds 15 --out out/bench/now.json
+	$(BIN)/skipstep bench $(GATE_CASES) --budget 10 --rounds 15 --out out/bench/now.json
 	$(BIN)/skipstep compare bench/results/baselines out/bench/now.json --measure-again --out out/bench/comparison.json
 
 bench-baseline: $(VENV)/.dev
-	$(BIN)/skipstep bench $(GATE_CASES) --budget 75 --rounds 45 --out out/bench/baseline.json
+	$(BIN)/skipstep bench $(GATE_CASES) --budget 30 --rounds 45 --out out/bench/baseline.json
 	$(BIN)/skipstep compare bench/results/baselines out/bench/baseline.json --accept
 
 readme-tables: $(VENV)/.dev

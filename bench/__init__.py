@@ -1,1 +1,1 @@
-"""Benchmarks: skipstep beside what people use today."""
+"""Benchmarks: the pytest plugin, contenders, the regression gate, reports and the GPU gate. May import everything."""

@@ -1,29 +1,29 @@
 """The regression gate: a run against a baseline of the same machine class, by ratios to the textbook loop.
 
-    ratio r     of a turn: seconds of the textbook loop / seconds of the contender, next to each other in one process
+    ratio r     of a round: seconds of the textbook loop / seconds of the contender, next to each other in one process
     slowdown    median(r before) / median(r now) − 1: how much more of the textbook's time a call takes than it did
-    interval    95 % of what the slowdown would have been with other turns (bootstrap: turns drawn again with
+    interval    95 % of what the slowdown would have been with other rounds (bootstrap: rounds drawn again with
                 replacement, on both sides, from a fixed seed, so the same two files give the same verdict)
 
 A contender is slower if its slowdown is beyond the limit, and its interval above zero: both large, and more than the
-noise between turns can explain. A slowdown beyond the limit whose interval reaches zero is unclear, and says so.
+noise between rounds can explain. A slowdown beyond the limit whose interval reaches zero is unclear.
 
-Turns cannot tell how one process differs from the next (where its memory lies, which threads got which core). So a
-case that may be slower, because its slowdown is beyond half the limit or its interval reaches the limit, is measured
-once more in another process with more turns. That second measurement alone decides: the first was picked for looking
-bad.
+Rounds of one process cannot show how one process differs from the next (where its memory lies, which threads got which
+core). So a contender that may be slower, because its slowdown is beyond half the limit or its interval reaches the
+limit, is measured once more in another process with more rounds. That second measurement alone decides: the first was
+picked for looking bad.
 
 Ratios survive a machine that is slow, not one whose cores are all taken: threads that wait for each other at every
 layer then lose more than others do, torch's most of all: on two cores with ten processes waiting for them, ratios rise
-to fifteen times what they are. A case in which the textbook loop took several times what it took in the baseline has
-no verdict.
+to fifteen times what they are. If the textbook loop took several times what it took in the baseline, there is no
+verdict.
 """
 
 from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -31,13 +31,13 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from skipstep.bench.results import REFERENCE, Case, Contender, Run, read_run
+from skipstep.bench.result_files import REFERENCE, Absence, Entry, Run, read_runs
 from skipstep.errors import InputError
 
 LIMIT: Final = 0.10
-# Who may fail the gate for being slower. Peers are compared and listed: their speed is their makers' affair.
-GATED: Final = ("skipstep-*",)
-MIN_TURNS: Final = 3
+# The contenders that may fail the gate for being slower. Others are compared and listed.
+GATED: Final = ("skipstep*",)
+MIN_ROUNDS: Final = 3
 # How much slower or faster the textbook loop may be than in the baseline: processors of one class differ by less.
 MACHINE_FACTOR: Final = 3.0
 _RESAMPLES: Final = 2000
@@ -52,9 +52,9 @@ class Change:
 
     slower, unclear, steady, faster   see the module; `slowdown` and `interval` are set for these alone.
     broken       it had numbers, and now it fails or its samples are wrong; `reason` says which.
-    skipped      it is gated, had numbers, and would now take longer than a case may: how the gravest slowdown looks.
-    lost, new    only the baseline, only the result has numbers for it; no failure.
-    unmeasured   both have, but no ratios can be formed; `reason` says why.
+    skipped      it is gated, had numbers, and would now exceed the budget: what the gravest slowdown looks like.
+    lost, new    only the baseline, only the result has numbers for it; not a failure.
+    unmeasured   both have numbers, but there are no ratios to compare; `reason` says why.
     `gated`: slower is a failure. `again`: the numbers are those of the second measurement.
     """
 
@@ -66,7 +66,7 @@ class Change:
     ratio_now: float | None = None
     slowdown: float | None = None
     interval: tuple[float, float] | None = None
-    turns: int = 0
+    rounds: int = 0
     again: bool = False
     reason: str = ""
 
@@ -83,12 +83,12 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Every contender that either run has numbers for. `differences` are facts of the environments that are not equal,
-    as (name, before, now); `only_before` and `only_now` name the cases that the other run has not."""
+    """Every contender that either run has numbers for. `differences` are versions and settings that are not equal,
+    as (name, before, now); `only_before` and `only_now` name the cases that the other run lacks."""
 
     limit: float
-    baseline: Mapping[str, Any]
-    result: Mapping[str, Any]
+    baseline_commit: str
+    result_commit: str
     changes: tuple[Change, ...]
     only_before: tuple[str, ...]
     only_now: tuple[str, ...]
@@ -106,6 +106,41 @@ class Comparison:
         return {"passed": self.passed, **asdict(self)}
 
 
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What a run says of one case: the contenders with numbers, and those without."""
+
+    name: str
+    entries: dict[str, Entry]
+    absent: dict[str, Absence]
+
+    def status(self, contender: str) -> str:
+        """ "ok", a status of skipstep.bench.session, or "" for a contender that was not measured."""
+        if contender in self.entries:
+            return "ok"
+        return self.absent[contender].status if contender in self.absent else ""
+
+
+def cases_of(run: Run) -> dict[str, Case]:
+    """By name, in the run's order. Raises InputError for a contender that is measured twice in a case."""
+    found: dict[str, Case] = {}
+    measured: tuple[Entry | Absence, ...] = (*run.entries, *run.absent)
+    for each in measured:
+        name = f"{each.model}, {each.steps} steps, batch {each.batch_size}"
+        case = found.setdefault(name, Case(name, {}, {}))
+        if case.status(each.contender):
+            raise InputError(
+                got=f"a run with {each.contender} ({name}) twice",
+                expected="each contender once in a case",
+                remedy="measure it again in one run",
+            )
+        if isinstance(each, Entry):
+            case.entries[each.contender] = each
+        else:
+            case.absent[each.contender] = each
+    return found
+
+
 def compare_runs(
     baseline: Run,
     result: Run,
@@ -115,22 +150,21 @@ def compare_runs(
     measure_again: Callable[[Case], Case] | None = None,
 ) -> Comparison:
     """Compare case by case. `gated` are patterns of contenders' names; `measure_again` measures a case of `result` once
-    more, with more turns. Raises InputError for runs of different machine classes or schemas, and for runs that have no
-    gated contender in common."""
+    more, with more rounds. Raises InputError for runs of different machine classes, and for runs that have no gated
+    contender in common."""
     _check_comparable(baseline, result, limit)
-    before, now = _by_name(baseline, "baseline"), _by_name(result, "result")
+    before, now = cases_of(baseline), cases_of(result)
     changes: list[Change] = []
-    for name in before.keys() & now.keys():
+    for name in [name for name in before if name in now]:
         found = compare_cases(before[name], now[name], limit=limit, gated=gated)
         if measure_again is not None and any(each.gated and each.suspicious(limit) for each in found):
             found = compare_cases(before[name], measure_again(now[name]), limit=limit, gated=gated, again=True)
         changes += found
-    order = {name: place for place, name in enumerate(before)}
     comparison = Comparison(
         limit,
-        dict(baseline.environment),
-        dict(result.environment),
-        tuple(sorted(changes, key=lambda change: order[change.case])),
+        baseline.commit,
+        result.commit,
+        tuple(changes),
         tuple(name for name in before if name not in now),
         tuple(name for name in now if name not in before),
         _differences(baseline, result),
@@ -149,32 +183,30 @@ def compare_runs(
 def compare_cases(
     before: Case, now: Case, *, limit: float = LIMIT, gated: Sequence[str] = GATED, again: bool = False
 ) -> list[Change]:
-    """What became of each contender that has numbers in either."""
+    """One change for each contender that has numbers in either."""
     changes = []
-    for name in dict.fromkeys(each.name for case in (before, now) for each in case.contenders):
-        old, new = before.contender(name), now.contender(name)
+    for name in dict.fromkeys([*before.entries, *now.entries]):
+        old, new, status = before.entries.get(name), now.entries.get(name), now.status(name)
         is_gated = any(fnmatchcase(name, pattern) for pattern in gated)
-
-        def change(verdict: Verdict, name: str = name, is_gated: bool = is_gated, **facts: Any) -> Change:
-            return Change(now.name, name, verdict, gated=is_gated, again=again, **facts)
-
-        if old is None or old.status != "ok":
-            if new is not None and new.status == "ok":
-                changes.append(change("new"))
-        elif new is None or new.status == "absent" or (new.status == "skipped" and not is_gated):
-            changes.append(change("lost", reason="not measured" if new is None else f"{new.status}: {new.reason}"))
-        elif new.status != "ok":
-            verdict: Verdict = "skipped" if new.status == "skipped" else "broken"
-            changes.append(change(verdict, reason=f"{new.status}: {new.reason}"))
-        elif name != REFERENCE:
-            turns = _turn_ratios(before, old), _turn_ratios(now, new)
-            reason = _no_comparison(before, now, *turns)
-            changes.append(change("unmeasured", reason=reason) if reason else change(**_judged(*turns, limit)))
+        facts: dict[str, Any] = {}
+        if old is None:
+            facts["verdict"] = "new"
+        elif new is None:
+            broken = status in ("failed", "wrong") or (status == "skipped" and is_gated)
+            facts["verdict"] = ("skipped" if status == "skipped" else "broken") if broken else "lost"
+            facts["reason"] = f"{status}: {now.absent[name].reason}" if status else "not measured"
+        elif name == REFERENCE or not (old.ratios or new.ratios):
+            continue
+        elif reason := _no_comparison(old, new):
+            facts |= {"verdict": "unmeasured", "reason": reason}
+        else:
+            facts = _judged(old.ratios, new.ratios, limit)
+        changes.append(Change(now.name, name, gated=is_gated, again=again, **facts))
     return changes
 
 
 def slowdown_interval(before: Sequence[float], now: Sequence[float]) -> tuple[float, float]:
-    """The middle 95 % of the slowdown over resampled turns; `before` and `now` are the ratios of single turns."""
+    """The middle 95 % of the slowdown over resampled rounds; `before` and `now` are the ratios of single rounds."""
     rng = np.random.default_rng(_SEED)
     medians = [
         np.median(np.asarray(ratios)[rng.integers(0, len(ratios), (_RESAMPLES, len(ratios)))], axis=1)
@@ -194,14 +226,20 @@ def baseline_path(baseline: Path, machine_class: str) -> Path:
 
 def read_baseline(baseline: Path, result: Run, *, result_path: Path) -> Run:
     """The stored baseline for that result. Raises InputError where there is none, with the command that makes it."""
-    path = baseline_path(baseline, result.machine_class)
+    path = baseline_path(baseline, result.machine)
     if not path.exists():
         raise InputError(
-            got=f"no baseline {path} for the machine class {result.machine_class!r}",
+            got=f"no baseline {path} for the machine class {result.machine!r}",
             expected="a run that was stored on a machine of this class",
             remedy=f"store this result as the baseline: skipstep compare {baseline} {result_path} --accept",
         )
     return read_run(path)
+
+
+def read_run(path: Path) -> Run:
+    """One run. Raises InputError for anything else."""
+    (run,), _ = read_runs([path])
+    return run
 
 
 def _judged(before: Sequence[float], now: Sequence[float], limit: float) -> dict[str, Any]:
@@ -219,56 +257,37 @@ def _judged(before: Sequence[float], now: Sequence[float], limit: float) -> dict
         "ratio_now": ratio_now,
         "slowdown": slowdown,
         "interval": (low, high),
-        "turns": len(now),
+        "rounds": len(now),
     }
 
 
-def _no_comparison(before: Case, now: Case, *turns: Sequence[float]) -> str:
-    """Why the ratios of these turns are not to be compared; empty where they are."""
-    if min(map(len, turns)) < MIN_TURNS:
-        return f"fewer than {MIN_TURNS} turns beside the {REFERENCE} loop"
-    seconds = [reference.seconds for case in (before, now) if (reference := case.contender(REFERENCE)) is not None]
-    factor = statistics.median(seconds[1]) / statistics.median(seconds[0])
+def _no_comparison(before: Entry, now: Entry) -> str:
+    """Why the ratios of these rounds are not to be compared; empty where they are."""
+    if min(len(before.ratios), len(now.ratios)) < MIN_ROUNDS:
+        return f"fewer than {MIN_ROUNDS} rounds beside the {REFERENCE} loop"
+    textbook = [
+        statistics.median(ratio * own for ratio, own in zip(each.ratios, each.data, strict=True))
+        for each in (before, now)
+    ]
+    factor = textbook[1] / textbook[0]
     if not 1.0 / MACHINE_FACTOR <= factor <= MACHINE_FACTOR:
         return f"the {REFERENCE} loop took {factor:.2g} times as long as in the baseline: is the machine busy?"
     return ""
 
 
-def _turn_ratios(case: Case, contender: Contender) -> list[float]:
-    """Empty where the reference did not take the same turns."""
-    reference = case.contender(REFERENCE)
-    if reference is None or len(reference.seconds) != len(contender.seconds):
-        return []
-    return [r / own for r, own in zip(reference.seconds, contender.seconds, strict=True)]
-
-
-def _by_name(run: Run, which: str) -> dict[str, Case]:
-    cases = {case.name: case for case in run.cases}
-    if len(cases) != len(run.cases):
-        raise InputError(
-            got=f"a {which} that holds one case twice", expected="each case once", remedy="measure it again in one run"
-        )
-    return cases
-
-
 def _check_comparable(baseline: Run, result: Run, limit: float) -> None:
     if not 0.0 < limit < 1.0:
         raise InputError(got=f"a limit of {limit:.0%}", expected="between 0 and 100 %", remedy="leave it at 10 %")
-    if baseline.schema != result.schema:
+    if baseline.machine != result.machine:
         raise InputError(
-            got=f"a result of schema {result.schema} and a baseline of schema {baseline.schema}",
-            expected="one schema",
-            remedy="measure both with the same version of skipstep",
-        )
-    if baseline.machine_class != result.machine_class:
-        raise InputError(
-            got=f"a result of the machine class {result.machine_class!r} and a baseline of {baseline.machine_class!r}",
+            got=f"a result of the machine class {result.machine!r} and a baseline of {baseline.machine!r}",
             expected="one machine class: even ratios differ between processors",
             remedy="compare with a baseline of this class; keep them in a folder, and the right one is found there",
         )
 
 
 def _differences(baseline: Run, result: Run) -> tuple[tuple[str, str, str], ...]:
+    """What may explain a change that the code does not."""
     before, now = _facts(baseline), _facts(result)
     return tuple(
         (name, before.get(name, "none"), now.get(name, "none"))
@@ -278,10 +297,6 @@ def _differences(baseline: Run, result: Run) -> tuple[tuple[str, str, str], ...]
 
 
 def _facts(run: Run) -> dict[str, str]:
-    """What may explain a change that the code does not."""
-    facts = {name: str(value) for name, value in run.environment.items() if name != "commit"}
-    facts |= {name: str(run.options[name]) for name in ("threads", "device") if name in run.options}
-    digests = run.options.get("digests")
-    if isinstance(digests, Mapping):
-        facts |= {f"digest of {model}": str(digest)[:16] for model, digest in digests.items()}
-    return facts
+    facts = {name: str(value) for name, value in run.versions.items()}
+    facts |= {name: str(value) for name, value in run.options.items() if name in ("threads", "device")}
+    return facts | {f"digest of {model}": str(digest)[:16] for model, digest in run.digests.items()}

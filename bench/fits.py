@@ -10,25 +10,7 @@ about `a` than its noise allows. The residual, the root mean square of that, say
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
-
-from skipstep.bench.results import Case
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """`fixed_seconds` (a) and `per_step_seconds` (b) of one contender; `points` are (steps, median seconds)."""
-
-    model: str
-    batch_size: int
-    dtype: str
-    contender: str
-    fixed_seconds: float
-    per_step_seconds: float
-    residual: float
-    points: tuple[tuple[int, float], ...]
+from collections.abc import Sequence
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
@@ -45,23 +27,3 @@ def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float, float
     slope = covariance / variance
     intercept = y_mean - slope * x_mean
     return intercept, slope, statistics.fmean((1.0 - (intercept + slope * x) / y) ** 2 for x, y in points) ** 0.5
-
-
-def fit_cases(cases: Iterable[Case]) -> tuple[Fit, ...]:
-    """A fit for each network, batch size and contender that was measured at two step counts or more."""
-    points: dict[tuple[str, int, str, str], list[tuple[int, float]]] = {}
-    for case in cases:
-        for contender in case.contenders:
-            if contender.seconds:
-                key = (case.model, case.batch_size, case.dtype, contender.name)
-                points.setdefault(key, []).append((case.steps, statistics.median(contender.seconds)))
-    return tuple(
-        Fit(*key, *fit_line(found), points=tuple(sorted(found)))
-        for key, found in points.items()
-        if len({steps for steps, _ in found}) > 1
-    )
-
-
-def fits_as_json(cases: Iterable[Case]) -> list[dict[str, Any]]:
-    """What `Run.measurements["fits"]` holds."""
-    return [asdict(fit) for fit in fit_cases(cases)]

@@ -1,228 +1,183 @@
-"""What is no case: fits, build times, throughput, cold start and peak memory. And the whole run.
+"""What --measure adds to a contender's facts: throughput, its process (cold start, peak memory), jitter on a GPU.
 
-Each measurement goes by its name into `Run.measurements`, as JSON. One that fails is recorded with the reason.
+A process counts whole: interpreter, imports, weights and compilation until the first samples are drawn. The peak is
+VmHWM of /proc, which begins with the program; getrusage's ru_maxrss would begin with the parent's memory.
 """
 
 from __future__ import annotations
 
+import argparse
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from skipstep import Engine
-from skipstep.bench import cold_start
-from skipstep.bench.contenders.engines import ONNX, build_engine
-from skipstep.bench.contenders.workload import Workload
-from skipstep.bench.fits import fits_as_json
-from skipstep.bench.journal import Journal, journal_path
-from skipstep.bench.measure import Bench, Options
-from skipstep.bench.models import Subject
-from skipstep.bench.peak_memory import NEEDS_EXPORT, peak_memory
-from skipstep.bench.record import environment
-from skipstep.bench.results import Case, Run, write_run
-from skipstep.bench.throughput import throughput_as_json
-from skipstep.bench.timing import median_ratio
-from skipstep.errors import InputError
-from skipstep.export.onnx_model import export_onnx
-from skipstep.export.partition import partition
+from skipstep.latency.calibration import nearest_rank
 
-_COLD_START_ROUNDS = 7
+if TYPE_CHECKING:
+    from skipstep.bench.contenders.workload import Contender, Setup, Workload
+
+_CALLERS = (1, 2, 4)
+_THROUGHPUT_SECONDS = 3.0
+_PROCESSES = 5
+_JITTER_CALLS = 1000
+_PROCESS_SECONDS = 300.0
 
 
-def build_seconds(bench: Bench) -> list[dict[str, Any]]:
-    """From a checkpoint to an engine and to a bundle, step by step, with nothing from a cache."""
-    found = []
-    for subject in _folders(bench):
-        module, spec = subject.prepared
+def throughput(draw: Callable[[], object], *, callers: int, seconds: float) -> dict[str, float]:
+    """Call `draw` from so many threads for about so long; at least once each. What one raises is raised."""
+    start = threading.Barrier(callers + 1)
+    times: list[list[float]] = [[] for _ in range(callers)]
+    errors: list[BaseException] = []
+    deadline = [0.0]
+
+    def call(own: list[float]) -> None:
+        start.wait()
+        try:
+            while not own or time.perf_counter() < deadline[0]:
+                begun = time.perf_counter()
+                draw()
+                own.append(time.perf_counter() - begun)
+        except BaseException as error:  # Raised again below, in the caller's thread.
+            errors.append(error)
+
+    threads = [threading.Thread(target=call, args=(own,)) for own in times]
+    for thread in threads:
+        thread.start()
+    started = time.perf_counter()
+    deadline[0] = started + seconds
+    start.wait()
+    for thread in threads:
+        thread.join()
+    elapsed = time.perf_counter() - started
+    if errors:
+        raise errors[0]
+    every = [each for own in times for each in own]
+    ranks = {f"p{percent}_seconds": nearest_rank(every, percent) for percent in (50, 99)}
+    return {"callers": callers, "calls_per_second": len(every) / elapsed, **ranks}
+
+
+def _throughputs(contender: Contender, workload: Workload, setup: Setup, draw: Callable[[], object]) -> dict[str, Any]:
+    if not contender.ours:  # The others are not made to be called from several threads.
+        return {}
+    return {"throughput": [throughput(draw, callers=each, seconds=_THROUGHPUT_SECONDS) for each in _CALLERS]}
+
+
+def process_facts(
+    model: str, contender: str, *, steps: int, batch_size: int, threads: int, processes: int = _PROCESSES
+) -> tuple[float, int]:
+    """Median seconds of a fresh process from its start to its end after one call, and the most bytes that it held.
+
+    Raises RuntimeError with what the process said where it failed.
+    """
+    command = [sys.executable, "-m", "skipstep.bench.measurements", model, contender]
+    command += [str(each) for each in (steps, batch_size, threads)]
+    seconds = []
+    for _ in range(1 + processes):  # The first one warms the file cache.
         started = time.perf_counter()
-        exported = export_onnx(module, spec)
-        written = time.perf_counter()
-        partition(exported)
-        divided = time.perf_counter()
-        # The network comes from the cache now, so this is what is left: loop, sessions, and a check against torch.
-        subject.exported  # noqa: B018
-        begun = time.perf_counter()
-        engine = _small_engine(bench, subject)
-        built = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            _save(engine, Path(folder) / "bundle", subject)
-            saved = time.perf_counter()
-        found.append(
-            {
-                "model": subject.name,
-                "export_seconds": written - started,
-                "partition_seconds": divided - written,
-                "engine_seconds": built - begun,
-                "bundle_seconds": saved - built,
-            }
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PROCESS_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"a process took longer than {_PROCESS_SECONDS:g} s") from error
+        seconds.append(time.perf_counter() - started)
+        if done.returncode != 0:
+            raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:300])
+    return statistics.median(seconds[1:] or seconds), int(done.stdout.split()[-1])
+
+
+def _process(contender: Contender, workload: Workload, setup: Setup, draw: Callable[[], object]) -> dict[str, Any]:
+    subject = workload.subject
+    # A process that exported its network first would hold what no deployment holds.
+    if contender.needs_export or setup.on_gpu:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = subject.path
+        if contender.from_bundle and not subject.is_bundle:
+            from skipstep.bench.contenders.engines import build_engine
+
+            engine = build_engine(subject, setup, backend="onnxruntime", loop="stepwise")
+            path = Path(folder) / "bundle"
+            engine.save(path, license="for measuring alone", name=subject.name)
+        seconds, peak = process_facts(
+            str(path), contender.name, steps=workload.steps, batch_size=workload.batch_size, threads=setup.threads
         )
-    return found
+    return {"cold_start_seconds": seconds, "peak_bytes": peak}
 
 
-def throughput(bench: Bench) -> list[dict[str, Any]]:
-    """Of the default engine, at the smallest batch size."""
-    found = []
-    for subject in bench.subjects.values():
-        workload = _small_workload(bench, subject)
-        draw = bench.built(ONNX, subject)[0].prepare(workload)
-        found.append(
-            {
-                "model": subject.name,
-                "contender": ONNX.name,
-                "steps": workload.steps,
-                "batch_size": workload.batch_size,
-                "engine_threads": bench.options.threads,
-                "callers": throughput_as_json(draw),
-            }
-        )
-    return found
+def _jitter(contender: Contender, workload: Workload, setup: Setup, draw: Callable[[], object]) -> dict[str, Any]:
+    """How steady the calls of an engine on a GPU are."""
+    if not (contender.ours and setup.on_gpu):
+        return {}
+    times = []
+    for _ in range(20 if setup.simulated else _JITTER_CALLS):
+        started = time.perf_counter()
+        draw()
+        times.append(time.perf_counter() - started)
+    ranks = {f"p{percent}": nearest_rank(times, percent) for percent in (50, 90, 99)}
+    return {"jitter": {"calls": len(times), **ranks, "max": max(times)}}
 
 
-def cold_starts(bench: Bench) -> dict[str, Any]:
-    """Of the shipped model (skipstep.bench.cold_start)."""
-    seconds = cold_start.measure(_COLD_START_ROUNDS)
-    return {
-        "steps": 10,
-        "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},
-        "ratio_to_diffusers": median_ratio(seconds["diffusers"], seconds["bundle"]),
-        "seconds": seconds,
-    }
-
-
-def peak_memories(bench: Bench) -> list[dict[str, Any]]:
-    """Of each contender that has a number, at the smallest batch size."""
-    found: list[dict[str, Any]] = []
-    for subject in bench.subjects.values():
-        workload = _small_workload(bench, subject)
-        case = bench.cases.get((subject.name, workload.steps, workload.batch_size))
-        with tempfile.TemporaryDirectory() as folder:
-            bundle = subject.path if subject.is_bundle else Path(folder) / "bundle"
-            if not subject.is_bundle:
-                _save(_small_engine(bench, subject), bundle, subject)
-            for contender in () if case is None else case.contenders:
-                if contender.status != "ok":
-                    continue
-                row: dict[str, Any] = {"model": subject.name, "contender": contender.name, "peak_bytes": None}
-                row |= {"steps": workload.steps, "batch_size": workload.batch_size}
-                try:
-                    if contender.name in NEEDS_EXPORT:
-                        raise RuntimeError("its process would hold an exporter that no deployment holds")
-                    row["peak_bytes"] = peak_memory(
-                        str(bundle if contender.name == ONNX.name else subject.path),
-                        contender.name,
-                        steps=workload.steps,
-                        batch_size=workload.batch_size,
-                        threads=bench.options.threads,
-                    )
-                except RuntimeError as error:
-                    row["reason"] = str(error)
-                found.append(row)
-    return found
-
-
-MEASUREMENTS: dict[str, Callable[[Bench], Any]] = {
-    "fits": lambda bench: fits_as_json(bench.cases.values()),
-    "build": build_seconds,
-    "throughput": throughput,
-    "cold_start": cold_starts,
-    "peak_memory": peak_memories,
+# By name: facts of one contender at the smallest batch size, with ten steps where the run has them.
+MEASUREMENTS: dict[str, Callable[[Any, Any, Any, Callable[[], object]], dict[str, Any]]] = {
+    "throughput": _throughputs,
+    "process": _process,
+    "jitter": _jitter,
 }
 
 
-def checked_measurements(names: Sequence[str]) -> tuple[str, ...]:
-    """Raises InputError, which lists what there is."""
-    unknown = [name for name in names if name not in MEASUREMENTS]
-    if unknown:
-        raise InputError(
-            got=f"measurements {', '.join(unknown)}",
-            expected=f"names among {', '.join(MEASUREMENTS)}",
-            remedy="correct them, or pass --measure fits",
-        )
-    return tuple(name for name in MEASUREMENTS if name in names)
+def _draw_from_bundle(model: str, steps: int, batch_size: int, threads: int) -> None:
+    """As a product does; neither torch nor the benchmark's contenders are imported."""
+    import numpy as np
+
+    from skipstep import load
+
+    engine = load(model, num_threads=threads, allow_hard_links=True)
+    network = engine.network
+    arguments: dict[str, Any] = {} if network.num_classes is None else {"class_labels": [0] * batch_size}
+    if network.prompt_shape is not None:
+        arguments["prompt_embeds"] = np.zeros((batch_size, *network.prompt_shape), np.float32)
+    plan = next(plan for plan in engine.plans.values() if plan.steps == steps)
+    engine.sample(plan=plan, seeds=list(range(batch_size)), **arguments)
 
 
-def measure_run(
-    options: Options,
-    *,
-    measurements: Sequence[str] = ("fits",),
-    out: Path | None = None,
-    resume: bool = False,
-    progress: Callable[[str], None] | None = None,
-    command: str = "",
-) -> Run:
-    """Measure all cases, then what is no case, and write the run to `out`, whole or not at all.
+def _draw(model: str, contender: str, steps: int, batch_size: int, threads: int) -> None:
+    import torch
 
-    `command` is what measures the same again, for readers of the result.
-    What has been measured is kept beside `out` after every case (skipstep.bench.journal), and `resume` goes on there.
-    """
-    names = checked_measurements(measurements)
-    with Bench(options, progress=progress) as bench:
-        journal = Journal(
-            None if out is None else journal_path(out),
-            environment=environment(),
-            options={**options.as_json(), "measurements": names, "digests": bench.digests},
-            resume=resume,
-        )
-        bench.keep_journal(journal)
-        for key in bench.case_keys():
-            bench.case(*key)
-        for name in names:
-            if name not in journal.measurements:
-                bench.progress(f"measure {name}")
-                journal.keep_measurement(name, _measured(name, bench))
-        run = with_peak_memory(journal.run())
-        run = replace(run, options={**run.options, "command": command} if command else run.options)
-        if out is not None:
-            write_run(out, run)
-            journal.discard()
-        return run
+    from skipstep.bench.contenders import contenders_named
+    from skipstep.bench.contenders.workload import Setup, Workload
+    from skipstep.bench.models import open_subject
+
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        subject = open_subject(model, folder=Path(folder))
+        plan = subject.plan(steps)
+        built = contenders_named([contender])[-1].build(subject, Setup((plan,), (batch_size,), threads=threads))
+        built.prepare(Workload(subject, plan, batch_size))()
 
 
-def with_peak_memory(run: Run) -> Run:
-    """The run with its contenders' peak memory in the cases of the batch size at which that was measured."""
-    rows = run.measurements.get("peak_memory")
-    peaks = {
-        (row["model"], row["batch_size"], row["contender"]): row["peak_bytes"]
-        for row in (rows if isinstance(rows, list) else [])
-    }
-
-    def completed(case: Case) -> Case:
-        contenders = tuple(
-            replace(each, peak_memory_bytes=peaks.get((case.model, case.batch_size, each.name)))
-            for each in case.contenders
-        )
-        return replace(case, contenders=contenders)
-
-    return replace(run, cases=tuple(map(completed, run.cases)))
-
-
-def _measured(name: str, bench: Bench) -> Any:
-    try:
-        return MEASUREMENTS[name](bench)
-    except Exception as error:  # What was measured so far is worth more than this one.
-        return {"failed": f"{type(error).__name__}: {error}"}
+def main() -> None:
+    """The measured process: MODEL CONTENDER STEPS BATCH THREADS."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("contender")
+    for name in ("steps", "batch", "threads"):
+        parser.add_argument(name, type=int)
+    given = parser.parse_args()
+    if Path(given.model, "manifest.json").is_file():
+        _draw_from_bundle(given.model, given.steps, given.batch, given.threads)
+    else:
+        _draw(given.model, given.contender, given.steps, given.batch, given.threads)
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
+    if found is None:
+        raise SystemExit("this system's /proc does not report peak memory")
+    print(int(found[1]) * 1024)
 
 
-def _folders(bench: Bench) -> list[Subject]:
-    return [subject for subject in bench.subjects.values() if not subject.is_bundle]
-
-
-def _small_workload(bench: Bench, subject: Subject) -> Workload:
-    """Ten steps where the run has them, else its fewest from there on; the smallest batch."""
-    options = bench.options
-    steps = min((s for s in options.steps if s >= 10), default=options.steps[-1])
-    return Workload(subject, subject.plan(steps), options.batch_sizes[0])
-
-
-def _small_engine(bench: Bench, subject: Subject) -> Engine:
-    workload = _small_workload(bench, subject)
-    setup = replace(bench.setup(subject), plans=(workload.plan,), batch_sizes=(workload.batch_size,), device="cpu")
-    return build_engine(subject, setup, backend="onnxruntime", loop="onnx")
-
-
-def _save(engine: Engine, path: Path, subject: Subject) -> None:
-    engine.save(path, license="for measuring alone", name=subject.name)
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""The networks that benchmarks run: the shipped one, two architectures with random weights, and anybody's own."""
+"""What benchmarks run: the shipped model, architectures with random weights, a diffusers folder or a bundle."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DModel
 
 from skipstep import load
 from skipstep.backends.torch import DenoisingModule, prepare_module
+from skipstep.bench.architectures import ARCHITECTURES
 from skipstep.bundles.bundle import is_bundle, open_bundle
 from skipstep.bundles.cache import ArtefactCache
 from skipstep.bundles.cache_key import cache_key
-from skipstep.demo import SHIPPED_MODEL, checked_model
+from skipstep.demo import SHIPPED_MODEL
 from skipstep.errors import InputError
-from skipstep.export.onnx_model import export_onnx, exporter_versions
 from skipstep.networks.checkpoint import Checkpoint, load_unet, read_checkpoint
 from skipstep.networks.spec import NetworkSpec, takes_fractional_timesteps
 from skipstep.plans.plan import Plan
@@ -34,80 +34,7 @@ class FixedLabelUNet(UNet2DModel):  # type: ignore[misc]
         return super().forward(sample, timestep, self.labels if class_labels is None else class_labels, return_dict)
 
 
-@dataclass(frozen=True)
-class BenchModel:
-    """A network, its scheduler, whether it takes labels, and the prompts that it takes."""
-
-    name: str
-    unet: UNet2DModel | UNet2DConditionModel
-    scheduler: DDIMScheduler
-    conditional: bool
-    prompt_shape: tuple[int, int] | None = None
-
-
-def shipped_model() -> BenchModel:
-    """The Fashion-MNIST model that the package carries: 2.5 M parameters, 1×28×28."""
-    checkpoint = read_checkpoint(checked_model(SHIPPED_MODEL))
-    scheduler = DDIMScheduler.from_pretrained(SHIPPED_MODEL, subfolder="scheduler")
-    return BenchModel("fashion-mnist", _labelled_unet(checkpoint), scheduler, True)
-
-
-def cifar10_model() -> BenchModel:
-    """The architecture of Ho et al.'s CIFAR-10 model, 35.7 M parameters, 3×32×32, random weights.
-
-    Channels 128/256/256/256, two blocks a level, attention at 16×16. Speed does not depend on the weights.
-    """
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=32,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=2,
-        block_out_channels=(128, 256, 256, 256),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=None,
-        norm_eps=1e-6,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        downsample_padding=0,
-    )
-    scheduler = DDIMScheduler(timestep_spacing="trailing", clip_sample=True)
-    return BenchModel("cifar10-architecture", calmed(unet).eval(), scheduler, False)
-
-
-def calmed(unet: Any) -> Any:
-    """The network with a last convolution near zero, as Ho et al. begin to train theirs.
-
-    With random weights of full size a sampler is chaotic: clipping and 1/√ᾱ magnify the last bits of float32, after
-    fifty steps into other pictures. Nobody's samples could then be told right from wrong.
-    """
-    with torch.no_grad():
-        unet.conv_out.weight.mul_(0.01)
-        unet.conv_out.bias.zero_()
-    return unet
-
-
-def text_model() -> BenchModel:
-    """A small text-conditional UNet for 4×32×32 latents and prompts of 77×256, random weights."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=32,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(64, 128, 256),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=256,
-        attention_head_dim=8,
-    )
-    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
-    return BenchModel("text-architecture", calmed(unet).eval(), scheduler, False, prompt_shape=(77, 256))
-
-
-MODELS = {"fashion-mnist": shipped_model, "cifar10-architecture": cifar10_model}
-ALL_MODELS = {**MODELS, "text-architecture": text_model}
+_NAMES = ("fashion-mnist", *ARCHITECTURES)
 
 
 @dataclass(frozen=True)
@@ -147,23 +74,26 @@ class Subject:
     @cached_property
     def exported(self) -> bytes:
         """The whole network as ONNX, from the user's cache, under the key that Engine.build looks for."""
+        # Imported here: a process that is measured and exports nothing need not load the exporter.
+        from skipstep.export.onnx_model import export_onnx, exporter_versions
+
         prepared, spec = self.prepared
         key = cache_key(kind="network.onnx", weights=self.digest, network=repr(spec), exporter=exporter_versions())
         return ArtefactCache().get_or_build(key, lambda: export_onnx(prepared, spec), f"{self.name}, exported to ONNX")
 
 
 def open_subject(model: str, *, folder: Path) -> Subject:
-    """The model of that name (MODELS), or the diffusers folder or bundle at that path.
+    """The model of that name (fashion-mnist or one of ARCHITECTURES), or the diffusers folder or bundle at that path.
 
     A named architecture is written to `folder` first. Raises InputError for a folder without a scheduler
     configuration, ModelFormatError and BundleError.
     """
     if model == "fashion-mnist":
-        return _of_folder(checked_model(SHIPPED_MODEL), name=model)
-    if model in ALL_MODELS:
-        made = ALL_MODELS[model]()
-        made.unet.save_pretrained(folder / model / "unet")
-        made.scheduler.save_pretrained(folder / model / "scheduler")
+        return _of_folder(SHIPPED_MODEL, name=model)
+    if model in ARCHITECTURES:
+        unet, scheduler = ARCHITECTURES[model]()
+        unet.save_pretrained(folder / model / "unet")
+        scheduler.save_pretrained(folder / model / "scheduler")
         return _of_folder(folder / model, name=model)
     path = Path(model)
     if is_bundle(path):
@@ -175,7 +105,7 @@ def open_subject(model: str, *, folder: Path) -> Subject:
 def subject_name(model: str) -> str:
     """The name under which `open_subject` opens it, before anything is loaded. Raises as it does for a bad path."""
     path = Path(model)
-    if model in ALL_MODELS:
+    if model in _NAMES:
         return model
     if is_bundle(path):
         return open_bundle(path, allow_hard_links=True).manifest.model
@@ -187,7 +117,7 @@ def _check_folder(path: Path) -> None:
     if not path.is_dir():
         raise InputError(
             got=f"the model {str(path)!r}",
-            expected=f"{', '.join(ALL_MODELS)}, a diffusers folder or a bundle",
+            expected=f"{', '.join(_NAMES)}, a diffusers folder or a bundle",
             remedy="check the path",
         )
 

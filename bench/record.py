@@ -11,16 +11,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# Written by `make gpu-wheels`, for a machine that gets the sources without git.
+_COMMIT_FILE = Path(".gpu-wheels/COMMIT")
+_GPU_STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "memory.used", "utilization.gpu")
 _PACKAGES = ("torch", "triton", "diffusers", "onnx", "onnxruntime", "openvino", "tensorrt-rtx", "numpy")
 
 
-def environment() -> dict[str, str | int]:
-    """Commit, processor, GPU and driver where there is one, and the versions of what was run."""
+def environment(*, simulated: bool = False) -> dict[str, str | int]:
+    """Commit, processor, GPU and driver where there is one, and the versions of what was run.
+
+    `simulated`: a dry run of the GPU gate, a machine class of its own that is never compared with a GPU.
+    """
     facts: dict[str, str | int] = {
-        "commit": _output("git", "rev-parse", "--short", "HEAD") or "unknown",
+        "commit": _commit(),
         "cpu": _cpu_name(),
         "cores": os.cpu_count() or 0,
-        "machine_class": machine_class(),
+        "machine_class": f"dry run on {machine_class()}" if simulated else machine_class(),
         "python": platform.python_version(),
     }
     gpu = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
@@ -34,6 +40,15 @@ def environment() -> dict[str, str | int]:
     return facts
 
 
+def run_facts(*, simulated: bool = False) -> dict[str, Any]:
+    """What a benchmark result says of where it comes from; `machine` must be equal for two to be compared."""
+    facts = environment(simulated=simulated)
+    versions = {name: facts[name] for name in ("python", *_PACKAGES) if name in facts}
+    found = {"machine": facts["machine_class"], "processor": facts["cpu"], "cores": facts["cores"]}
+    found |= {"gpu": facts["gpu"]} if "gpu" in facts else {}
+    return {**found, "commit": facts["commit"], "versions": versions}
+
+
 def machine_class() -> str:
     """What two machines must have in common for their results to be compared: the GPU, or the CPU's vector width and
     cores."""
@@ -45,18 +60,40 @@ def machine_class() -> str:
     return f"cpu {platform.machine()} {widest}, {os.cpu_count()} cores"
 
 
+def gpu_state() -> dict[str, str]:
+    """Clocks, temperature and load as nvidia-smi reports them now; empty where it does not answer."""
+    lines = _output("nvidia-smi", f"--query-gpu={','.join(_GPU_STATE)}", "--format=csv,noheader").splitlines()
+    return dict(zip(_GPU_STATE, lines[0].split(", "), strict=False)) if lines else {}
+
+
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Write `result` with its environment, whole or not at all."""
+    write_whole(path, {"environment": environment(), **result})
+
+
+def write_whole(path: Path, contents: Mapping[str, Any]) -> None:
+    """Write JSON, whole or not at all. Raises ValueError for NaN and infinity: they are not JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(contents, indent=1, allow_nan=False) + "\n"
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def _commit() -> str:
+    """Of git, else $GATE_COMMIT, else what `make gpu-wheels` wrote."""
+    if found := _output("git", "rev-parse", "--short", "HEAD") or os.environ.get("GATE_COMMIT"):
+        return found
+    try:
+        return _COMMIT_FILE.read_text(encoding="utf-8").strip()
+    except OSError:
+        return "unknown"
 
 
 def _output(*command: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return ""
 
 

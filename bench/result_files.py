@@ -73,6 +73,7 @@ class Absence:
     steps: int
     batch_size: int
     reason: str
+    status: str = "absent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,8 @@ class Run:
     note: str = ""
     command: str = ""
     processor: str = ""
+    options: dict = dataclasses.field(default_factory=dict)  # type: ignore[type-arg]
+    digests: dict = dataclasses.field(default_factory=dict)  # type: ignore[type-arg]
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -131,7 +134,11 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     """A value of the hinted type. What a dataclass has no field for is ignored; null is a field's default."""
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         hints, fields = typing.get_type_hints(hint), dataclasses.fields(hint)
-        given = [f.name for f in fields if value.get(f.name) is not None or f.default is dataclasses.MISSING]
+        given = [
+            f.name
+            for f in fields
+            if value.get(f.name) is not None or f.default is f.default_factory is dataclasses.MISSING
+        ]
         return hint(**{name: _read(hints[name], value.get(name), f"{where}, {name}") for name in given})  # type: ignore[operator]
     if typing.get_origin(hint) is tuple and isinstance(value, list):
         return tuple(_read(typing.get_args(hint)[0], each, where) for each in value)

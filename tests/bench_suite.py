@@ -10,7 +10,7 @@ from typing import Any
 from tiny_networks import tiny_unet
 
 from skipstep.bench.contenders import textbook
-from skipstep.bench.contenders.workload import Built, ContenderKind, Draw, Setup, Workload
+from skipstep.bench.contenders.workload import Built, Contender, Draw, Setup, Workload
 from skipstep.bench.models import Subject
 
 
@@ -22,18 +22,17 @@ def save_model(folder: Path, *, classes: int | None = None, **scheduler: Any) ->
     return folder
 
 
-def nap_kind(
+def nap_contender(
     name: str,
     *,
     seconds: float = 0.0,
     change: Callable[[Any], Any] = lambda x: x,
     fails_at: int | None = None,
-    interrupts_at: int | None = None,
     build_error: Exception | None = None,
     reason: str | None = None,
-) -> ContenderKind:
+) -> Contender:
     """The textbook loop under another name, which rests `seconds` and changes the samples; its call number `fails_at`
-    raises, `interrupts_at` is the user's Ctrl-C."""
+    raises."""
     calls = [0]
 
     def build(subject: Subject, setup: Setup) -> Built:
@@ -48,8 +47,6 @@ def nap_kind(
                 calls[0] += 1
                 if calls[0] == fails_at:
                     raise RuntimeError("tired")
-                if calls[0] == interrupts_at:
-                    raise KeyboardInterrupt
                 time.sleep(seconds)
                 return change(draw())
 
@@ -57,4 +54,4 @@ def nap_kind(
 
         return Built(prepare)
 
-    return ContenderKind(name, backend="torch", loop="python", build=build, lacks=lambda *_: reason)
+    return Contender(name, build, lambda *_: reason)

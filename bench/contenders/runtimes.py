@@ -6,15 +6,13 @@ The loop is the paper's in NumPy; the network's timestep path is evaluated at ev
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
-from skipstep.bench.contenders.workload import Built, ContenderKind, Draw, Samples, Setup, Workload
+from skipstep.bench.contenders.workload import Built, Contender, Draw, Samples, Setup, Workload
 from skipstep.bench.models import Subject
 from skipstep.plans.plan import Plan
 
@@ -87,19 +85,44 @@ def _built(subject: Subject, network_for: Callable[[Workload], Network]) -> Buil
         network, conditioning = network_for(workload), workload.conditioning()
         return lambda: ddim(network, workload.plan, workload.x_T, conditioning, subject.spec.timestep_dtype)
 
-    graph = onnx.load_from_string(subject.exported).graph
-    weights = sum(
-        math.prod(each.dims) * onnx.helper.tensor_dtype_to_np_dtype(each.data_type).itemsize
-        for each in graph.initializer
-    )
-    return Built(prepare, nodes=len(graph.node), weight_bytes=weights)
+    return Built(prepare)
+
+
+def build_network(subject: Subject, setup: Setup) -> Built:
+    """The step network as often as a loop evaluates it, on the same random inputs, bound once: what a loop could at
+    best take."""
+    from skipstep.backends.onnxruntime import make_session
+    from skipstep.export.partition import partition
+
+    session = make_session(partition(subject.exported).graphs.step, num_threads=setup.threads)
+
+    def prepare(workload: Workload) -> Draw:
+        rng, size = np.random.default_rng(0), workload.batch_size
+        arrays: dict[str, NDArray[Any]] = {}
+        binding = session.io_binding()
+        for each in session.get_inputs():
+            shape = [size if isinstance(dim, str) else dim for dim in each.shape]
+            array = arrays[each.name] = rng.standard_normal(shape, dtype=np.float32)
+            binding.bind_input(each.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for each in session.get_outputs():
+            array = arrays[each.name] = np.empty((size, *subject.spec.output_shape), np.float32)
+            binding.bind_output(each.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+        def run() -> None:
+            assert arrays  # The binding knows their addresses and does not keep them alive.
+            for _ in range(workload.plan.num_evaluations):
+                session.run_with_iobinding(binding)
+
+        return run
+
+    return Built(prepare)
 
 
 def _lacks(package: str) -> Callable[[Subject, Setup], str | None]:
     def lacks(subject: Subject, setup: Setup) -> str | None:
         if importlib.util.find_spec(package) is None:
             return f"no package {package}: pip install {package}"
-        if setup.device != "cpu" or setup.dtype != "float32":
+        if setup.on_gpu or setup.dtype != "float32":
             return f"driven on the CPU in float32 here; this run measures {setup.dtype} on {setup.device}"
         if subject.is_bundle:
             return "a bundle holds no network as it was exported"
@@ -110,11 +133,8 @@ def _lacks(package: str) -> Callable[[Subject, Setup], str | None]:
     return lacks
 
 
-ONNXRUNTIME = ContenderKind(
-    "onnxruntime-stepwise-python",
-    backend="onnxruntime",
-    loop="python",
-    build=build_onnxruntime,
-    lacks=_lacks("onnxruntime"),
+RUNTIMES = (
+    Contender("onnxruntime", build_onnxruntime, _lacks("onnxruntime"), needs_export=True),
+    Contender("network", build_network, _lacks("onnxruntime"), needs_export=True, draws=False),
+    Contender("openvino", build_openvino, _lacks("openvino"), needs_export=True),
 )
-OPENVINO = ContenderKind("openvino", backend="openvino", loop="python", build=build_openvino, lacks=_lacks("openvino"))

@@ -5,12 +5,13 @@ x_s = √p · x̂0 + √(1 − p) · ε̂,        x̂0 = (x_t − √(1 − a) �
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from skipstep.bench.contenders.workload import Built, ContenderKind, Draw, Setup, Workload
+from skipstep.bench.contenders.workload import Built, Contender, Draw, Setup, Workload
 from skipstep.bench.models import Subject
 from skipstep.plans.plan import Plan
 
@@ -46,33 +47,31 @@ def clipped(x_0: Tensor, plan: Plan) -> Tensor:
 
 
 def build(subject: Subject, setup: Setup) -> Built:
-    device, dtype = torch.device(setup.device), getattr(torch, setup.dtype)
-    network = on_device(subject.prepared[0], device, dtype)
+    device, dtype = setup.torch_device, getattr(torch, setup.dtype)
+    network = on_device(subject.prepared[0], setup)
+    if setup.on_gpu and dtype == torch.float32:
+        # It is the reference: without the rounding of TF32.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
     def prepare(workload: Workload) -> Draw:
-        x_T = torch.from_numpy(workload.x_T)
-        conditioning = [torch.from_numpy(array) for array in workload.conditioning().values()]
-
-        def draw() -> Any:
-            given = tuple(each.to(device, dtype if each.is_floating_point() else None) for each in conditioning)
-            return ddim(network, workload.plan, x_T.to(device), given, dtype).cpu().numpy()
-
-        return draw
+        x_T = torch.from_numpy(workload.x_T).to(device)
+        conditions = [torch.from_numpy(array) for array in workload.conditioning().values()]
+        given = tuple(each.to(device, dtype if each.is_floating_point() else None) for each in conditions)
+        return lambda: ddim(network, workload.plan, x_T, given, dtype)
 
     return Built(prepare)
 
 
-def on_device(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """The module itself where it is right as it is, else a copy: others hold the original."""
-    if device.type == "cpu" and dtype == torch.float32:
+def on_device(module: torch.nn.Module, setup: Setup) -> torch.nn.Module:
+    """The module itself if it needs no change, else a copy on the device: others hold the original."""
+    dtype = getattr(torch, setup.dtype)
+    if not setup.on_gpu and dtype == torch.float32:
         return module
-    import copy
-
-    return copy.deepcopy(module).to(device, dtype)
+    return setup.accelerator.place(copy.deepcopy(module), dtype)
 
 
 def lacks(subject: Subject, setup: Setup) -> str | None:
     return "a bundle holds no network that torch could run" if subject.is_bundle else None
 
 
-TEXTBOOK = ContenderKind("textbook", backend="torch", loop="python", build=build, lacks=lacks)
+TEXTBOOK = Contender("textbook", build, lacks)

@@ -1,7 +1,7 @@
-"""What every contender is given: one network, one plan, the same initial noise, labels and threads.
+"""The protocol of contenders: build(subject, setup) → prepare(workload) → call.
 
-A contender is built once for a model, for all plans and batch sizes; then it is prepared for each case, and what comes
-of that draws the samples of the case whenever it is called.
+All get one network, one plan, the same initial noise, labels and threads. A contender is built once for a model, for
+all plans and batch sizes; it is prepared for each case; each call then draws the samples of that case.
 """
 
 from __future__ import annotations
@@ -15,24 +15,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from skipstep.bench.gpu.device import BenchDevice, bench_device
 from skipstep.bench.models import Subject
 from skipstep.plans.plan import Plan
 
 Samples = NDArray[np.float32]
-Draw = Callable[[], Samples]
+# Samples [B, C, H, W], a NumPy array or a tensor; on a GPU the work may still be under way.
+Draw = Callable[[], Any]
 
 # How far samples may be from the float32 reference's, relative to its largest value, by what the network computes in.
 # Two float32 implementations differ by up to 1e-5 in a network's output, and the first step magnifies that by
-# 1/sqrt(alpha_bar_T), 157 for the usual schedule: 2e-3. Half precision rounds each activation by 2^-11 or 2^-8; trained
-# weights forgive that. Eight-bit integers have no more digits than bfloat16. Another plan is off by far more.
-TOLERANCES: Mapping[str, float] = {"float32": 2e-3, "float16": 5e-2, "bfloat16": 2e-1, "int8": 2e-1}
+# 1/sqrt(alpha_bar_T), 157 for the usual schedule: 2e-3. Half precision rounds each activation by 2^-11 or 2^-8; a state
+# in half precision rounds at every step besides: on a CPU the CIFAR-10 architecture is off by 0.06 then. A wrong loop
+# is off by about 1.
+_TOLERANCES: Mapping[str, float] = {"float32": 2e-3, "float16": 1e-1, "bfloat16": 2e-1}
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a contender is built for: the plans and batch sizes to come, and where and in what it computes.
+    """What a contender is built for: the plans and batch sizes to come, the device, and the network's dtype.
 
-    `compile_seconds` is how long a compiler may take before its contender is given up.
+    `compile_seconds` is how long a compiler may take before its contender is given up. `simulated`: a dry run of the
+    GPU gate, in which the CPU stands for a GPU.
     """
 
     plans: tuple[Plan, ...]
@@ -41,6 +45,19 @@ class Setup:
     dtype: str = "float32"
     threads: int = 1
     compile_seconds: float = 120.0
+    simulated: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.simulated or self.device.startswith("cuda")
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device)
+
+    @property
+    def accelerator(self) -> BenchDevice:
+        return bench_device(simulated=not self.device.startswith("cuda"))
 
 
 @dataclass(frozen=True)
@@ -87,35 +104,42 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A contender with its network in hand. `prepare` makes it ready for a case; `nodes` and `weight_bytes` are what
-    one step evaluates and reads, where its graph is there to be counted; `network_alone` runs the network alone."""
+    """A contender with its network. `prepare` makes it ready for a case, `facts` adds to the case's result, `close`
+    frees it."""
 
     prepare: Callable[[Workload], Draw]
-    nodes: int | None = None
-    weight_bytes: int | None = None
-    network_alone: Callable[[Workload], Callable[[], object]] | None = None
+    facts: Callable[[Workload], dict[str, Any]] = lambda workload: {}
+    close: Callable[[], None] = lambda: None
 
 
-def never_lacks(subject: Subject, setup: Setup) -> str | None:
+def lacks_nothing(subject: Subject, setup: Setup) -> str | None:
     return None
 
 
 @dataclass(frozen=True, slots=True)
-class ContenderKind:
-    """A way to draw samples. `lacks` says what this machine or model has not of what it needs, None if all is there.
+class Contender:
+    """A way to draw samples, on every device that it supports.
 
-    `pictures`: it returns pixels, so samples are compared within [-1, 1]. `precision` is what it computes in where
-    that is not the run's; `tolerance` bounds its error where that is not the precision's.
+    `build` makes it for a model. `lacks` says what this machine or model lacks of what it needs, None if nothing.
+    `pictures`: it returns pixels, so samples are compared within [-1, 1]. `draws`: False for a network that is run
+    without a sampler, whose output is not checked. `half_state`: it keeps x_t in the network's dtype.
+    `ours`: an engine of skipstep. `from_bundle`: deployed as a bundle. `needs_export`: deployed as an exported file.
     """
 
     name: str
-    backend: str
-    loop: str
     build: Callable[[Subject, Setup], Built]
-    lacks: Callable[[Subject, Setup], str | None] = never_lacks
+    lacks: Callable[[Subject, Setup], str | None] = lacks_nothing
     pictures: bool = False
-    precision: str | None = None
-    tolerance: float | None = None
+    draws: bool = True
+    half_state: bool = False
+    ours: bool = False
+    from_bundle: bool = False
+    needs_export: bool = False
 
     def tolerance_for(self, setup: Setup) -> float:
-        return self.tolerance or TOLERANCES[self.precision or setup.dtype]
+        return _TOLERANCES[setup.dtype] * (2 if self.half_state and setup.dtype != "float32" else 1)
+
+
+def to_numpy(samples: Any) -> Samples:
+    drawn: Samples = samples.float().cpu().numpy() if isinstance(samples, torch.Tensor) else samples
+    return drawn

@@ -17,11 +17,10 @@ from types import MappingProxyType
 from typing import Any
 
 from skipstep.bench.gpu.aims import write_aims
-from skipstep.bench.gpu.latency_file import merge_files
 from skipstep.bench.gpu.process import Ended, run_limited
-from skipstep.bench.gpu.provenance import gate_environment, gpu_state, write_whole
 from skipstep.bench.gpu.summary import print_summary
-from skipstep.bench.gpu.tasks import BUDGET, LATENCY_FILE, SUMMARY_FILE, TASKS, Task, Verdict, limit_for, passed
+from skipstep.bench.gpu.tasks import BUDGET, SUMMARY_FILE, TASKS, Task, Verdict, limit_for, passed
+from skipstep.bench.record import environment, gpu_state, write_whole
 from skipstep.cuda.probe import cuda_device
 from skipstep.errors import DeviceUnavailableError
 
@@ -44,7 +43,7 @@ class Gate:
         self._out, self._dry_run, self._tasks, self._plants = out, dry_run, tasks, plants
         self._deadline = time.monotonic() + budget
         self._records: list[dict[str, Any]] = []
-        self._environment = gate_environment(dry_run=dry_run)
+        self._environment = environment(simulated=dry_run)
         self._state_before = gpu_state()
         self._variables = {
             **os.environ,
@@ -76,16 +75,11 @@ class Gate:
             return
         limit = limit_for(later, remaining=self._deadline - time.monotonic())
         print(f"{task.name} … (at most {limit:.0f} s)", flush=True)
-        # Several tasks share the file of latencies: each writes a part.
-        result = folder / f"{task.name}.json" if task.file == LATENCY_FILE else self._out / task.file
         verdict = folder / f"{task.name}.verdict"
         command = [sys.executable, "-m", "skipstep.bench.gpu.task_main", task.name]
-        command += ["--out", str(result), "--verdict", str(verdict)]
+        command += ["--out", str(self._out / task.file), "--verdict", str(verdict)]
         command += ["--dry-run"] * self._dry_run + ["--plant", self._plants.get(task.name, "")]
         ended = run_limited(command, seconds=limit, environment=self._variables, log=folder / f"{task.name}.log")
-        if task.file == LATENCY_FILE:
-            parts = [folder / f"{each.name}.json" for each in self._tasks if each.file == LATENCY_FILE]
-            merge_files(self._out / LATENCY_FILE, parts)
         self._record(task, _verdict(ended, verdict, limit), ended, limit)
 
     def _record(self, task: Task, verdict: Verdict, ended: Ended, limit: float) -> None:

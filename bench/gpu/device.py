@@ -1,22 +1,22 @@
-"""The device that a task measures on: all that the gate asks of a GPU, and what stands for it in a dry run.
+"""The device that is measured: what the harness and the GPU gate ask of a GPU, and what answers on a CPU.
 
 `CudaBench` is short on purpose: it is the part that only a machine with a GPU can run. `HostBench` answers the same
-calls on a CPU, so that everything else of the gate is tested without one; its numbers mean nothing.
+calls on a CPU, for benchmarks there and for dry runs of the GPU gate, whose numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from skipstep import Engine
 from skipstep.kernels.launch import DEFAULT_LAUNCH, StepLaunch, choose_launch
 
 Work = Callable[[], object]
@@ -34,6 +34,7 @@ class Trace:
 class BenchDevice(Protocol):
     """`dtype` is what networks compute in, `cache_bytes` the device's last cache; `simulated` in a dry run."""
 
+    name: str
     torch_device: torch.device
     dtype: torch.dtype
     cache_bytes: int
@@ -41,14 +42,6 @@ class BenchDevice(Protocol):
 
     def place(self, network: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
         """The network on the device in that dtype, laid out as its convolutions like it best."""
-        ...
-
-    def build(self, network: torch.nn.Module, **options: Any) -> Engine:
-        """Engine.build for this device and dtype."""
-        ...
-
-    def captures(self, engine: Engine) -> list[dict[str, Any]]:
-        """What the engine says of its graphs."""
         ...
 
     def launch(self, *, num_elements: int, batch_size: int, item_size: int) -> StepLaunch:
@@ -63,10 +56,6 @@ class BenchDevice(Protocol):
 
     def graph(self, work: Work) -> Callable[[], None]:
         """`work`, warmed up and recorded: calling it replays it in one launch."""
-        ...
-
-    def compiled(self, network: torch.nn.Module, mode: str) -> Any:
-        """The network through torch.compile in that mode. What it returns holds until it is called again."""
         ...
 
     def forget_peak(self) -> None:
@@ -89,6 +78,7 @@ class BenchDevice(Protocol):
 class CudaBench:
     def __init__(self) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        self.name = torch.cuda.get_device_name(self.torch_device)
         self.dtype = torch.float16
         self.cache_bytes = int(torch.cuda.get_device_properties(self.torch_device).L2_cache_size)
         self.simulated = False
@@ -96,12 +86,6 @@ class CudaBench:
 
     def place(self, network: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
         return _to(network, self.torch_device, dtype, memory_format=torch.channels_last)
-
-    def build(self, network: torch.nn.Module, **options: Any) -> Engine:
-        return Engine.build(network, device="cuda", precision="float16", **{"backend": "torch", **options})
-
-    def captures(self, engine: Engine) -> list[dict[str, Any]]:
-        return [asdict(report) for report in engine.captures]
 
     def launch(self, *, num_elements: int, batch_size: int, item_size: int) -> StepLaunch:
         facts = torch.cuda.get_device_properties(self.torch_device)
@@ -135,16 +119,6 @@ class CudaBench:
         with torch.cuda.graph(graph):
             work()
         return graph.replay
-
-    def compiled(self, network: torch.nn.Module, mode: str) -> Any:
-        compiled = torch.compile(network, mode=mode, dynamic=False)
-
-        def call(*arguments: torch.Tensor) -> Any:
-            # Its graphs reuse the memory of what an earlier call returned, once they may.
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            return compiled(*arguments)
-
-        return call
 
     def forget_peak(self) -> None:
         torch.cuda.synchronize()
@@ -185,28 +159,13 @@ class CudaBench:
 
 class HostBench:
     def __init__(self) -> None:
-        self.torch_device = torch.device("cpu")
+        self.name, self.torch_device = "cpu", torch.device("cpu")
         self.dtype = torch.float32
         self.cache_bytes = 1 << 14
         self.simulated = True
 
     def place(self, network: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
         return _to(network, self.torch_device, dtype)
-
-    def build(self, network: torch.nn.Module, **options: Any) -> Engine:
-        # The loops of a GPU have one in host memory, with the same bits.
-        plain = {name: options[name] for name in ("plans", "batch_sizes")}
-        return Engine.build(network, device="cpu", backend="torch", loop="stepwise", **plain)
-
-    def captures(self, engine: Engine) -> list[dict[str, Any]]:
-        sizes = engine.batch_sizes
-        plans = engine.plans.values()
-        facts = {"loop": "captured", "guided": False, "seconds": 0.1, "num_bytes": 1 << 20, "reason": ""}
-        return [
-            {**facts, "num_stages": plan.steps, "batch_size": size, "num_nodes": 3 * (plan.steps or 0) + 1}
-            for plan in plans
-            for size in sizes
-        ]
 
     def launch(self, *, num_elements: int, batch_size: int, item_size: int) -> StepLaunch:
         return DEFAULT_LAUNCH
@@ -224,10 +183,6 @@ class HostBench:
             work()
 
         return replay
-
-    def compiled(self, network: torch.nn.Module, mode: str) -> Any:
-        # The compiler is torch's to test, and takes longer than all the rest.
-        return network
 
     def forget_peak(self) -> None:
         """Host memory is not measured."""
@@ -249,5 +204,6 @@ def _to(network: torch.nn.Module, *arguments: Any, **options: Any) -> torch.nn.M
     return placed
 
 
-def bench_device(*, dry_run: bool) -> BenchDevice:
-    return HostBench() if dry_run else CudaBench()
+@functools.cache
+def bench_device(*, simulated: bool) -> BenchDevice:
+    return HostBench() if simulated else CudaBench()

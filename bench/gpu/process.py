@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _TAIL_BYTES = 4000
-_GRACE_SECONDS = 2.0
+_GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,15 +5,18 @@ A profiler counts what the call asks of the CUDA runtime and driver; then the ca
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import torch
 
+from skipstep.bench.contenders.engines import build_engine
+from skipstep.bench.contenders.workload import Setup
 from skipstep.bench.gpu.device import BenchDevice, Trace
 from skipstep.bench.gpu.tasks import Verdict
-from skipstep.bench.gpu_models import DRY_RUN_MODELS, GPU_MODELS
-from skipstep.plans.plan import Plan
-from skipstep.plans.scheduler_config import read_scheduler_config
+from skipstep.bench.models import open_subject
 
 _STEPS: Final = 20
 _GRAPH_LAUNCHES: Final = ("cudaGraphLaunch", "cuGraphLaunch")
@@ -22,12 +25,14 @@ _KERNEL_LAUNCHES: Final = ("cudaLaunch", "cuLaunch")
 
 def prove(device: BenchDevice) -> tuple[dict[str, Any], Verdict]:
     """Trace one call of a captured engine, at batch 1, whose result goes to memory of the caller's."""
-    make, _ = next(iter((DRY_RUN_MODELS if device.simulated else GPU_MODELS).values()))
-    model = make()
-    plan = Plan(**read_scheduler_config(dict(model.scheduler.config)).plan_options(), steps=_STEPS)
-    engine = device.build(device.place(model.unet, device.dtype), plans=[plan], batch_sizes=[1], loop="captured")
-    size = model.unet.config.sample_size
-    out = torch.empty(1, model.unet.config.in_channels, size, size, device=device.torch_device)
+    name = "tiny-architecture" if device.simulated else "cifar10-architecture"
+    with TemporaryDirectory(prefix="skipstep-proofs-") as folder:
+        subject = open_subject(name, folder=Path(folder))
+        where = "cpu" if device.simulated else "cuda"
+        dtype = str(device.dtype).removeprefix("torch.")
+        setup = Setup((subject.plan(_STEPS),), (1,), where, dtype, 1, simulated=device.simulated)
+        engine = build_engine(subject, setup, backend="torch", loop="captured")
+    out = torch.empty(1, *subject.spec.sample_shape, device=device.torch_device)
 
     def call() -> None:
         engine.sample(steps=_STEPS, seeds=[0], output_type="pt", out=out)
@@ -45,9 +50,9 @@ def prove(device: BenchDevice) -> tuple[dict[str, Any], Verdict]:
         refused = str(error)
     same = bool(torch.equal(drawn, out))
     facts = {
-        "model": model.name,
+        "model": name,
         "steps": _STEPS,
-        "captures": device.captures(engine),
+        "captures": [asdict(each) for each in engine.captures],
         **count(trace),
         "functions": trace.functions,
         "refused": refused,

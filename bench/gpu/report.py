@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from skipstep.bench.gpu.aims import seconds_per_step
+from skipstep.bench.gpu.latency import latency_rows, seconds_per_step
 from skipstep.bench.gpu.summary import aim_row
-from skipstep.bench.gpu.tasks import AIMS_FILE, CAPTURED, LATENCY_FILE, SUMMARY_FILE
+from skipstep.bench.gpu.tasks import AIMS_FILE, CAPTURED, SUMMARY_FILE
 from skipstep.bench.markdown import describe_environment, markdown
-from skipstep.bench.results import Contender, Run, read_run
 from skipstep.errors import InputError
 
 # Below the folder of committed results.
@@ -34,8 +33,8 @@ def gpu_tables(results: Path) -> str:
             remedy="remove them, or run make gpu on a machine with a GPU and copy out/gpu there",
         )
     parts = [markdown(["aim", "bound", "measured", "met"], [aim_row(aim) for aim in _read(folder / AIMS_FILE)["aims"]])]
-    if (folder / LATENCY_FILE).exists():
-        parts.append(_latency_table(read_run(folder / LATENCY_FILE)))
+    if any(folder.glob("latency-*.json")):
+        parts.append(_latency_table(folder))
     if (folder / "step-kernel.json").exists():
         parts.append(_bandwidth_table(_read(folder / "step-kernel.json")["cases"]))
     tasks = ", ".join(f"{each['task']} {each['status']}" for each in summary["tasks"])
@@ -43,29 +42,32 @@ def gpu_tables(results: Path) -> str:
     return "\n\n".join(parts)
 
 
-def _latency_table(run: Run) -> str:
+def _latency_table(folder: Path) -> str:
     """One line a network, batch size and contender: ms per step, and against our captured loop."""
-    slopes = seconds_per_step(run)
+    slopes = seconds_per_step(folder)
+    found: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for row in latency_rows(folder):
+        found.setdefault((row["model"], row["batch_size"], row["contender"]), {}).update(row)
     rows = []
-    for case in run.cases:
-        steps = [each.steps for each in run.cases if (each.model, each.batch_size) == (case.model, case.batch_size)]
-        if case.steps != max(steps):
-            continue
-        ours = slopes.get((case.model, case.batch_size, CAPTURED))
-        for contender in case.contenders:
-            slope = slopes.get((case.model, case.batch_size, contender.name))
-            rows.append(
-                [
-                    case.model,
-                    str(case.batch_size),
-                    contender.name,
-                    _said(contender) if slope is None else f"{slope * 1e3:.3f}",
-                    "" if slope is None or ours is None else f"{slope / ours:.2f}×",
-                    "" if contender.nodes_per_step is None else str(contender.nodes_per_step),
-                    "" if contender.build_seconds is None else f"{contender.build_seconds + _warm_up(contender):.1f}",
-                    "" if contender.peak_memory_bytes is None else f"{contender.peak_memory_bytes / 2**20:.0f}",
-                ]
-            )
+    for key, row in found.items():
+        slope, ours = slopes.get(key), slopes.get((*key[:2], CAPTURED))
+        rows.append(
+            [
+                key[0],
+                str(key[1]),
+                key[2],
+                "" if slope is None else f"{slope * 1e3:.3f}",
+                "" if slope is None or ours is None else f"{slope / ours:.2f}×",
+                _nodes_per_step(row),
+                "" if row["build_seconds"] is None else f"{row['build_seconds']:.1f}",
+                f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else "",
+            ]
+        )
+    for path in sorted(folder.glob("latency-*.json")):
+        for each in _read(path)["skipstep"]["absent"]:
+            # A cell of Markdown ends at a bar or at a line's end.
+            said = f"{each['status']}: {each['reason']}".replace("|", "¦").replace("\n", " ")[:120]
+            rows.append([each["model"], str(each["batch_size"]), each["contender"], said, "", "", "", ""])
     header = [
         "network",
         "batch",
@@ -79,13 +81,12 @@ def _latency_table(run: Run) -> str:
     return markdown(header, rows)
 
 
-def _said(contender: Contender) -> str:
-    # A cell of Markdown ends at a bar or at a line's end.
-    return f"{contender.status}: {contender.reason}".replace("|", "¦").replace("\n", " ")[:120]
-
-
-def _warm_up(contender: Contender) -> float:
-    return contender.warmup_seconds or 0.0
+def _nodes_per_step(row: dict[str, Any]) -> str:
+    """Of the graph for the row's plan, where the engine reports it; a step graph is one step already."""
+    for report in row.get("captures", ()):
+        if report["num_nodes"] is not None and report["num_stages"] == row["plan"]["steps"]:
+            return str(round(report["num_nodes"] / (report["num_stages"] if report["loop"] == "captured" else 1)))
+    return ""
 
 
 def _bandwidth_table(cases: list[dict[str, Any]]) -> str:

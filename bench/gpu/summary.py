@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from skipstep.bench.gpu.aims import seconds_per_step
-from skipstep.bench.gpu.tasks import AIMS_FILE, LATENCY_FILE
-from skipstep.bench.results import read_run
+from skipstep.bench.gpu.latency import seconds_per_step
+from skipstep.bench.gpu.tasks import AIMS_FILE
 from skipstep.latency.table import format_table
 
 
@@ -17,14 +16,9 @@ def print_summary(out: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Print what a person at the machine wants to know; the files have the rest."""
     rows = [[each["task"], each["status"], f"{each['seconds']:.0f}", each["reason"][:90]] for each in records]
     print("\n" + format_table(["task", "status", "s", ""], rows))
-    if (out / LATENCY_FILE).exists():
-        run = read_run(out / LATENCY_FILE)
-        lines = [
-            [model, str(batch), contender, f"{seconds * 1e3:.3f}"]
-            for (model, batch, contender), seconds in seconds_per_step(run).items()
-        ]
-        if lines:
-            print("\n" + format_table(["network", "batch", "contender", "ms per step"], lines))
+    lines = [[*map(str, key), f"{seconds * 1e3:.3f}"] for key, seconds in seconds_per_step(out).items()]
+    if lines:
+        print("\n" + format_table(["network", "batch", "contender", "ms per step"], lines))
     aims = json.loads((out / AIMS_FILE).read_text(encoding="utf-8"))["aims"]
     print("\n" + format_table(["aim", "bound", "measured", "met"], [aim_row(aim) for aim in aims]))
     print(f"\nresults in {out}")

@@ -6,13 +6,14 @@ A task that raises leaves no verdict; what it printed is its report.
 from __future__ import annotations
 
 import argparse
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from skipstep.bench.gpu.provenance import gate_environment, write_whole
 from skipstep.bench.gpu.tasks import TASKS, Verdict
+from skipstep.bench.record import environment, write_whole
 
 
 def run_task(name: str, out: Path, *, dry_run: bool, plant: str = "") -> Verdict:
@@ -21,6 +22,11 @@ def run_task(name: str, out: Path, *, dry_run: bool, plant: str = "") -> Verdict
         raise RuntimeError("planted")
     if plant == "hang":
         time.sleep(3600)
+    if name.startswith("latency-"):
+        from skipstep.bench.gpu.latency import measure_latency
+
+        (task,) = [each for each in TASKS if each.name == name]
+        return measure_latency(task, out, dry_run=dry_run, spoil=plant == "wrong")
     if name in ("kernels", "engine"):
         # Before all else that would import triton: the suite decides whether it is interpreted.
         from skipstep.bench.gpu.correctness import check_group
@@ -33,11 +39,7 @@ def run_task(name: str, out: Path, *, dry_run: bool, plant: str = "") -> Verdict
     else:
         from skipstep.bench.gpu.device import bench_device
 
-        device = bench_device(dry_run=dry_run)
-        if name.startswith("latency-"):
-            from skipstep.bench.gpu.latency import measure_latency
-
-            return measure_latency(device, name, out, spoil=plant == "wrong")
+        device = bench_device(simulated=dry_run)
         if name == "proofs":
             from skipstep.bench.gpu.proofs import prove
 
@@ -46,8 +48,7 @@ def run_task(name: str, out: Path, *, dry_run: bool, plant: str = "") -> Verdict
             from skipstep.bench.gpu.step_bandwidth import measure_bandwidth
 
             results, verdict = {"cases": measure_bandwidth(device)}, Verdict("ok")
-    environment = gate_environment(dry_run=dry_run)
-    write_whole(out, {"environment": environment, "dry_run": dry_run, **asdict(verdict), **results})
+    write_whole(out, {"environment": environment(simulated=dry_run), "dry_run": dry_run, **asdict(verdict), **results})
     return verdict
 
 
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--plant", default="")
     options = parser.parse_args(arguments)
+    # The gate ends a task with SIGTERM when its time is up; as an interrupt, it writes what has been measured.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     verdict = run_task(options.name, options.out, dry_run=options.dry_run, plant=options.plant)
     write_whole(options.verdict, asdict(verdict))
 

@@ -21,15 +21,20 @@ BUDGET: Final = 575.0
 class Task:
     """`seconds` are set aside for it. It is not run unless all that it `needs` are ok.
 
-    `decides`: the gate fails unless it is ok or absent. `file` receives its results; those of several latency tasks are
-    merged into one.
+    `decides`: the gate fails unless it is ok or absent. `contenders`: it measures their latency, with `models` and
+    batch sizes as the benchmark's --model takes them.
     """
 
     name: str
     seconds: float
-    file: str
     needs: tuple[str, ...] = ()
     decides: bool = True
+    contenders: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,6 @@ class Verdict:
     reason: str = ""
 
 
-LATENCY_FILE: Final = "latency.json"
 AIMS_FILE: Final = "aims.json"
 SUMMARY_FILE: Final = "summary.json"
 
@@ -49,18 +53,23 @@ CAPTURED: Final = "skipstep-captured"
 EAGER: Final = "diffusers"
 REPLAYED: Final = "network-graph"
 
+_FIRST: Final = ("cifar10-architecture@1",)
+_ALL: Final = ("cifar10-architecture@1,8,64", "celeba64-architecture@1,8", "celebahq256-architecture@1")
+_CHECKED: Final = ("kernels", "engine")
+
 TASKS: Final = (
-    Task("kernels", 90, "kernels.json"),
-    Task("engine", 70, "engine.json"),
-    Task("memory-check", 35, "memory-check.json"),
-    Task("proofs", 25, "proofs.json"),
-    Task("step-kernel", 55, "step-kernel.json", needs=("kernels",)),
-    Task("latency-skipstep", 80, LATENCY_FILE, needs=("kernels", "engine")),
-    Task("latency-diffusers", 65, LATENCY_FILE, decides=False),
-    Task("latency-tensorrt", 15, LATENCY_FILE, needs=("kernels", "engine")),
-    Task("latency-reduce-overhead", 60, LATENCY_FILE, decides=False),
-    Task("latency-compiled", 40, LATENCY_FILE, needs=("kernels", "engine"), decides=False),
-    Task("latency-max-autotune", 40, LATENCY_FILE, decides=False),
+    Task("kernels", 90),
+    Task("engine", 70),
+    Task("memory-check", 35),
+    Task("proofs", 25),
+    Task("step-kernel", 55, needs=("kernels",)),
+    Task("latency-skipstep", 65, _CHECKED, contenders=(CAPTURED,), models=_ALL),
+    Task("latency-loops", 15, _CHECKED, contenders=("skipstep-step-graph", "skipstep-stepwise"), models=_FIRST),
+    Task("latency-diffusers", 65, decides=False, contenders=(REPLAYED, EAGER), models=_ALL),
+    Task("latency-tensorrt", 15, _CHECKED, contenders=("skipstep-tensorrt",), models=_ALL),
+    Task("latency-reduce-overhead", 60, decides=False, contenders=("diffusers-reduce-overhead",), models=_ALL),
+    Task("latency-compiled", 40, _CHECKED, decides=False, contenders=("skipstep-compiled",), models=_FIRST),
+    Task("latency-max-autotune", 40, decides=False, contenders=("diffusers-max-autotune",), models=_ALL),
 )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skipstep.errors import MissingDependencyError
 from skipstep.latency.table import format_table
 
 if TYPE_CHECKING:
@@ -24,17 +24,17 @@ examples:
   skipstep compare baselines bench.json --accept
       once, and whenever a change of speed is meant: the run becomes the baseline of this machine class
   skipstep compare baselines bench.json --measure-again
-      compare; what looks slow is measured once more, with three times the turns, before it fails
+      compare; what looks slow is measured once more, with three times the rounds, before it fails
 """
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("baseline", type=Path, help="a run (.json), or a folder with one a machine class")
+    parser.add_argument("baseline", type=Path, help="a run (.json), or a folder with a run for each machine class")
     parser.add_argument("result", type=Path, help="the run that skipstep bench --out wrote")
     parser.add_argument("--accept", action="store_true", help="store the result as the baseline; compare nothing")
     parser.add_argument("--limit", type=float, default=10.0, metavar="PERCENT", help="fail beyond this (default: 10)")
     parser.add_argument(
-        "--gate", nargs="+", metavar="NAME", help="contenders that may fail by being slower (default: 'skipstep-*')"
+        "--gate", nargs="+", metavar="NAME", help="contenders that may fail by being slower (default: 'skipstep*')"
     )
     parser.add_argument("--measure-again", action="store_true", help="measure what looks slow once more, then decide")
     parser.add_argument("--out", type=Path, help="write the comparison as JSON")
@@ -45,29 +45,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """0, or 1 where the gate fails."""
-    from skipstep.bench.compare import GATED, baseline_path, compare_runs, read_baseline
-    from skipstep.bench.record import write_json
-    from skipstep.bench.results import read_run, write_run
+    from skipstep.bench.compare import GATED, baseline_path, compare_runs, read_baseline, read_run
+    from skipstep.bench.record import write_whole
 
     result = read_run(options.result)
     if options.accept:
-        path = baseline_path(options.baseline, result.machine_class)
-        write_run(path, result)
-        print(f"wrote {path}: {len(result.cases)} cases, the baseline of {result.machine_class}")
+        path = baseline_path(options.baseline, result.machine)
+        write_whole(path, json.loads(options.result.read_text(encoding="utf-8")))
+        print(f"wrote {path}: {len(result.entries)} benchmarks, the baseline of {result.machine}")
         return 0
     baseline = read_baseline(options.baseline, result, result_path=options.result)
     measure_again = None
     if options.measure_again:
-        try:
-            from skipstep.bench.measure_again import measuring_again
-        except ImportError as error:
-            raise MissingDependencyError(
-                got=f"--measure-again, and no package {error.name}",
-                expected="torch, diffusers and the ONNX exporter",
-                remedy="pip install 'skipstep[cpu,torch,export,diffusers]', or leave out --measure-again",
-            ) from error
+        from skipstep.bench.measure_again import measuring_again
 
-        measure_again = measuring_again(result, progress=lambda message: print(message, file=sys.stderr, flush=True))
+        measure_again = measuring_again(options.result, progress=lambda text: print(text, file=sys.stderr, flush=True))
     comparison = compare_runs(
         baseline,
         result,
@@ -77,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     )
     print(describe(comparison))
     if options.out:
-        write_json(options.out, comparison.as_json())
+        write_whole(options.out, comparison.as_json())
     summary = options.summary or os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:
         with open(summary, "a", encoding="utf-8") as page:
@@ -85,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     return 0 if comparison.passed else 1
 
 
-_HEADER = ("case", "contender", "before", "now", "slowdown", "95 % interval", "turns", "verdict")
+_HEADER = ("case", "contender", "before", "now", "slowdown", "95 % interval", "rounds", "verdict")
 
 
 def describe(comparison: Comparison) -> str:
@@ -110,7 +102,7 @@ def _cells(change: Change) -> list[str]:
             f"{change.ratio_now:.2f}×",
             f"{change.slowdown:+.1%}",
             "{:+.1%} … {:+.1%}".format(*change.interval),
-            f"{change.turns}, again" if change.again else f"{change.turns}",
+            f"{change.rounds}, again" if change.again else f"{change.rounds}",
         ]
     verdict = change.verdict.upper() if change.failed else change.verdict
     if change.verdict == "slower" and not change.gated:
@@ -130,7 +122,7 @@ def _conclusion(comparison: Comparison) -> str:
     compared = [change for change in comparison.changes if change.slowdown is not None]
     told = ("faster", "unclear", "unmeasured", "lost")
     count = {name: sum(each.verdict == name for each in comparison.changes) for name in told}
-    against = f"against the baseline of commit {comparison.baseline.get('commit', 'unknown')}"
+    against = f"against the baseline of commit {comparison.baseline_commit}"
     if comparison.failures:
         names = "; ".join(f"{each.contender} ({each.case}) is {each.verdict}" for each in comparison.failures)
         return f"failed {against}, limit {comparison.limit:.0%}: {names}"

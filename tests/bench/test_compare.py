@@ -6,42 +6,52 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from skipstep.bench.compare import baseline_path, compare_cases, compare_runs, slowdown_interval
-from skipstep.bench.results import REFERENCE, Case, Contender, Run, read_run, write_run
+from skipstep.bench.compare import Case, baseline_path, compare_cases, compare_runs, read_run, slowdown_interval
+from skipstep.bench.result_files import REFERENCE, Absence, Entry, Run
 from skipstep.commands.compare import describe, to_markdown
 from skipstep.commands.main import main
 from skipstep.errors import InputError
 
-OURS = "skipstep-onnx"
+OURS = "skipstep"
 CLASS = "cpu x86_64 avx2, 2 cores"
 
 
+def entry(contender, seconds, textbook, steps=10):
+    ratios = tuple(t / s for t, s in zip(textbook, seconds, strict=True))
+    return Entry(1, "a-model", contender, steps, "ddim", "a-plan", 1, "cpu", "float32", tuple(seconds), ratios)
+
+
 def a_case(seed=0, *, own=1.0, peer=2.0, turns=15, noise=0.02, spells=0.0, steps=10):
-    """The textbook loop takes three times as long as ours; a slow spell hits all who take turns during it."""
+    """The textbook loop takes three times as long as ours; a slow spell hits all that are timed during it."""
     rng = np.random.default_rng(seed)
     machine = np.exp(spells * rng.standard_normal(turns))
 
     def seconds(median):
-        return tuple((median * machine * np.exp(noise * rng.standard_normal(turns))).tolist())
+        return (median * machine * np.exp(noise * rng.standard_normal(turns))).tolist()
 
-    contenders = (
-        Contender(REFERENCE, "ok", seconds=seconds(3.0)),
-        Contender(OURS, "ok", seconds=seconds(own)),
-        Contender("diffusers", "ok", seconds=seconds(peer)),
-    )
-    return Case("a-model", steps, 1, "float32", "a-plan", contenders)
+    textbook = seconds(3.0)
+    entries = [entry(*each, textbook, steps) for each in ((REFERENCE, textbook), (OURS, seconds(own)))]
+    entries.append(entry("diffusers", seconds(peer), textbook, steps))
+    return Case(f"a-model, {steps} steps, batch 1", {each.contender: each for each in entries}, {})
 
 
-def a_run(*cases, machine_class=CLASS, commit="abc1234", **environment):
-    facts = {"commit": commit, "machine_class": machine_class, "cpu": "A", "torch": "2.13", **environment}
-    return Run(facts, {"threads": 2}, cases or (a_case(),))
+def a_run(*cases, machine_class=CLASS, commit="abc1234", **versions):
+    cases = cases or (a_case(),)
+    entries = tuple(entry for case in cases for entry in case.entries.values())
+    absent = tuple(absence for case in cases for absence in case.absent.values())
+    versions = {"torch": "2.13", **versions}
+    return Run(1, machine_class, 2, commit, "2026-01-01", absent, entries, versions, options={"threads": 2})
 
 
-def with_status(case, name, status, reason=""):
-    contenders = tuple(
-        Contender(name, status, reason=reason) if each.name == name else each for each in case.contenders
-    )
-    return replace(case, contenders=contenders)
+def changed(case, name, change):
+    """The case with another entry for that contender."""
+    return replace(case, entries={**case.entries, name: change(case.entries[name])})
+
+
+def with_status(case, name, status, reason="because"):
+    absence = Absence("a-model", name, case.entries[name].steps, 1, reason, status)
+    entries = {each: value for each, value in case.entries.items() if each != name}
+    return Case(case.name, entries, {name: absence})
 
 
 def verdicts(comparison):
@@ -75,11 +85,9 @@ def test_the_limit_is_ten_percent_either_way(own, verdict):
 
 
 def test_a_loss_that_noise_can_explain_is_unclear_and_no_failure():
-    quiet, noisy = a_case(turns=45), a_case(turns=45)
-    # Three turns of which one is fast: the median is slow, and so few turns cannot show that it stays so.
-    few = tuple(replace(each, seconds=each.seconds[:3]) for each in noisy.contenders)
-    own = tuple(second * factor for second, factor in zip(few[1].seconds, (1.3, 1.25, 0.8), strict=True))
-    noisy = replace(noisy, contenders=(few[0], replace(few[1], seconds=own), few[2]))
+    quiet = a_case(turns=45)
+    # Three rounds of which one is fast: the median is slow, and so few rounds cannot show that it stays so.
+    noisy = changed(quiet, OURS, lambda e: entry(OURS, np.multiply(e.data[:3], (1.3, 1.25, 0.8)), [3.0] * 3))
     comparison = compare_runs(a_run(quiet), a_run(noisy))
     change = next(each for each in comparison.changes if each.contender == OURS)
     assert change.slowdown > 0.1
@@ -108,22 +116,21 @@ def test_what_looks_slow_is_measured_again_and_the_second_measurement_decides():
 
     def again(own):
         def measure(case):
-            asked.append(case.steps)
-            return a_case(7, turns=45, steps=case.steps, own=own)
+            steps = case.entries[OURS].steps
+            asked.append(steps)
+            return a_case(7, turns=45, steps=steps, own=own)
 
         return measure
 
     recovered = compare_runs(before, now, measure_again=again(1.0))
     assert recovered.passed
     assert asked == [20]
-    assert [(each.again, each.turns) for each in recovered.changes if each.contender == OURS] == [
+    assert [(each.again, each.rounds) for each in recovered.changes if each.contender == OURS] == [
         (False, 15),
         (True, 45),
     ]
     confirmed = compare_runs(before, now, measure_again=again(1.2))
-    assert [(each.case, each.contender) for each in confirmed.failures] == [
-        ("a-model, 20 steps, batch 1, float32", OURS)
-    ]
+    assert [(each.case, each.contender) for each in confirmed.failures] == [("a-model, 20 steps, batch 1", OURS)]
 
 
 @pytest.mark.parametrize(("own", "suspicious"), [(1.02, False), (1.07, True), (1.2, True)])
@@ -138,9 +145,9 @@ def test_slower_peers_are_listed_and_fail_only_when_gated():
     before, now = a_run(a_case()), a_run(a_case(peer=3.0))
     comparison = compare_runs(before, now)
     assert comparison.passed
-    assert verdicts(comparison)["a-model, 10 steps, batch 1, float32", "diffusers"] == "slower"
+    assert verdicts(comparison)["a-model, 10 steps, batch 1", "diffusers"] == "slower"
     assert "slower, not gated" in describe(comparison)
-    assert not compare_runs(before, now, gated=("skipstep-*", "diffusers")).passed
+    assert not compare_runs(before, now, gated=("skipstep*", "diffusers")).passed
 
 
 @pytest.mark.parametrize("status", ["wrong", "failed"])
@@ -171,13 +178,13 @@ def test_what_only_one_run_has_is_listed():
     before = a_run(a_case(), a_case(steps=20))
     now = a_run(with_status(a_case(), "diffusers", "absent", "no package"), a_case(steps=50))
     comparison = compare_runs(before, now)
-    assert comparison.only_before == ("a-model, 20 steps, batch 1, float32",)
-    assert comparison.only_now == ("a-model, 50 steps, batch 1, float32",)
+    assert comparison.only_before == ("a-model, 20 steps, batch 1",)
+    assert comparison.only_now == ("a-model, 50 steps, batch 1",)
     text = describe(comparison)
     assert text.splitlines()[-1].endswith("1 compared, 1 lost")
     for words in (
-        "20 steps, batch 1, float32: only in the baseline",
-        "50 steps, batch 1, float32: only in the result",
+        "20 steps, batch 1: only in the baseline",
+        "50 steps, batch 1: only in the result",
         "lost (absent: no package)",
     ):
         assert words in text
@@ -189,8 +196,8 @@ def test_a_gate_that_guards_nothing_does_not_pass():
         compare_runs(a_run(a_case()), a_run(a_case(steps=20)))
     with pytest.raises(InputError, match="guards nothing"):
         compare_runs(a_run(), a_run(with_status(a_case(), OURS, "absent")))
-    # Two turns are no measurement.
-    few = replace(a_case(), contenders=tuple(replace(each, seconds=each.seconds[:2]) for each in a_case().contenders))
+    # Two rounds are no measurement.
+    few = changed(a_case(), OURS, lambda e: replace(e, data=e.data[:2], ratios=e.ratios[:2]))
     assert verdict_of(a_case(), few).verdict == "unmeasured"
     with pytest.raises(InputError, match="guards nothing"):
         compare_runs(a_run(), a_run(few))
@@ -200,29 +207,24 @@ def test_a_gate_that_guards_nothing_does_not_pass():
 def test_ratios_of_a_busy_machine_are_not_judged_but_measured_again(machine):
     """All cores taken: the textbook loop suffers more than we do, or did when the baseline was measured."""
 
-    def scaled(case, by):
-        return replace(
-            case,
-            contenders=tuple(
-                replace(each, seconds=tuple(by * (by if each.name == REFERENCE else 1.0) * s for s in each.seconds))
-                for each in case.contenders
-            ),
-        )
+    def scaled(case, textbook, own):
+        def scale(e):
+            data = np.multiply(e.data, own)
+            return entry(OURS, data, np.multiply(e.data, e.ratios) * textbook)
 
-    before, now = a_run(a_case(turns=45)), a_run(scaled(a_case(1, own=1.3), machine))
+        return changed(case, OURS, scale)
+
+    before, now = a_run(a_case(turns=45)), a_run(scaled(a_case(1, own=1.3), machine**2, machine))
     with pytest.raises(InputError, match=r"times as long as in the baseline: is the machine busy\?"):
         compare_runs(before, now)
     assert not compare_runs(before, now, measure_again=lambda case: a_case(2, own=1.3)).passed
     # Twice as slow in all things is another processor of the class.
-    twice = tuple(replace(each, seconds=tuple(2.0 * s for s in each.seconds)) for each in a_case(1).contenders)
-    assert compare_runs(before, a_run(replace(a_case(1), contenders=twice))).passed
+    assert compare_runs(before, a_run(scaled(a_case(1), 2.0, 2.0))).passed
 
 
-def test_other_machines_schemas_and_limits_are_refused_by_name():
+def test_other_machines_and_limits_are_refused_by_name():
     with pytest.raises(InputError, match=r"'gpu B'.*'cpu x86_64 avx2, 2 cores'"):
         compare_runs(a_run(), a_run(machine_class="gpu B"))
-    with pytest.raises(InputError, match="schema 2 and a baseline of schema 1"):
-        compare_runs(a_run(), replace(a_run(), schema=2))
     with pytest.raises(InputError, match="twice"):
         compare_runs(a_run(a_case(), a_case()), a_run())
     with pytest.raises(InputError, match="limit"):
@@ -231,7 +233,7 @@ def test_other_machines_schemas_and_limits_are_refused_by_name():
 
 def test_versions_that_differ_are_named():
     digests = {"a-model": "0123"}
-    now = replace(a_run(torch="2.14", commit="def"), options={"threads": 4, "digests": digests})
+    now = replace(a_run(torch="2.14", commit="def"), options={"threads": 4}, digests=digests)
     comparison = compare_runs(a_run(), now)
     assert comparison.differences == (
         ("torch", "2.13", "2.14"),
@@ -247,17 +249,30 @@ def test_a_folder_holds_one_baseline_a_machine_class(tmp_path):
     assert baseline_path(tmp_path / "mine.json", CLASS) == tmp_path / "mine.json"
 
 
+def write(path, run):
+    """As pytest-benchmark writes it."""
+    benchmarks = []
+    for e in run.entries:
+        facts = {"schema": 1, "model": e.model, "contender": e.contender, "batch_size": 1, "device": "cpu"}
+        plan = {"steps": e.steps, "solver": "ddim", "key": e.key}
+        extra = {**facts, "precision": "float32", "threads": 2, "error": 0.0, "tolerance": 0.1, "plan": plan}
+        benchmarks.append({"stats": {"data": e.data}, "extra_info": {**extra, "ratios": e.ratios}})
+    facts = {"schema": 1, "machine": run.machine, "cores": 2, "commit": run.commit, "versions": run.versions}
+    facts |= {"absent": [], "options": run.options}
+    path.write_text(json.dumps({"benchmarks": benchmarks, "skipstep": facts, "datetime": "2026-01-01"}))
+
+
 @pytest.fixture
 def files(tmp_path):
-    write_run(tmp_path / "same.json", a_run(a_case(1)))
-    write_run(tmp_path / "slow.json", a_run(a_case(2, own=1.3)))
-    write_run(tmp_path / "fast.json", a_run(a_case(2, own=0.7)))
+    write(tmp_path / "same.json", a_run(a_case(1)))
+    write(tmp_path / "slow.json", a_run(a_case(2, own=1.3)))
+    write(tmp_path / "fast.json", a_run(a_case(2, own=0.7)))
     assert main(["compare", str(tmp_path / "baselines"), str(tmp_path / "same.json"), "--accept"]) == 0
     return tmp_path
 
 
 def test_the_command_accepts_compares_and_reports(files, capsys, monkeypatch):
-    assert read_run(files / "baselines" / "cpu-x86-64-avx2-2-cores.json") == a_run(a_case(1))
+    assert read_run(files / "baselines" / "cpu-x86-64-avx2-2-cores.json") == read_run(files / "same.json")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(files / "summary.md"))
     baselines = str(files / "baselines")
     assert main(["compare", baselines, str(files / "same.json")]) == 0
@@ -273,7 +288,7 @@ def test_the_command_accepts_compares_and_reports(files, capsys, monkeypatch):
     summary = (files / "summary.md").read_text()
     assert summary.count("### passed") == 3
     assert summary.count("### failed") == 1
-    assert "| a-model, 10 steps, batch 1, float32 | skipstep-onnx |" in summary
+    assert "| a-model, 10 steps, batch 1 | skipstep |" in summary
 
 
 def test_bad_input_to_the_command(files, capsys):
@@ -281,10 +296,11 @@ def test_bad_input_to_the_command(files, capsys):
     message = capsys.readouterr().err
     assert "no baseline" in message
     assert f"skipstep compare {files / 'none'} {files / 'same.json'} --accept" in message
-    older = json.loads((files / "same.json").read_text()) | {"schema": 0}
+    older = json.loads((files / "same.json").read_text())
+    older["skipstep"]["schema"] = 9
     (files / "older.json").write_text(json.dumps(older))
     assert main(["compare", str(files / "older.json"), str(files / "same.json")]) == 2
-    assert "schema 0; expected schema 1" in capsys.readouterr().err
+    assert "schema 9" in capsys.readouterr().err
     assert main(["compare", str(files / "baselines"), str(files / "missing.json")]) == 2
     assert main(["compare", str(files / "baselines"), str(files / "same.json"), "--measure-again"]) == 2
     assert "--measure-again" in capsys.readouterr().err

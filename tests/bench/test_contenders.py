@@ -13,22 +13,16 @@ from tolerances import BACKENDS_AGREE
 
 from skipstep import Engine
 from skipstep.bench.contenders import CONTENDERS, contenders_named
-from skipstep.bench.contenders.pipeline import DIFFUSERS, lacks_compiler
+from skipstep.bench.contenders.pipeline import lacks_compiler
 from skipstep.bench.contenders.textbook import TEXTBOOK
 from skipstep.bench.contenders.time_box import time_box
-from skipstep.bench.contenders.workload import Setup, Workload
+from skipstep.bench.contenders.workload import Setup, Workload, to_numpy
 from skipstep.bench.models import open_subject, subject_name
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.errors import InputError
 
 # Those that run here without a compiler's minutes.
-QUICK = (
-    "diffusers",
-    "onnxruntime-stepwise-python",
-    "skipstep-onnx",
-    "skipstep-onnx-stepwise",
-    "skipstep-torch-stepwise",
-)
+QUICK = ("diffusers", "onnxruntime", "skipstep", "skipstep-torch")
 
 
 @pytest.fixture(scope="module", params=["labelled", "v-prediction"])
@@ -44,9 +38,9 @@ def subject(request, tmp_path_factory):
 def drawn(name, subject, *, steps=4, batch_size=2):
     plan = subject.plan(steps)
     setup = Setup((plan,), (batch_size,), threads=1)
-    kind = CONTENDERS[name]
-    assert kind.lacks(subject, setup) is None
-    return kind.build(subject, setup).prepare(Workload(subject, plan, batch_size))()
+    contender = CONTENDERS[name]
+    assert contender.lacks(subject, setup) is None
+    return to_numpy(contender.build(subject, setup).prepare(Workload(subject, plan, batch_size))())
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -67,17 +61,14 @@ def test_openvino_draws_it_too(subject):
 def test_dynamic_thresholding_is_the_engines(tmp_path):
     folder = save_model(tmp_path / "model", thresholding=True, clip_sample=False, sample_max_value=2.0)
     subject = open_subject(str(folder), folder=tmp_path)
-    np.testing.assert_allclose(
-        drawn("skipstep-torch-stepwise", subject), drawn("textbook", subject), atol=BACKENDS_AGREE
-    )
+    np.testing.assert_allclose(drawn("skipstep-torch", subject), drawn("textbook", subject), atol=BACKENDS_AGREE)
     setup = Setup((subject.plan(4),), (1,))
-    assert "thresholding" in CONTENDERS["onnxruntime-stepwise-python"].lacks(subject, setup)
+    assert "thresholding" in CONTENDERS["onnxruntime"].lacks(subject, setup)
 
 
 def test_the_export_is_shared_with_the_engines(subject, monkeypatch):
     assert subject.exported
-    for module in ("skipstep.export.onnx_model.export_onnx", "skipstep.bench.models.export_onnx"):
-        monkeypatch.setattr(module, lambda *_: pytest.fail("exported again"))
+    monkeypatch.setattr("skipstep.export.onnx_model.export_onnx", lambda *_: pytest.fail("exported again"))
     Engine.build(str(subject.path), plans=[2], backend="onnxruntime", device="cpu")
 
 
@@ -85,7 +76,7 @@ def test_what_this_machine_lacks_is_said(subject):
     setup = Setup((subject.plan(2),), (1,))
     if not torch.cuda.is_available():
         assert "no CUDA device" in CONTENDERS["skipstep-captured"].lacks(subject, setup)
-    assert "measures float32 on cuda" in CONTENDERS["skipstep-onnx"].lacks(
+    assert "measures float32 on cuda" in CONTENDERS["skipstep"].lacks(
         subject, Setup((subject.plan(2),), (1,), device="cuda")
     )
 
@@ -99,10 +90,10 @@ def test_a_bundle_runs_as_it_is_and_lacks_the_rest(tmp_path):
     subject = open_subject(str(SHIPPED_BUNDLE), folder=tmp_path)
     setup = Setup((subject.plan(2),), (1,))
     absent = {name for name, kind in CONTENDERS.items() if kind.lacks(subject, setup) is not None}
-    assert absent == set(CONTENDERS) - {"skipstep-onnx"}
+    assert absent == set(CONTENDERS) - {"skipstep"}
     assert "bundle" in TEXTBOOK.lacks(subject, setup)
-    assert "bundle" in DIFFUSERS.lacks(subject, setup)
-    assert drawn("skipstep-onnx", subject, steps=2).shape == (2, 1, 28, 28)
+    assert "bundle" in CONTENDERS["diffusers"].lacks(subject, setup)
+    assert drawn("skipstep", subject, steps=2).shape == (2, 1, 28, 28)
 
 
 def test_models_are_refused_with_a_remedy(tmp_path):
@@ -114,14 +105,26 @@ def test_models_are_refused_with_a_remedy(tmp_path):
         open_subject(str(tmp_path / "model"), folder=tmp_path)
 
 
-def test_contenders_are_found_by_name_and_the_reference_is_always_there():
-    assert [kind.name for kind in contenders_named(["openvino", "diffusers", "openvino"])] == [
-        "textbook",
-        "openvino",
-        "diffusers",
-    ]
+def test_contenders_are_found_by_name():
+    assert [each.name for each in contenders_named(["openvino", "diffusers", "openvino"])] == ["openvino", "diffusers"]
+    assert [each.name for each in contenders_named([])] == list(CONTENDERS)
     with pytest.raises(InputError, match=r"contenders tensorflow; expected names among textbook, .*openvino"):
         contenders_named(["tensorflow"])
+
+
+def test_a_gpu_has_the_same_contenders_and_a_dry_run_draws_with_them(subject):
+    """The CPU stands for the GPU: every loop form, diffusers' loop and the replayed network draw the same samples."""
+    plan = subject.plan(4)
+    setup = Setup((plan,), (2,), threads=1, simulated=True)
+    workload = Workload(subject, plan, 2)
+    expected = drawn("textbook", subject)
+    names = ("skipstep-captured", "skipstep-stepwise", "diffusers", "network-graph", "diffusers-max-autotune")
+    for name in names:
+        assert CONTENDERS[name].lacks(subject, setup) is None
+        found = to_numpy(CONTENDERS[name].build(subject, setup).prepare(workload)())
+        np.testing.assert_allclose(found, expected, atol=BACKENDS_AGREE)
+    for name in ("skipstep", "onnxruntime", "network", "diffusers-compile"):
+        assert CONTENDERS[name].lacks(subject, setup)
 
 
 def test_a_time_box_interrupts_and_leaves_what_is_quick_alone():

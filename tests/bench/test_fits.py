@@ -4,13 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipstep.bench.fits import fit_cases, fit_line, fits_as_json
-from skipstep.bench.results import Case, Contender
-
-
-def case(steps: int, batch_size: int = 1, **seconds: tuple[float, ...]) -> Case:
-    contenders = tuple(Contender(name, "ok" if times else "absent", seconds=times) for name, times in seconds.items())
-    return Case("net", steps, batch_size, "float32", f"key{steps}", contenders)
+from skipstep.bench.fits import fit_line
 
 
 @given(
@@ -36,16 +30,3 @@ def test_a_slow_large_call_does_not_move_the_fixed_cost():
 def test_one_step_count_makes_no_line():
     with pytest.raises(ValueError, match="1 distinct"):
         fit_line([(10, 1.0), (10, 1.1)])
-
-
-def test_fits_are_by_contender_and_batch_of_what_was_measured():
-    cases = [
-        case(1, a=(2.0, 3.0, 2.0), b=(9.0,), c=()),
-        case(3, a=(4.0, 4.0, 9.0), c=()),
-        case(1, batch_size=8, a=(5.0,)),
-    ]
-    (fit,) = fit_cases(cases)
-    assert (fit.contender, fit.batch_size) == ("a", 1)
-    assert (fit.fixed_seconds, fit.per_step_seconds) == (pytest.approx(1.0), pytest.approx(1.0))
-    assert fit.points == ((1, 2.0), (3, 4.0))
-    assert fits_as_json(cases)[0]["per_step_seconds"] == pytest.approx(1.0)

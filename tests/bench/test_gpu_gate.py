@@ -13,20 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from skipstep.bench.architectures import ARCHITECTURES
+from skipstep.bench.contenders import CONTENDERS
 from skipstep.bench.gpu import memory_check, proofs
 from skipstep.bench.gpu.__main__ import Gate, main
 from skipstep.bench.gpu.aims import hold_against_aims, write_aims
-from skipstep.bench.gpu.contenders import CONTENDERS
 from skipstep.bench.gpu.correctness import GROUPS
 from skipstep.bench.gpu.device import Trace
-from skipstep.bench.gpu.latency_file import merge_runs
+from skipstep.bench.gpu.latency import latency_rows, seconds_per_step
 from skipstep.bench.gpu.process import run_limited
-from skipstep.bench.gpu.provenance import gate_environment, write_whole
 from skipstep.bench.gpu.report import NOT_RUN, gpu_tables
-from skipstep.bench.gpu.tasks import BUDGET, CAPTURED, EAGER, LATENCY_FILE, REPLAYED, TASKS, Task, limit_for
+from skipstep.bench.gpu.tasks import BUDGET, CAPTURED, EAGER, REPLAYED, TASKS, Task, limit_for
 from skipstep.bench.gpu.wheels import lacking
-from skipstep.bench.gpu_models import GPU_MODELS
-from skipstep.bench.results import Case, Contender, Run, read_run, write_run
+from skipstep.bench.record import environment, write_whole
 from skipstep.errors import DeviceUnavailableError, InputError
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +75,13 @@ def test_every_file_of_a_dry_run_says_where_it_comes_from(dry_run):
     names = {task.file for task in TASKS} | {"aims.json", "summary.json"}
     assert {path.name for path in out.iterdir()} == names
     for name in names:
-        facts = read(out / name)["environment"]
+        contents = read(out / name)
+        if name.startswith("latency-"):
+            facts = contents["skipstep"]
+            assert facts["machine"].startswith("dry run on ")
+            assert facts["versions"]["torch"] == torch.__version__
+            continue
+        facts = contents["environment"]
         assert facts["machine_class"].startswith("dry run on ")
         assert facts["commit"]
         assert facts["torch"] == torch.__version__
@@ -95,24 +100,21 @@ def test_every_file_of_a_dry_run_says_where_it_comes_from(dry_run):
 @pytest.mark.timeout(600)
 def test_every_contender_of_a_dry_run_is_checked_and_timed(dry_run):
     _, out = dry_run
-    run = read_run(out / LATENCY_FILE)
-    assert {case.batch_size for case in run.cases} == {1, 2}
-    expected = {each.name for contenders in CONTENDERS.values() for each in contenders}
-    [first] = [case for case in run.cases if case.batch_size == 1 and case.steps == min(c.steps for c in run.cases)]
-    assert {each.name for each in first.contenders} == expected
-    for case in run.cases:
-        assert case.plan
-        for each in case.contenders:
-            if each.status != "absent":
-                assert each.status == "ok", each
-                assert len(each.seconds) >= 3
-                assert 0 <= each.error <= each.tolerance
-    assert first.contender(CAPTURED).nodes_per_step == 4
-    fitted = {(fit["batch_size"], fit["contender"]) for fit in run.measurements["fits"]}
-    assert {(1, CAPTURED), (2, EAGER)} <= fitted
-    [jitter] = run.measurements["jitter"]
+    rows = list(latency_rows(out))
+    expected = {name for task in TASKS for name in task.contenders}
+    absent = {each["contender"] for path in out.glob("latency-*.json") for each in read(path)["skipstep"]["absent"]}
+    assert {row["contender"] for row in rows} | absent == expected
+    assert absent <= {"skipstep-tensorrt"}
+    assert {row["batch_size"] for row in rows} == {1, 2}
+    for row in rows:
+        assert row["plan"]["key"]
+        # The fewest steps are checked.
+        assert (row["error"] is None) == (row["plan"]["steps"] != 2)
+        assert row["error"] is None or 0 <= row["error"] <= row["tolerance"]
+    assert {(1, CAPTURED), (2, EAGER)} <= {key[1:] for key in seconds_per_step(out)}
+    [jitter] = [row["jitter"] for row in rows if "jitter" in row and row["contender"] == CAPTURED]
     assert 0 < jitter["p50"] <= jitter["p90"] <= jitter["p99"] <= jitter["max"]
-    assert {capture["loop"] for capture in run.measurements["captures"]} == {"captured"}
+    assert {row["contender"] for row in rows if "network_seconds" in row} == {REPLAYED}
 
 
 @pytest.mark.timeout(600)
@@ -133,10 +135,10 @@ def test_the_step_kernel_is_measured_beside_a_copy(dry_run):
 def test_planted_faults_are_reported_and_fail_the_gate(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     tasks = (
-        Task("kernels", 60, "kernels.json"),
-        Task("step-kernel", 60, "step-kernel.json", needs=("kernels",)),
-        Task("latency-skipstep", 120, LATENCY_FILE),
-        Task("proofs", 3, "proofs.json"),
+        Task("kernels", 60),
+        Task("step-kernel", 60, needs=("kernels",)),
+        Task("latency-skipstep", 120),
+        Task("proofs", 3),
     )
     plants = {"kernels": "raise", "latency-skipstep": "wrong", "proofs": "hang"}
     budget = sum(task.seconds for task in tasks[:-1])
@@ -151,16 +153,12 @@ def test_planted_faults_are_reported_and_fail_the_gate(tmp_path, monkeypatch):
         "proofs": "timed out",
     }
     assert "RuntimeError: planted" in gate.verdicts["kernels"].reason
-    assert "skipstep-captured wrong" in gate.verdicts["latency-skipstep"].reason
+    assert "skipstep-captured] wrong: samples are off by" in gate.verdicts["latency-skipstep"].reason
     summary = read(tmp_path / "out" / "summary.json")
     assert not summary["passed"]
     assert "RuntimeError: planted" in summary["tasks"][0]["tail"]
-    for name in ("kernels.json", "step-kernel.json", "proofs.json"):
-        assert not (tmp_path / "out" / name).exists()
-    for case in read_run(tmp_path / "out" / LATENCY_FILE).cases:
-        for each in case.contenders:
-            assert (each.status, each.seconds) == ("wrong", ())
-            assert each.error > each.tolerance
+    # No number for what is not correct.
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name not in ("aims.json", "summary.json")] == []
 
 
 def test_without_a_gpu_it_says_what_to_do(tmp_path, capsys, monkeypatch):
@@ -288,27 +286,29 @@ def test_a_proof_that_nobody_could_look_at_is_none():
     assert proofs.judge({**facts, "same_result": False}).status == "failed"
 
 
-def measured_run(*, ours: float, eager: float, replayed: float) -> Run:
+def write_measured(folder: Path, *, ours: float, eager: float, replayed: float) -> None:
     """Medians that lie on lines of so many seconds per step; the 256×256 network is 1 ms a step, and 0.99 alone."""
-    names = {CAPTURED: ours, EAGER: eager, REPLAYED: replayed}
 
-    def ok(name: str, seconds: float) -> Contender:
-        return Contender(name, "ok", seconds=(seconds,) * 3, error=0.0, tolerance=0.1, nodes_per_step=300)
+    def benchmark(model: str, name: str, steps: int, seconds: float, **facts: object) -> dict:
+        captures = [{"num_nodes": 300 * steps, "num_stages": steps, "loop": "captured"}]
+        extra = {"model": model, "contender": name, "batch_size": 1, "plan": {"steps": steps}, "build_seconds": 1.0}
+        return {"stats": {"data": [seconds * steps] * 3}, "extra_info": {**extra, "captures": captures, **facts}}
 
-    cases = [
-        Case("cifar10-architecture", steps, 1, "float16", "key", tuple(ok(n, s * steps) for n, s in names.items()))
+    benchmarks = [
+        benchmark("cifar10-architecture", name, steps, seconds)
+        for name, seconds in {CAPTURED: ours, EAGER: eager, REPLAYED: replayed}.items()
         for steps in (10, 20, 50)
     ]
-    large = [Case("celebahq256-architecture", s, 1, "float16", "key", (ok(CAPTURED, 1e-3 * s),)) for s in (10, 20, 50)]
-    lists = {"captures": [], "jitter": []}
-    alone = [{"model": "celebahq256-architecture", "batch_size": 1, "seconds": 0.99e-3}]
-    run = Run({"machine_class": "gpu X"}, {}, (*cases, *large), {**lists, "networks": alone})
-    return merge_runs([run])
+    large = "celebahq256-architecture"
+    benchmarks += [benchmark(large, CAPTURED, steps, 1e-3) for steps in (10, 20, 50)]
+    benchmarks += [benchmark(large, REPLAYED, 50, 1e-3, network_seconds=0.99e-3)]
+    absent = {"model": large, "contender": "skipstep-tensorrt", "batch_size": 1, "status": "absent", "reason": "a | b"}
+    write_whole(folder / "latency-all.json", {"benchmarks": benchmarks, "skipstep": {"absent": [absent]}})
 
 
 def test_the_aims_are_held_against_what_was_measured(tmp_path):
     assert {aim.met for aim in hold_against_aims(tmp_path)} == {None}
-    write_run(tmp_path / LATENCY_FILE, measured_run(ours=0.3e-3, eager=2.4e-3, replayed=0.6e-3))
+    write_measured(tmp_path, ours=0.3e-3, eager=2.4e-3, replayed=0.6e-3)
     write_whole(
         tmp_path / "step-kernel.json",
         {"cases": [{"bytes": 1 << 30, "step_against_copy": 0.95}, {"bytes": 4096, "step_against_copy": 0.2}]},
@@ -327,31 +327,19 @@ def test_the_aims_are_held_against_what_was_measured(tmp_path):
     ]
 
 
-def test_runs_of_one_case_are_merged_side_by_side():
-    first, second = (
-        Run({}, {}, (Case("net", 10, 1, "float16", plan, (Contender(name, "absent"),)),), {"captures": [name]})
-        for name, plan in (("a", ""), ("b", "key"))
-    )
-    merged = merge_runs([first, second])
-    [case] = merged.cases
-    assert [each.name for each in case.contenders] == ["a", "b"]
-    assert case.plan == "key"
-    assert merged.measurements["captures"] == ["a", "b"]
-
-
 def test_the_page_shows_a_run_and_says_where_there_is_none(tmp_path):
     assert gpu_tables(tmp_path) == NOT_RUN
     folder = tmp_path / "gpu"
     facts = {"gpu": "NVIDIA H200", "cpu": "x", "cores": 16, "commit": "abc"}
     record = {"task": "kernels", "status": "ok"}
     write_whole(folder / "summary.json", {"environment": facts, "dry_run": False, "tasks": [record]})
-    run = measured_run(ours=0.3e-3, eager=2.4e-3, replayed=0.6e-3)
-    write_run(folder / LATENCY_FILE, run)
+    write_measured(folder, ours=0.3e-3, eager=2.4e-3, replayed=0.6e-3)
     case = {"state_bytes": 1 << 30, "dtype": "float16", "eta": 0.0, "guided": False}
     write_whole(folder / "step-kernel.json", {"cases": [{**case, "bytes": 3 << 30, "step_against_copy": 0.93}]})
     write_aims(folder, facts)
     page = gpu_tables(tmp_path)
     assert "| cifar10-architecture | 1 | diffusers | 2.400 | 8.00× | 300 |" in page
+    assert "absent: a ¦ b" in page
     assert "| CIFAR-10 UNet at batch 1, a step | at most 0.4 ms | 0.3 ms | yes |" in page
     assert "| 1 GiB | 93% |" in page
     assert "NVIDIA H200, 16 cores" in page
@@ -366,20 +354,20 @@ def test_the_committed_results_make_a_page():
 
 
 def test_tasks_and_contenders_fit_together():
-    assert set(CONTENDERS) == {task.name for task in TASKS if task.file == LATENCY_FILE}
-    names = [each.name for contenders in CONTENDERS.values() for each in contenders]
+    names = [name for task in TASKS for name in task.contenders]
     assert len(set(names)) == len(names)
-    assert {CAPTURED, EAGER, REPLAYED} <= set(names)
+    assert {CAPTURED, EAGER, REPLAYED} <= set(names) <= set(CONTENDERS)
     # No benchmark number of ours where the kernels or the engine are red.
     for task in TASKS:
-        if any(each.name.startswith("skipstep") for each in CONTENDERS.get(task.name, ())):
+        assert bool(task.contenders) == bool(task.models) == task.name.startswith("latency-")
+        if any(name.startswith("skipstep") for name in task.contenders):
             assert set(task.needs) == {"kernels", "engine"}
 
 
-@pytest.mark.parametrize(("name", "millions"), list(zip(GPU_MODELS, (35.7, 78.7, 113.7), strict=True)))
+@pytest.mark.parametrize(("name", "millions"), [("cifar10", 35.7), ("celeba64", 78.7), ("celebahq256", 113.7)])
 def test_networks_have_the_sizes_that_were_published(name, millions):
     with torch.device("meta"):
-        unet = GPU_MODELS[name][0]().unet
+        unet, _ = ARCHITECTURES[f"{name}-architecture"]()
     assert sum(parameter.numel() for parameter in unet.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
@@ -393,12 +381,12 @@ def test_only_what_is_lacking_is_installed():
 def test_the_commit_travels_without_git(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert gate_environment(dry_run=True)["commit"] == "unknown"
+    assert environment(simulated=True)["commit"] == "unknown"
     (tmp_path / ".gpu-wheels").mkdir()
     (tmp_path / ".gpu-wheels" / "COMMIT").write_text("0123abc\n")
-    assert gate_environment(dry_run=True)["commit"] == "0123abc"
+    assert environment(simulated=True)["commit"] == "0123abc"
     monkeypatch.setenv("GATE_COMMIT", "feed123")
-    assert gate_environment(dry_run=True)["commit"] == "feed123"
+    assert environment(simulated=True)["commit"] == "feed123"
 
 
 def test_numbers_that_are_none_are_not_written(tmp_path):

@@ -128,7 +128,7 @@ def test_a_half_precision_network_is_one_more_file(engine, tmp_path):
     bundle = open_bundle(tmp_path / "bundle")
     assert {"step", "step-float16"} <= bundle.manifest.graphs.keys()
     step = bundle.read_graph(bundle.manifest.graphs["step"])
-    assert expand_weights(step) == engine._built.parts().graphs.step
+    assert expand_weights(step) == engine.source.partition().graphs.step
     half = onnx.load_from_string(bundle.read_graph("network/step-float16.onnx")).graph
     assert {each.type.tensor_type.elem_type for each in half.output} == {onnx.TensorProto.FLOAT16}
     np.testing.assert_array_equal(
