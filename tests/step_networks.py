@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from tiny_networks import tiny_unet
 from torch import Tensor, nn
 
 from skipstep.backends.onnxruntime import LoopConstants, OnnxRuntimeDenoiser, make_session
-from skipstep.backends.torch import DenoisingModule
+from skipstep.backends.torch import DenoisingModule, prepare_module
 from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
 from skipstep.export.onnx_model import export_onnx
 from skipstep.export.partition import partition
@@ -43,6 +44,13 @@ class EveryTime(nn.Module):
 def parts() -> Partition:
     """Exported once: torch takes seconds for it."""
     return partition(export_onnx(DenoisingModule(EveryTime()), SPEC))
+
+
+@cache
+def unet_step(**options: Any) -> bytes:
+    """The step network of a small UNet for 1×8×8, its batch open."""
+    module, spec = prepare_module(tiny_unet(**options), NetworkSpec((1, 8, 8)))
+    return partition(export_onnx(module, spec)).graphs.step
 
 
 def constants() -> LoopConstants:
