@@ -28,7 +28,6 @@ from skipstep.networks.spec import NetworkSpec, takes_fractional_timesteps
 if TYPE_CHECKING:
     from skipstep.backends.denoiser import NetworkSource
     from skipstep.backends.torch import DenoisingModule
-    from skipstep.export.bundle_writer import BundleRequest
     from skipstep.loops.contract import Sampler
 
 Precision = Literal["float32", "float16", "bfloat16"]
@@ -186,13 +185,13 @@ def save_bundle(
     engine: Sampler,
     source: NetworkSource,
     path: str | os.PathLike[str],
-    request: BundleRequest,
     *,
     open_again: Callable[[Path], Sampler],
     progress: Callable[[str], None] | None,
+    **request: Any,
 ) -> None:
-    """Write an engine that was built from a model as a bundle. See Engine.save."""
-    from skipstep.export.bundle_writer import write_bundle
+    """Write an engine that was built from a model as a bundle; `request` is a skipstep.export BundleRequest's."""
+    from skipstep.export.bundle_writer import BundleRequest, write_bundle
 
     if not isinstance(source, ModelSource):
         raise InputError(
@@ -200,7 +199,7 @@ def save_bundle(
             expected="one that was built from a model",
             remedy="copy the bundle's folder, or build the engine from the model",
         )
-    write_bundle(engine, source.partition(), path, request, open_again=open_again, progress=progress)
+    write_bundle(engine, source.partition(), path, BundleRequest(**request), open_again=open_again, progress=progress)
 
 
 def _read_model(

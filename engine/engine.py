@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -33,6 +33,7 @@ from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.plan import Plan
 from skipstep.plans.schedule import NoiseSchedule
 from skipstep.plans.stages import Stages
+from skipstep.saving import save
 
 if TYPE_CHECKING:
     from skipstep.building import BuildOptions
@@ -57,6 +58,7 @@ class Engine:
     calibrate = tuning.calibrate
     autotune = tuning.autotune
     describe = describe
+    save = save
 
     def __init__(self, compiled: CompiledNetwork, *, compile_on_miss: bool = False) -> None:
         self.source, self.runner = compiled.source, compiled.runner
@@ -109,45 +111,6 @@ class Engine:
             raise PlanError(got="no plans", expected="at least one", remedy="pass plans=[20], or compile_on_miss=True")
         engine.prepare()
         return engine
-
-    def save(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        license: str,
-        name: str | None = None,
-        targets: Iterable[str] = ("cpu",),
-        precision: str = "float32",
-        overwrite: bool = False,
-        sign_key: str | os.PathLike[str] | None = None,
-        progress: Callable[[str], None] | None = None,
-    ) -> None:
-        """Write this engine, with its plans, as a bundle that `skipstep.load` runs without torch.
-
-        license     of the weights, as an SPDX expression or in words: it travels with them.
-        name        of the model; the checkpoint folder's or the module's class where left out.
-        targets     "cpu"; "rtx:sm86" and the like; "sm_87" for step kernels; "tensorrt" for the graph of which skipstep
-                    build makes an engine on its device; "onnx-loop" for whole loops as ONNX graphs; "server" for a
-                    Triton Inference Server repository (skipstep.export.targets).
-        precision   of the network for GPUs: "float32", "float16" or "bfloat16". The CPU's is float32.
-        sign_key    an Ed25519 private key to sign the manifest with (skipstep.storage.signature).
-
-        The bundle is loaded and draws the golden samples again before it takes its name; an existing one is replaced
-        only with `overwrite`, and only by a whole one. Raises ExportError, StorageError, InputError.
-        """
-        from skipstep.building import save_bundle
-        from skipstep.export.bundle_writer import BundleRequest
-
-        request = BundleRequest(
-            name=name or self.source.name,
-            license=license,
-            targets=tuple(targets),
-            precision=precision,
-            overwrite=overwrite,
-            sign_key=sign_key,
-            calibration=self.calibration,
-        )
-        save_bundle(self, self.source, path, request, open_again=load, progress=progress)
 
     @property
     def network(self) -> NetworkSpec:

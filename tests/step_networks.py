@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from engines import parts_of
+from tiny_networks import tiny_unet
 from torch import Tensor, nn
 
 from skipstep.backends.denoiser import StepInput
 from skipstep.backends.onnxruntime import EarlyGraphs, LazySession, OnnxRuntimeDenoiser, make_session
-from skipstep.backends.torch import DenoisingModule
+from skipstep.backends.torch import DenoisingModule, prepare_module
 from skipstep.building import ModelSource
 from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
 from skipstep.networks.graphs import Partition, StepInputs
@@ -50,6 +52,13 @@ def source() -> ModelSource:
 
 def early_graphs() -> EarlyGraphs:
     return EarlyGraphs(parts().graphs.before_loop, SPEC)
+
+
+@cache
+def unet_step(**options: Any) -> bytes:
+    """The step network of a small UNet for 1×8×8, its batch open."""
+    module, spec = prepare_module(tiny_unet(**options), NetworkSpec((1, 8, 8)))
+    return parts_of(module, spec).graphs.step
 
 
 def call(num_stages: int, batch_size: int, seed: int = 0) -> tuple[np.ndarray, Conditioning, np.ndarray]:

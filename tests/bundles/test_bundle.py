@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -244,84 +245,45 @@ def test_a_network_that_draws_something_else_is_never_named(engine, tmp_path, mo
 # ── harm ──
 
 
-def harm_truncate(folder: Path) -> str:
-    path = folder / "network/step.onnx"
-    path.write_bytes(path.read_bytes()[:-1])
-    return "step.onnx"
+STEP = "network/step.onnx"
 
 
-def harm_flip(folder: Path) -> str:
-    path = folder / "network/step.onnx"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    return "step.onnx"
+def change(path: Path, edit: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(edit(path.read_bytes()))
 
 
-def harm_swap(folder: Path) -> str:
-    a, b = folder / "network/plan.onnx", folder / "network/call.onnx"
-    first, second = a.read_bytes(), b.read_bytes()
-    a.write_bytes(second)
+def flip(data: bytes) -> bytes:
+    at = len(data) // 2
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def swap(a: Path, b: Path) -> None:
+    first = a.read_bytes()
+    a.write_bytes(b.read_bytes())
     b.write_bytes(first)
-    return "network/"
 
 
-def harm_remove(folder: Path) -> str:
-    (folder / "tables.safetensors").unlink()
-    return "tables.safetensors"
+def link(folder: Path, name: str) -> None:
+    """Move a file or folder out of the bundle, and leave a link to it."""
+    outside = folder.parent / f"moved-{Path(name).name}"
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
 
 
-def harm_link(folder: Path) -> str:
-    path = folder / "network/step.onnx"
-    path.rename(folder.parent / "elsewhere.onnx")
-    path.symlink_to(folder.parent / "elsewhere.onnx")
-    return "step.onnx"
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
-def harm_link_folder(folder: Path) -> str:
-    (folder / "network").rename(folder.parent / "network")
-    (folder / "network").symlink_to(folder.parent / "network")
-    return "network"
-
-
-def harm_hard_link(folder: Path) -> str:
-    os.link(folder / "network/step.onnx", folder.parent / "second.onnx")
-    return "step.onnx"
-
-
-def harm_pipe(folder: Path) -> str:
-    (folder / "network/step.onnx").unlink()
-    os.mkfifo(folder / "network/step.onnx")
-    return "step.onnx"
-
-
-def harm_manifest_link(folder: Path) -> str:
-    (folder / "manifest.json").rename(folder.parent / "manifest.json")
-    (folder / "manifest.json").symlink_to(folder.parent / "manifest.json")
-    return "manifest.json"
-
-
-def harm_manifest_gone(folder: Path) -> str:
-    (folder / "manifest.json").unlink()
-    return "manifest.json"
-
-
-def harm_manifest_cut(folder: Path) -> str:
-    path = folder / "manifest.json"
-    path.write_bytes(path.read_bytes()[:-100])
-    return "manifest.json"
-
-
-def harm_plan(folder: Path) -> str:
+def swap_plans(folder: Path) -> None:
     """Another plan's tables under this one's name: hashes that match, contents that do not."""
     manifest = json.loads((folder / "manifest.json").read_bytes())
     a, b = manifest["plans"][0], manifest["plans"][1]
     a["key"], b["key"] = b["key"], a["key"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    return "tables"
 
 
-def harm_external(folder: Path) -> str:
+def refer_outside(folder: Path) -> None:
     """A graph whose weights lie in another file, with the manifest made to fit."""
     path = folder / "network/step.onnx"
     model = onnx.load_from_string(path.read_bytes())
@@ -331,22 +293,39 @@ def harm_external(folder: Path) -> str:
     entry = tensor.external_data.add()
     entry.key, entry.value = "location", "../../../../etc/passwd"
     rewrite(folder, "network/step.onnx", model.SerializeToString())
-    return "step.onnx"
 
 
-HARM = {name: harm for name, harm in globals().items() if name.startswith("harm_")}
+HARM: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (lambda folder: change(folder / STEP, lambda data: data[:-1]), "step.onnx"),
+    "flipped": (lambda folder: change(folder / STEP, flip), "step.onnx"),
+    "swapped": (lambda folder: swap(folder / "network/plan.onnx", folder / "network/call.onnx"), "network/"),
+    "removed": (lambda folder: (folder / "tables.safetensors").unlink(), "tables.safetensors"),
+    "a link": (lambda folder: link(folder, STEP), "step.onnx"),
+    "a linked folder": (lambda folder: link(folder, "network"), "network"),
+    "a hard link": (lambda folder: os.link(folder / STEP, folder.parent / "second.onnx"), "step.onnx"),
+    "a pipe": (lambda folder: pipe(folder / STEP), "step.onnx"),
+    "a manifest link": (lambda folder: link(folder, "manifest.json"), "manifest.json"),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json"),
+    "a truncated manifest": (
+        lambda folder: change(folder / "manifest.json", lambda data: data[:-100]),
+        "manifest.json",
+    ),
+    "swapped plans": (swap_plans, "tables"),
+    "weights outside": (refer_outside, "step.onnx"),
+}
 
 
 @pytest.mark.parametrize("name", HARM)
 def test_what_is_not_whole_is_refused_by_name(copy, name):
-    said = HARM[name](copy)
+    harm, said = HARM[name]
+    harm(copy)
     with pytest.raises(BundleError, match=said) as caught:
         load(copy).sample(steps=2, seeds=0, class_labels=0)
     assert caught.value.remedy
 
 
 def test_hard_links_are_taken_where_a_package_manager_made_them(copy):
-    harm_hard_link(copy)
+    HARM["a hard link"][0](copy)
     load(copy, allow_hard_links=True).sample(steps=2, seeds=0, class_labels=0)
 
 

@@ -9,16 +9,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from tiny_networks import tiny_unet
+from step_networks import unet_step
 from tolerances import BFLOAT16_NETWORK, FLOAT16_NETWORK
 from torch import Tensor, nn
 
-from skipstep.backends.torch import prepare_module
 from skipstep.errors import ExportError
-from skipstep.export.onnx_model import export_onnx
-from skipstep.export.partition import partition
 from skipstep.export.precision import lower_precision
-from skipstep.networks.spec import NetworkSpec
 
 ATTENTION = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
@@ -31,15 +27,9 @@ DELICATE = ("InstanceNormalization", "Softmax", "ReduceMean", "Sqrt")
 both = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 
 
-def step_graph(**options: object) -> bytes:
-    spec = NetworkSpec((1, 8, 8))
-    module, spec = prepare_module(tiny_unet(**options), spec)
-    return partition(export_onnx(module, spec)).graphs.step
-
-
 @pytest.fixture(scope="module", params=["convolutions", "attention"])
 def unet(request) -> bytes:
-    return step_graph(**(ATTENTION if request.param == "attention" else {}))
+    return unet_step(**(ATTENTION if request.param == "attention" else {}))
 
 
 def traced(module: nn.Module, *inputs: Tensor) -> bytes:

@@ -22,15 +22,11 @@ from conftest import HAS_GPU
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from tiny_networks import tiny_unet
+from step_networks import unet_step
 
-from skipstep.backends.torch import prepare_module
 from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError, SkipstepError
-from skipstep.export.onnx_model import export_onnx
-from skipstep.export.partition import partition
 from skipstep.export.tensorrt_engine import EngineTarget, build_engine, parse_targets
 from skipstep.export.tensorrt_graph import batch_profile, checked_graph
-from skipstep.networks.spec import NetworkSpec
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -65,9 +61,7 @@ def matmul(dtype: type[np.floating]) -> bytes:
 
 @pytest.fixture(scope="module")
 def step_graph() -> bytes:
-    """The step network of a small UNet, its batch open."""
-    module, spec = prepare_module(tiny_unet(), NetworkSpec((1, 8, 8)))
-    return partition(export_onnx(module, spec)).graphs.step
+    return unet_step()
 
 
 @pytest.fixture

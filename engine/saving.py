@@ -1,0 +1,71 @@
+"""From an engine to a bundle on disk. A function over an engine, which is a method of `skipstep.Engine`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, Self
+
+from skipstep.backends.denoiser import NetworkSource
+from skipstep.loops.contract import Sampler
+from skipstep.loops.runner import CompiledNetwork
+
+if TYPE_CHECKING:
+    from skipstep.latency.calibration import Calibration
+
+
+class Savable(Sampler, Protocol):
+    """An engine that knows its source, and whose class makes an engine of a loaded network."""
+
+    source: NetworkSource
+    calibration: Calibration | None
+
+    def __new__(cls, compiled: CompiledNetwork) -> Self: ...
+
+
+def save(
+    engine: Savable,
+    path: str | os.PathLike[str],
+    *,
+    license: str,
+    name: str | None = None,
+    targets: Iterable[str] = ("cpu",),
+    precision: str = "float32",
+    overwrite: bool = False,
+    sign_key: str | os.PathLike[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """Write this engine, with its plans, as a bundle that `skipstep.load` runs without torch.
+
+    license     of the weights, as an SPDX expression or in words: it travels with them.
+    name        of the model; the checkpoint folder's or the module's class where left out.
+    targets     "cpu"; "rtx:sm86" and the like; "sm_87" for step kernels; "tensorrt" for the graph of which skipstep
+                build makes an engine on its device; "onnx-loop" for whole loops as ONNX graphs; "server" for a Triton
+                Inference Server repository (skipstep.export.targets).
+    precision   of the network for GPUs: "float32", "float16" or "bfloat16". The CPU's is float32.
+    sign_key    an Ed25519 private key to sign the manifest with (skipstep.storage.signature).
+
+    The bundle is loaded and draws the golden samples again before it takes its name; an existing one is replaced only
+    with `overwrite`, and only by a whole one. Raises ExportError, StorageError, InputError.
+    """
+    from skipstep.building import save_bundle
+    from skipstep.loading import load_network
+
+    def open_again(folder: Path) -> Sampler:
+        return type(engine)(load_network(folder))
+
+    save_bundle(
+        engine,
+        engine.source,
+        path,
+        open_again=open_again,
+        progress=progress,
+        name=name or engine.source.name,
+        license=license,
+        targets=tuple(targets),
+        precision=precision,
+        overwrite=overwrite,
+        sign_key=sign_key,
+        calibration=engine.calibration,
+    )
