@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from skipstep.bench.compare import Case, cases_of, read_run
+from skipstep.bench.result_files import Absence, Entry
 from skipstep.errors import InputError
 
 # Three times the rounds bring the noise of a median down by √3.
@@ -56,7 +57,7 @@ def measuring_again(result: Path, *, progress: Callable[[str], None]) -> Callabl
     def measure(case: Case) -> Case:
         from skipstep.bench.models import subject_name
 
-        known = [*case.entries.values(), *case.absent.values()]
+        known: list[Entry | Absence] = [*case.entries.values(), *case.absent.values()]
         model, steps, batch_size = known[0].model, known[0].steps, known[0].batch_size
         rounds = max((len(each.data) for each in case.entries.values()), default=options["rounds"])
         paths = [each.partition("@")[0] for each in options["models"]]

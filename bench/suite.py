@@ -10,7 +10,8 @@ import pytest
 from skipstep.errors import MissingDependencyError, SkipstepError
 
 if TYPE_CHECKING:
-    from skipstep.bench.session import BenchSession, Options
+    from skipstep.bench.options import Options
+    from skipstep.bench.session import BenchSession
 
 
 _SESSION: pytest.StashKey[BenchSession] = pytest.StashKey()
@@ -19,7 +20,7 @@ _SESSION: pytest.StashKey[BenchSession] = pytest.StashKey()
 def options_of(config: pytest.Config) -> Options:
     """The command's options, checked. Raises InputError, and MissingDependencyError with the extras to install."""
     try:
-        from skipstep.bench.session import Options
+        from skipstep.bench.options import Options
     except ImportError as error:
         raise MissingDependencyError(
             got=f"no package {error.name}",

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from skipstep.bench.session import Absent, BenchSession, CaseKey
+from skipstep.bench.options import CaseKey
+from skipstep.bench.session import Absent, BenchSession
 
 
 # Compilation has a limit of its own, and a case has a budget.

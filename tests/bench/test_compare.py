@@ -130,9 +130,7 @@ def test_what_looks_slow_is_measured_again_and_the_second_measurement_decides():
         (True, 45),
     ]
     confirmed = compare_runs(before, now, measure_again=again(1.2))
-    assert [(each.case, each.contender) for each in confirmed.failures] == [
-        ("a-model, 20 steps, batch 1", OURS)
-    ]
+    assert [(each.case, each.contender) for each in confirmed.failures] == [("a-model, 20 steps, batch 1", OURS)]
 
 
 @pytest.mark.parametrize(("own", "suspicious"), [(1.02, False), (1.07, True), (1.2, True)])

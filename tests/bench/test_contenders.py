@@ -61,9 +61,7 @@ def test_openvino_draws_it_too(subject):
 def test_dynamic_thresholding_is_the_engines(tmp_path):
     folder = save_model(tmp_path / "model", thresholding=True, clip_sample=False, sample_max_value=2.0)
     subject = open_subject(str(folder), folder=tmp_path)
-    np.testing.assert_allclose(
-        drawn("skipstep-torch", subject), drawn("textbook", subject), atol=BACKENDS_AGREE
-    )
+    np.testing.assert_allclose(drawn("skipstep-torch", subject), drawn("textbook", subject), atol=BACKENDS_AGREE)
     setup = Setup((subject.plan(4),), (1,))
     assert "thresholding" in CONTENDERS["onnxruntime"].lacks(subject, setup)
 
