@@ -245,8 +245,13 @@ class BenchSession:
         """(error, tolerance); raises Absent where the samples are wrong."""
         if not contender.draws:
             return None, None
-        if not self.options.paired and case.steps != self.options.steps[0]:
-            return None, contender.tolerance_for(self.setup(case.model))
+        fewest = replace(case, steps=self.options.steps[0])
+        if not self.options.paired and case != fewest:
+            # What was wrong at the fewest steps gets no number at others.
+            if wrong := self._absent.get((fewest, contender.name)):
+                raise Absent(wrong.status, wrong.reason)
+            if (fewest, contender.name) in self._seconds:
+                return None, contender.tolerance_for(self.setup(case.model))
         if workload.subject.is_bundle:
             return golden_error(workload)
         error = largest_difference(to_numpy(drawn), self._reference_for(case, workload), contender)
