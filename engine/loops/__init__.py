@@ -1,8 +1,9 @@
 """How a plan is walked: the loop contract, its forms, and the runner that splits a request over batch sizes.
 
-Imports backends, cuda, calls and everything below; latency, editing, bundles, export and the engine import it. Names
-for others: Loop, Run, Sampler and run_observed (contract), make_loop (choice), BatchRunner and CompiledNetwork (runner),
-Lifecycle (lifecycle), HostLoop (stepwise), CudaLoop (captured, which needs torch). ADD A LOOP FORM in choice.py.
+Imports backends, cuda, calls and everything below; latency, editing, bundles, export and the engine import it.
+
+Names for others: Loop, Run, Sampler and run_observed (contract), make_loop (choice), BatchRunner and CompiledNetwork
+(runner), Lifecycle (lifecycle), HostLoop (stepwise), CudaLoop (captured, needs torch). ADD A LOOP FORM in choice.py.
 
 contract   what the engine asks of any loop         runner     splits, enqueues, waits once
 choice     which form runs on which device          observers  progress, callbacks, trajectories
