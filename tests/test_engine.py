@@ -248,7 +248,7 @@ class Branching(torch.nn.Module):
         (Curve(), {}, InputError, "Curve"),
         (42, {}, InputError, "int"),
         (Curve(), {"sample_shape": (1, 4, 4), "batch_sizes": []}, InputError, "batch_sizes=[]"),
-        (Curve(), {"sample_shape": (1, 4, 4), "batch_sizes": [0]}, InputError, "batch_sizes=[0]"),
+        (Curve(), {"sample_shape": (1, 4, 4), "batch_sizes": [0]}, InputError, "batch_sizes=0"),
         (Curve(), {"sample_shape": (1, 4, 4), "plans": []}, PlanError, "no plans"),
         (Curve(), {"sample_shape": (1, 4, 4), "plans": [0]}, PlanError, "steps=0"),
         (Curve(), {"sample_shape": (1, 4, 4), "schedule": None}, PlanError, "step count 3"),
