@@ -17,7 +17,7 @@ import numpy as np
 from skipstep.backends.denoiser import Denoiser, Target
 from skipstep.backends.registry import resolve_backend
 from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
-from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError
+from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError, check_integer
 from skipstep.loops.choice import make_loop, resolve_form
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.loops.runner import BatchRunner, CompiledNetwork
@@ -325,11 +325,8 @@ def _resolve_device(name: str) -> Any:
 
 
 def _checked_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:
-    sizes = tuple(batch_sizes)
-    if not sizes or any(isinstance(b, bool) or not isinstance(b, int) or b < 1 for b in sizes):
-        raise InputError(
-            got=f"batch_sizes={list(sizes)!r}",
-            expected="at least one integer ≥ 1",
-            remedy="pass e.g. batch_sizes=[1, 16]; other request sizes are split over these",
-        )
-    return tuple(sorted(set(sizes)))
+    remedy = "pass e.g. batch_sizes=[1, 16]; other request sizes are split over these"
+    sizes = {check_integer("batch_sizes", size, low=1, remedy=remedy) for size in batch_sizes}
+    if not sizes:
+        raise InputError(got="batch_sizes=[]", expected="at least one integer ≥ 1", remedy=remedy)
+    return tuple(sorted(sizes))

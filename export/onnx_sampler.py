@@ -28,7 +28,7 @@ import onnx
 from onnx import TensorProto, ValueInfoProto, helper
 
 from skipstep.calls.conditioning import LABELS, PROMPTS
-from skipstep.errors import InputError
+from skipstep.errors import InputError, check_integer
 from skipstep.export.graph_writer import Dims, GraphWriter, floats, serialised
 from skipstep.export.onnx_loop import StepNetwork, carried_states, loop_body, write_evaluation
 from skipstep.export.onnx_prologue import NEGATIVE_PROMPTS, write_prologue
@@ -65,14 +65,16 @@ def build_sampler(
     Raises InputError for options that the network does not support, PlanError for a plan that does not fit it, and
     ExportError.
     """
-    _check(network, plan, batch_size=batch_size, guided=guided, form=form)
+    _check(network, plan, guided=guided, form=form)
+    batch: int | str = BATCH
+    if batch_size is not None:
+        batch = check_integer("batch_size", batch_size, low=1, remedy="use None for any batch size")
     model = onnx.load_from_string(parts.graphs.step)
     # The graph's inputs are called like the network's own.
     step = StepNetwork.of(model.graph, parts, prefix="network/")
     stages = Stages.of([plan])
     stages = replace(stages, flags=tuple(replace(each, guided=guided) for each in stages.flags))
     flags = stages.flags[0].union(*stages.flags[1:])
-    batch = BATCH if batch_size is None else batch_size
     image = list(network.sample_shape)
 
     writer = GraphWriter("sampler")
@@ -185,11 +187,7 @@ def _write_unrolled(
     return {"x_0": state["x"], **collected}
 
 
-def _check(network: NetworkSpec, plan: Plan, *, batch_size: int | None, guided: bool, form: str) -> None:
-    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
-        raise InputError(
-            got=f"batch_size={batch_size!r}", expected="an integer ≥ 1, or None", remedy="use None for any batch size"
-        )
+def _check(network: NetworkSpec, plan: Plan, *, guided: bool, form: str) -> None:
     if form not in get_args(Form):
         raise InputError(
             got=f"form={form!r}", expected="'loop' or 'unrolled'", remedy="use 'loop' where the runtime has it"

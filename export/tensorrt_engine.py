@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError
+from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError, check_integer
 
 Library = Literal["tensorrt", "tensorrt_rtx"]
 Progress = Callable[[str, int, int], None]
@@ -186,18 +186,15 @@ def _checked_request(
             expected="none: it measures nothing while building",
             remedy="leave timing_cache out",
         )
-    if any(type(size) is not int or not 0 < size < 2**31 for size in batch_sizes):
-        raise InputError(
-            got=f"batch_sizes={tuple(batch_sizes)!r}", expected="positive 32-bit integers", remedy="pass such as (1, 8)"
-        )
-    if workspace_bytes is not None and (type(workspace_bytes) is not int or workspace_bytes < 1):
-        raise InputError(
-            got=f"workspace_bytes={workspace_bytes!r}", expected="a positive number of bytes", remedy="or leave it out"
+    sizes = [check_integer("batch_sizes", size, low=1, high=2**31 - 1, remedy="pass (1, 8)") for size in batch_sizes]
+    if workspace_bytes is not None:
+        workspace_bytes = check_integer(
+            "workspace_bytes", workspace_bytes, low=1, remedy="pass a number of bytes, or leave it out"
         )
     return {
         "library": library,
         "compute_capability": compute_capability,
-        "batch_sizes": list(batch_sizes),
+        "batch_sizes": sizes,
         "workspace_bytes": workspace_bytes,
     }
 

@@ -20,7 +20,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # Its stubs are a package apart.
 from onnx import TensorProto, ValueInfoProto
 
-from skipstep.errors import ExportError, InputError
+from skipstep.errors import ExportError, InputError, check_integer
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 _TYPES: Mapping[int, str] = {
@@ -141,9 +141,6 @@ def _check(name: str, max_batch_size: int, device: str, instances: int) -> None:
             remedy="choose another name: it becomes a folder's and part of a URL",
         )
     for option, value in (("max_batch_size", max_batch_size), ("instances", instances)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-            raise InputError(
-                got=f"{option}={value!r}", expected="an integer ≥ 1", remedy=f"pass {option} in this range"
-            )
+        check_integer(option, value, low=1, high=2**31 - 1)
     if device not in ("cpu", "gpu"):
         raise InputError(got=f"device={device!r}", expected="'cpu' or 'gpu'", remedy="pick one of these")

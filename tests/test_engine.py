@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import itertools
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from engines import SCHEDULE, build
 from PIL import Image
 from tiny_networks import Curve, Labelled, tiny_unet
-from tolerances import BACKENDS_AGREE, BATCH_INVARIANCE
+from tolerances import BATCH_INVARIANCE
 
-from skipstep import Engine, NoiseSchedule, Plan
+from skipstep import Engine, Plan
 from skipstep.calls.noise import standard_normal
 from skipstep.errors import (
     DeviceUnavailableError,
@@ -24,19 +25,13 @@ from skipstep.errors import (
 )
 from skipstep.kernels.layout import Stream
 
-SCHEDULE = NoiseSchedule.linear(1000)
 NOISY = Plan(schedule=SCHEDULE, steps=4, eta=1.0)
-
-
-def build(model, **options) -> Engine:
-    defaults = {"plans": [3, NOISY], "batch_sizes": [1, 4], "device": "cpu", "schedule": SCHEDULE, "backend": "torch"}
-    return Engine.build(model, **{**defaults, **options})
 
 
 @pytest.fixture(scope="module", params=["torch", "onnxruntime"])
 def engine(request) -> Engine:
     """A conditional UNet with a null label, on each backend."""
-    return build(tiny_unet(num_class_embeds=4), null_label=3, backend=request.param)
+    return build(tiny_unet(num_class_embeds=4), plans=[3, NOISY], null_label=3, backend=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +42,6 @@ def labelled() -> Engine:
 def test_one_step_by_hand(labelled):
     """x_0 = (x_T - sqrt(1-a)·eps)/sqrt(a), clipped, with eps from the closed-form network."""
     plan = Plan(schedule=SCHEDULE, timesteps=[200])
-    labelled.add_plan(plan)
     x_T = np.random.default_rng(0).standard_normal((2, 1, 4, 4)).astype(np.float32)
     a = SCHEDULE.alpha_bar[200]
     eps = 0.1 * x_T + np.array([0.2 + 0.2, 0.7 + 0.2]).reshape(-1, 1, 1, 1)
@@ -59,7 +53,6 @@ def test_one_step_by_hand(labelled):
 def test_guidance_contrasts_labelled_with_unlabelled_predictions(labelled):
     """eps = u + w·(c - u): in the closed form a label l and scale w look like the label 10 + w·(l - 10)."""
     plan = Plan(schedule=SCHEDULE, timesteps=[200], clip=None)
-    labelled.add_plan(plan)
     x_T = np.random.default_rng(0).standard_normal((3, 1, 4, 4)).astype(np.float32)
     scales, labels = np.array([0.0, 1.0, 2.5]), np.array([4, 4, 8])
     a = SCHEDULE.alpha_bar[200]
@@ -105,17 +98,6 @@ def test_step_noise_is_keyed_by_the_seed(engine):
     assert np.abs(one[1] - other[1]).max() > 0.01
 
 
-def test_backends_agree():
-    unet = tiny_unet(num_class_embeds=4)
-    results = [
-        build(unet, null_label=3, backend=backend).sample(
-            plan=NOISY, seeds=range(6), class_labels=[0, 1, 2] * 2, guidance_scale=3.0
-        )
-        for backend in ("torch", "onnxruntime")
-    ]
-    np.testing.assert_allclose(results[0], results[1], rtol=0, atol=BACKENDS_AGREE)
-
-
 def test_output_types(engine):
     arguments = {"steps": 3, "seeds": [1, 2], "class_labels": 1}
     array = engine.sample(**arguments)
@@ -144,19 +126,13 @@ def test_results_do_not_alias_buffers(engine):
 
 def test_threads_share_an_engine(engine):
     expected = {seed: engine.sample(steps=3, seeds=seed, class_labels=seed % 3) for seed in range(6)}
-    wrong: list[int] = []
 
-    def worker(first: int) -> None:
-        seeds = itertools.islice(itertools.cycle(range(6)), first, first + 12)
-        drawn = ((seed, engine.sample(steps=3, seeds=seed, class_labels=seed % 3)) for seed in seeds)
-        wrong.extend(seed for seed, image in drawn if not np.array_equal(image, expected[seed]))
+    def check(first: int) -> None:
+        for seed in itertools.islice(itertools.cycle(range(6)), first, first + 12):
+            np.testing.assert_array_equal(engine.sample(steps=3, seeds=seed, class_labels=seed % 3), expected[seed])
 
-    threads = [threading.Thread(target=worker, args=(first,)) for first in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(check, range(4)))
 
 
 def test_progress_counts_network_evaluations(engine):
@@ -193,7 +169,7 @@ def test_two_plans_of_one_length_are_told_apart():
 
 
 def test_compile_on_miss():
-    engine = build(Curve(), sample_shape=(1, 4, 4), plans=[], compile_on_miss=True)
+    engine = build(Curve(), sample_shape=(1, 4, 4))
     assert engine.sample(steps=7, seeds=0).shape == (1, 1, 4, 4)
     engine.sample(plan=NOISY, seeds=0)
     assert sorted(plan.steps for plan in engine.plans.values()) == [4, 7]
@@ -206,7 +182,7 @@ def test_builds_from_a_folder_with_what_its_scheduler_says(tmp_path):
         prediction_type="v_prediction", timestep_spacing="trailing", beta_schedule="scaled_linear", clip_sample=False
     )
     DDIMPipeline(tiny_unet(), scheduler).save_pretrained(tmp_path)
-    engine = Engine.build(tmp_path, plans=[5], backend="torch", device="cpu")
+    engine = build(tmp_path, plans=[5])
     plan = engine.select_plan(steps=5)
     assert (plan.prediction_type, plan.spacing, plan.clip) == ("v_prediction", "trailing", None)
     np.testing.assert_allclose(plan.schedule.alpha_bar, scheduler.alphas_cumprod, rtol=2e-5)
@@ -248,8 +224,8 @@ class Branching(torch.nn.Module):
         (Curve(), {}, InputError, "Curve"),
         (42, {}, InputError, "int"),
         (Curve(), {"sample_shape": (1, 4, 4), "batch_sizes": []}, InputError, "batch_sizes=[]"),
-        (Curve(), {"sample_shape": (1, 4, 4), "batch_sizes": [0]}, InputError, "batch_sizes=[0]"),
-        (Curve(), {"sample_shape": (1, 4, 4), "plans": []}, PlanError, "no plans"),
+        (Curve(), {"sample_shape": (1, 4, 4), "batch_sizes": [0]}, InputError, "batch_sizes=0"),
+        (Curve(), {"sample_shape": (1, 4, 4), "plans": [], "compile_on_miss": False}, PlanError, "no plans"),
         (Curve(), {"sample_shape": (1, 4, 4), "plans": [0]}, PlanError, "steps=0"),
         (Curve(), {"sample_shape": (1, 4, 4), "schedule": None}, PlanError, "step count 3"),
         (Curve(), {"sample_shape": (1, 4, 4), "backend": "magic"}, InputError, "backend='magic'"),
@@ -263,7 +239,7 @@ class Branching(torch.nn.Module):
 )
 def test_refuses_to_build(model, options, error, names):
     with pytest.raises(error) as caught:
-        build(model, **options)
+        build(model, **{"plans": [3], **options})
     assert names in str(caught.value)
     assert isinstance(caught.value, SkipstepError)
 
@@ -273,7 +249,7 @@ def test_a_missing_backend_names_its_extra(monkeypatch):
 
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else real(name))
-    with pytest.raises(MissingDependencyError, match=r"skipstep\[cpu,export\]"):
+    with pytest.raises(MissingDependencyError, match=r"skipstep\[cpu\].*skipstep\[export\]"):
         build(Curve(), sample_shape=(1, 4, 4), backend="onnxruntime")
     assert build(Curve(), sample_shape=(1, 4, 4), backend="auto").backend == "torch"
 
@@ -295,11 +271,3 @@ def test_an_export_that_differs_from_its_module_is_refused(monkeypatch):
 def test_an_unknown_output_type(labelled):
     with pytest.raises(InputError, match="output_type='jpg'"):
         labelled.sample(steps=3, seeds=0, output_type="jpg")
-
-
-def test_pictures_have_one_or_three_channels():
-    engine = build(Curve(), sample_shape=(4, 4, 4))
-    with pytest.raises(InputError, match="4 channels"):
-        engine.sample(steps=3, seeds=0, output_type="pil")
-    colour = build(Curve(), sample_shape=(3, 4, 5))
-    assert colour.sample(steps=3, seeds=0, output_type="pil")[0].size == (5, 4)

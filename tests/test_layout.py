@@ -22,6 +22,7 @@ MOST_LINES = 350
 # Each line imports from itself and from the lines above it.
 ROOMS = (
     "errors",
+    "version",
     "storage",
     "kernels",
     "plans",
@@ -41,7 +42,7 @@ ROOMS = (
     "bench",
     "commands",
 )
-ENGINE_MODULES = ("engine", "building", "loading")
+ENGINE_MODULES = ("engine", "building", "saving", "loading")
 
 
 def module_name(file: Path) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.errors import InputError
+from skipstep.errors import check_integer
 
 Array = NDArray[np.float32]
 Progress = Callable[[int, int], None]
@@ -45,12 +45,9 @@ class Trajectory:
     @classmethod
     def empty(cls, num_steps: int, stride: int, shape: Sequence[int]) -> Trajectory:
         """Room for every `stride`-th step, counted back from the last. Raises InputError for a stride below 1."""
-        if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
-            raise InputError(
-                got=f"trajectory={stride!r}",
-                expected="True, or a stride of steps, an integer ≥ 1",
-                remedy="pass trajectory=5 to keep every fifth step",
-            )
+        stride = check_integer(
+            "trajectory", stride, low=1, remedy="pass True for every step, or trajectory=5 for every fifth"
+        )
         steps = np.arange(num_steps - 1, -1, -stride)[::-1].copy()
         x_t = np.empty((len(steps), *shape), np.float32)
         return cls(steps, x_t, np.empty_like(x_t))

@@ -15,7 +15,7 @@ from typing import Any, Final, Self
 
 from skipstep.cuda.driver import CudaDriver, Driver
 from skipstep.edge.step_binary import ITEM_SIZES, POINTER_ALIGNMENT, StepBinaryFacts
-from skipstep.errors import DeviceUnavailableError, InputError, ModelFormatError
+from skipstep.errors import DeviceUnavailableError, InputError, ModelFormatError, check_integer
 from skipstep.kernels.layout import NUM_COLUMNS, StepFlags
 
 _MAX_BATCH_SIZE: Final = 65_535  # what a grid takes on its second axis
@@ -68,7 +68,7 @@ class StepLauncher:
         network_dtype: str,
         driver: Driver | None = None,
     ) -> None:
-        _check_number("num_elements", num_elements, 1, _MAX_INT32)
+        check_integer("num_elements", num_elements, low=1, high=_MAX_INT32)
         binaries = list(binaries)
         for facts, cubin in binaries:
             _check_cubin(facts, cubin)
@@ -103,9 +103,9 @@ class StepLauncher:
 
         `per_sample`: the table has a row per sample. Nothing is waited for. Raises InputError.
         """
-        _check_number("batch_size", batch_size, 1, _MAX_BATCH_SIZE)
-        _check_number("stage", stage, 0, _MAX_INT32)
-        _check_number("stream", stream, 0, _MAX_UINT64)
+        check_integer("batch_size", batch_size, low=1, high=_MAX_BATCH_SIZE)
+        check_integer("stage", stage, low=0, high=_MAX_INT32)
+        check_integer("stream", stream, low=0, high=_MAX_UINT64)
         # One sample's table is the same either way.
         per_sample = per_sample and batch_size > 1
         facts, kernel = self._kernel(flags, per_sample, operands.x0 is not None)
@@ -239,11 +239,6 @@ def _checked_address(name: str, buffer: DeviceBuffer | None, num_bytes: int) -> 
         expected=f"at least {num_bytes} bytes at a multiple of {POINTER_ALIGNMENT}",
         remedy=f"pass {name} as the flags, the batch size and the stage need it",
     )
-
-
-def _check_number(name: str, value: int, lowest: int, highest: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
-        raise InputError(got=f"{name}={value!r}", expected=f"{lowest} to {highest}", remedy=f"pass another {name}")
 
 
 def _item_size(network_dtype: str) -> int:

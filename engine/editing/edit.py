@@ -17,7 +17,7 @@ from skipstep.calls.request import Conditions, SampleRequest, resolve_latents, r
 from skipstep.editing.interpolation import slerp, slerp_grid
 from skipstep.editing.inversion import Inversion
 from skipstep.editing.inversion import invert as invert_batch
-from skipstep.errors import InputError
+from skipstep.errors import InputError, check_integer, check_number
 from skipstep.kernels.layout import Stream
 from skipstep.loops.contract import Array, Sampler
 from skipstep.loops.runner import OutputType, check_finite
@@ -54,10 +54,7 @@ def invert(
             expected="a plan without fresh noise: what eta > 0 adds cannot be found again",
             remedy="use a plan with eta=0",
         )
-    if isinstance(refinements, bool) or not isinstance(refinements, int) or refinements < 0:
-        raise InputError(
-            got=f"refinements={refinements!r}", expected="an integer ≥ 0", remedy="pass 0, or a few, such as 3"
-        )
+    refinements = check_integer("refinements", refinements, low=0, remedy="pass 0, or a few, such as 3")
     if refinements and evaluate_at == "source":
         raise InputError(
             got="refinements with evaluate_at='source'",
@@ -171,8 +168,7 @@ def interpolate(
     a, b are seeds, or latents float32 `[C, H, W]`; the way between them is `slerp`. `seeds`
     key the fresh noise of plans that add some. Raises InputError.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 2:
-        raise InputError(got=f"n={n!r}", expected="an integer ≥ 2: both ends are drawn", remedy="pass n=8")
+    n = check_integer("n", n, low=2, remedy="pass n=8; both ends are drawn")
     x_T = slerp(_latents_of(engine, a), _latents_of(engine, b), np.linspace(0.0, 1.0, n))
     return engine.sample(steps=steps, plan=plan, x_T=x_T, seeds=seeds, output_type=output_type, **conditions)
 
@@ -230,10 +226,7 @@ def _first_step(plan: Plan, *, strength: float | None, noise_level: float | None
             remedy="pass strength=0.6",
         )
     name, value = ("strength", strength) if strength is not None else ("noise_level", noise_level)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
-        raise InputError(
-            got=f"{name}={value!r}", expected="a number in (0, 1]", remedy="0.3 keeps much of an image, 0.8 little"
-        )
+    value = check_number(name, value, low=0.0, high=1.0, above=True, remedy="0.3 keeps much of an image, 0.8 little")
     num_steps = len(plan.timesteps)
     if strength is not None:
         return num_steps - max(1, round(strength * num_steps))

@@ -5,22 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from engines import SCHEDULE, build
 from tiny_networks import Curve, GaussianEps, Labelled
 from tolerances import FLOAT32_LOOP
 
-from skipstep import Engine, NoiseSchedule, Plan
+from skipstep import Engine, Plan
 from skipstep.calls.noise import standard_normal
 from skipstep.editing.interpolation import slerp
 from skipstep.errors import InputError, NonFiniteError, PlanError, PlanNotFoundError
 from skipstep.kernels.layout import Stream
 from skipstep.loops.stepwise import HostRun
-
-SCHEDULE = NoiseSchedule.linear(1000)
-
-
-def build(model, **options) -> Engine:
-    defaults = {"batch_sizes": [1, 4], "device": "cpu", "schedule": SCHEDULE, "backend": "torch"}
-    return Engine.build(model, **{"plans": [], "compile_on_miss": True, **defaults, **options})
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +232,7 @@ def test_an_inversion_plan_takes_no_noise_and_no_clip(options):
 
 
 def test_a_plan_that_is_not_held_is_not_inverted():
-    engine = build(Curve(), sample_shape=(1, 3, 5), plans=[5], compile_on_miss=False)
+    engine = build(Curve(), sample_shape=(1, 3, 5), plans=[5])
     with pytest.raises(PlanNotFoundError):
         engine.invert(IMAGES, steps=7)
     assert engine.edit(IMAGES, steps=5, strength=0.4, seeds=1).shape == IMAGES.shape

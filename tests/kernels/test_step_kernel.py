@@ -8,9 +8,10 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from engines import SCHEDULE
 from tolerances import BFLOAT16_ULP, GENERAL_UPDATE, STEP_RELATIVE
 
-from skipstep import NoiseSchedule, Plan
+from skipstep import Plan
 from skipstep.calls.noise import StageNoise, standard_normal
 from skipstep.errors import DeviceUnavailableError, InputError
 from skipstep.kernels.layout import NUM_COLUMNS, Column, StepFlags, Stream
@@ -19,7 +20,6 @@ from skipstep.kernels.statistics import Thresholding, sample_statistics
 from skipstep.kernels.step import ddim_step, initial_noise
 from skipstep.kernels.step_numpy import NumpyStep
 
-SCHEDULE = NoiseSchedule.linear(1000)
 SEEDS = np.array([0, 2**64 - 1, 12345], np.uint64)
 GUIDANCE = np.array([1.5, 3.0, 0.0], np.float32)
 # One element, a whole block, and several blocks of which the last has one; with odd sizes between them where everything

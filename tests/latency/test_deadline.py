@@ -7,16 +7,16 @@ import re
 
 import numpy as np
 import pytest
+from engines import SCHEDULE
 from hypothesis import example, given
 from hypothesis import strategies as st
 from identities import CPU
 
-from skipstep import NoiseSchedule, Plan
+from skipstep import Plan
 from skipstep.errors import DeadlineError, InputError
 from skipstep.latency.calibration import Calibration, Latency, RunKind
 from skipstep.latency.deadline import choose_plan
 
-SCHEDULE = NoiseSchedule.linear(1000)
 # Two of ten steps, which differ in eta alone.
 PLANS = [
     *(Plan(schedule=SCHEDULE, steps=steps) for steps in (1, 4, 10, 20, 50)),

@@ -16,11 +16,11 @@ from skipstep.storage.untrusted import read_dataclass
 def test_this_machine_is_found():
     import torch
 
-    onnx = device_identity(backend="onnxruntime", loop="onnx", device="cpu")
+    onnx = device_identity(backend="onnxruntime", loop="stepwise", device="cpu")
     assert onnx.cores == onnx.threads == len(os.sched_getaffinity(0))
     assert onnx.name
-    assert device_identity(backend="onnxruntime", loop="onnx", device="cpu") == onnx
-    assert device_identity(backend="onnxruntime", loop="onnx", device="cpu", num_threads=1).threads == 1
+    assert device_identity(backend="onnxruntime", loop="stepwise", device="cpu") == onnx
+    assert device_identity(backend="onnxruntime", loop="stepwise", device="cpu", num_threads=1).threads == 1
     by_torch = device_identity(backend="torch", loop="stepwise", device="cpu", num_threads=77)
     assert by_torch.threads == torch.get_num_threads()
     assert torch.__version__ in by_torch.library
@@ -69,7 +69,7 @@ def test_facts_of_the_wrong_kind_of_device_are_refused():
 
 
 def test_json_round_trip():
-    here = device_identity(backend="onnxruntime", loop="onnx", device="cpu")
+    here = device_identity(backend="onnxruntime", loop="stepwise", device="cpu")
     for identity in (GPU, here):
         assert read_dataclass(DeviceIdentity, identity.to_json(), "x") == identity
     for changes in ({"cores": 0}, {"cores": None}, {"driver": "7"}):

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
+import engines
 import numpy as np
 import pytest
 import torch
+from engines import SCHEDULE
 from hypothesis import given
 from hypothesis import strategies as st
 from identities import CPU
 from tiny_networks import Curve, Labelled
 from torch import Tensor, nn
 
-from skipstep import Engine, NoiseSchedule, Plan
+from skipstep import Plan
 from skipstep.errors import InputError, NonFiniteError, PlanNotFoundError
 from skipstep.latency.calibration import RunKind
 from skipstep.latency.measure import allot, calibrate, spread_calls
+from skipstep.loops.stepwise import HostLoop
 
-SCHEDULE = NoiseSchedule.linear(1000)
 KINDS = [RunKind(f"{n:016x}", 1, False) for n in range(8)]
 
 
@@ -64,9 +67,7 @@ class Clocked(nn.Module):
         return self.now
 
 
-def build(model: nn.Module, **options: object) -> Engine:
-    defaults = {"backend": "torch", "device": "cpu", "schedule": SCHEDULE, "sample_shape": (1, 4, 4)}
-    return Engine.build(model, **{"plans": [2, 5], "batch_sizes": [1, 4], **defaults, **options})
+build = partial(engines.build, plans=[2, 5], sample_shape=(1, 4, 4))
 
 
 def test_latencies_are_those_of_whole_calls():
@@ -150,7 +151,6 @@ def test_time_that_is_short_is_shared():
         ({"repeats": 10.0}, "repeats"),
         ({"max_seconds": 0}, "max_seconds"),
         ({"max_seconds": float("nan")}, "max_seconds"),
-        ({"batch_sizes": [3]}, "batch size=3"),
         ({"batch_sizes": [5]}, "batch size=5"),
         ({"batch_sizes": [0]}, "batch size=0"),
         ({"batch_sizes": []}, "no batch sizes"),
@@ -160,6 +160,12 @@ def test_time_that_is_short_is_shared():
 def test_what_cannot_be_measured_is_refused(options, said):
     with pytest.raises(InputError, match=said):
         calibrate(build(Curve()), CPU, **options)
+
+
+def test_a_loop_of_fixed_batch_sizes_is_measured_at_these_alone(monkeypatch):
+    monkeypatch.setattr(HostLoop, "any_batch", False)
+    with pytest.raises(InputError, match="batch size=3"):
+        calibrate(build(Curve()), CPU, batch_sizes=[3])
 
 
 class Broken(nn.Module):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from engines import SCHEDULE
 from fake_cuda import FakeDevice, install
 from tiny_networks import Labelled, LearnedVariance
 from tolerances import FLOAT32_LOOP
@@ -27,7 +28,6 @@ from skipstep.loops.stepwise import HostLoop
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.stages import Stages
 
-SCHEDULE = NoiseSchedule.linear(1000)
 CPU = torch.device("cpu")
 PLANS = {
     name: Plan(schedule=SCHEDULE, steps=4, **options)
@@ -347,20 +347,15 @@ def test_threads_do_not_mix_their_results(device, monkeypatch):
 
     loop, _ = loops(device, Keeps(), spec, batch_size=2, required=True)
     stages = Stages.of([PLANS["ddim"]])
-    wrong: list[int] = []
 
-    def calls(thread: int) -> None:
+    def check(thread: int) -> None:
         for call in range(200):
             seed = thread * 1000 + call
             request = request_of(stages, spec, seeds=[seed, seed + 500], class_labels=None)
             out = np.empty((2, 1, 2, 2), np.float32)
             loop.enqueue(stages, request, out).wait()
-            if not (np.all(out[0] == seed) and np.all(out[1] == seed + 500)):
-                wrong.append(seed)
+            assert np.all(out[0] == seed)
+            assert np.all(out[1] == seed + 500)
 
-    threads = [threading.Thread(target=calls, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(check, range(8)))

@@ -5,18 +5,19 @@ from __future__ import annotations
 import gc
 from types import SimpleNamespace
 
+import engines
 import numpy as np
 import pytest
 import torch
+from engines import SCHEDULE
 from fake_cuda import FakeDevice, install
 from tiny_networks import Curve, Labelled
 
-from skipstep import Engine, NoiseSchedule, Plan
+from skipstep import Engine, Plan
 from skipstep.errors import CaptureError, DeviceMemoryError, EngineStateError, InputError, NonFiniteError
 from skipstep.kernels.autotune import LaunchCase, TunedLaunch
 from skipstep.kernels.launch import StepLaunch
 
-SCHEDULE = NoiseSchedule.linear(1000)
 SHAPE = (1, 3, 5)
 
 
@@ -32,14 +33,13 @@ def device(monkeypatch, kernel_device):
 
 
 def build(network=None, **options) -> Engine:
-    defaults = {"plans": [2], "batch_sizes": [1, 4], "schedule": SCHEDULE, "sample_shape": SHAPE}
-    return Engine.build(Curve() if network is None else network, **{**defaults, **options})
+    return engines.build(network or Curve(), **{"plans": [2], "sample_shape": SHAPE, **options})
 
 
 def on_the_cpu(network=None, **options) -> Engine:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("skipstep.building._resolve_device", torch.device)
-        return build(network, device="cpu", backend="torch", **options)
+        return build(network, **options)
 
 
 def test_build_makes_every_graph_that_its_plans_need(device):

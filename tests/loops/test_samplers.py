@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from analytic import GAUSSIAN, walk_table
+from engines import SCHEDULE, build
 from tiny_networks import Curve, GaussianEps, LearnedVariance, tiny_unet
 from tolerances import BACKENDS_AGREE, BATCH_INVARIANCE, FLOAT32_LOOP
 
@@ -15,13 +16,7 @@ from skipstep.errors import InputError, PlanError
 from skipstep.kernels.layout import Stream
 from skipstep.plans.solvers import SOLVERS, SolverOptions
 
-SCHEDULE = NoiseSchedule.linear(1000)
 SAMPLERS = [name for name in SOLVERS if name != "ddim_inversion"]
-
-
-def build(model, **options) -> Engine:
-    defaults = {"plans": [], "batch_sizes": [1, 4], "device": "cpu", "schedule": SCHEDULE, "backend": "torch"}
-    return Engine.build(model, **{**defaults, "compile_on_miss": True, **options})
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +34,7 @@ def gaussian() -> Engine:
 
 
 PLANS = {name: Plan(schedule=SCHEDULE, steps=4, solver=name) for name in SAMPLERS} | {
+    "eta": Plan(schedule=SCHEDULE, steps=4, eta=1.0),
     "ddpm fixed_large": Plan(schedule=SCHEDULE, steps=4, solver="ddpm", variance="fixed_large"),
     "rk4 at integers": Plan(schedule=SCHEDULE, steps=4, solver="rk4", midpoints="nearest"),
     "dynamic thresholding": Plan(schedule=SCHEDULE, steps=4, clip="dynamic", dynamic_quantile=0.8, dynamic_maximum=2),

@@ -157,12 +157,11 @@ def test_a_plan_may_end_at_the_first_level_of_the_schedule():
 
 
 def test_zero_terminal_snr_is_for_networks_that_can_see_the_image_in_their_output():
-    schedule = NoiseSchedule.linear(1000).rescaled_to_zero_terminal_snr()
     for prediction_type in ("v_prediction", "sample"):
-        plan = Plan(schedule=schedule, steps=10, prediction_type=prediction_type)
+        plan = Plan(schedule=ZERO_SNR, steps=10, prediction_type=prediction_type)
         assert np.all(np.isfinite(plan.coefficients))
     with pytest.raises(PlanError, match="v_prediction"):
-        Plan(schedule=schedule, steps=10, prediction_type="epsilon")
+        Plan(schedule=ZERO_SNR, steps=10, prediction_type="epsilon")
 
 
 @pytest.mark.parametrize(
