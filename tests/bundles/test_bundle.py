@@ -370,12 +370,11 @@ def test_a_killed_writer_leaves_what_was_there(saved, tmp_path):
     code = f"""
 import os, signal, sys
 sys.path[:0] = {sys.path[:1]!r} + [{str(Path(__file__).parents[1])!r}]
-import pytest
-from engines import build, share_exports
 from tiny_networks import tiny_unet
+from skipstep import Engine, NoiseSchedule
 from skipstep.export import bundle_writer
-share_exports(pytest.MonkeyPatch())
-engine = build(tiny_unet(), plans=[2], backend="onnxruntime")
+schedule = NoiseSchedule.cosine(1000)
+engine = Engine.build(tiny_unet(), plans=[2], backend="onnxruntime", device="cpu", schedule=schedule)
 bundle_writer.draw_golden = lambda engine: os.kill(os.getpid(), signal.SIGKILL)
 engine.save({str(folder)!r}, license="MIT", overwrite=True)
 """
