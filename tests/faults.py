@@ -52,6 +52,19 @@ def shared_folder():
         yield Path(folder)
 
 
+def run_python(code, *arguments, status=0, **options):
+    """A Python process that runs `code` to its end: its stdout, or stderr where it must end with another `status`."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    assert done.returncode == status, done.stderr
+    return done.stderr if status else done.stdout
+
+
+def modules_after(code):
+    """Names of all modules that are loaded in a new process once it has run `code`."""
+    return set(run_python(f"{code}\nimport sys\nprint(*sys.modules)").split())
+
+
 def start_python(code, *arguments, **options):
     """A Python process that runs `code`; it reports on stdout how far it is."""
     command = [sys.executable, "-c", code, *map(str, arguments)]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from engines import parts_of
 from tiny_networks import tiny_unet
+from tolerances import FLOAT16_NETWORK, FLOAT32_NETWORK
 from torch import Tensor, nn
 
 from skipstep.backends.denoiser import StepInput
@@ -85,6 +86,38 @@ def expected(timesteps: np.ndarray, conditioning: Conditioning, states: np.ndarr
         enqueue(values, stage)
         predictions.append(host.output.copy())
     return predictions
+
+
+def assert_predicts(
+    network: Any,
+    given: tuple[np.ndarray, Conditioning, np.ndarray],
+    *,
+    enqueue: Any = None,
+    counted: bool = False,
+    looked_up: dict[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """`network` predicts at each stage, in `dtype`, what the CPU's backend does.
+
+    `counted`: the stage is a number on the device. Without `looked_up` step inputs stand in memory without gaps.
+    """
+    looked_up = looked_up or tables(network.compute(*given[:2]), network.step_inputs)
+    looked_up = {name: value.to(network.input.device) for name, value in looked_up.items()}
+    enqueue = enqueue or network.new_context()
+    found = []
+    for stage, state in enumerate(given[2]):
+        network.input.copy_(torch.from_numpy(state))
+        counter = torch.tensor([stage], dtype=torch.int32, device=network.input.device)
+        enqueue(looked_up, counter if counted else stage)
+        found.append(network.output.float().cpu().numpy().copy())
+    assert network.output.dtype == dtype
+    assert_close(found, given, dtype)
+
+
+def assert_close(found: Any, given: tuple[np.ndarray, Conditioning, np.ndarray], dtype: torch.dtype) -> None:
+    wanted = np.stack(expected(*given))
+    tolerance = {torch.float32: FLOAT32_NETWORK, torch.float16: FLOAT16_NETWORK}[dtype]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
 
 
 def tables(values: StepInputs, wanted: Mapping[str, StepInput], *, pitch: int = 1) -> dict[str, Tensor]:

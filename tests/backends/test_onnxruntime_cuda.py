@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +11,9 @@ import pytest
 import step_networks
 import torch
 from conftest import HAS_GPU
+from faults import modules_after
 from onnx import TensorProto, helper
-from step_networks import SPEC
-from tolerances import FLOAT16_NETWORK, FLOAT32_NETWORK
+from step_networks import SPEC, assert_predicts
 
 from skipstep.backends import device_step, onnxruntime_cuda
 from skipstep.backends.denoiser import Target
@@ -43,23 +41,6 @@ def denoiser(batch_size=3, session=None, spec=SPEC) -> OnnxRuntimeCudaDenoiser:
     return OnnxRuntimeCudaDenoiser(session or host_session(), step_networks.early_graphs(), spec, batch_size=batch_size)
 
 
-def predictions(denoiser, timesteps, conditioning, states, *, counted=False, enqueue=None):
-    """Of every stage, where the constants stand in memory without gaps."""
-    looked_up = step_networks.tables(denoiser.compute(timesteps, conditioning), denoiser.step_inputs)
-    enqueue = enqueue or denoiser.new_context()
-    found = []
-    for stage, state in enumerate(states):
-        denoiser.input.copy_(torch.from_numpy(state))
-        enqueue(looked_up, torch.tensor([stage], dtype=torch.int32) if counted else stage)
-        found.append(denoiser.output.float().numpy().copy())
-    return found
-
-
-def assert_equal(found, expected, tolerance=FLOAT32_NETWORK):
-    scale = max(abs(each).max() for each in expected)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale)
-
-
 def test_the_network_of_these_tests_looks_up_every_kind():
     step_inputs = denoiser().step_inputs
     parts = step_networks.parts()
@@ -71,8 +52,7 @@ def test_the_network_of_these_tests_looks_up_every_kind():
 @pytest.mark.parametrize("counted", [False, True], ids=["stage of the host", "stage of the device"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_predicts_what_the_cpu_backend_predicts(batch_size, counted):
-    given = step_networks.call(4, batch_size)
-    assert_equal(predictions(denoiser(batch_size), *given, counted=counted), step_networks.expected(*given))
+    assert_predicts(denoiser(batch_size), step_networks.call(4, batch_size), counted=counted)
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
@@ -81,8 +61,7 @@ def test_what_stages_share_is_read_anew_when_it_moves(cuda_graph):
     network = denoiser(session=host_session(cuda_graph=cuda_graph))
     enqueue = network.new_context()
     for seed in (0, 1, 0):
-        given = step_networks.call(2, 3, seed)
-        assert_equal(predictions(network, *given, enqueue=enqueue), step_networks.expected(*given))
+        assert_predicts(network, step_networks.call(2, 3, seed), enqueue=enqueue)
     shared = {name for name, each in network.step_inputs.items() if not each.per_stage}
     assert network._read_in_place.keys() == (set() if cuda_graph else shared)
 
@@ -90,9 +69,8 @@ def test_what_stages_share_is_read_anew_when_it_moves(cuda_graph):
 def test_half_precision():
     network = denoiser(session=host_session("float16"))
     assert network.input.dtype == network.output.dtype == torch.float16
-    given = step_networks.call(3, 3)
     assert {each.dtype for each in network.step_inputs.values()} == {"float16"}
-    assert_equal(predictions(network, *given), step_networks.expected(*given), FLOAT16_NETWORK)
+    assert_predicts(network, step_networks.call(3, 3), dtype=torch.float16)
 
 
 def test_denoisers_of_one_session_record_graphs_of_their_own():
@@ -124,7 +102,7 @@ def test_order_between_streams(monkeypatch, same):
     network = denoiser(session=host_session(stream=own))
     run = network._run
     monkeypatch.setattr(network, "_run", lambda: (log.append("run"), run()))
-    predictions(network, *step_networks.call(1, 3))
+    assert_predicts(network, step_networks.call(1, 3))
     around = [("own", "waits for", "current"), "run", ("current", "waits for", "own")]
     assert log == (["run"] if same else around)
 
@@ -322,9 +300,8 @@ def test_the_provider_without_a_device(monkeypatch):
 
 
 def test_needs_no_cuda_to_be_imported():
-    code = "import sys, skipstep.backends.tensorrt, skipstep.backends.onnxruntime_cuda; print(*sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not set(result.stdout.split()) & {"tensorrt", "tensorrt_rtx", "onnx", "triton"}
+    loaded = modules_after("import skipstep.backends.tensorrt, skipstep.backends.onnxruntime_cuda")
+    assert not loaded & {"tensorrt", "tensorrt_rtx", "onnx", "triton"}
 
 
 @pytest.mark.gpu
@@ -333,15 +310,5 @@ def test_needs_no_cuda_to_be_imported():
 def test_on_the_device(precision, cuda_graph):
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("this build of ONNX Runtime has no CUDA provider")
-    device = torch.device("cuda", 0)
     network = denoisers(step_networks.source(), Target("cuda:0", precision), cuda_graph=cuda_graph)(3)
-    given = step_networks.call(4, 3)
-    values = step_networks.tables(network.compute(*given[:2]), network.step_inputs)
-    looked_up = {name: value.to(device) for name, value in values.items()}
-    enqueue, found = network.new_context(), []
-    for stage, state in enumerate(given[2]):
-        network.input.copy_(torch.from_numpy(state))
-        enqueue(looked_up, stage)
-        found.append(network.output.float().cpu().numpy())
-    tolerance = FLOAT32_NETWORK if precision == "float32" else FLOAT16_NETWORK
-    assert_equal(found, step_networks.expected(*given), tolerance)
+    assert_predicts(network, step_networks.call(4, 3), dtype=getattr(torch, precision))

@@ -13,14 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import fake_tensorrt
-import numpy as np
 import pytest
 import step_networks
 import torch
 from conftest import HAS_GPU
 from fake_tensorrt import PRETENCES, DataType, TensorFormat, TensorLocation
-from step_networks import SPEC
-from tolerances import FLOAT16_NETWORK, FLOAT32_NETWORK
+from step_networks import SPEC, assert_close, assert_predicts
 
 from skipstep.backends import tensorrt
 from skipstep.backends.denoiser import Target
@@ -93,21 +91,6 @@ def tables(network, given, **options):
     return step_networks.tables(network.compute(*given[:2]), network.step_inputs, **options)
 
 
-def predictions(network, given, *, enqueue=None, counted=False, looked_up=None):
-    looked_up, enqueue = looked_up or tables(network, given), enqueue or network.new_context()
-    found = []
-    for stage, state in enumerate(given[2]):
-        network.input.copy_(torch.from_numpy(state))
-        enqueue(looked_up, torch.tensor([stage], dtype=torch.int32) if counted else stage)
-        found.append(network.output.float().numpy().copy())
-    return found
-
-
-def assert_equal(found, expected, tolerance=FLOAT32_NETWORK):
-    scale = max(abs(each).max() for each in expected)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale)
-
-
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("library", ["tensorrt", "tensorrt_rtx"])
 @pytest.mark.parametrize("counted", [False, True], ids=["stage of the host", "stage of the device"])
@@ -115,15 +98,14 @@ def assert_equal(found, expected, tolerance=FLOAT32_NETWORK):
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_predicts_what_the_cpu_backend_predicts(batch_size, pitch, counted, library):
     network, given = denoiser(batch_size, library=library), step_networks.call(4, batch_size)
-    found = predictions(network, given, counted=counted, looked_up=tables(network, given, pitch=pitch))
-    assert_equal(found, step_networks.expected(*given))
+    assert_predicts(network, given, counted=counted, looked_up=tables(network, given, pitch=pitch))
 
 
 @pytest.mark.usefixtures("cuda")
 def test_half_precision():
-    network, given = denoiser(precision="float16"), step_networks.call(3, 3)
+    network = denoiser(precision="float16")
     assert network.input.dtype == network.output.dtype == torch.float16
-    assert_equal(predictions(network, given), step_networks.expected(*given), FLOAT16_NETWORK)
+    assert_predicts(network, step_networks.call(3, 3), dtype=torch.float16)
 
 
 @pytest.mark.usefixtures("cuda")
@@ -134,7 +116,7 @@ def test_aligned_rows_are_read_where_they_stand():
     for row in network.rows.values():
         row.fill_(torch.nan)
     enqueue, looked_up = network.new_context(), tables(network, given, pitch=ALIGNED)
-    assert_equal(predictions(network, given, enqueue=enqueue, looked_up=looked_up), step_networks.expected(*given))
+    assert_predicts(network, given, enqueue=enqueue, looked_up=looked_up)
     for stage, (_, addresses) in enumerate(enqueue.context._launches[-4:]):
         for name, table in looked_up.items():
             assert addresses[name] == (table[stage] if name in per_stage else table).data_ptr()
@@ -152,13 +134,11 @@ def test_contexts_keep_apart_what_they_look_up():
     held = [tables(network, given, pitch=pitch) for given, pitch in zip(calls, (1, ALIGNED), strict=True)]
     for _ in range(2):
         for given, enqueue, looked_up in zip(calls, contexts, held, strict=True):
-            found = predictions(network, given, enqueue=enqueue, looked_up=looked_up)
-            assert_equal(found, step_networks.expected(*given))
+            assert_predicts(network, given, enqueue=enqueue, looked_up=looked_up)
     # What is looked up may change where it stands: a plan of equal structure, or another prompt.
     for name, table in held[0].items():
         table.copy_(held[1][name])
-    found = predictions(network, calls[1], enqueue=contexts[0], looked_up=held[0])
-    assert_equal(found, step_networks.expected(*calls[1]))
+    assert_predicts(network, calls[1], enqueue=contexts[0], looked_up=held[0])
 
 
 @pytest.mark.usefixtures("cuda")
@@ -168,8 +148,7 @@ def test_one_context_with_the_memory_of_several_calls():
     enqueue = network.new_context()
     for seed, pitch in ((1, 1), (2, ALIGNED), (1, ALIGNED)):
         given = step_networks.call(3, 3, seed)
-        found = predictions(network, given, enqueue=enqueue, looked_up=tables(network, given, pitch=pitch))
-        assert_equal(found, step_networks.expected(*given))
+        assert_predicts(network, given, enqueue=enqueue, looked_up=tables(network, given, pitch=pitch))
 
 
 def test_a_context_has_run_before_anything_is_recorded(cuda):
@@ -186,10 +165,10 @@ def test_a_context_has_run_before_anything_is_recorded(cuda):
 
 
 def test_launches_go_to_the_current_stream(cuda):
-    network, given = denoiser(), step_networks.call(2, 3)
+    network = denoiser()
     enqueue = network.new_context()
     waits, cuda.current = cuda.waits, 7
-    predictions(network, given, enqueue=enqueue)
+    assert_predicts(network, step_networks.call(2, 3), enqueue=enqueue)
     assert [stream for stream, _ in enqueue.context._launches[1:]] == [7, 7]
     assert cuda.waits == waits
 
@@ -204,18 +183,18 @@ def test_engines_that_take_memory_while_they_run_are_not_recorded():
 def test_full_tensorrt_is_asked_nothing_that_it_does_not_know(cuda, monkeypatch):
     monkeypatch.delattr(fake_tensorrt.IExecutionContext, "is_stream_capturable")
     monkeypatch.delattr(fake_tensorrt.ICudaEngine, "create_runtime_config")
-    network, given = denoiser(library="tensorrt"), step_networks.call(2, 3)
+    network = denoiser(library="tensorrt")
     assert (network.name, network.capture_refusal) == ("tensorrt", None)
-    assert_equal(predictions(network, given), step_networks.expected(*given))
+    assert_predicts(network, step_networks.call(2, 3))
 
 
 @pytest.mark.parametrize("capturing", [False, True])
 def test_a_launch_that_fails(cuda, capturing):
-    network, given = denoiser(), step_networks.call(1, 3)
+    network = denoiser()
     enqueue = network.new_context()
     PRETENCES["no launch"], cuda.capturing = True, capturing
     with pytest.raises(CaptureError if capturing else ExportError, match="does not launch: no launch today"):
-        predictions(network, given, enqueue=enqueue)
+        assert_predicts(network, step_networks.call(1, 3), enqueue=enqueue)
 
 
 @pytest.mark.usefixtures("cuda")
@@ -285,7 +264,7 @@ def test_step_inputs_that_no_loop_should_give(change):
         "address": torch.cat([value.new_zeros(1), value.flatten()])[1:].view(value.shape),
     }[change]
     with pytest.raises(InputError, match=name):
-        predictions(network, given, looked_up=looked_up)
+        assert_predicts(network, given, looked_up=looked_up)
 
 
 def test_without_a_device_the_library_is_left_alone(monkeypatch):
@@ -334,9 +313,7 @@ def test_from_a_network(monkeypatch, precision):
     assert [each[:2] for each in asked] == [("rtx", 1), ("rtx", 2)]
     assert (asked[0][2] == step_networks.parts().graphs.step) == (precision == "float32")
     for size, network in found.items():
-        given = step_networks.call(2, size)
-        tolerance = FLOAT32_NETWORK if precision == "float32" else FLOAT16_NETWORK
-        assert_equal(predictions(network, given), step_networks.expected(*given), tolerance)
+        assert_predicts(network, step_networks.call(2, size), dtype=getattr(torch, precision))
 
 
 @pytest.mark.usefixtures("cuda")
@@ -366,8 +343,7 @@ def test_from_a_bundle(monkeypatch):
     make = denoisers(BundleSource(bundle), Target("cpu", "float32"))
     found = {size: make(size) for size in (1, 2)}
     assert asked == ["1", "2"]
-    given = step_networks.call(2, 2)
-    assert_equal(predictions(found[2], given), step_networks.expected(*given))
+    assert_predicts(found[2], step_networks.call(2, 2))
     with pytest.raises(DeviceUnavailableError, match="sm_90 at batch 4; expected"):
         make(4)
 
@@ -443,6 +419,7 @@ def test_the_real_library_without_a_device():
         denoiser()
 
 
+@pytest.mark.slow
 @has_rtx
 def test_the_type_checker_knows_the_bindings(tmp_path):
     """From stubs of the installed library: what is called as the denoiser calls it passes, a wrong name does not."""
@@ -462,12 +439,8 @@ def test_the_type_checker_knows_the_bindings(tmp_path):
         f"[mypy]\nstrict = True\nmypy_path = {stubs}\n"
         "[mypy-tensorrt_rtx.*]\nignore_errors = True\n[mypy-tensorrt_rtx_bindings.*]\nignore_errors = True\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-m", "mypy", "--config-file", config, "--cache-dir", tmp_path / "cache", code],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    command = [sys.executable, "-m", "mypy", "--config-file", config, "--cache-dir", tmp_path / "cache", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     errors = re.findall(r"code.py:(\d+): error: .*\[(.*)\]", result.stdout)
     assert sorted(errors) == [("5", "arg-type"), ("5", "arg-type"), ("5", "attr-defined")], result.stdout
 
@@ -499,8 +472,8 @@ def test_on_the_device(library, precision):
         loop(network.new_context())
     stream.synchronize()
     stepwise = results.clone()
-    tolerance = FLOAT32_NETWORK if precision == "float32" else FLOAT16_NETWORK
-    assert_equal(stepwise.float().cpu().numpy(), step_networks.expected(*given), tolerance)
+    assert stepwise.dtype == getattr(torch, precision)
+    assert_close(stepwise.float().cpu().numpy(), given, stepwise.dtype)
     for counter in (None, torch.zeros(1, dtype=torch.int32, device=device)):
         enqueue, graph = network.new_context(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):

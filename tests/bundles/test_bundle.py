@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from faults import file_size_limit
+from engines import build
+from faults import file_size_limit, modules_after, run_python
 from hostile_json import FUZZ, fuzz, rewrite
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +22,7 @@ from tiny_networks import tiny_unet
 from tolerances import BACKENDS_AGREE, BATCH_INVARIANCE
 
 import skipstep
-from skipstep import Engine, NoiseSchedule, Plan, load
+from skipstep import NoiseSchedule, Plan, load
 from skipstep.bundles.bundle import is_bundle, open_bundle
 from skipstep.errors import (
     BundleError,
@@ -46,17 +46,12 @@ PLANS = [
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine.build(
-        tiny_unet(num_class_embeds=4),
-        plans=PLANS,
-        batch_sizes=[1, 3],
-        backend="onnxruntime",
-        device="cpu",
-        schedule=SCHEDULE,
-        num_classes=3,
-        null_label=3,
-        fractional_timesteps=True,
-    )
+    conditions = {"num_classes": 3, "null_label": 3, "fractional_timesteps": True}
+    return make(tiny_unet(num_class_embeds=4), plans=PLANS, batch_sizes=[1, 3], **conditions)
+
+
+def make(network, **options):
+    return build(network, **{"backend": "onnxruntime", "schedule": SCHEDULE, **options})
 
 
 @pytest.fixture(scope="module")
@@ -138,30 +133,15 @@ def test_a_half_precision_network_is_one_more_file(engine, tmp_path):
     )
 
 
-def test_a_bundle_of_schema_1_says_how_to_make_one_of_this_schema(copy):
-    manifest = json.loads((copy / "manifest.json").read_bytes())
-    (copy / "manifest.json").write_text(json.dumps(manifest | {"schema": 1, "loops": []}))
-    with pytest.raises(BundleError, match="schema 1") as caught:
-        load(copy)
-    assert "skipstep export" in caught.value.remedy
-
-
 def test_loading_and_sampling_imports_neither_torch_nor_diffusers(saved):
-    code = (
-        "import sys, skipstep\n"
-        f"skipstep.load({str(saved)!r}).sample(steps=2, seeds=0, class_labels=1)\n"
-        "print(*sys.modules)"
-    )
-    loaded = set(
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    )
+    loaded = modules_after(f"import skipstep; skipstep.load({str(saved)!r}).sample(steps=2, seeds=0, class_labels=1)")
     assert "onnxruntime" in loaded
     assert not loaded & {"torch", "diffusers", "onnx", "triton", "PIL", "cryptography"}
 
 
 def test_an_engine_of_another_backend_saves_too(tmp_path):
     """What torch drew is what the bundle's golden samples are."""
-    built = Engine.build(tiny_unet(), plans=[3], backend="torch", device="cpu", schedule=SCHEDULE)
+    built = make(tiny_unet(), plans=[3], backend="torch")
     built.save(tmp_path / "bundle", license="MIT")
     drawn = load(tmp_path / "bundle").sample(steps=3, seeds=[1, 2])
     np.testing.assert_allclose(drawn, built.sample(steps=3, seeds=[1, 2]), rtol=0, atol=BACKENDS_AGREE)
@@ -310,6 +290,10 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: change(folder / "manifest.json", lambda data: data[:-100]),
         "manifest.json",
     ),
+    "a bundle of schema 1": (
+        lambda folder: change(folder / "manifest.json", lambda data: data.replace(b'"schema": 2', b'"schema": 1')),
+        "schema 1.*skipstep export",
+    ),
     "swapped plans": (swap_plans, "tables"),
     "weights outside": (refer_outside, "step.onnx"),
 }
@@ -394,14 +378,11 @@ engine = Engine.build(tiny_unet(), plans=[2], backend="onnxruntime", device="cpu
 bundle_writer.draw_golden = lambda engine: os.kill(os.getpid(), signal.SIGKILL)
 engine.save({str(folder)!r}, license="MIT", overwrite=True)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == -9, result.stderr
+    run_python(code, status=-9)
     assert open_bundle(folder).manifest == before
     load(folder).sample(steps=2, seeds=0, class_labels=0)
     partial = [path for path in tmp_path.iterdir() if path != folder]
     assert len(partial) == 1
-    Engine.build(tiny_unet(), plans=[2], backend="onnxruntime", device="cpu", schedule=SCHEDULE).save(
-        folder, license="MIT", overwrite=True
-    )
+    make(tiny_unet(), plans=[2]).save(folder, license="MIT", overwrite=True)
     assert list(tmp_path.iterdir()) == [folder]
     assert skipstep.load(folder).sample(steps=2, seeds=0).shape == (1, 1, 8, 8)

@@ -6,7 +6,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from faults import DROP_PRIVILEGES, file_size_limit, run_on_small_disk, shared_folder, start_python
+from faults import DROP_PRIVILEGES, file_size_limit, run_on_small_disk, run_python, shared_folder, start_python
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -304,9 +304,7 @@ os.chmod(cache.folder, 0o700)
 """
     with shared_folder() as folder:
         folder.chmod(0o777)
-        process = start_python(code, folder, KEY, OTHER)
-        lines = process.communicate(timeout=60)[0].splitlines()
-        assert process.returncode == 0
+        lines = run_python(code, folder, KEY, OTHER).splitlines()
     assert lines[:2] == ["b'kept' 0", "b'built' b'built'"]
     assert lines[2].startswith("1 the artefact is built but not kept: got 'Permission denied'")
 

@@ -1,10 +1,10 @@
 """Choosing, checking and launching compiled step kernels, above a driver that only records."""
 
-import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
+from faults import modules_after
 from step_binaries import CUBIN, RecordingDriver, step_facts
 
 from skipstep.edge.launcher import DeviceBuffer, StepLauncher, StepOperands
@@ -217,9 +217,6 @@ def test_a_missing_driver_package_is_named(monkeypatch):
 
 
 def test_neither_torch_nor_triton_is_imported():
-    code = "import sys, skipstep.edge.launcher; print(*sys.modules)"
-    loaded = set(
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    )
+    loaded = modules_after("import skipstep.edge.launcher")
     assert "skipstep.edge.launcher" in loaded
     assert not loaded & {"torch", "triton", "numpy", "cuda"}

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from hostile_json import JSON
-from hypothesis import given, settings
+from hostile_json import FUZZ, JSON, fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from step_binaries import step_facts
 
@@ -115,7 +115,7 @@ def test_arguments_must_be_the_kernels(damage):
         StepBinaryFacts.from_json(value)
 
 
-@settings(max_examples=1000, deadline=None)
+@fuzz(FUZZ // 5)
 @given(key=st.sampled_from(sorted(step_facts().to_json())), value=JSON)
 def test_any_json_is_read_or_refused_with_a_typed_error(key, value):
     damaged = step_facts().to_json() | {key: value}

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from engines import build
 from tiny_networks import tiny_unet
 
-from skipstep import Engine, NoiseSchedule, load
+from skipstep import load
 from skipstep.bundles.bundle import open_bundle
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.errors import BundleError, IntegrityError
@@ -26,9 +27,7 @@ SLOWER = dataclasses.replace(LATENCY, p99_ms=9.0)
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine.build(
-        tiny_unet(), plans=[2, 3], backend="onnxruntime", device="cpu", schedule=NoiseSchedule.cosine(1000)
-    )
+    return build(tiny_unet(), plans=[2, 3], backend="onnxruntime")
 
 
 @pytest.fixture(scope="module")

@@ -6,18 +6,18 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from engines import SCHEDULE, build
 from onnxruntime import InferenceSession
 from tiny_networks import Curve, LearnedVariance, tiny_unet
 from tolerances import STATIC_SHAPES
 from torch import Tensor, nn
 
-from skipstep import Engine, NoiseSchedule, Plan
+from skipstep import Plan
 from skipstep.calls.noise import standard_normal
 from skipstep.errors import InputError, PlanError
 from skipstep.export.onnx_sampler import build_sampler
 from skipstep.kernels.layout import Stream
 
-SCHEDULE = NoiseSchedule.linear(1000)
 OPTIONS = {
     "ddim": {},
     "paper": {"convention": "paper"},
@@ -41,8 +41,7 @@ X_T = np.random.default_rng(0).standard_normal((3, 1, 8, 8), dtype=np.float32)
 
 
 def engine_of(network, plans, **options):
-    given = {"batch_sizes": [len(X_T)], "backend": "onnxruntime", "device": "cpu", "schedule": SCHEDULE, **options}
-    return Engine.build(network, plans=plans, **given)
+    return build(network, plans=plans, batch_sizes=[len(X_T)], backend="onnxruntime", **options)
 
 
 def sampler_of(engine, plan, **options):
@@ -136,7 +135,16 @@ def expected_and_given(engine, plan, *, guided):
     return *engine.sample(**arguments, trajectory=True), given
 
 
-@pytest.mark.parametrize("form", ["loop", "unrolled"])
+def assert_close(found, expected, *, scale=None):
+    """A graph of fixed shapes, or of another batch size, may be computed in another order."""
+    atol = STATIC_SHAPES * (scale or np.abs(expected).max())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+
+
+both_forms = pytest.mark.parametrize("form", ["loop", "unrolled"])
+
+
+@both_forms
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("name", PLANS)
 def test_draws_what_the_engine_draws(labelled, name, guided, form):
@@ -153,10 +161,10 @@ def test_draws_what_the_engine_draws(labelled, name, guided, form):
 
     found = run(sampler_of(labelled, plan, batch_size=3, **options), plan, **given)
     assert set(found) == {"x_0"}
-    np.testing.assert_allclose(found["x_0"], samples, rtol=0, atol=STATIC_SHAPES * np.abs(samples).max())
+    assert_close(found["x_0"], samples)
 
 
-@pytest.mark.parametrize("form", ["loop", "unrolled"])
+@both_forms
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_prompts_are_inputs(prompted, name, guided, form):
@@ -164,7 +172,7 @@ def test_prompts_are_inputs(prompted, name, guided, form):
     samples, _, given = expected_and_given(prompted, plan, guided=guided)
     for batch_size in (3, None):
         found = run(sampler_of(prompted, plan, batch_size=batch_size, guided=guided, form=form), plan, **given)
-        np.testing.assert_allclose(found["x_0"], samples, rtol=0, atol=STATIC_SHAPES * np.abs(samples).max())
+        assert_close(found["x_0"], samples)
 
 
 def test_labels_beside_prompts_keep_their_meaning_under_guidance():
@@ -179,39 +187,39 @@ def test_labels_beside_prompts_keep_their_meaning_under_guidance():
     engine = engine_of(Both(), [plan], sample_shape=(1, 8, 8), num_classes=4, prompt_shape=(2, 3))
     samples, _, given = expected_and_given(engine, plan, guided=True)
     found = run(sampler_of(engine, plan, batch_size=None, guided=True), plan, **given)
-    np.testing.assert_allclose(found["x_0"], samples, rtol=0, atol=STATIC_SHAPES * np.abs(samples).max())
+    assert_close(found["x_0"], samples)
 
 
-@pytest.mark.parametrize("form", ["loop", "unrolled"])
+@both_forms
 @pytest.mark.parametrize("name", ["ddim", "eta"])
 def test_a_unet_keeps_its_weights_once(unet, name, form):
     plan = PLANS[name]
     samples, _, given = expected_and_given(unet, plan, guided=True)
     for batch_size in (3, None):
         found = run(sampler_of(unet, plan, batch_size=batch_size, guided=True, form=form), plan, **given)
-        np.testing.assert_allclose(found["x_0"], samples, rtol=0, atol=STATIC_SHAPES * np.abs(samples).max())
+        assert_close(found["x_0"], samples)
     network = unet.source.partition().graphs
     whole = sum(len(graph) for graph in (*network.before_loop.values(), network.step))
     graph = build_sampler(unet.source.partition(), unet.network, plan, guided=True)
     assert len(graph) < whole + 20_000
 
 
-@pytest.mark.parametrize("form", ["loop", "unrolled"])
+@both_forms
 def test_an_open_batch_takes_any_size(labelled, form):
     plan = PLANS["ddpm"]
     session = sampler_of(labelled, plan, batch_size=None, form=form)
     whole = run(session, plan, x_T=X_T, class_labels=np.array(LABELS))["x_0"]
     first = run(session, plan, x_T=X_T[:1], class_labels=np.array(LABELS[:1]))["x_0"]
-    np.testing.assert_allclose(first, whole[:1], rtol=0, atol=STATIC_SHAPES * np.abs(whole).max())
+    assert_close(first, whole[:1], scale=np.abs(whole).max())
 
 
-@pytest.mark.parametrize("form", ["loop", "unrolled"])
+@both_forms
 def test_a_learned_variance_scales_the_noise(form):
     plan = Plan(schedule=SCHEDULE, timesteps=[599, 299, 99], solver="ddpm", variance="learned_range")
     engine = engine_of(LearnedVariance(), [plan], sample_shape=(1, 8, 8))
     samples = engine.sample(plan=plan, x_T=X_T, seeds=SEEDS)
     found = run(sampler_of(engine, plan, batch_size=3, form=form), plan, x_T=X_T)
-    np.testing.assert_allclose(found["x_0"], samples, rtol=0, atol=STATIC_SHAPES * np.abs(samples).max())
+    assert_close(found["x_0"], samples)
 
 
 def test_an_unrolled_stage_does_what_its_flags_say_and_no_more(labelled):

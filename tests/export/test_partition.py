@@ -6,21 +6,19 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from engines import build, exported
 from tiny_networks import Curve, Labelled, tiny_unet
 from tolerances import FLOAT32_NETWORK
 from torch import Tensor, nn
 
-from skipstep import Engine, NoiseSchedule
-from skipstep.backends.onnxruntime import EarlyGraphs, OnnxRuntimeDenoiser, make_session
+from skipstep.backends.onnxruntime import EarlyGraphs, LazySession, OnnxRuntimeDenoiser, make_session
 from skipstep.backends.torch import prepare_module
 from skipstep.calls.conditioning import Conditioning
 from skipstep.errors import ExportError
-from skipstep.export.onnx_model import export_onnx
 from skipstep.export.partition import partition
 from skipstep.networks.graphs import Binding
 from skipstep.networks.spec import NetworkSpec
 
-CPU = torch.device("cpu")
 # Per stage and sample, some of them repeated: what is computed once must reach every place that it belongs to.
 TIMESTEPS = np.array([[999, 999, 999], [500, 20, 999], [0, 1, 500], [20, 20, 20]], np.float64)
 LABELS = np.array([2, 0, 2])
@@ -50,9 +48,9 @@ class Blind(nn.Module):
         return torch.zeros(1, 4, 4) + t.to(torch.float32).view(-1, 1, 1, 1)
 
 
-def exported(network: nn.Module, spec: NetworkSpec) -> tuple[bytes, NetworkSpec]:
+def export(network: nn.Module, spec: NetworkSpec) -> tuple[bytes, NetworkSpec]:
     module, spec = prepare_module(network, spec)
-    return export_onnx(module, spec), spec
+    return exported(module, spec), spec
 
 
 CASES = {
@@ -68,7 +66,7 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
-    graph, spec = exported(*CASES[request.param])
+    graph, spec = export(*CASES[request.param])
     return request.param, graph, spec
 
 
@@ -76,9 +74,10 @@ def test_the_parts_give_what_the_whole_gives(case):
     _, graph, spec = case
     whole = make_session(graph)
     graphs = partition(graph).graphs
-    denoiser = OnnxRuntimeDenoiser(make_session(graphs.step), EarlyGraphs(graphs.before_loop, spec), spec, batch_size=3)
+    session = LazySession(lambda: make_session(graphs.step))
+    denoiser = OnnxRuntimeDenoiser(session, EarlyGraphs(graphs.before_loop, spec), spec, batch_size=3)
     labels = None if spec.num_classes is None else LABELS
-    denoiser.prepare(TIMESTEPS, Conditioning.of_labels(labels, 3))
+    values, enqueue = denoiser.compute(TIMESTEPS, Conditioning.of_labels(labels, 3)), denoiser.new_context()
     rng = np.random.default_rng(0)
     for stage, timesteps in enumerate(TIMESTEPS):
         denoiser.input[...] = rng.standard_normal(denoiser.input.shape)
@@ -87,7 +86,7 @@ def test_the_parts_give_what_the_whole_gives(case):
             feeds["class_labels"] = labels
         read = {each.name for each in whole.get_inputs()}
         expected = whole.run(None, {name: array for name, array in feeds.items() if name in read})[0]
-        denoiser.enqueue(stage)
+        enqueue(values, stage)
         np.testing.assert_allclose(denoiser.output, expected, rtol=0, atol=FLOAT32_NETWORK * np.abs(expected).max())
 
 
@@ -108,7 +107,7 @@ def test_what_moves_is_what_does_not_see_the_state(case):
 
 def test_a_unets_time_path_leaves_the_loop_whole():
     """One table per residual block; no weight of the time embedding or of its projections stays behind."""
-    graph, _ = exported(*CASES["unconditional UNet"])
+    graph, _ = export(*CASES["unconditional UNet"])
     parts = partition(graph)
     weights = {part: names(getattr(parts.graphs, part)) for part in ("plan", "step")}
     of_time = {name for name in names(graph) if "time_emb" in name}
@@ -125,7 +124,7 @@ def names(graph: bytes) -> set[str]:
 
 
 def test_each_pair_of_timestep_and_label_is_computed_once(monkeypatch):
-    graph, spec = exported(*CASES["conditional UNet"])
+    graph, spec = export(*CASES["conditional UNet"])
     constants = EarlyGraphs(partition(graph).graphs.before_loop, spec)
     found = constants.compute(TIMESTEPS, Conditioning.of_labels(LABELS, 3))
     pairs = {(t, label) for row in TIMESTEPS for t, label in zip(row, LABELS, strict=True)}
@@ -139,25 +138,17 @@ def test_each_pair_of_timestep_and_label_is_computed_once(monkeypatch):
 
 def test_a_graph_that_mixes_rows_unseen_is_caught_before_it_is_used():
     with pytest.raises(ExportError, match="off by"):
-        Engine.build(
-            Running(),
-            plans=[3],
-            batch_sizes=[2],
-            backend="onnxruntime",
-            device="cpu",
-            schedule=NoiseSchedule.linear(1000),
-            sample_shape=(1, 4, 4),
-        )
+        build(Running(), plans=[3], batch_sizes=[2], backend="onnxruntime", sample_shape=(1, 4, 4))
 
 
 def test_a_network_that_ignores_its_sample_is_refused():
-    graph, _ = exported(Blind(), NetworkSpec((1, 4, 4)))
+    graph, _ = export(Blind(), NetworkSpec((1, 4, 4)))
     with pytest.raises(ExportError, match="does not depend on the state"):
         partition(graph)
 
 
 def test_randomness_stays_in_the_loop():
-    graph, _ = exported(*CASES["a curve"])
+    graph, _ = export(*CASES["a curve"])
     model = onnx.load_from_string(graph)
     first = next(node for node in model.graph.node if "timestep" in node.input)
     noisy = onnx.helper.make_node("RandomNormalLike", ["timestep"], ["noise"], dtype=onnx.TensorProto.FLOAT)

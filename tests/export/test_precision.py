@@ -27,7 +27,7 @@ DELICATE = ("InstanceNormalization", "Softmax", "ReduceMean", "Sqrt")
 both = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 
 
-@pytest.fixture(scope="module", params=["convolutions", "attention"])
+@pytest.fixture(scope="module", params=["convolutions", pytest.param("attention", marks=pytest.mark.slow)])
 def unet(request) -> bytes:
     return unet_step(**(ATTENTION if request.param == "attention" else {}))
 

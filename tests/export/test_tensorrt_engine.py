@@ -121,7 +121,7 @@ def test_a_target_reads_back_as_it_is_written(numbers):
     assert sum((parse_targets(str(target)) for target in targets), ()) == targets
 
 
-@pytest.mark.parametrize("sm", [86, 89, 120])
+@pytest.mark.parametrize("sm", [86, *(pytest.param(sm, marks=pytest.mark.slow) for sm in (89, 120))])
 def test_a_step_network_for_each_architecture(step_graph, sm):
     phases = []
     built = build(step_graph, sm, batch_sizes=(2, 1, 4), progress=lambda *report: phases.append(report))

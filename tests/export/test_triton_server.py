@@ -8,33 +8,26 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from engines import SCHEDULE, parts_of
 from google.protobuf import text_format
 from onnx import TensorProto, helper
 from onnxruntime import InferenceSession
 from tiny_networks import Labelled
 
-from skipstep import Engine, NoiseSchedule, Plan
+from skipstep import Plan
 from skipstep.errors import ExportError, InputError
 from skipstep.export.onnx_sampler import build_sampler
 from skipstep.export.triton_server import model_config, model_repository
+from skipstep.networks.spec import NetworkSpec
 
-SCHEDULE = NoiseSchedule.linear(1000)
 QUIET, NOISY = Plan(schedule=SCHEDULE, steps=3), Plan(schedule=SCHEDULE, steps=3, eta=1.0)
 
 
 @pytest.fixture(scope="module")
 def graphs():
     """Samplers of a labelled network by what the server has to know of them."""
-    engine = Engine.build(
-        Labelled(),
-        plans=[QUIET, NOISY],
-        backend="onnxruntime",
-        device="cpu",
-        sample_shape=(1, 4, 4),
-        num_classes=9,
-        null_label=9,
-    )
-    parts, network = engine.source.partition(), engine.network
+    network = NetworkSpec((1, 4, 4), num_classes=9, null_label=9)
+    parts = parts_of(Labelled(), network)
     return {
         "open": build_sampler(parts, network, QUIET, batch_size=None, guided=True),
         "fixed": build_sampler(parts, network, QUIET, batch_size=2),

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from faults import DROP_PRIVILEGES, file_size_limit, run_on_small_disk, shared_folder, start_python
+from faults import DROP_PRIVILEGES, file_size_limit, run_on_small_disk, run_python, shared_folder, start_python
 
 from skipstep.errors import StorageError
 from skipstep.storage import atomic as files
@@ -150,7 +150,7 @@ except StorageError as error:
     with shared_folder() as folder:
         (folder / "a").write_bytes(b"old")
         folder.chmod(0o555)
-        output = start_python(code, folder / "a").communicate(timeout=60)[0]
+        output = run_python(code, folder / "a")
         assert re.search("Permission denied.*choose a folder that this user may write to", output)
         assert (folder / "a").read_bytes() == b"old"
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
-import sys
 
 import pytest
-from faults import DROP_PRIVILEGES, file_size_limit, shared_folder
+from faults import DROP_PRIVILEGES, file_size_limit, run_python, shared_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -175,8 +173,3 @@ def test_importing_costs_nothing_and_absence_is_said():
         "    except MissingDependencyError as error:\n        assert 'skipstep[sign]' in str(error)\n"
         "    else:\n        raise AssertionError\n"
     )
-
-
-def run_python(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
