@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
 
 import numpy as np
 
@@ -37,23 +37,31 @@ Precision = Literal["float32", "float16", "bfloat16"]
 EXPORT_TOLERANCE = 1e-4
 
 
-class BuildOptions(TypedDict, total=False):
+class ModelOptions(TypedDict, total=False):
+    """What completes a model's configuration where it does not say (skipstep.networks.spec.NetworkSpec).
+
+    fractional_timesteps  whether the network takes timesteps between those of its training; None: a diffusers network
+                          does if its time embedding is smooth, any other module does not.
+    """
+
+    sample_shape: tuple[int, int, int] | None
+    num_classes: int | None
+    null_label: int | None
+    prompt_shape: tuple[int, int] | None
+    fractional_timesteps: bool | None
+
+
+class BuildOptions(ModelOptions, total=False):
     """How a network is compiled; each may be left out.
 
-    backend         "torch", "onnxruntime", "tensorrt" or "auto" (skipstep.backends.registry has the table).
-    loop            on a GPU "captured", "step_graph" or "stepwise" (skipstep.loops.programs), on the CPU "stepwise".
-                    "auto": the one with the fewest launches from the host. `Engine.describe` says which was possible.
-    require_captured
-                    on a GPU: raise CaptureError where a loop cannot run as `loop` says, instead of a simpler one.
-    device          "cpu", "cuda", "cuda:1", or "auto": the GPU where there is one.
-    precision       of the network on a GPU: "float32", "float16" or "bfloat16"; the state is always float32.
-    compile_network run torch's module through torch.compile first (torch on a GPU).
-    num_threads     of ONNX Runtime on the CPU; None: every core. torch keeps its process-wide setting.
-    sample_shape, num_classes, null_label, prompt_shape
-                    complete what the model's configuration does not say (skipstep.networks.spec.NetworkSpec).
-    fractional_timesteps
-                    whether the network takes timesteps between those of its training; None: a diffusers network does
-                    if its time embedding is smooth, any other module does not.
+    backend           "torch", "onnxruntime", "tensorrt" or "auto" (skipstep.backends.registry has the table).
+    loop              on a GPU "captured", "step_graph" or "stepwise" (skipstep.loops.programs), on the CPU "stepwise".
+                      "auto": the one with the fewest launches from the host. `Engine.describe` says which was possible.
+    require_captured  on a GPU: raise CaptureError where a loop cannot run as `loop` says, instead of a simpler one.
+    device            "cpu", "cuda", "cuda:1", or "auto": the GPU where there is one.
+    precision         of the network on a GPU: "float32", "float16" or "bfloat16"; the state is always float32.
+    compile_network   run torch's module through torch.compile first (torch on a GPU).
+    num_threads       of ONNX Runtime on the CPU; None: every core. torch keeps its process-wide setting.
     """
 
     backend: str
@@ -63,11 +71,6 @@ class BuildOptions(TypedDict, total=False):
     precision: str
     compile_network: bool
     num_threads: int | None
-    sample_shape: tuple[int, int, int] | None
-    num_classes: int | None
-    null_label: int | None
-    prompt_shape: tuple[int, int] | None
-    fractional_timesteps: bool | None
 
 
 @dataclass(slots=True)
@@ -139,11 +142,7 @@ def build_network(
     precision: str = "float32",
     compile_network: bool = False,
     num_threads: int | None = None,
-    sample_shape: tuple[int, int, int] | None = None,
-    num_classes: int | None = None,
-    null_label: int | None = None,
-    prompt_shape: tuple[int, int] | None = None,
-    fractional_timesteps: bool | None = None,
+    **model_options: Unpack[ModelOptions],
 ) -> CompiledNetwork:
     """See Engine.build and BuildOptions."""
     try:
@@ -157,14 +156,7 @@ def build_network(
     chosen = resolve_backend(backend, device=resolved.type, exports=True)
     form = resolve_form(loop, device=resolved.type)
     _check_options(precision, resolved.type, chosen.name, compile_network, require_captured)
-    source = _read_model(
-        model,
-        sample_shape=sample_shape,
-        num_classes=num_classes,
-        null_label=null_label,
-        prompt_shape=prompt_shape,
-        fractional_timesteps=fractional_timesteps,
-    )
+    source = _read_model(model, **model_options)
     lifecycle = Lifecycle()
     target = Target("cpu", precision, num_threads, compile_network)
     cuda = None
@@ -205,11 +197,11 @@ def save_bundle(
 def _read_model(
     model: Any,
     *,
-    sample_shape: tuple[int, int, int] | None,
-    num_classes: int | None,
-    null_label: int | None,
-    prompt_shape: tuple[int, int] | None,
-    fractional_timesteps: bool | None,
+    sample_shape: tuple[int, int, int] | None = None,
+    num_classes: int | None = None,
+    null_label: int | None = None,
+    prompt_shape: tuple[int, int] | None = None,
+    fractional_timesteps: bool | None = None,
 ) -> ModelSource:
     import torch
 

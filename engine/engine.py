@@ -29,7 +29,6 @@ from skipstep.latency.calibration import Calibration, stored_calibration
 from skipstep.latency.description import describe
 from skipstep.loops.observers import Observers
 from skipstep.loops.runner import CompiledNetwork, OutputType, SampleArguments, check_output_type
-from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.plan import Plan
 from skipstep.plans.schedule import NoiseSchedule
 from skipstep.plans.stages import Stages
@@ -61,9 +60,9 @@ class Engine:
     save = save
 
     def __init__(self, compiled: CompiledNetwork, *, compile_on_miss: bool = False) -> None:
-        self.source, self.runner = compiled.source, compiled.runner
+        self.source, self.runner, self.network = compiled.source, compiled.runner, compiled.source.spec
         self.backend, self.precision, self.num_threads = compiled.backend, compiled.precision, compiled.num_threads
-        self.plans = PlanSet(compiled.source.spec, defaults=compiled.plan_defaults, compile_on_miss=compile_on_miss)
+        self.plans = PlanSet(self.network, defaults=compiled.plan_defaults, compile_on_miss=compile_on_miss)
         for plan in compiled.plans:
             self.plans.add(plan)
         self.calibration: Calibration | None = None
@@ -111,10 +110,6 @@ class Engine:
             raise PlanError(got="no plans", expected="at least one", remedy="pass plans=[20], or compile_on_miss=True")
         engine.prepare()
         return engine
-
-    @property
-    def network(self) -> NetworkSpec:
-        return self.source.spec
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -204,8 +199,10 @@ class Engine:
         if trajectory is not False:
             shape = (call.request.num_samples, *self.network.sample_shape)
             kept = Trajectory.empty(sum(call.stages.ends_step), 1 if trajectory is True else trajectory, shape)
-        runs = len(self.split(call.request.num_samples))
-        samples = self._draw(call, Observers(call.stages, runs, progress, callback, kept))
+        observers = None
+        if kept is not None or callback is not None or progress is not None:
+            observers = Observers(call.stages, len(self.split(call.request.num_samples)), progress, callback, kept)
+        samples = self._draw(call, observers)
         return samples if kept is None else (samples, kept)
 
     def sample_async(self, **arguments: Unpack[SampleArguments]) -> Future[Any]:

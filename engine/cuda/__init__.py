@@ -1,1 +1,5 @@
-"""Sampling on a GPU: the device as the loops see it, networks in its memory, and loops as CUDA graphs."""
+"""What a GPU is to skipstep: its device, streams and graphs, asked of torch or of the driver itself.
+
+Imports errors alone; backends, loops and everything above may import it. Names for others: Device, CudaDevice and
+CAPTURE_LOCK (device, which needs torch), cuda_device (probe, which needs nothing), CudaDriver (driver, cuda-bindings).
+"""

@@ -13,7 +13,7 @@ from skipstep.plans.stages import Stages
 
 @dataclass(slots=True)
 class Observers:
-    """All observers of one call. `chunk` makes the observer of one batch of it, None where there is nothing to see."""
+    """All observers of one call. `chunk` makes the observer of the batch that starts at sample `first`."""
 
     stages: Stages
     num_runs: int
@@ -26,9 +26,7 @@ class Observers:
     def needs_x0(self) -> bool:
         return self.callback is not None or self.trajectory is not None
 
-    def chunk(self, first: int, size: int) -> Observer | None:
-        if self.progress is None and not self.needs_x0:
-            return None
+    def chunk(self, first: int, size: int) -> Observer:
         steps = np.cumsum(self.stages.ends_step) - 1
         places = {} if self.trajectory is None else {int(s): k for k, s in enumerate(self.trajectory.steps)}
 

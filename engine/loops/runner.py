@@ -79,10 +79,10 @@ class BatchRunner:
         pending: list[tuple[int, Pending]] = []
         for part, part_stages, part_request in self.parts(stages, request):
             out = samples[part]
-            observer = None if observers is None else observers.chunk(part.start, len(out))
-            if observers is None or observer is None:
+            if observers is None:
                 pending.append((part.start, self.loop.enqueue(part_stages, part_request, out)))
                 continue
+            observer = observers.chunk(part.start, len(out))
             drawn = np.empty((len(out), *self.network.sample_shape), np.float32)
             keep_x0 = observers.needs_x0
             done = run_observed(self.loop, part_stages, part_request, drawn, observer=observer, keep_x0=keep_x0)
