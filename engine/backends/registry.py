@@ -1,6 +1,6 @@
 """The table of backends: what each needs, where it runs, and which function makes its denoisers.
 
-ADD A BACKEND: write `def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser` in a file of its own, and
+ADD A BACKEND: write `def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser` in a new file, and
 add a row here.
 """
 

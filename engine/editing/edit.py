@@ -38,8 +38,8 @@ def invert(
 ) -> Inversion:
     """The noise from which the sampling plan of `steps` steps, or `plan`, draws `images`.
 
-    evaluate_at   the timestep that the network is told on the way up: "target", where sampling will stand when it
-                  comes back, or "source", the textbook's ODE.
+    evaluate_at   the network's timestep input on the way up: "target", the timestep of the step that
+                  samples back, or "source", the textbook's ODE.
     refinements   fixed-point iterations a step, for "target"; each costs one evaluation.
     tolerance     root mean square residual at which a sample needs no more of them.
 

@@ -83,7 +83,7 @@ class LoopReport:
 
 
 class Loop(Protocol):
-    """`name` is the form that was asked for, `device` torch's name of the device ("cpu", "cuda:0"), `device_name` the
+    """`name` is the form that was requested, `device` torch's name of the device ("cpu", "cuda:0"), `device_name` the
     GPU's own, None on the CPU. `any_batch`: it takes every batch size. `reports`: how each structure of plans runs."""
 
     name: str
