@@ -4,8 +4,8 @@
     enqueue = denoiser.new_context()                         once per captured graph, or per set of buffers
     enqueue(values, stage)                                   E times: reads `input`, writes `output`
 
-A network keeps no state between calls: its step inputs are passed to it, and its buffers never move. On a GPU
-the loop owns the memory of the step inputs, so that one captured graph serves every plan of equal structure.
+A network keeps no state between calls: its step inputs are passed to it, and its buffers never move. On a GPU the loop
+owns the memory of the step inputs, so that one captured graph serves every plan of equal structure.
 """
 
 from __future__ import annotations

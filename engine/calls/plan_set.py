@@ -1,4 +1,4 @@
-"""The plans that an engine holds, and which of them a call means."""
+"""The plans that an engine holds, and the choice of one for a call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""skipstep compare: the regression gate. What it measures, and when it fails, stands in skipstep.bench.compare."""
+"""skipstep compare: the regression gate. skipstep.bench.compare says what it measures and when it fails."""
 
 from __future__ import annotations
 

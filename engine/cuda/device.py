@@ -1,7 +1,7 @@
-"""The CUDA device, as little of it as recording and running loops takes: the one place that talks to torch.cuda.
+"""The CUDA device, with only what capturing and running loops takes: the one place that uses torch.cuda.
 
-`Device` is what the loops need; `CudaDevice` is the real one. Tests put another in its place, whose streams run late
-and in any order that the events allow, so that a missing dependency shows without a GPU.
+`Device` is what the loops need; `CudaDevice` is the real one. Tests replace it with a simulated device, whose streams
+run late and in any order that the events allow, so that a missing dependency shows without a GPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What determinism makes possible: an image has a noise that draws it, so it can be found, changed and drawn again.
+"""Inversion, reconstruction, editing, interpolation: without fresh noise, an image determines the noise that draws it.
 
 Functions over an engine, which are methods of `skipstep.Engine`. Images are `[B, *sample_shape]` in [-1, 1]. Each takes
 the conditions of `Engine.sample` as well: labels, prompts, guidance (skipstep.calls.request.Conditions).

@@ -5,7 +5,7 @@
     state …      the float32 state, and the solver's history
 
 A graph recorded from these launches reads nothing but this memory, so whatever may change between calls is in it: plan,
-seeds, labels, prompts, guidance. What is baked into the graph is the structure.
+seeds, labels, prompts, guidance. Only the structure is fixed in the graph.
 """
 
 from __future__ import annotations
