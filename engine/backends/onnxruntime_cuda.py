@@ -1,8 +1,8 @@
 """ONNX Runtime on a GPU: the step network through its CUDA provider, and its step inputs, computed before the loop.
 
 The session launches on one stream and waits for nothing. Sample, prediction and step inputs are bound once, to
-buffers that never move, where rows of the tables are copied on the device. Step inputs that all stages share are read in
-place. With a graph that the provider captures itself (`cuda_graph`) every address must stay the same, so they are
+buffers that never move, where rows of the tables are copied on the device. Step inputs that all stages share are read
+in place. With a graph that the provider captures itself (`cuda_graph`) every address must stay the same, so they are
 copied, too.
 """
 
