@@ -23,14 +23,14 @@ help:
 	@echo "make test     run the test suite, without the slow tests"
 	@echo "make check    formatting, lint, types and all tests, slow ones included: what CI runs"
 	@echo "make format   format the sources"
-	@echo "make bench    everything that is measured on a CPU, an hour; writes bench/results/ and the README's tables"
-	@echo "make bench-report  the committed runs as one HTML page with plots (bench/results/report)"
+	@echo "make bench    all CPU measurements, an hour; writes bench/results/ and the tables of all READMEs"
+	@echo "make bench-report  make one HTML page with plots from the committed runs (bench/results/report)"
 	@echo "make bench-compare   measure a few cases and fail if skipstep is slower than this machine class's baseline"
 	@echo "make bench-baseline  measure them with more rounds and make that the baseline"
 	@echo "make evaluate measure every sampler on the shipped model; writes bench/results/evaluation/"
 	@echo "make data     fetch Fashion-MNIST (31 MB, a Debian package) into .data/"
 	@echo "make bundle   compile the shipped checkpoint into the shipped bundle again"
-	@echo "make fuzz     a hundred thousand damaged manifests and bundles against their readers"
+	@echo "make fuzz     test the readers with a hundred thousand damaged manifests and bundles"
 	@echo "make gpu      on a machine with a CUDA GPU: correctness, proofs and benchmarks, under ten minutes (\$$OUT, out/gpu)"
 	@echo "make gpu-wheels  download what make gpu needs on a machine without a registry"
 	@echo "make clean    remove the environment and everything built"
@@ -62,7 +62,7 @@ types: $(VENV)/.dev
 	cp -r bench/quality build/types/skipstep/bench/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p skipstep
 
-# An hour on two cores. Whoever wants one part of it runs that line alone.
+# An hour on two cores. To measure one part, run its line alone.
 bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check openvino
 	$(BIN)/skipstep bench --model fashion-mnist --budget 5 --rounds 11 --measure throughput,process \

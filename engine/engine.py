@@ -93,7 +93,7 @@ class Engine:
         batch_sizes     the numbers of samples to compile for; requests of any size are split over them.
         schedule        overrides the folder's; needed for step counts where there is no scheduler configuration.
         prediction_type overrides the folder's; "epsilon" where neither says.
-        compile_on_miss compile a plan that is asked for and not held, instead of raising PlanNotFoundError.
+        compile_on_miss compile a plan that is requested and not held, instead of raising PlanNotFoundError.
         options         backend, loop, device and so on: skipstep.building.BuildOptions.
 
         Raises InputError, PlanError, ModelFormatError, ExportError, MissingDependencyError, DeviceUnavailableError.
@@ -121,7 +121,7 @@ class Engine:
 
     @property
     def plan_defaults(self) -> Mapping[str, Any]:
-        """The options of a plan that is asked for by step count."""
+        """The options of a plan that is requested by step count."""
         return self.plans.defaults
 
     @property
@@ -212,7 +212,7 @@ class Engine:
         x_T and `out` belong to the engine until then.
         """
         call = self._call(**arguments)
-        # The worker has a stream of its own: what this thread has enqueued comes first.
+        # The worker has its own stream: what this thread has enqueued comes first.
         order = self.runner.loop.caller_order()
 
         def work() -> Any:

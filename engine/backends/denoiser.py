@@ -4,8 +4,8 @@
     enqueue = denoiser.new_context()                         once per captured graph, or per set of buffers
     enqueue(values, stage)                                   E times: reads `input`, writes `output`
 
-A network has no state of its own between calls: what it looks up is passed to it, and its buffers never move. On a GPU
-the loop owns the memory of the step inputs, so that one captured graph serves every plan of equal structure.
+A network keeps no state between calls: its step inputs are passed to it, and its buffers never move. On a GPU the loop
+owns the memory of the step inputs, so that one captured graph serves every plan of equal structure.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ class Denoiser(Protocol):
 
     def new_context(self) -> Enqueue:
         """How to evaluate the network on its buffers. On a GPU, `enqueue` launches work on the current stream and does
-        nothing else; each captured graph takes a context of its own and keeps it, because what a library remembers
+        nothing else; each captured graph takes its own context and keeps it, because what a library remembers
         between launches must not be shared between graphs. Contexts share buffers: only one may be running."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """One value that the step looks up: `shape` of one sample's, `dtype` by name ("bfloat16"), and whether every stage
-    has its own."""
+    """A step input, computed before the loop: `shape` of one sample's, `dtype` by name ("bfloat16"), and whether every
+    stage has its own."""
 
     shape: tuple[int, ...]
     dtype: str

@@ -1,4 +1,4 @@
-"""What compiled step networks on a GPU have in common: their tensors, and the step inputs that they look up.
+"""What compiled step networks on a GPU have in common: their tensors and their step inputs.
 
 ONNX Runtime computes the step inputs on the host before the loop (skipstep.backends.onnxruntime.EarlyGraphs).
 """
@@ -87,7 +87,7 @@ class HostInputs:
         self._source = source
         self._kept: OrderedDict[bytes, StepInputs] = OrderedDict()
         self._lock = threading.Lock()
-        # What follows from a timestep is told by computing some; those of a stored plan take no computing.
+        # Values that follow from a timestep alone are found by computing some; those of a stored plan are read.
         stored = np.frombuffer(next(iter(source.tables), np.zeros(1).tobytes()))
         stages = source.compute(np.repeat(stored[:, None], batch_size, axis=1), _blank(spec, batch_size))
         of_stages, of_samples = {**stages.plan, **stages.call}, stages.prompt
@@ -97,7 +97,7 @@ class HostInputs:
             if known is None or known.shape[1:] != each.shape[1:]:
                 found = "no value" if known is None else f"{list(known.shape[1:])}"
                 raise ExportError(
-                    got=f"{found} for {name}, which the step network looks up",
+                    got=f"{found} for {name}, a step input of the network",
                     expected=f"{list(each.shape[1:])} from the parts of the same network",
                     remedy="build the step network again, from the same export as the other parts",
                 )

@@ -1,8 +1,8 @@
 """ONNX Runtime on the CPU: sessions, the network's parts that run before a loop, and its step.
 
 What does not depend on the state has left the network's graph (skipstep.export.partition). It is evaluated before the
-loop, once per distinct timestep, once per distinct conditioning and once per distinct pair of them, and the step looks
-it up.
+loop, once per distinct timestep, once per distinct conditioning and once per distinct pair of them, and its values
+are step inputs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""ONNX Runtime on a GPU: the step network through its CUDA provider, and what any device loop has computed beforehand.
+"""ONNX Runtime on a GPU: the step network through its CUDA provider, and its step inputs, computed before the loop.
 
-The session launches on one stream and waits for nothing. Sample, prediction and what a stage looks up are bound once,
-to buffers that never move, where rows of the tables are copied on the device. What all stages share is read where it
-is; but a graph that the provider records of itself (`cuda_graph`) must find everything where it was, so that is copied
-too.
+The session launches on one stream and waits for nothing. Sample, prediction and step inputs are bound once, to
+buffers that never move, where rows of the tables are copied on the device. Step inputs that all stages share are read
+in place. With a graph that the provider captures itself (`cuda_graph`) every address must stay the same, so they are
+copied, too.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class DeviceSession:
     _graph_ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def run_options(self) -> onnxruntime.RunOptions:
-        """For one denoiser: nothing waits, and its graph is nobody else's."""
+        """For one denoiser: nothing waits, and no other graph shares it."""
         options = onnxruntime.RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         if self.cuda_graph:

@@ -1,7 +1,7 @@
 """The table of backends: what each needs, where it runs, and which function makes its denoisers.
 
-ADD A BACKEND: write `def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser` in a file of its own, and
-add a row here.
+ADD A BACKEND: write `def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser` in a new file, and add a row
+here.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     activations      one piece of memory, which all contexts of an engine share: only one runs at a time
     context          one per recorded graph, and run once before anything is recorded: a first run may take memory
 
-The two libraries have the same Python interface, so this is written once; what TensorRT-RTX alone has is asked of it
+The two libraries have the same Python interface, so this is written once; what TensorRT-RTX alone has is looked up
 alone. An engine is native code: deserialising one that was not verified would run whatever is in it.
 """
 
@@ -158,8 +158,8 @@ class TensorRtDenoiser:
         return context or self._settled_context()
 
     def _settled_context(self) -> _Context:
-        """A context that has run, on zeros: whatever it takes and compiles of its own, it has by then."""
-        # Nobody in this process may be recording while this waits.
+        """A context that has run once, on zeros: it has allocated and compiled everything it needs."""
+        # No thread of this process may be capturing while this waits.
         with CAPTURE_LOCK, torch.cuda.device(self.device):
             # A graph that still runs uses the same memory.
             torch.cuda.synchronize(self.device)
@@ -268,7 +268,7 @@ class _Context:
             if (one.shape, value.dtype, value.device) != (shape, dtype, device) or not one.is_contiguous():
                 every = " for every stage" if each.per_stage else ""
                 raise InputError(
-                    got=f"{name} {value.dtype} {list(value.shape)} on {value.device} for the network to look up",
+                    got=f"{name} {value.dtype} {list(value.shape)} on {value.device} for a step input",
                     expected=f"{dtype} {list(shape)}{every}, contiguous on {device}",
                     remedy="make it as DeviceDenoiser.step_inputs says",
                 )

@@ -113,7 +113,7 @@ def timestep_dtype(spec: NetworkSpec) -> torch.dtype:
 class TorchDenoiser:
     """A module on the CPU, behind buffers that NumPy and torch share (skipstep.backends.denoiser.Denoiser).
 
-    `lock` is shared by all denoisers of a module, which runs one call at a time: it may keep a state of its own.
+    `lock` is shared by all denoisers of a module, which runs one call at a time: it may keep state between calls.
     """
 
     name = "torch"

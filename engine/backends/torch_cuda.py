@@ -67,7 +67,7 @@ class TorchDeviceDenoiser:
 
 def device_forward(module: DenoisingModule, *, compiled: bool) -> Callable[..., Tensor]:
     """How to run a module on a GPU: convolutions in channels-last order, which tensor cores read; `compiled` by
-    torch.compile, without graphs of its own. The module's weights are laid out anew in place; nothing else changes."""
+    torch.compile, without torch's own CUDA graphs. Only the memory layout of the module's weights changes."""
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if not compiled:
         return module

@@ -189,7 +189,7 @@ class ArtefactCache:
 
     @contextmanager
     def _open(self, *, create: bool) -> Iterator[int | None]:
-        """A descriptor of the folder once it is the user's own and closed to others; None where there is none."""
+        """A descriptor of the folder, the user's own and closed to others; None where the folder is missing."""
         fd = None
         with _cache_errors(self.folder):
             try:
@@ -290,7 +290,7 @@ def _read_entry(fd: int, key: str) -> bytes | None:
 
 
 def _is_private(status: os.stat_result) -> bool:
-    """A regular file of this user under one name only, which nobody else may write."""
+    """A regular file of this user under one name only, which no other user may write."""
     return (
         stat.S_ISREG(status.st_mode)
         and status.st_nlink == 1

@@ -1,4 +1,4 @@
-"""The plans that an engine holds, and which of them a call means."""
+"""The plans that an engine holds, and the choice of one for a call."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from skipstep.plans.plan import Plan
 
 
 class PlanSet(Mapping[str, Plan]):
-    """Plans by key, made for `network`. `defaults` are the options of a plan that is asked for by step count.
+    """Plans by key, made for `network`. `defaults` are the options of a plan that is requested by step count.
 
-    `compile_on_miss`: a plan that is asked for and not held is added, instead of being an error.
+    `compile_on_miss`: a plan that is requested and not held is added, instead of being an error.
     """
 
     def __init__(self, network: NetworkSpec, *, defaults: Mapping[str, Any], compile_on_miss: bool) -> None:

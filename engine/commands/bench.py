@@ -1,4 +1,4 @@
-"""skipstep bench: time skipstep beside what people run today. A front of `pytest --pyargs skipstep.bench`."""
+"""skipstep bench: time skipstep beside other ways to run a model. A front of `pytest --pyargs skipstep.bench`."""
 
 from __future__ import annotations
 

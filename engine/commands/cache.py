@@ -1,4 +1,4 @@
-"""skipstep cache: what was built before and is kept."""
+"""skipstep cache: list or clear the cache of exported networks and engines."""
 
 from __future__ import annotations
 

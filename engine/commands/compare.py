@@ -1,4 +1,4 @@
-"""skipstep compare: the regression gate. What it measures, and when it fails, stands in skipstep.bench.compare."""
+"""skipstep compare: the regression gate. skipstep.bench.compare says what it measures and when it fails."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ def _remarks(comparison: Comparison) -> list[str]:
 
 def _conclusion(comparison: Comparison) -> str:
     compared = [change for change in comparison.changes if change.slowdown is not None]
-    told = ("faster", "unclear", "unmeasured", "lost")
-    count = {name: sum(each.verdict == name for each in comparison.changes) for name in told}
+    printed = ("faster", "unclear", "unmeasured", "lost")
+    count = {name: sum(each.verdict == name for each in comparison.changes) for name in printed}
     against = f"against the baseline of commit {comparison.baseline_commit}"
     if comparison.failures:
         names = "; ".join(f"{each.contender} ({each.case}) is {each.verdict}" for each in comparison.failures)

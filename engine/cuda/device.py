@@ -1,7 +1,7 @@
-"""The CUDA device, as little of it as recording and running loops takes: the one place that talks to torch.cuda.
+"""The CUDA device, with only what capturing and running loops takes: the one place that uses torch.cuda.
 
-`Device` is what the loops need; `CudaDevice` is the real one. Tests put another in its place, whose streams run late
-and in any order that the events allow, so that a missing dependency shows without a GPU.
+`Device` is what the loops need; `CudaDevice` is the real one. Tests replace it with a simulated device, whose streams
+run late and in any order that the events allow, so that a missing dependency shows without a GPU.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from skipstep.cuda.probe import graph_num_nodes
 
 Work = Callable[[], object]
 
-# One capture at a time in a process: while one goes on, others could not tell their allocations apart, and nobody may
-# wait for the device.
+# One capture at a time in a process: two captures could not tell their allocations apart, and no thread may synchronize
+# during a capture.
 CAPTURE_LOCK = threading.Lock()
 # Before it is recorded, work runs this often: libraries load kernels, choose algorithms and take workspaces.
 _WARM_UP_RUNS = 2
@@ -87,7 +87,7 @@ class Device(Protocol):
     def free_bytes(self) -> int: ...
 
     def release_memory(self) -> None:
-        """Give back what nobody holds."""
+        """Release cached memory that is not in use."""
         ...
 
     def range(self, name: str) -> AbstractContextManager[object]:

@@ -1,4 +1,4 @@
-"""The CUDA driver, as little of it as launching a kernel takes: without torch, without the CUDA runtime.
+"""The CUDA driver, with only what launching a kernel takes: without torch, without the CUDA runtime.
 
 `Driver` is what skipstep.edge.launcher needs; `CudaDriver` is the real one, through cuda-bindings.
 """

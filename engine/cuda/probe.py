@@ -1,7 +1,7 @@
-"""Whether there is a CUDA device, and which, asked of the driver itself.
+"""Whether there is a CUDA device, and which, as the driver reports it.
 
-Libraries that need a device may crash in native code without one, so this is asked before they are touched. It needs
-neither torch nor any CUDA package.
+Libraries that need a device may crash in native code without one, so the driver is asked before they are touched.
+This needs neither torch nor any CUDA package.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76
 def cuda_device(*, remedy: str = "run this on a machine with an NVIDIA GPU and its driver") -> tuple[int, str]:
     """Compute capability (86 for 8.6) and name of the first CUDA device.
 
-    Raises DeviceUnavailableError with the caller's `remedy` where there is none.
+    Raises DeviceUnavailableError with the caller's `remedy` where there is no device.
     """
 
     def unavailable(got: str) -> DeviceUnavailableError:

@@ -1,4 +1,4 @@
-"""What determinism makes possible: an image has a noise that draws it, so it can be found, changed and drawn again.
+"""Inversion, reconstruction, editing, interpolation: without fresh noise, an image determines the noise that draws it.
 
 Functions over an engine, which are methods of `skipstep.Engine`. Images are `[B, *sample_shape]` in [-1, 1]. Each takes
 the conditions of `Engine.sample` as well: labels, prompts, guidance (skipstep.calls.request.Conditions).
@@ -38,8 +38,8 @@ def invert(
 ) -> Inversion:
     """The noise from which the sampling plan of `steps` steps, or `plan`, draws `images`.
 
-    evaluate_at   the timestep that the network is told on the way up: "target", where sampling will stand when it
-                  comes back, or "source", the textbook's ODE.
+    evaluate_at   the network's timestep input on the way up: "target", the timestep of the step that
+                  samples back, or "source", the textbook's ODE.
     refinements   fixed-point iterations a step, for "target"; each costs one evaluation.
     tolerance     root mean square residual at which a sample needs no more of them.
 

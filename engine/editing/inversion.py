@@ -1,6 +1,7 @@
 """From an image to the noise that draws it: DDIM run upward (arXiv 2010.02502, section 5.4).
 
-A step up from level a to level p, with the network told where it leads (`evaluate_at="target"`), solves approximately
+With the target's timestep as the network's timestep input (`evaluate_at="target"`), a step up from level a to level p
+solves approximately
 
     x_p = √(p/a)·x_a + √p·(s_p - s_a)·eps(x_p, t_p)                       s = √((1-alpha_bar)/alpha_bar)
 
@@ -27,7 +28,7 @@ class Inversion:
     """`latents` float32 `[B, C, H, W]`: the noise.
 
     `residuals` float32 `[S, B]`: the least change between two answers of each step, as a root mean square over the
-    elements, which bounds how far it is from a fixed point; NaN where refinement was not asked for.
+    elements, which bounds how far it is from a fixed point; NaN where refinement was not requested.
     """
 
     latents: Array

@@ -195,12 +195,12 @@ class _CalibrationFile:
 
 
 def matching(calibrations: Iterable[Calibration], identity: DeviceIdentity) -> Calibration | None:
-    """The calibration of this device, None where there is none."""
+    """The calibration of this device, or None."""
     return next((each for each in calibrations if each.identity == identity), None)
 
 
 def stored_calibration(data: bytes, identity: DeviceIdentity) -> Calibration | None:
-    """That of this device in a bundle's file, None where there is none. Raises BundleError."""
+    """The calibration of this device in a bundle's file, or None. Raises BundleError."""
     return matching(read_calibrations(data), identity)
 
 

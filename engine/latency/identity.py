@@ -84,7 +84,7 @@ def device_identity(
     device        "cpu", "cuda" or "cuda:1", as engines have it.
     num_threads   of ONNX Runtime; None: all cores. torch is asked for its own.
     gpu_name      of the device; None: that of the first.
-    Raises DeviceUnavailableError for a GPU where there is none.
+    Raises DeviceUnavailableError for a GPU that this machine lacks.
     """
     if device.partition(":")[0] == "cuda":
         return DeviceIdentity(

@@ -70,7 +70,7 @@ def calibrate(
     }
     expected = {}
     for kind, call in calls.items():
-        call()  # Compiles and captures; the second call tells how long one takes.
+        call()  # Compiles and captures; the second call is representative.
         expected[kind] = _seconds(call, clock)
     order = spread_calls(allot(expected, repeats=repeats, max_seconds=max_seconds))
     seconds: dict[RunKind, list[float]] = {kind: [] for kind in calls}

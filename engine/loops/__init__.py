@@ -5,7 +5,7 @@ Imports backends, cuda, calls and everything below; latency, editing, bundles, e
 Names for others: Loop, Run, Sampler and run_observed (contract), make_loop (choice), BatchRunner and CompiledNetwork
 (runner), Lifecycle (lifecycle), HostLoop (stepwise), CudaLoop (captured, needs torch). ADD A LOOP FORM in choice.py.
 
-contract   what the engine asks of any loop         runner     splits, enqueues, waits once
+contract   what every loop offers the engine        runner     splits, enqueues, waits once
 choice     which form runs on which device          observers  progress, callbacks, trajectories
 stepwise   the host loop and its pool of buffers    lifecycle  closed, forked or lost engines
 captured   the GPU loop; programs: its three forms; workspace and buffers: the memory that its graphs read

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from skipstep.cuda.device import Device
 
-# What TensorRT asks of an address, and more than the widest access of any kernel.
+# The alignment that TensorRT requires of an address, and more than the widest access of any kernel.
 _ALIGNMENT = 256
 
 

@@ -39,7 +39,7 @@ MAX_PROGRAMS = 64
 class CudaLoop:
     """One network on one GPU (skipstep.loops.contract.Loop). Calls from several threads run one after the other.
 
-    `denoisers` by the network's batch size. `wanted` is the form that is asked for (skipstep.loops.programs), and
+    `denoisers` by the network's batch size. `wanted` is the form that is requested (skipstep.loops.programs), and
     `required` refuses any other. `batch_sizes` are the numbers of samples for which `prepare` makes programs, with and
     without guidance where the network has it.
     """
@@ -96,7 +96,7 @@ class CudaLoop:
                 # From here on the caller may write to it again.
                 caller.wait(device.stream.record())
             program.launch()
-            samples = program.workspace.give_back(out)
+            samples = program.workspace.copy_out(out)
             if isinstance(out, Tensor) and out.device == device.torch_device:
                 caller.wait(samples.done)
         return DevicePending(samples, self)

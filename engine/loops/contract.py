@@ -3,7 +3,7 @@
     x_T ──▶ network ──▶ step ──▶ network ──▶ step ──▶ … ──▶ x_0
 
 A loop is one network on one device, at all the batch sizes that it was made for, ready to run any plan. All loops of
-one device draw the same bits. ADD A LOOP FORM: implement `Loop`, and choose it in skipstep.building.
+one device draw the same bits. ADD A LOOP FORM: implement `Loop`, and make it in skipstep.loops.choice.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class LoopReport:
 
 
 class Loop(Protocol):
-    """`name` is the form that was asked for, `device` torch's name of the device ("cpu", "cuda:0"), `device_name` the
+    """`name` is the form that was requested, `device` torch's name of the device ("cpu", "cuda:0"), `device_name` the
     GPU's own, None on the CPU. `any_batch`: it takes every batch size. `reports`: how each structure of plans runs."""
 
     name: str

@@ -1,7 +1,7 @@
 """Whether an engine may still be used: after `close`, in a forked child and with a lost CUDA context it may not.
 
 A child of fork has the parent's memory but not its threads, and a CUDA context does not survive the fork: ONNX Runtime
-would wait for ever, CUDA would fail somewhere. So the first use says what happened.
+would wait forever, and CUDA would fail later. So the first use raises an error that says what happened.
 """
 
 from __future__ import annotations

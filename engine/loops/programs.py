@@ -7,7 +7,7 @@
 All three launch the same kernels on the same memory, and draw the same bits. The first needs one launch from the host,
 but its graph grows with the number of evaluations; the second is bounded, for one short launch a step. So a loop is
 captured whole as long as its graph stays within MAX_NODES, and step by step beyond. Where a network cannot be recorded,
-or memory does not suffice, the next way down is taken, and the report says why.
+or memory does not suffice, the next form is taken, and the report says why.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def _settle(program: Program, report: LoopReport, wanted: DeviceLoopName, requir
     if required and report.loop != wanted:
         raise CaptureError(
             got=f"{report.num_stages} evaluations at batch {report.batch_size} that run {report.loop}: {report.reason}",
-            expected=f"loop='{wanted}', as require_captured asks",
+            expected=f"loop='{wanted}', as require_captured demands",
             remedy="leave require_captured out to take the next best, or change what stands in the way",
         )
     return program, report

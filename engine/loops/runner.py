@@ -110,7 +110,7 @@ class BatchRunner:
 class CompiledNetwork:
     """A network that is ready to be sampled, and what came with it: everything that an engine is made of.
 
-    `plan_defaults` are the options of a plan that is asked for by step count. `plans` and `calibrations` (the bytes of
+    `plan_defaults` are the options of a plan that is requested by step count. `plans` and `calibrations` (the bytes of
     calibration.json) come from a bundle.
     """
 

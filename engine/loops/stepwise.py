@@ -4,7 +4,7 @@
 
 The network reads and writes buffers that never move; the step reads the network's output and the float32 state, and
 writes the next state and the network's next input. Buffers come from a pool, so calls from several threads run side by
-side, each on buffers of its own, and share the network's weights.
+side, each on its own buffers, and share the network's weights.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Everything on the device that a loop of one structure works with, and the launches of one evaluation.
 
     call block   seeds, guidance, where to begin, which stage comes next, which samples broke    one copy a call
-    plan block   coefficients, and what the network looks up at each stage                       one copy, if it changed
-    state …      the float32 state, and what a solver keeps between evaluations
+    plan block   coefficients, and the network's step inputs of each stage                       one copy, if it changed
+    state …      the float32 state, and the solver's history
 
 A graph recorded from these launches reads nothing but this memory, so whatever may change between calls is in it: plan,
-seeds, labels, prompts, guidance. What is baked into the graph is the structure.
+seeds, labels, prompts, guidance. Only the structure is fixed in the graph.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class Workspace:
         if counter is not None:
             counter.add_(1)
 
-    def give_back(self, out: Any) -> PendingSamples:
+    def copy_out(self, out: Any) -> PendingSamples:
         """Enqueue the copy of the first samples to `out`, a NumPy array or a tensor, and of what broke."""
         count, stream = len(out), self.device.stream
         broken = self.device.staging(4 * count).view(torch.int32)

@@ -1,4 +1,4 @@
-"""A network as graphs by binding time, and what its step looks up in a loop.
+"""A network as graphs by binding time, and the step inputs of its loop.
 
     plan     values that follow from the timestep alone           once per plan, into tables
     prompt   values that follow from the conditioning alone       once per call, for each prompt or label
@@ -71,7 +71,7 @@ class Partition:
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """What the step looks up in E stages of N samples: values `[rows, …]` by name, and which row belongs to whom.
+    """The step inputs of E stages of N samples: values `[rows, …]` by name, and which row belongs to which sample.
 
     `plan` and `call` are indexed by stage and sample, int64 `[E, N]`; `prompt` by the sample alone, `[N]`. Equal rows
     are stored once, however many stages and samples read them.

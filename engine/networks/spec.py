@@ -28,7 +28,7 @@ Label = Annotated[int, Within(0, 1 << 31)]
 class NetworkSpec:
     """`sample_shape` is (C, H, W). `num_classes` counts the real classes; None: the network takes no labels.
 
-    `null_label` is the label that stands for "no class", which classifier-free guidance needs; None: there is none.
+    `null_label` is the label that stands for "no class", which classifier-free guidance needs, or None.
     `fractional_timesteps`: it takes timesteps between those of its training, as float32; otherwise int64 alone.
     `learns_variance`: its output has 2C channels.
     `prompt_shape` is (L, D), tokens by width, of the prompt embeddings that it attends to; None: it takes none.

@@ -152,7 +152,7 @@ def test_graphs_that_are_no_step_network(graph, message):
 
 def test_parts_of_another_network_lack_what_the_step_looks_up():
     graphs = {name: graph for name, graph in step_networks.parts().graphs.before_loop.items() if name != "call"}
-    with pytest.raises(ExportError, match=r"no value for .*, which the step network looks up"):
+    with pytest.raises(ExportError, match=r"no value for .*, a step input of the network"):
         OnnxRuntimeCudaDenoiser(host_session(), EarlyGraphs(graphs, SPEC), SPEC, batch_size=3)
 
 

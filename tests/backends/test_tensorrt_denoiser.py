@@ -230,7 +230,7 @@ def test_bytes_that_the_library_does_not_take():
         ("out_sample", "location", TensorLocation.HOST, "LINEAR on HOST; expected plain tensors"),
         ("out_sample", "dtype", DataType.HALF, "out_sample torch.float16 .*; expected torch.float32"),
         ("encoder", "shape", (1, 16), r"\[1, 16\]; expected a row for each of 3 samples"),
-        ("encoder", "shape", (3, 17), "which the step network looks up; expected"),
+        ("encoder", "shape", (3, 17), "a step input of the network; expected"),
     ],
 )
 def test_engines_of_another_network(tensor, fact, pretended, message):
