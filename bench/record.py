@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from skipstep.storage.atomic import atomic_write
+
 # Written by `make gpu-wheels`, for a machine that gets the sources without git.
 _COMMIT_FILE = Path(".gpu-wheels/COMMIT")
 _GPU_STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "memory.used", "utilization.gpu")
@@ -74,10 +76,7 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
 def write_whole(path: Path, contents: Mapping[str, Any]) -> None:
     """Write JSON, whole or not at all. Raises ValueError for NaN and infinity: they are not JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(contents, indent=1, allow_nan=False) + "\n"
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    atomic_write(path, (json.dumps(contents, indent=1, allow_nan=False) + "\n").encode())
 
 
 def _commit() -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from skipstep.errors import InputError
+from skipstep.latency.calibration import nearest_rank
 
 SCHEMA: Final = 1
 REFERENCE: Final = "textbook"
@@ -59,9 +60,8 @@ class Entry:
     def median(self) -> float:
         return statistics.median(self.data)
 
-    def percentile(self, percent: float) -> float:
-        """By nearest rank."""
-        return sorted(self.data)[max(0, math.ceil(percent / 100 * len(self.data)) - 1)]
+    def percentile(self, percent: int) -> float:
+        return nearest_rank(self.data, percent)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from skipstep.bench.gpu.aims import write_aims
+from skipstep.bench.gpu.aims import print_summary, write_aims
 from skipstep.bench.gpu.process import Ended, run_limited
-from skipstep.bench.gpu.summary import print_summary
 from skipstep.bench.gpu.tasks import BUDGET, SUMMARY_FILE, TASKS, Task, Verdict, limit_for, passed
 from skipstep.bench.record import environment, gpu_state, write_whole
 from skipstep.cuda.probe import cuda_device

@@ -5,15 +5,16 @@ The network sizes that launches bound are the CIFAR-10 architecture's at batch 1
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from skipstep.bench.gpu.latency import latency_rows, seconds_per_step
 from skipstep.bench.gpu.tasks import AIMS_FILE, CAPTURED, EAGER, REPLAYED
+from skipstep.bench.markdown import read_result
 from skipstep.bench.record import write_whole
+from skipstep.latency.table import format_table
 
 _LAUNCH_BOUND: Final = "cifar10-architecture"
 _COMPUTE_BOUND: Final = "celebahq256-architecture"
@@ -43,7 +44,7 @@ def hold_against_aims(results: Path) -> list[Aim]:
         theirs = per_step.get((_LAUNCH_BOUND, 1, other))
         return theirs / ours if theirs and ours else None
 
-    proofs = _read(results / "proofs.json")
+    proofs = _measured(results / "proofs.json")
     return [
         _aim("CIFAR-10 UNet at batch 1, a step", "ms", "at most", 0.4, None if ours is None else ours * 1e3),
         _aim("the same against eager diffusers, per step", "×", "at least", 10.0, ratio_to(EAGER)),
@@ -61,6 +62,29 @@ def write_aims(results: Path, environment: Mapping[str, Any]) -> None:
     write_whole(results / AIMS_FILE, {"environment": dict(environment), "aims": aims})
 
 
+def print_summary(out: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Print what a person at the machine wants to know; the files have the rest."""
+    rows = [[each["task"], each["status"], f"{each['seconds']:.0f}", each["reason"][:90]] for each in records]
+    print("\n" + format_table(["task", "status", "s", ""], rows))
+    lines = [[*map(str, key), f"{seconds * 1e3:.3f}"] for key, seconds in seconds_per_step(out).items()]
+    if lines:
+        print("\n" + format_table(["network", "batch", "contender", "ms per step"], lines))
+    aims = read_result(out / AIMS_FILE)["aims"]
+    print("\n" + format_table(["aim", "bound", "measured", "met"], [aim_row(aim) for aim in aims]))
+    print(f"\nresults in {out}")
+
+
+def aim_row(aim: Mapping[str, Any]) -> list[str]:
+    """An aim as cells: what, its bound, what was measured, and whether that meets it."""
+    measured = "–" if aim["measured"] is None else f"{aim['measured']:.3g}{_space(aim['unit'])}"
+    met = {True: "yes", False: "no", None: aim["why"]}[aim["met"]]
+    return [aim["aim"], f"{aim['sense']} {aim['bound']:g}{_space(aim['unit'])}", measured, met]
+
+
+def _space(unit: str) -> str:
+    return f" {unit}" if unit.isalpha() else unit
+
+
 def _beyond_network(results: Path) -> float | None:
     """Of a whole call with the most steps, so that what it costs once counts as well."""
     rows = [row for row in latency_rows(results) if (row["model"], row["batch_size"]) == (_COMPUTE_BOUND, 1)]
@@ -73,7 +97,7 @@ def _beyond_network(results: Path) -> float | None:
 
 
 def _bandwidth(results: Path) -> float | None:
-    cases = _read(results / "step-kernel.json").get("cases", ())
+    cases = _measured(results / "step-kernel.json").get("cases", ())
     shares = [case["step_against_copy"] for case in cases if case.get("bytes", 0) >= _LARGE_BYTES]
     return 100 * min(shares) if shares else None
 
@@ -85,8 +109,5 @@ def _aim(aim: str, unit: str, sense: str, bound: float, measured: float | None) 
     return Aim(aim, unit, sense, bound, float(measured), met)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    contents: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return contents
+def _measured(path: Path) -> dict[str, Any]:
+    return read_result(path) if path.exists() else {}

@@ -22,7 +22,7 @@ from skipstep.bench.gpu.tasks import Verdict
 GROUPS: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "kernels": (
         ("tests/kernels/test_*.py", "tests/export/test_cubins.py", "tests/cuda/test_cuda_probe.py"),
-        ("tests/kernels/test_step_kernel.py", "-k", "initial_noise and 63"),
+        ("tests/kernels/test_step_kernel.py", "-k", "initial_noise_has_the_bits"),
     ),
     "engine": (
         ("tests/cuda/test_cuda*.py", "tests/loops/test_captured*.py", "tests/cuda/test_*.py"),

@@ -6,7 +6,6 @@ have; the line a + b·S through the step counts tells fixed and per-step costs a
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any, Final
 from skipstep.bench.fits import fit_line
 from skipstep.bench.gpu.correctness import run_tests
 from skipstep.bench.gpu.tasks import Task, Verdict
+from skipstep.bench.markdown import read_result
 
 # All divide the thousand timesteps of training: of other grids diffusers pairs the timesteps wrongly.
 STEPS: Final = "10,20,50"
@@ -49,7 +49,7 @@ def measure_latency(task: Task, out: Path, *, dry_run: bool, spoil: bool = False
 def latency_rows(results: Path) -> Iterator[dict[str, Any]]:
     """The facts of every contender in the latency files of a run, with the `median` of its seconds."""
     for path in sorted(results.glob("latency-*.json")):
-        for each in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]:
+        for each in read_result(path)["benchmarks"]:
             yield {**each["extra_info"], "median": statistics.median(each["stats"]["data"])}
 
 
@@ -59,4 +59,4 @@ def seconds_per_step(results: Path) -> dict[tuple[str, int, str], float]:
     for row in latency_rows(results):
         key = row["model"], row["batch_size"], row["contender"]
         points.setdefault(key, []).append((row["plan"]["steps"], row["median"]))
-    return {key: fit_line(found)[1] for key, found in points.items() if len({steps for steps, _ in found}) > 1}
+    return {key: fit_line(found).per_step for key, found in points.items() if len({steps for steps, _ in found}) > 1}

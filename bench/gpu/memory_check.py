@@ -1,20 +1,31 @@
 """The kernels under NVIDIA's memory checker, where it is installed and the machine lets it look at the device.
 
-What the checker reports must be the write that was planted, and nothing else.
+The watched process is this module, `python -m skipstep.bench.gpu.memory_check`: the kernels on small operands, in sizes
+that fill their blocks and sizes that do not, with all flags that read or write something of their own. At the end a
+kernel writes out of bounds on purpose. What the checker reports must be that write, and nothing else.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+import triton
+import triton.language as tl
+
 from skipstep.bench.gpu.tasks import Verdict
+from skipstep.kernels.layout import NUM_COLUMNS, StepFlags
+from skipstep.kernels.step import ddim_step, initial_noise
 
 TOOL: Final = "compute-sanitizer"
 _BESIDE_CUDA: Final = Path("/usr/local/cuda/bin")
@@ -29,8 +40,11 @@ assert cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) == 0
 assert cuda.cuCtxSetCurrent(context) == 0
 assert cuda.cuMemAlloc_v2(ctypes.byref(memory), ctypes.c_size_t(4096)) == 0
 """
-_SCRIPT: Final = (sys.executable, "-m", "skipstep.bench.gpu.checked_kernels")
+_SCRIPT: Final = (sys.executable, "-m", "skipstep.bench.gpu.memory_check")
 _PLANTED: Final = "planted_write_kernel"
+_SIZES: Final = (1, 1024, 4097)
+_FEW_SIZES: Final = (1, 63)  # The interpreter takes its time.
+_BATCH_SIZE: Final = 3
 
 
 def check_memory(*, dry_run: bool) -> tuple[dict[str, Any], Verdict]:
@@ -76,3 +90,51 @@ def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess[
     return subprocess.run(
         command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, env={**os.environ, **environment}
     )
+
+
+@triton.jit
+def planted_write_kernel(pointer, distance):  # type: ignore[no-untyped-def]
+    tl.store(pointer + distance, 1.0)
+
+
+def run_kernels(device: str) -> None:
+    sizes = _SIZES if device == "cuda" else _FEW_SIZES
+    everything = StepFlags(**{each.name: each.name != "clip" for each in fields(StepFlags)})
+    for n, flags, dtype in itertools.product(sizes, (StepFlags(clip=True), everything), (torch.float16, torch.float32)):
+        network_batch, channels = _BATCH_SIZE * (2 if flags.guided else 1), 2 if flags.wide_output else 1
+        state = torch.randn(_BATCH_SIZE, 1, n, 1, device=device)
+        network_input = torch.empty(network_batch, 1, n, 1, device=device, dtype=dtype)
+        seeds = torch.arange(_BATCH_SIZE, device=device)
+        initial_noise(state=state, network_input=network_input, seeds=seeds)
+        ones = torch.ones(_BATCH_SIZE, device=device)
+        ddim_step(
+            state=state,
+            model_output=torch.randn(network_batch, channels, n, 1, device=device).to(dtype),
+            network_input=network_input,
+            table=torch.rand(2, _BATCH_SIZE, NUM_COLUMNS, device=device),
+            stage=1,
+            flags=flags,
+            seeds=seeds,
+            guidance=ones,
+            rescale=ones,
+            bound=ones,
+            base=torch.zeros_like(state),
+            memory=torch.zeros_like(state),
+            x0=torch.empty_like(state),
+            broken=torch.full((_BATCH_SIZE,), 99, device=device, dtype=torch.int32),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    run_kernels(options.device)
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+        planted_write_kernel[(1,)](torch.zeros(256, device="cuda"), 1 << 20)
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Final
 
+from skipstep.bench.gpu.aims import aim_row
 from skipstep.bench.gpu.latency import latency_rows, seconds_per_step
-from skipstep.bench.gpu.summary import aim_row
 from skipstep.bench.gpu.tasks import AIMS_FILE, CAPTURED, SUMMARY_FILE
-from skipstep.bench.markdown import describe_environment, markdown
+from skipstep.bench.markdown import describe_environment, markdown, read_result
 from skipstep.errors import InputError
 
 # Below the folder of committed results.
@@ -25,18 +24,20 @@ def gpu_tables(results: Path) -> str:
     folder = results / FOLDER
     if not (folder / SUMMARY_FILE).exists():
         return NOT_RUN
-    summary = _read(folder / SUMMARY_FILE)
+    summary = read_result(folder / SUMMARY_FILE)
     if summary["dry_run"]:
         raise InputError(
             got=f"the files of a dry run in {folder}",
             expected="those of make gpu on a GPU",
             remedy="remove them, or run make gpu on a machine with a GPU and copy out/gpu there",
         )
-    parts = [markdown(["aim", "bound", "measured", "met"], [aim_row(aim) for aim in _read(folder / AIMS_FILE)["aims"]])]
+    parts = [
+        markdown(["aim", "bound", "measured", "met"], [aim_row(aim) for aim in read_result(folder / AIMS_FILE)["aims"]])
+    ]
     if any(folder.glob("latency-*.json")):
         parts.append(_latency_table(folder))
     if (folder / "step-kernel.json").exists():
-        parts.append(_bandwidth_table(_read(folder / "step-kernel.json")["cases"]))
+        parts.append(_bandwidth_table(read_result(folder / "step-kernel.json")["cases"]))
     tasks = ", ".join(f"{each['task']} {each['status']}" for each in summary["tasks"])
     parts.append(f"{describe_environment(summary['environment'])}. Parts of the run: {tasks}.")
     return "\n\n".join(parts)
@@ -64,7 +65,7 @@ def _latency_table(folder: Path) -> str:
             ]
         )
     for path in sorted(folder.glob("latency-*.json")):
-        for each in _read(path)["skipstep"]["absent"]:
+        for each in read_result(path)["skipstep"]["absent"]:
             # A cell of Markdown ends at a bar or at a line's end.
             said = f"{each['status']}: {each['reason']}".replace("|", "¦").replace("\n", " ")[:120]
             rows.append([each["model"], str(each["batch_size"]), each["contender"], said, "", "", "", ""])
@@ -106,8 +107,3 @@ def _size(num_bytes: int) -> str:
         if num_bytes >= scale:
             return f"{num_bytes // scale} {unit}"
     return f"{num_bytes >> 10} KiB"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    contents: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return contents

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
+from skipstep.bench.fits import Fit, fit_line
 from skipstep.bench.result_files import REFERENCE, Entry, Run
 from skipstep.errors import InputError
 
@@ -32,15 +31,6 @@ _USUAL: Final = ("float32", "ddim", "cpu")
 _WORST_FIT: Final = 0.10
 _NAMES: Final = {"heun": "Heun", "rk4": "Runge-Kutta 4", "dpm_solver_2": "DPM-Solver-2",
                  "dpm_solver_pp_2m": "DPM-Solver++ 2M", "sigma-hat": "DDPM's larger noise (σ̂)"}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """Seconds of a call: `fixed` once, `per_step` for each step. `residual`: the relative error, as rms."""
-
-    fixed: float
-    per_step: float
-    residual: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +74,8 @@ class Panel:
         found = self.of(name)
         if len(found) < 3:
             return None
-        x, y = np.array(list(found)), np.array([entry.median for entry in found.values()])
-        slope, fixed = (float(each) for each in np.polyfit(x, y, 1, w=1 / y))
-        residual = float(np.sqrt(np.mean(((fixed + slope * x) / y - 1) ** 2)))
-        return Fit(fixed, slope, residual) if residual <= _WORST_FIT else None
+        line = fit_line([(steps, entry.median) for steps, entry in found.items()])
+        return line if line.residual <= _WORST_FIT else None
 
     def faster(self, name: str | None, against: str = REFERENCE) -> dict[int, float]:
         """How many times as fast as another contender, by steps: the median of the ratios within the rounds."""

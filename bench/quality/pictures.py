@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from skipstep.bench.quality.evaluation import Evaluation
 from skipstep.calls.images import labelled_grid, to_pil
 
 _GUIDANCE = 2.0
+_IMAGES: Any = {"guidance_scale": _GUIDANCE, "output_type": "pil"}
 _PULLOVER, _SNEAKER, _BOOT = 2, 7, 9
 
 
@@ -26,13 +28,7 @@ def draw_pictures(evaluation: Evaluation, folder: Path) -> dict[str, str]:
 def _step_strip(evaluation: Evaluation, path: Path) -> str:
     counts = evaluation.grid.strip_steps
     rows = [
-        evaluation.engine.sample(
-            plan=evaluation.plan(steps=steps),
-            seeds=range(10),
-            class_labels=range(10),
-            guidance_scale=_GUIDANCE,
-            output_type="pil",
-        )
+        evaluation.engine.sample(plan=evaluation.plan(steps=steps), seeds=range(10), class_labels=range(10), **_IMAGES)
         for steps in counts
     ]
     labelled_grid(rows, row_labels=[f"{n} steps" for n in counts], column_labels=CLASS_NAMES).save(path)
@@ -56,16 +52,8 @@ def _trajectory(evaluation: Evaluation, path: Path) -> str:
 def _interpolation(evaluation: Evaluation, path: Path) -> str:
     rows, names = [], []
     for label, ends in ((_SNEAKER, (1, 2)), (_PULLOVER, (5, 9)), (_BOOT, (4, 12))):
-        rows.append(
-            evaluation.engine.interpolate(
-                *ends,
-                10,
-                plan=evaluation.plan(steps=evaluation.grid.picture_steps),
-                class_labels=label,
-                guidance_scale=_GUIDANCE,
-                output_type="pil",
-            )
-        )
+        plan = evaluation.plan(steps=evaluation.grid.picture_steps)
+        rows.append(evaluation.engine.interpolate(*ends, 10, plan=plan, class_labels=label, **_IMAGES))
         names.append(CLASS_NAMES[label])
     columns = [f"{w:.2f}" for w in np.linspace(0, 1, 10)]
     labelled_grid(rows, row_labels=names, column_labels=columns).save(path)
@@ -80,8 +68,7 @@ def _corner_grid(evaluation: Evaluation, path: Path) -> str:
         columns=size,
         plan=evaluation.plan(steps=evaluation.grid.picture_steps),
         class_labels=_PULLOVER,
-        guidance_scale=_GUIDANCE,
-        output_type="pil",
+        **_IMAGES,
     )
     rows = [drawn[size * r : size * (r + 1)] for r in range(size)]
     labelled_grid(rows, row_labels=[""] * size, column_labels=[""] * size).save(path)
@@ -93,16 +80,8 @@ def _edits(evaluation: Evaluation, path: Path) -> str:
     plan = evaluation.plan(steps=evaluation.grid.picture_steps)
     rows, names = [to_pil(images)], ["test image"]
     for strength in (0.4, 0.6, 0.8):
-        edited = evaluation.engine.edit(
-            images,
-            plan=plan,
-            strength=strength,
-            seeds=range(5),
-            class_labels=labels,
-            guidance_scale=_GUIDANCE,
-            output_type="pil",
-        )
-        rows.append(edited)
+        drawing: dict[str, Any] = {"plan": plan, "strength": strength, "class_labels": labels, **_IMAGES}
+        rows.append(evaluation.engine.edit(images, seeds=range(5), **drawing))
         names.append(f"noise, {strength:g}")
     inverted = evaluation.engine.edit(
         images,
@@ -111,8 +90,7 @@ def _edits(evaluation: Evaluation, path: Path) -> str:
         method="invert",
         source_labels=[_SNEAKER] * 5,
         class_labels=labels,
-        guidance_scale=_GUIDANCE,
-        output_type="pil",
+        **_IMAGES,
     )
     rows.append(inverted)
     names.append("inverted, 0.8")

@@ -7,16 +7,16 @@ arXiv 1708.07120). Deterministic for a seed; a few minutes on two CPU cores.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from skipstep.bench.quality.classifier import Classifier, classify
 from skipstep.bench.quality.data import DEFAULT_FOLDER, load_fashion_mnist
+from skipstep.storage.atomic import atomic_write
 
 
 def load_split(split: str, folder: Path) -> tuple[Tensor, Tensor]:
@@ -70,10 +70,8 @@ def train(options: argparse.Namespace) -> None:
     # What is claimed is what the file holds: the float16 weights, measured again.
     reached = accuracy(halved.float(), test_images, test_labels)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.out.with_suffix(".partial")
     facts = {"test_accuracy": f"{reached:.4f}", "epochs": str(options.epochs), "seed": str(options.seed)}
-    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, partial, metadata=facts)
-    os.replace(partial, options.out)
+    atomic_write(options.out, save({name: tensor.contiguous() for name, tensor in stored.items()}, metadata=facts))
     print(f"wrote {options.out}: test accuracy {reached:.4f}")
 
 

@@ -17,17 +17,17 @@ import argparse
 import copy
 import json
 import math
-import os
 import time
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 
 from skipstep.bench.quality.data import CLASS_NAMES, DEFAULT_FOLDER, load_fashion_mnist
+from skipstep.storage.atomic import atomic_write
 
 NULL_LABEL = len(CLASS_NAMES)
 NUM_TIMESTEPS = 1000
@@ -116,9 +116,7 @@ class Checkpoint:
                 tensors[f"exp_avg_sq/{name}"] = moments[index]["exp_avg_sq"].contiguous()
         for name, parameter in ema.named_parameters():
             tensors[f"ema/{name}"] = parameter.detach().contiguous()
-        partial = self.path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"step": str(step)})
-        os.replace(partial, self.path)
+        atomic_write(self.path, save(tensors, metadata={"step": str(step)}))
 
     def load(self, unet: UNet2DModel, ema: UNet2DModel, optimizer: torch.optim.AdamW) -> int:
         """Fill the three objects from the file and return the step to go on with; 0 when there is no file."""

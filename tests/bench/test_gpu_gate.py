@@ -226,7 +226,7 @@ def test_the_groups_name_tests_that_there_are():
 
 REPORT = """========= COMPUTE-SANITIZER
 ========= Invalid __global__ write of size 4 bytes
-=========     at {kernel}+0x90 in checked_kernels.py:24
+=========     at {kernel}+0x90 in memory_check.py:24
 =========     by thread (0,0,0) in block (0,0,0)
 =========     Address 0x7f0000400000 is out of bounds
 """

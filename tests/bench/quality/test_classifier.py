@@ -68,14 +68,7 @@ def test_shifts_move_whole_pixels_and_keep_them_all():
 def test_the_training_script_writes_what_the_loader_reads(tmp_path):
     write_fashion_mnist(tmp_path / "data", train=256, test=64)
     out = tmp_path / "classifier.safetensors"
-    command = [
-        sys.executable,
-        "-m",
-        "skipstep.bench.quality.train_classifier",
-        "--out",
-        out,
-        "--data",
-        tmp_path / "data",
-    ]
+    data = tmp_path / "data"
+    command = [sys.executable, "-m", "skipstep.bench.quality.train_classifier", "--out", out, "--data", data]
     subprocess.run([*command, "--epochs", "1", "--batch-size", "64"], check=True, capture_output=True, timeout=120)
     assert classify(load_classifier(out), torch.zeros(2, 1, 28, 28)).shape == (2,)

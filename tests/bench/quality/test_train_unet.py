@@ -23,16 +23,9 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path):
     write_fashion_mnist(tmp_path / "data", train=64, test=10)
 
     def train(out: str, *options: str) -> dict[str, np.ndarray]:
-        command = [
-            sys.executable,
-            "-m",
-            "skipstep.bench.quality.train_unet",
-            "--out",
-            tmp_path / out,
-            "--device",
-            "cpu",
-        ]
-        command += ["--data", tmp_path / "data", "--epochs", "1", "--batch-size", "16", "--save-every", "1", *options]
+        command = [sys.executable, "-m", "skipstep.bench.quality.train_unet", "--out", tmp_path / out]
+        command += ["--device", "cpu", "--data", tmp_path / "data", *options]
+        command += ["--epochs", "1", "--batch-size", "16", "--save-every", "1"]
         subprocess.run(command, check=True, capture_output=True, timeout=240)
         return load_file(tmp_path / out / "checkpoint.safetensors")
 
