@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from skipstep.version import __version__
 
 if TYPE_CHECKING:
-    from skipstep.engine import Engine, load
+    from skipstep.engine import Engine
+    from skipstep.loading import load
     from skipstep.plans.plan import Plan
     from skipstep.plans.schedule import NoiseSchedule
 
@@ -19,7 +20,7 @@ _HOME = {
     "Engine": "skipstep.engine",
     "NoiseSchedule": "skipstep.plans.schedule",
     "Plan": "skipstep.plans.plan",
-    "load": "skipstep.engine",
+    "load": "skipstep.loading",
 }
 
 

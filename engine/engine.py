@@ -9,7 +9,6 @@ editing, inversion, interpolation, calibration and tuning are functions over it.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,7 +36,6 @@ from skipstep.saving import save
 if TYPE_CHECKING:
     from skipstep.building import BuildOptions
     from skipstep.latency.identity import DeviceIdentity
-    from skipstep.loading import LoadOptions
     from skipstep.loops.contract import LoopReport
 
 
@@ -320,20 +318,3 @@ class _Call:
     samples: Any
     output_type: OutputType
     out: Any
-
-
-def load(path: str | os.PathLike[str], *, compile_on_miss: bool = False, **options: Unpack[LoadOptions]) -> Engine:
-    """An engine from the bundle at `path`: with ONNX Runtime on the CPU, with TensorRT on a GPU.
-
-    options: device, num_threads, require_signature and so on: skipstep.loading.LoadOptions.
-
-    It holds the bundle's plans; others can be added, because the network's time path is in the bundle. It is calibrated
-    if the bundle was, on a device like this one. Raises BundleError and its kinds, MissingDependencyError, and on a GPU
-    DeviceUnavailableError where the bundle has no engine for it.
-    """
-    from skipstep.loading import load_network
-
-    engine = Engine(load_network(path, **options), compile_on_miss=compile_on_miss)
-    if engine.device != "cpu":
-        engine.prepare()
-    return engine

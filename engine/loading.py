@@ -1,24 +1,14 @@
-"""From a bundle on disk to a network that is ready to be sampled, with ONNX Runtime on a CPU or TensorRT on a GPU."""
+"""skipstep.load: from a bundle on disk to an engine."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
-from skipstep.backends.denoiser import Target
-from skipstep.backends.registry import resolve_backend
-from skipstep.bundles.bundle import Bundle, open_bundle, read_engine
-from skipstep.bundles.tables import default_options, plan_values, read_plans
-from skipstep.calls.conditioning import distinct
-from skipstep.cuda.probe import cuda_device
-from skipstep.errors import DeviceUnavailableError, InputError
-from skipstep.loops.choice import make_loop, resolve_form
-from skipstep.loops.lifecycle import Lifecycle
-from skipstep.loops.runner import BatchRunner, CompiledNetwork
-from skipstep.networks.graphs import Values
-from skipstep.networks.spec import NetworkSpec
+from skipstep.bundle_source import load_network
+
+if TYPE_CHECKING:
+    from skipstep.engine import Engine
 
 
 class LoadOptions(TypedDict, total=False):
@@ -41,111 +31,19 @@ class LoadOptions(TypedDict, total=False):
     allow_hard_links: bool
 
 
-@dataclass(frozen=True, slots=True)
-class BundleSource:
-    """A bundle as a network source (skipstep.backends.denoiser.NetworkSource). Every byte is verified before use."""
+def load(path: str | os.PathLike[str], *, compile_on_miss: bool = False, **options: Unpack[LoadOptions]) -> Engine:
+    """An engine from the bundle at `path`: with ONNX Runtime on the CPU, with TensorRT on a GPU.
 
-    bundle: Bundle
-    tables: dict[bytes, Values] = field(default_factory=dict)
+    options: device, num_threads, require_signature and so on: LoadOptions.
 
-    @property
-    def name(self) -> str:
-        return self.bundle.manifest.model
+    It holds the bundle's plans; others can be added, because the network's time path is in the bundle. It is calibrated
+    if the bundle was, on a device like this one. Raises BundleError and its kinds, MissingDependencyError, and on a GPU
+    DeviceUnavailableError where the bundle has no engine for it.
+    """
+    compiled = load_network(path, **options)
+    from skipstep.engine import Engine  # While the runtime loads its session in the background.
 
-    @property
-    def spec(self) -> NetworkSpec:
-        return self.bundle.manifest.network
-
-    def module(self) -> Any:
-        raise InputError(
-            got="the torch backend for a bundle",
-            expected="a backend that runs graphs or engines",
-            remedy="build the engine from the model that the bundle was made from: Engine.build(..., backend='torch')",
-        )
-
-    def before_loop(self) -> Mapping[str, bytes]:
-        graphs = self.bundle.manifest.graphs
-        return {part: self.bundle.read_graph(graphs[part]) for part in ("plan", "prompt", "call") if part in graphs}
-
-    def step_graph(self, precision: str) -> bytes:
-        if precision != "float32":
-            raise InputError(
-                got=f"the step network of a bundle in {precision}",
-                expected="float32, in which a bundle holds it for the CPU",
-                remedy="leave precision out, or load the bundle with device='cuda'",
-            )
-        return self.bundle.read_graph(self.bundle.manifest.graphs["step"])
-
-    def tensorrt_engine(self, library: str, *, version: str, batch_size: int, precision: str) -> bytes:
-        capability, _ = cuda_device()
-        engine, _ = read_engine(
-            self.bundle, library=library, version=version, compute_capability=capability, batch_size=batch_size
-        )
-        return engine
-
-
-def load_network(
-    path: str | os.PathLike[str],
-    *,
-    device: str = "cpu",
-    loop: str = "auto",
-    require_captured: bool = False,
-    num_threads: int | None = None,
-    require_signature: str | os.PathLike[str] | None = None,
-    allow_hard_links: bool = False,
-) -> CompiledNetwork:
-    """See skipstep.load."""
-    kind = "cuda" if device in ("cuda", "cuda:0") else device
-    if kind not in ("cpu", "cuda") or (kind == "cpu" and require_captured):
-        raise InputError(
-            got=f"device={device!r}" + (", require_captured=True" if require_captured else ""),
-            expected="'cpu', or 'cuda', the first GPU, whose loops can be captured",
-            remedy="pass device='cuda', or leave require_captured out",
-        )
-    form = resolve_form(loop, device=kind)
-    bundle = open_bundle(path, require_signature=require_signature, allow_hard_links=allow_hard_links)
-    backend = resolve_backend("onnxruntime" if kind == "cpu" else "tensorrt", device=kind, exports=False)
-    manifest = bundle.manifest
-    source, lifecycle = BundleSource(bundle), Lifecycle()
-    precision, cuda, target = "float32", None, Target(num_threads=num_threads)
-    if kind == "cuda":
-        # The device is probed before anything of TensorRT or CUDA is touched.
-        cuda_device()
-        if not manifest.engines:
-            raise DeviceUnavailableError(
-                got=f"{path}, a bundle without engines for a GPU",
-                expected="TensorRT engines for this device",
-                remedy="build engines on this device: skipstep build",
-            )
-        import torch
-
-        from skipstep.cuda.device import CudaDevice
-
-        precision, cuda = manifest.engines[0].precision, CudaDevice(torch.device("cuda", 0))
-        target = Target(str(cuda.torch_device), precision, stream=getattr(cuda.stream, "torch_stream", None))
-    # Loading the runtime's session takes longest: it goes on in the background while the rest is read.
-    make = backend.denoisers(source, target)
-    arrays = bundle.read_arrays(manifest.tables)
-    plans = tuple(read_plans(manifest, arrays))
-    source.tables.update(
-        {distinct(plan.evaluation_timesteps)[0].tobytes(): plan_values(plan, arrays) for plan in plans}
-    )
-    made = make_loop(
-        make,
-        manifest.network,
-        manifest.batch_sizes,
-        form=form,
-        required=require_captured,
-        lifecycle=lifecycle,
-        device=cuda,
-    )
-    return CompiledNetwork(
-        source,
-        BatchRunner(made, manifest.network, manifest.batch_sizes, lifecycle),
-        backend.name,
-        precision,
-        num_threads,
-        plan_defaults=default_options(manifest, arrays),
-        plans=plans,
-        calibrations=None if manifest.calibration is None else bundle.read(manifest.calibration),
-    )
+    engine = Engine(compiled, compile_on_miss=compile_on_miss)
+    if engine.device != "cpu":
+        engine.prepare()
+    return engine

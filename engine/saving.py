@@ -50,7 +50,7 @@ def save(
     with `overwrite`, and only by a whole one. Raises ExportError, StorageError, InputError.
     """
     from skipstep.building import save_bundle
-    from skipstep.loading import load_network
+    from skipstep.bundle_source import load_network
 
     def open_again(folder: Path) -> Sampler:
         return type(engine)(load_network(folder))

@@ -249,7 +249,7 @@ def test_a_missing_backend_names_its_extra(monkeypatch):
 
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else real(name))
-    with pytest.raises(MissingDependencyError, match=r"skipstep\[cpu\].*skipstep\[export\]"):
+    with pytest.raises(MissingDependencyError, match=r"skipstep\[cpu,export\]"):
         build(Curve(), sample_shape=(1, 4, 4), backend="onnxruntime")
     assert build(Curve(), sample_shape=(1, 4, 4), backend="auto").backend == "torch"
 

@@ -42,7 +42,7 @@ ROOMS = (
     "bench",
     "commands",
 )
-ENGINE_MODULES = ("engine", "building", "saving", "loading")
+ENGINE_MODULES = ("engine", "building", "saving", "loading", "bundle_source")
 
 
 def module_name(file: Path) -> str:

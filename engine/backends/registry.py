@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 class Backend:
     """A way to run a network on one kind of device ("cpu" or "cuda").
 
-    `needs` are packages; "a|b" is satisfied by either. `install` is the command that brings them. `module` holds the
-    function `denoisers`, and is imported when it is needed. `loads_bundles`: it takes graphs or engines of a bundle.
+    `needs` are packages; "a|b" is satisfied by either. `extras` are alternatives of what pip installs them with.
+    `module` holds the function `denoisers`, and is imported when it is needed. `loads_bundles`: it takes graphs or
+    engines of a bundle.
     """
 
     name: str
     device: str
     needs: tuple[str, ...]
-    install: str
+    extras: tuple[str, ...]
     module: str
     loads_bundles: bool
 
@@ -48,16 +49,14 @@ class Backend:
 
 # On each device the first that is installed is what "auto" chooses.
 BACKENDS: tuple[Backend, ...] = (
-    Backend(
-        "onnxruntime", "cpu", ("onnxruntime",), "pip install 'skipstep[cpu]'", "skipstep.backends.onnxruntime", True
-    ),
-    Backend("torch", "cpu", ("torch",), "pip install 'skipstep[torch]'", "skipstep.backends.torch", False),
-    Backend("torch", "cuda", ("torch",), "pip install 'skipstep[torch]'", "skipstep.backends.torch_cuda", False),
+    Backend("onnxruntime", "cpu", ("onnxruntime",), ("cpu",), "skipstep.backends.onnxruntime", True),
+    Backend("torch", "cpu", ("torch",), ("torch",), "skipstep.backends.torch", False),
+    Backend("torch", "cuda", ("torch",), ("torch",), "skipstep.backends.torch_cuda", False),
     Backend(
         "tensorrt",
         "cuda",
         ("torch", "onnxruntime", "tensorrt|tensorrt_rtx"),
-        "pip install 'skipstep[gpu]', or 'skipstep[rtx,cpu,torch]'",
+        ("gpu", "rtx,cpu,torch"),
         "skipstep.backends.tensorrt",
         True,
     ),
@@ -65,7 +64,7 @@ BACKENDS: tuple[Backend, ...] = (
         "onnxruntime",
         "cuda",
         ("torch", "onnxruntime"),
-        "pip install 'skipstep[gpu]'",
+        ("gpu",),
         "skipstep.backends.onnxruntime_cuda",
         True,
     ),
@@ -87,11 +86,11 @@ def resolve_backend(name: str, *, device: str, exports: bool) -> Backend:
         if row.name == name:
             missing = _missing(row, exports)
             if missing:
-                extra = " and pip install 'skipstep[export]'" if exports and row.loads_bundles else ""
+                also = ",export" if exports and row.loads_bundles else ""
                 raise MissingDependencyError(
                     got=f"no package {', '.join(missing)}",
                     expected=f"what the {name} backend needs",
-                    remedy=row.install + extra,
+                    remedy="pip install " + ", or ".join(f"'skipstep[{extra}{also}]'" for extra in row.extras),
                 )
             return row
     elsewhere = sorted({each.device for each in BACKENDS if each.name == name})

@@ -24,6 +24,7 @@ from skipstep.backends import tensorrt
 from skipstep.backends.denoiser import Target
 from skipstep.backends.device_step import HostInputs, StepTensor, check_step_tensors
 from skipstep.backends.tensorrt import TensorRtDenoiser, denoisers
+from skipstep.bundle_source import BundleSource
 from skipstep.errors import (
     CaptureError,
     DeviceUnavailableError,
@@ -31,7 +32,6 @@ from skipstep.errors import (
     InputError,
     MissingDependencyError,
 )
-from skipstep.loading import BundleSource
 from skipstep.networks.spec import NetworkSpec
 
 CPU = torch.device("cpu")
@@ -338,7 +338,7 @@ def test_from_a_bundle(monkeypatch):
     entries = tuple(SimpleNamespace(file=str(size), facts=facts(size)) for size in (1, 2))
     others = (SimpleNamespace(file="another device's", facts=facts(4, 86)),)
     bundle = SimpleNamespace(manifest=SimpleNamespace(engines=entries + others, network=SPEC), read=read)
-    monkeypatch.setattr("skipstep.loading.cuda_device", lambda: (90, "NVIDIA H200"))
+    monkeypatch.setattr("skipstep.bundle_source.cuda_device", lambda: (90, "NVIDIA H200"))
     monkeypatch.setattr(BundleSource, "before_loop", lambda self: step_networks.source().before_loop())
     make = denoisers(BundleSource(bundle), Target("cpu", "float32"))
     found = {size: make(size) for size in (1, 2)}

@@ -12,7 +12,7 @@ from dataclasses import asdict
 import triton
 import triton.language as tl
 
-from skipstep.export.cubins import DTYPES, VARIANTS, compile_kernel, inspect_kernel, inspect_step
+from skipstep.export.kernel_inspection import DTYPES, VARIANTS, compile_kernel, inspect_kernel, inspect_step
 from skipstep.kernels.layout import NUM_COLUMNS, Column
 
 ROW = tl.constexpr(NUM_COLUMNS)

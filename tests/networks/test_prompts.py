@@ -156,7 +156,7 @@ def test_prompts_for_another_network_are_refused():
     from tiny_networks import tiny_unet
 
     engine = build(tiny_unet(), plans=[3])
-    with pytest.raises(InputError, match="attends to no prompts"):
+    with pytest.raises(InputError, match="a network without prompts"):
         engine.sample(steps=3, seeds=1, prompt_embeds=np.zeros((1, TOKENS, WIDTH), np.float32))
 
 
