@@ -25,7 +25,7 @@ def options_of(config: pytest.Config) -> Options:
         raise MissingDependencyError(
             got=f"no package {error.name}",
             expected="torch, diffusers and the ONNX exporter",
-            remedy="pip install 'skipstep[bench,cpu,torch,export,diffusers]'",
+            remedy="pip install 'skipstep[bench]'",
         ) from error
     get = config.getoption
     return Options(

@@ -45,7 +45,8 @@ class Gate:
         self._environment = environment(simulated=dry_run)
         self._state_before = gpu_state()
         self._variables = {
-            **os.environ,
+            # pytest-benchmark writes no result where it finds the variables of a test process around it.
+            **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
             "PYTHONUNBUFFERED": "1",
             # Kept between runs on the same machine: what compiled once is there the next time.
             "TRITON_CACHE_DIR": str(cache / "triton"),

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         raise MissingDependencyError(
             got=f"no package {' and '.join(missing)}",
             expected="pytest and pytest-benchmark, which time the contenders",
-            remedy="pip install 'skipstep[bench,cpu,torch,export,diffusers]'",
+            remedy="pip install 'skipstep[bench]'",
         )
     from skipstep.bench.measure_again import run_benchmark
 
