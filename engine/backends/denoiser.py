@@ -74,7 +74,7 @@ MakeDenoiser = Callable[[int], Denoiser]
 
 
 class NetworkSource(Protocol):
-    """Where a backend gets a network from: a model that was built (skipstep.building) or a bundle (skipstep.loading).
+    """Where a backend gets a network from: a model (skipstep.building) or a bundle (skipstep.bundle_source).
 
     Each method raises InputError, with a remedy, where this source has no such thing.
     """

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: whoever fails or is killed, and whenever."""
+"""Files and folders are whole or absent, wherever a writer fails or is killed."""
 
 import os
 import re
