@@ -101,9 +101,11 @@ def philox_normal_kernel(
         z = tl.load(state_ptr + elements, mask=mask)
     else:
         seed = tl.load(seeds_ptr + sample)
-        z = standard_normal_block(seed, tl.program_id(0), tl.to_tensor(stage), tl.full((), STREAM, tl.uint32), BLOCK)
+        z = standard_normal_block(
+            seed, tl.program_id(0), tl.cast(stage, tl.int32), tl.full((), STREAM, tl.uint32), BLOCK
+        )
         tl.store(state_ptr + elements, z, mask=mask)
     network_input = z.to(network_input_ptr.dtype.element_ty)
     for copy in tl.static_range(COPIES):
-        copied = copy * tl.num_programs(1) * num_elements.to(tl.int64) + elements
+        copied = copy * tl.num_programs(1) * tl.cast(num_elements, tl.int64) + elements
         tl.store(network_input_ptr + copied, network_input, mask=mask)

@@ -95,9 +95,9 @@ def ddim_step_kernel(
 
     if COUNTED:
         stage = tl.load(counter_ptr)
-    row_ptr = table_ptr + tl.to_tensor(stage).to(tl.int64) * ROW
+    row_ptr = table_ptr + tl.cast(stage, tl.int64) * ROW
     if PER_SAMPLE:
-        row_ptr = table_ptr + (tl.to_tensor(stage).to(tl.int64) * batch_size + sample) * ROW
+        row_ptr = table_ptr + (tl.cast(stage, tl.int64) * batch_size + sample) * ROW
 
     x = tl.load(state_ptr + elements, mask=mask)
     predicted = elements
@@ -137,7 +137,7 @@ def ddim_step_kernel(
     if NOISY:
         seed = tl.load(seeds_ptr + sample)
         stream = tl.full((), STEP_STREAM, tl.uint32)
-        z = standard_normal_block(seed, tl.program_id(0), tl.to_tensor(stage), stream, BLOCK)
+        z = standard_normal_block(seed, tl.program_id(0), tl.cast(stage, tl.int32), stream, BLOCK)
         if LEARNED_VARIANCE:
             v = tl.load(output_ptr + predicted + num_elements, mask=mask).to(tl.float32)
             z = z * tl.exp(tl.load(row_ptr + LOG_SIGMA) + tl.load(row_ptr + LOG_SIGMA_OUT) * v)
@@ -148,7 +148,7 @@ def ddim_step_kernel(
         # A comparison with NaN is false.
         sound = (tl.abs(x_next) <= LARGEST) | ~mask
         if tl.min(sound.to(tl.int32)) == 0:
-            tl.atomic_min(broken_ptr + sample, tl.to_tensor(stage), sem="relaxed")
+            tl.atomic_min(broken_ptr + sample, tl.cast(stage, tl.int32), sem="relaxed")
     network_input = x_next.to(network_input_ptr.dtype.element_ty)
     tl.store(network_input_ptr + elements, network_input, mask=mask)
     if GUIDED:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import weakref
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
@@ -64,19 +65,24 @@ class ILogger:
         raise NotImplementedError
 
 
+class IRuntimeCache:
+    pass
+
+
 class IRuntimeConfig:
     def __init__(self) -> None:
         self._strategy = ExecutionContextAllocationStrategy.STATIC
-        self._cache: object = None
+        self._cache: weakref.ref[IRuntimeCache] | None = None
 
     def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
         self._strategy = strategy
 
-    def create_runtime_cache(self) -> object:
-        return object()
+    def create_runtime_cache(self) -> IRuntimeCache:
+        return IRuntimeCache()
 
-    def set_runtime_cache(self, cache: object) -> bool:
-        self._cache = cache
+    def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
+        # The real one keeps a raw pointer: the caller owns the cache.
+        self._cache = weakref.ref(cache)
         return True
 
 
@@ -150,17 +156,22 @@ class ICudaEngine:
         if PRETENCES.get("no contexts"):
             self._logger.log(Severity.ERROR, "out of memory")
             return None
-        self._contexts.append(IExecutionContext(self))
+        cache = runtime_config._cache if isinstance(runtime_config, IRuntimeConfig) else None
+        self._contexts.append(IExecutionContext(self, cache))
         return self._contexts[-1]
 
 
 class IExecutionContext:
-    def __init__(self, engine: ICudaEngine) -> None:
-        self._engine = engine
+    def __init__(self, engine: ICudaEngine, cache: weakref.ref[IRuntimeCache] | None) -> None:
+        self._engine, self._cache = engine, cache
+        self._check_cache()
         self._addresses: dict[str, int] = {}
         self._memory = (0, 0)
         # Streams that it was launched on, and where its tensors were at each launch.
         self._launches: list[tuple[int, dict[str, int]]] = []
+
+    def _check_cache(self) -> None:
+        assert self._cache is None or self._cache() is not None, "the runtime cache was freed: a use after free"
 
     def set_device_memory(self, memory: int, size: int) -> None:
         assert memory % ALIGNMENT == 0
@@ -179,6 +190,7 @@ class IExecutionContext:
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         engine = self._engine
+        self._check_cache()
         assert self._addresses.keys() == engine._inputs.keys() | engine._outputs.keys()
         if PRETENCES.get("no launch"):
             engine._logger.log(Severity.ERROR, "no launch today")
@@ -212,6 +224,7 @@ def library(name: str = "tensorrt_rtx") -> SimpleNamespace:
         ICudaEngine=ICudaEngine,
         IExecutionContext=IExecutionContext,
         ILogger=ILogger,
+        IRuntimeCache=IRuntimeCache,
         IRuntimeConfig=IRuntimeConfig,
         Runtime=Runtime,
         TensorFormat=TensorFormat,

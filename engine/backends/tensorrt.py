@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast
@@ -56,6 +57,11 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "INT32": torch.int32,
     "BOOL": torch.bool,
 }
+
+# By device: the kernels that TensorRT-RTX compiled in this process. The library keeps a pointer to a cache and does not
+# own it, so a cache lives as long as the process: longer than every context.
+_RUNTIME_CACHES: dict[torch.device, Any] = {}
+_RUNTIME_CACHES_LOCK = threading.Lock()
 
 
 class _TensorRt(Protocol):
@@ -186,7 +192,10 @@ class TensorRtDenoiser:
         # TensorRT-RTX compiles its kernels on the device, when it makes a context: once for all of them.
         config = self.engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
-        config.set_runtime_cache(config.create_runtime_cache())  # type: ignore[no-untyped-call]
+        with _RUNTIME_CACHES_LOCK:
+            if self.device not in _RUNTIME_CACHES:
+                _RUNTIME_CACHES[self.device] = config.create_runtime_cache()  # type: ignore[no-untyped-call]
+        config.set_runtime_cache(_RUNTIME_CACHES[self.device])
         return lambda: self.engine.create_execution_context(config)
 
     def _tensors(self) -> tuple[dict[str, StepTensor], dict[str, StepTensor]]:

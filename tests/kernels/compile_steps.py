@@ -31,7 +31,7 @@ def bare_ddim_kernel(
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < num_elements
     elements = tl.program_id(1).to(tl.int64) * num_elements + offsets
-    row_ptr = table_ptr + tl.to_tensor(stage).to(tl.int64) * ROW
+    row_ptr = table_ptr + tl.cast(stage, tl.int64) * ROW
     x = tl.load(state_ptr + elements, mask=mask)
     out = tl.load(output_ptr + elements, mask=mask).to(tl.float32)
     x0 = tl.load(row_ptr + X0_X) * x + tl.load(row_ptr + X0_OUT) * out
