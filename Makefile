@@ -16,12 +16,13 @@ SAMPLE_EXTRAS := cpu
 TEST_EXTRAS   := cpu,torch,export,diffusers,evaluate,sign,bench,test
 DEV_EXTRAS    := $(TEST_EXTRAS),dev
 
-.PHONY: help sample test check format types bench bench-report bench-compare bench-baseline readme-tables evaluate data bundle fuzz gpu clean
+.PHONY: help sample test check triton format types bench bench-report bench-compare bench-baseline readme-tables evaluate data bundle fuzz gpu clean
 
 help:
 	@echo "make sample   draw clothes with the shipped model in 10, 20 and 50 steps (out/sample/grid.png)"
 	@echo "make test     run the test suite, without the slow tests"
 	@echo "make check    formatting, lint, types and all tests, slow ones included: what CI runs"
+	@echo "make triton   compile all kernels under the oldest supported Triton"
 	@echo "make format   format the sources"
 	@echo "make bench    all CPU measurements, an hour; writes bench/results/ and the tables of all READMEs"
 	@echo "make bench-report  make one HTML page with plots from the committed runs (bench/results/report)"
@@ -44,11 +45,20 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 test: $(VENV)/.test
 	$(PYTEST)
 
-check: $(VENV)/.dev
+check: $(VENV)/.dev triton
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(MAKE) types
 	$(PYTEST) -m ""
+
+# The kernels, compiled as a launch does under the oldest Triton that pyproject.toml allows, without torch and a GPU;
+# under the newest the suite does the same (tests/kernels/test_aot.py).
+OLDEST_TRITON := build/oldest-triton
+triton:
+	test -x $(OLDEST_TRITON)/bin/python || $(PYTHON) -m venv $(OLDEST_TRITON)
+	$(OLDEST_TRITON)/bin/python -m pip install --quiet --disable-pip-version-check 'triton==3.6.*' numpy
+	$(OLDEST_TRITON)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .
+	$(OLDEST_TRITON)/bin/python tests/kernels/compile_launches.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
@@ -56,7 +66,7 @@ format: $(VENV)/.dev
 
 # Four folders become one import root, which type checkers do not follow; a plain install shows it to them.
 types: $(VENV)/.dev
-	rm -rf build
+	rm -rf build/types build/stubs build/lib build/bdist.*
 	$(BIN)/python .ci/tensorrt_stubs.py build/stubs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target build/types .
 	cp -r bench/quality build/types/skipstep/bench/

@@ -53,6 +53,7 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_dry_run_does_everything_and_passes(dry_run):
     ended, out = dry_run
@@ -69,6 +70,7 @@ def test_a_dry_run_does_everything_and_passes(dry_run):
         assert f"{task.name}  " in ended.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_file_of_a_dry_run_says_where_it_comes_from(dry_run):
     _, out = dry_run
@@ -97,6 +99,7 @@ def test_every_file_of_a_dry_run_says_where_it_comes_from(dry_run):
     assert read(out / "kernels.json")["outcomes"]["passed"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_contender_of_a_dry_run_is_checked_and_timed(dry_run):
     _, out = dry_run
@@ -117,6 +120,7 @@ def test_every_contender_of_a_dry_run_is_checked_and_timed(dry_run):
     assert {row["contender"] for row in rows if "network_seconds" in row} == {REPLAYED}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_step_kernel_is_measured_beside_a_copy(dry_run):
     _, out = dry_run
@@ -132,6 +136,7 @@ def test_the_step_kernel_is_measured_beside_a_copy(dry_run):
     assert all(case["step_against_copy"] > 0 for case in cases)
 
 
+@pytest.mark.slow
 def test_planted_faults_are_reported_and_fail_the_gate(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     tasks = (

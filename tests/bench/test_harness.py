@@ -206,6 +206,7 @@ def test_the_plugin_runs_anywhere_with_one_benchmark_a_contender(benchmarked):
     assert len(found["benchmarks"]) + len(facts["absent"]) == 12
 
 
+@pytest.mark.slow
 def test_a_case_is_measured_again_with_more_rounds(benchmarked):
     _, out = benchmarked
     case = cases_of(read_run(out))["tiny, 2 steps, batch 1"]
@@ -243,6 +244,7 @@ def test_the_plugin_does_nothing_in_other_people_s_runs(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_is_a_front_of_the_plugin(model, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     # The folder's own pytest settings are for other tests.

@@ -139,6 +139,7 @@ def test_loading_and_sampling_imports_neither_torch_nor_diffusers(saved):
     assert not loaded & {"torch", "diffusers", "onnx", "triton", "PIL", "cryptography"}
 
 
+@pytest.mark.slow
 def test_an_engine_of_another_backend_saves_too(tmp_path):
     """What torch drew is what the bundle's golden samples are."""
     built = make(tiny_unet(), plans=[3], backend="torch")
@@ -363,6 +364,7 @@ def test_any_harm_to_any_file_is_noticed(saved, tmp_path_factory, data):
         shutil.rmtree(folder.parent)
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_what_was_there(saved, tmp_path):
     """SIGKILL while the bundle is written: the old one stays whole, and the next writer removes the rest."""
     folder = Path(shutil.copytree(saved, tmp_path / "bundle"))

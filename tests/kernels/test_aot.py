@@ -74,3 +74,12 @@ def test_generated_code(arch):
             assert kernel[absent] == 0, (case, absent)
         # By 128 threads: with 64 registers eight blocks fit on every one of these architectures, with 72 seven.
         assert kernel["registers"] <= (72 if variant == "learned_variance" else 64), case
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_as_it_is_launched():
+    """The same script runs under the oldest supported Triton (`make triton`)."""
+    script = str(Path(__file__).parent / "compile_launches.py")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    output = subprocess.run([sys.executable, script], check=True, env=environment, stdout=subprocess.PIPE, text=True)
+    assert "launches compile for sm_90" in output.stdout

@@ -53,6 +53,7 @@ def page(tmp_path_factory, evaluation):
     return folder
 
 
+@pytest.mark.slow
 def test_writes_tables_plots_and_a_page_that_shows_them(page):
     text = (page / "evaluation.md").read_text()
     shown = [line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
@@ -75,11 +76,13 @@ def test_writes_tables_plots_and_a_page_that_shows_them(page):
     assert "–" in text
 
 
+@pytest.mark.slow
 def test_each_solver_stays_within_its_evaluations(page):
     for row in csv.DictReader((page / "solvers.csv").open()):
         assert int(row["evaluations"]) <= 4
 
 
+@pytest.mark.slow
 def test_deterministic_samplers_repeat_themselves(page):
     rows = {row["sampler"]: row for row in csv.DictReader((page / "ancestral.csv").open())}
     assert float(rows["DDIM, 2 steps"]["mse_between_two_runs"]) == 0.0
@@ -88,6 +91,7 @@ def test_deterministic_samplers_repeat_themselves(page):
     assert float(spread[0]["variance"]) == 0.0 < float(spread[1]["variance"])
 
 
+@pytest.mark.slow
 def test_a_second_run_measures_nothing_again(page, evaluation, tmp_path, monkeypatch):
     monkeypatch.setattr(type(evaluation.engine), "sample", lambda *_, **__: pytest.fail("measured again"))
     before = {name: getattr(evaluation, name)() for name in ("spread", "inversion", "ancestral")}

@@ -19,6 +19,7 @@ from skipstep.networks.checkpoint import read_checkpoint
 SCHEDULE = torch.tensor(NoiseSchedule.linear(1000).alpha_bar, dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_where_it_was(tmp_path):
     write_fashion_mnist(tmp_path / "data", train=64, test=10)
 
