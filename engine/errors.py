@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from numbers import Real
 
 
@@ -150,6 +151,24 @@ def check_number(
             remedy=remedy or f"pass {name} within this range",
         )
     return number
+
+
+def check_path(name: str, value: object, *, error: type[SkipstepError] = InputError) -> str:
+    """`value` as the text of a path, if it is text or a path-like object. Raises `error`.
+
+    A number is refused, a bool included: `open` would take it for an open file, and close that.
+    """
+    try:
+        path = os.fspath(value)  # type: ignore[call-overload]
+    except TypeError:
+        path = None
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise error(
+            got=f"{name}={value!r:.200}",
+            expected="a path, as text or pathlib.Path",
+            remedy=f"pass {name} as the path of a file or folder",
+        )
+    return path
 
 
 def check_choice(

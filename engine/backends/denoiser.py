@@ -18,12 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipstep.calls.conditioning import Conditioning
+from skipstep.errors import check_integer
 from skipstep.networks.graphs import NetworkGraphs, StepInputs, Values
 from skipstep.networks.spec import NetworkSpec
 
 # enqueue(values, stage). In host memory values are StepInputs and the stage is a number. On a GPU values are tensors by
 # name, and the stage is a number or an int32 [1] tensor, for a graph of one step that the device counts.
 Enqueue = Callable[[Any, Any], None]
+
+MAX_THREADS = 1024
 
 
 class Denoiser(Protocol):
@@ -121,6 +124,12 @@ class Target:
     num_threads: int | None = None
     compiled: bool = False
     stream: Any = None
+
+    def __post_init__(self) -> None:
+        if self.num_threads is not None:
+            check_integer(
+                "num_threads", self.num_threads, low=1, high=MAX_THREADS, remedy="leave it out for every core"
+            )
 
 
 __all__ = [

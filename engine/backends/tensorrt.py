@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast
@@ -25,12 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, StepInput, Target
-from skipstep.backends.device_step import (
-    HostInputs,
-    StepTensor,
-    check_step_tensors,
-    copy_row,
-)
+from skipstep.backends.device_step import HostInputs, StepTensor, check_step_tensors, copy_row
 from skipstep.backends.onnxruntime import EarlyGraphs
 from skipstep.calls.conditioning import Conditioning
 from skipstep.cuda.device import CAPTURE_LOCK
@@ -61,7 +55,6 @@ _DTYPES: Mapping[str, torch.dtype] = {
 # By device: the kernels that TensorRT-RTX compiled in this process. The library keeps a pointer to a cache and does not
 # own it, so a cache lives as long as the process: longer than every context.
 _RUNTIME_CACHES: dict[torch.device, Any] = {}
-_RUNTIME_CACHES_LOCK = threading.Lock()
 
 
 class _TensorRt(Protocol):
@@ -192,10 +185,8 @@ class TensorRtDenoiser:
         # TensorRT-RTX compiles its kernels on the device, when it makes a context: once for all of them.
         config = self.engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
-        with _RUNTIME_CACHES_LOCK:
-            if self.device not in _RUNTIME_CACHES:
-                _RUNTIME_CACHES[self.device] = config.create_runtime_cache()  # type: ignore[no-untyped-call]
-        config.set_runtime_cache(_RUNTIME_CACHES[self.device])
+        cache = _RUNTIME_CACHES.setdefault(self.device, config.create_runtime_cache())  # type: ignore[no-untyped-call]
+        config.set_runtime_cache(cache)
         return lambda: self.engine.create_execution_context(config)
 
     def _tensors(self) -> tuple[dict[str, StepTensor], dict[str, StepTensor]]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from skipstep.bundles.manifest import FILE_NAME, MAX_BYTES, SIGNATURE_NAME, EngineEntry, Manifest
 from skipstep.bundles.reader import parse_manifest
-from skipstep.errors import BundleError, DeviceUnavailableError, SignatureError
+from skipstep.errors import BundleError, DeviceUnavailableError, SignatureError, check_path
 from skipstep.storage.verified import read_up_to, read_verified
 
 if TYPE_CHECKING:
@@ -130,7 +130,8 @@ def open_bundle(
     `require_signature` is the public key that must have signed it. `allow_hard_links` is for folders that a package
     manager fills by linking. Raises BundleError, SignatureError, IntegrityError.
     """
-    folder = Path(path)
+    folder = Path(check_path("path", path))
+    key = None if require_signature is None else check_path("require_signature", require_signature)
     data = _read_small(folder, FILE_NAME, MAX_BYTES)
     if data is None:
         raise BundleError(
@@ -139,16 +140,16 @@ def open_bundle(
             remedy="check the path, or copy the whole folder",
         )
     signature = _read_small(folder, SIGNATURE_NAME, 1 << 12)
-    if require_signature is not None:
+    if key is not None:
         if signature is None:
             raise SignatureError(
                 got=f"an unsigned bundle, {folder}",
-                expected=f"one signed with the key of {os.fspath(require_signature)}",
+                expected=f"one signed with the key of {key}",
                 remedy="take the bundle from its publisher, or sign it with skipstep sign",
             )
         from skipstep.storage.signature import verify
 
-        verify(data, signature, require_signature)
+        verify(data, signature, key)
     return Bundle(folder, parse_manifest(data), data, signature is not None, allow_hard_links)
 
 

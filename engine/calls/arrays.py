@@ -57,6 +57,15 @@ def tensor_from_dlpack(given: Any) -> Any:
     return torch.utils.dlpack.from_dlpack(given)
 
 
+def may_share_memory(a: Any, b: Any) -> bool:
+    """Whether writing to one may change the other: NumPy arrays, or tensors; where it is not sure, True."""
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return np.may_share_memory(a, b)
+    if hasattr(a, "untyped_storage") and hasattr(b, "untyped_storage"):
+        return bool(a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr())
+    return False
+
+
 def batch_rows(array: Any, index: NDArray[np.int64]) -> Any:
     """The rows of a NumPy array or a tensor; `index` is consecutive, except that the last may repeat."""
     if isinstance(array, np.ndarray):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,9 @@ class PlanSet(Mapping[str, Plan]):
 
     def __init__(self, network: NetworkSpec, *, defaults: Mapping[str, Any], compile_on_miss: bool) -> None:
         self._network = network
+        # Replaced, never changed: a caller who goes through the plans is not disturbed by one who adds a plan.
         self._plans: dict[str, Plan] = {}
+        self._adding = threading.Lock()
         self.defaults = defaults
         self._compile_on_miss = compile_on_miss
 
@@ -49,7 +52,8 @@ class PlanSet(Mapping[str, Plan]):
                 remedy=f"make the plan with prediction_type={trained!r}",
             )
         check_plan_fits(plan, self._network)
-        self._plans[plan.key] = plan
+        with self._adding:
+            self._plans = {**self._plans, plan.key: plan}
         return plan
 
     def select(self, *, steps: int | None = None, plan: Plan | None = None) -> Plan:

@@ -6,13 +6,14 @@ Scalars apply to every sample, sequences name each one; all sequences of a call 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.calls.arrays import batch_rows, from_dlpack, host_floats
+from skipstep.calls.arrays import batch_rows, from_dlpack, host_floats, may_share_memory
 from skipstep.errors import InputError, check_integer
 from skipstep.networks.spec import NetworkSpec
 
@@ -59,6 +60,13 @@ class SampleRequest:
         """The batch multiplier: 2 with classifier-free guidance, else 1."""
         return 1 if self.guidance is None else 2
 
+    def apart_from(self, out: Any) -> SampleRequest:
+        """This request, with copies of the arrays that may share memory with `out`: samples are written there while
+        later parts of the request are still to be read."""
+        arrays = {each.name: getattr(self, each.name) for each in fields(self)}
+        copies = {name: deepcopy(array) for name, array in arrays.items() if may_share_memory(array, out)}
+        return replace(self, **copies) if copies else self
+
     def chunk(self, start: int, batch_size: int) -> SampleRequest:
         """Samples start … start + batch_size - 1; past the end the last sample is repeated to fill the batch."""
         index = np.minimum(np.arange(start, start + batch_size), self.num_samples - 1)
@@ -99,16 +107,17 @@ def resolve_request(
             + (", or the initial noise as x_T=" if x_T is None else ", or use a plan with eta=0"),
         )
     latents = None if x_T is None else resolve_latents(x_T, network, name=latents_name, device=device)
+    scales = _resolve_guidance(guidance_scale, network)
     given = {
         "seeds": None if seeds is None else resolve_seeds(seeds),
         "class_labels": _resolve_labels(class_labels, network),
-        "guidance_scale": _resolve_guidance(guidance_scale, network),
+        "guidance_scale": scales,
         "guidance_rescale": _resolve_rescale(guidance_rescale, guidance_scale),
     }
     lengths = {name: len(array) for name, array in given.items() if array is not None and array.ndim == 1}
     if latents is not None:
         lengths[latents_name] = len(latents)
-    prompts, negative = _resolve_prompts(prompt_embeds, negative_prompt_embeds, guidance_scale, network)
+    prompts, negative = _resolve_prompts(prompt_embeds, negative_prompt_embeds, scales, network)
     for name, embeds in (("prompt_embeds", prompts), ("negative_prompt_embeds", negative)):
         if embeds is not None and len(embeds) > 1:
             lengths[name] = len(embeds)
@@ -170,13 +179,13 @@ def _resolve_guidance(scale: float | Sequence[float] | None, network: NetworkSpe
     array = _float_vector(scale)
     if not np.all(np.isfinite(array)):
         raise InputError(
-            got=f"guidance_scale={scale!r}",
+            got=f"guidance_scale={scale!r:.200}",
             expected="a finite number, or one per sample",
             remedy="pass 1.0 for no guidance, and 1.5 to 4 for more",
         )
     if not network.can_guide and np.any(array != 1.0):
         raise InputError(
-            got=f"guidance_scale={scale!r} for a network without a null label",
+            got=f"guidance_scale={scale!r:.200} for a network without a null label",
             expected="a network trained with label dropout: guidance contrasts labelled with unlabelled predictions",
             remedy="leave guidance_scale out, or pass null_label= when building the engine",
         )
@@ -191,13 +200,13 @@ def _resolve_rescale(
     array = _float_vector(strength)
     if not np.all((array >= 0.0) & (array <= 1.0)):
         raise InputError(
-            got=f"guidance_rescale={strength!r}",
+            got=f"guidance_rescale={strength!r:.200}",
             expected="a number in [0, 1], or one per sample",
             remedy="pass 0.7, as its authors do, or 0 for none",
         )
     if guidance_scale is None:
         raise InputError(
-            got=f"guidance_rescale={strength!r} without guidance_scale",
+            got=f"guidance_rescale={strength!r:.200} without guidance_scale",
             expected="classifier-free guidance, whose effect on the spread it takes back",
             remedy="pass guidance_scale as well",
         )
@@ -205,16 +214,27 @@ def _resolve_rescale(
 
 
 def _float_vector(values: Any) -> NDArray[np.float32]:
-    """Float32, scalar or `[B]`; NaN for anything else."""
+    """Float32, scalar or `[B]`, from numbers, a sequence of numbers, NumPy or torch; NaN for anything else."""
+    nothing = np.array(np.nan, np.float32)
+    if isinstance(values, bytes | bytearray | memoryview):
+        return nothing
+    if isinstance(values, list | tuple) and any(isinstance(each, bool | np.bool_) for each in values):
+        return nothing
     try:
-        array = np.asarray(values, dtype=np.float32)
-    except (TypeError, ValueError):
-        array = np.array(np.nan, np.float32)
-    return np.array(np.nan, np.float32) if array.ndim > 1 or isinstance(values, bool) else array
+        if hasattr(values, "detach"):
+            values = values.detach().cpu().double().numpy() if values.dtype.is_floating_point else values.cpu().numpy()
+        array = np.asarray(values)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return nothing
+    # Integers, unsigned integers and floats: neither bool, text nor dates.
+    if array.dtype.kind not in "iuf" or array.ndim > 1:
+        return nothing
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32)
 
 
 def _resolve_prompts(
-    prompts: Any, negative: Any, guidance_scale: float | Sequence[float] | None, network: NetworkSpec
+    prompts: Any, negative: Any, guidance: NDArray[np.float32] | None, network: NetworkSpec
 ) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
     if network.prompt_shape is None:
         for name, embeds in (("prompt_embeds", prompts), ("negative_prompt_embeds", negative)):
@@ -225,7 +245,7 @@ def _resolve_prompts(
                     remedy=f"leave {name} out, or load a text-conditional checkpoint",
                 )
         return None, None
-    guided = guidance_scale is not None and bool(np.any(np.asarray(guidance_scale) != 1.0))
+    guided = guidance is not None and bool(np.any(guidance != 1.0))
     missing = "prompt_embeds" if prompts is None else "negative_prompt_embeds" if guided and negative is None else None
     if missing:
         raise InputError(

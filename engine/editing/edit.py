@@ -12,15 +12,16 @@ from typing import Any, Literal, Unpack
 
 import numpy as np
 
+from skipstep.calls.arrays import from_dlpack, host_floats
 from skipstep.calls.noise import sample_noise
 from skipstep.calls.request import Conditions, SampleRequest, resolve_latents, resolve_request, resolve_seeds
-from skipstep.editing.interpolation import slerp, slerp_grid
+from skipstep.editing.interpolation import MAX_POINTS, slerp, slerp_grid
 from skipstep.editing.inversion import Inversion
 from skipstep.editing.inversion import invert as invert_batch
-from skipstep.errors import InputError, check_integer, check_number
+from skipstep.errors import InputError, check_choice, check_integer, check_number
 from skipstep.kernels.layout import Stream
 from skipstep.loops.contract import Array, Sampler
-from skipstep.loops.runner import OutputType, check_finite
+from skipstep.loops.runner import OutputType, check_finite, check_output_type
 from skipstep.plans.plan import Plan
 from skipstep.plans.stages import Stages
 
@@ -114,8 +115,8 @@ def edit(
     """
     chosen = engine.select_plan(steps=steps, plan=plan)
     tail = chosen.started_at(_first_step(chosen, strength=strength, noise_level=noise_level))
-    if method not in ("noise", "invert"):
-        raise InputError(got=f"method={method!r}", expected="'noise' or 'invert'", remedy="pick one of these")
+    check_choice("method", method, ("noise", "invert"))
+    check_output_type(output_type)
     if source_labels is not None and method == "noise":
         raise InputError(
             got="source_labels with method='noise'",
@@ -124,6 +125,10 @@ def edit(
         )
     if seeds is None and method == "noise":
         raise InputError(got="no seeds", expected="a seed per image, for the fresh noise", remedy="pass seeds=[...]")
+    images = resolve_latents(images, engine.network, name="images")
+    if len(images) == 1 and seeds is not None:
+        # One image, edited once with each seed.
+        images = np.repeat(images, resolve_seeds(seeds).size, axis=0)
     request = resolve_request(
         engine.network,
         seeds=seeds,
@@ -132,7 +137,6 @@ def edit(
         latents_name="images",
         **conditions,
     )
-    assert request.x_T is not None, "it was passed"
     if method == "noise":
         assert request.seeds is not None, "they were checked"
         a = tail.alpha_bars[0]
@@ -168,7 +172,7 @@ def interpolate(
     a, b are seeds, or latents float32 `[C, H, W]`; the way between them is `slerp`. `seeds`
     key the fresh noise of plans that add some. Raises InputError.
     """
-    n = check_integer("n", n, low=2, remedy="pass n=8; both ends are drawn")
+    n = check_integer("n", n, low=2, high=MAX_POINTS, remedy="pass n=8; both ends are drawn")
     x_T = slerp(_latents_of(engine, a), _latents_of(engine, b), np.linspace(0.0, 1.0, n))
     return engine.sample(steps=steps, plan=plan, x_T=x_T, seeds=seeds, output_type=output_type, **conditions)
 
@@ -209,10 +213,10 @@ def _invert(
 
 
 def _latents_of(engine: Sampler, source: int | Array) -> Array:
-    if isinstance(source, int | np.integer):
-        latents = sample_noise(engine.network, resolve_seeds(int(source)).reshape(1), Stream.INITIAL)
+    if np.ndim(source) == 0 and not hasattr(source, "__dlpack__"):
+        latents = sample_noise(engine.network, resolve_seeds(source).reshape(1), Stream.INITIAL)
     else:
-        latents = resolve_latents(np.asarray(source)[None], engine.network)
+        latents = resolve_latents(host_floats("latents", from_dlpack("latents", source))[None], engine.network)
     first: Array = latents[0]
     return first
 

@@ -14,10 +14,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from skipstep.errors import InputError
+from skipstep.errors import InputError, check_integer
 
 # Below this angle sin θ is the difference of nearly equal numbers; above π minus it there is no direction to take.
 SMALL_ANGLE = 1e-6
+# On one path; more latents than this do not fit in memory for any network of use.
+MAX_POINTS = 1 << 16
 
 
 def slerp(a: NDArray[np.float32], b: NDArray[np.float32], weights: ArrayLike) -> NDArray[np.float32]:
@@ -57,10 +59,13 @@ def slerp(a: NDArray[np.float32], b: NDArray[np.float32], weights: ArrayLike) ->
 
 def slerp_grid(corners: Sequence[NDArray[np.float32]], *, rows: int, columns: int) -> NDArray[np.float32]:
     """`[rows·columns, …]` row by row, between the corners top left, top right, bottom left and bottom right."""
-    if len(corners) != 4 or rows < 2 or columns < 2:
+    rows, columns = (
+        check_integer(name, n, low=2, high=MAX_POINTS) for name, n in (("rows", rows), ("columns", columns))
+    )
+    if len(corners) != 4:
         raise InputError(
-            got=f"{len(corners)} corners for {rows} rows and {columns} columns",
-            expected="four corners, and at least two rows and columns",
+            got=f"{len(corners)} corners",
+            expected="four corners",
             remedy="pass top left, top right, bottom left and bottom right",
         )
     down = np.linspace(0.0, 1.0, rows)

@@ -12,7 +12,7 @@ from skipstep.backends.denoiser import NetworkSource
 from skipstep.calls.batching import split_batch
 from skipstep.calls.destination import copy_samples
 from skipstep.calls.request import Conditions, SampleRequest
-from skipstep.errors import InputError, NonFiniteError
+from skipstep.errors import NonFiniteError, check_choice
 from skipstep.loops.contract import Array, Finished, Loop, Pending, run_observed
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.loops.observers import Observers
@@ -76,6 +76,7 @@ class BatchRunner:
     def draw(self, stages: Stages, request: SampleRequest, samples: Any, *, observers: Observers | None = None) -> None:
         """Walk a request to x_0 in `samples`. Raises NonFiniteError and EngineStateError."""
         self.check()
+        request = request.apart_from(samples)
         pending: list[tuple[int, Pending]] = []
         for part, part_stages, part_request in self.parts(stages, request):
             out = samples[part]
@@ -125,8 +126,7 @@ class CompiledNetwork:
 
 
 def check_output_type(output_type: str) -> None:
-    if output_type not in get_args(OutputType):
-        raise InputError(got=f"output_type={output_type!r}", expected="'np', 'pt' or 'pil'", remedy="pick one of these")
+    check_choice("output_type", output_type, get_args(OutputType))
 
 
 def check_finite(result: Array) -> None:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from skipstep.errors import InputError, MissingDependencyError, SignatureError, StorageError
+from skipstep.errors import InputError, MissingDependencyError, SignatureError, StorageError, check_path
 from skipstep.storage.atomic import atomic_write
+from skipstep.storage.verified import read_up_to
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -97,11 +99,19 @@ def _public_key(path: Path) -> Ed25519PublicKey:
 def _parsed(path: Path, parse: Callable[[bytes], Any], cls: type, kind: str) -> Any:
     from cryptography.exceptions import UnsupportedAlgorithm
 
+    path = check_path(f"{kind} key", path)
     try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_KEY_BYTES)
+        # Without waiting: opening a pipe would last until somebody writes to it.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            regular = stat.S_ISREG(os.fstat(fd).st_mode)
+            data = read_up_to(fd, _MAX_KEY_BYTES) if regular else b""
+        finally:
+            os.close(fd)
     except (OSError, ValueError) as error:
         raise _not_a_key(path, getattr(error, "strerror", None) or str(error), kind) from error
+    if not regular:
+        raise _not_a_key(path, "no regular file", kind)
     try:
         key = parse(data)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
