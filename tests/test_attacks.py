@@ -15,7 +15,7 @@ from skipstep.errors import InputError, check_path
 from skipstep.storage.signature import verify
 
 SCHEDULE = NoiseSchedule.linear(1000)
-NO_PATHS = (True, False, 0, 1, -1, 2.0, None, b"bytes", [], "", "a\0b", np.int64(1), object())
+NO_PATHS = (True, False, 0, 1, -1, 2.0, None, b"bytes", [], "", "a\0b", np.int64(1), {})
 
 
 @pytest.fixture(scope="module")
