@@ -29,14 +29,19 @@ settings.register_profile("all", max_examples=100, deadline=None)
 
 def pytest_configure(config: pytest.Config) -> None:
     """Fewer examples where slow tests are left out. A test that sets its own number keeps it."""
-    settings.load_profile("quick" if config.option.markexpr == "not slow" else "all")
+    settings.load_profile("quick" if "not slow" in config.option.markexpr else "all")
 
 
+# Before pytest's own hook, which selects by markers.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not HAS_GPU:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device that torch can see"))
+    for item in items:
+        if HAS_GPU:
+            # Where there is a GPU, the kernels run on it: `-m gpu` selects these tests, too.
+            if "kernel_device" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.gpu)
+        elif item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device that torch can see"))
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,8 @@ GROUPS: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
         ("tests/plans/test_schedule.py", "-k", "linear"),
     ),
 }
+# Tests without the mark use no GPU: the suite runs them elsewhere.
+_SELECTED: Final = "gpu and not slow"
 # Compiling kernels takes most of the time, each worker's on a core of its own.
 _WORKERS: Final = 8
 _SECONDS_PER_TEST: Final = 80
@@ -70,7 +72,7 @@ def run_tests(arguments: list[str], *, workers: int = 0) -> tuple[dict[str, Any]
     recorder = Recorder()
     options = ["-q", "-p", "no:cacheprovider"]
     if workers and importlib.util.find_spec("xdist"):
-        options += ["-n", str(workers)]
+        options += ["-n", str(workers), "--dist", "worksteal"]
     if importlib.util.find_spec("pytest_timeout"):
         options += ["--timeout", str(_SECONDS_PER_TEST)]
     started = time.perf_counter()
@@ -102,4 +104,4 @@ def check_group(name: str, *, dry_run: bool) -> tuple[dict[str, Any], Verdict]:
         return {"arguments": list(patterns)}, Verdict(
             "failed", f"no file matches {', '.join(patterns)} below {Path.cwd()}"
         )
-    return run_tests(files, workers=_WORKERS)
+    return run_tests([*files, "-m", _SELECTED], workers=_WORKERS)
