@@ -66,6 +66,7 @@ def measuring_again(result: Path, *, progress: Callable[[str], None]) -> Callabl
             "plans": [steps],
             "batch": [batch_size],
             "contenders": [each.contender for each in known],
+            "measure": [],
             "budget": MORE_ROUNDS * options["budget"],
             "rounds": MORE_ROUNDS * rounds,
         }

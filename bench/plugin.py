@@ -46,6 +46,8 @@ MODEL_HELP = (
     "NAME@1,8 measures this model at batch sizes 1 and 8 instead of those of --batch"
 )
 
+RESUME_HELP = "a result of the same commit, machine and options: what it holds is kept and not measured again"
+
 
 def pytest_addoption(parser: Any, pluginmanager: Any) -> None:
     if not any(map(_names_the_benchmark, pluginmanager.get_plugin("pytestconfig").invocation_params.args)):
@@ -54,6 +56,7 @@ def pytest_addoption(parser: Any, pluginmanager: Any) -> None:
     group.addoption("--model", action="append", metavar="MODEL", help=MODEL_HELP)
     for name, kind, default, text in OPTIONS:
         group.addoption(f"--{name}", type=kind, default=default, help=text)
+    group.addoption("--resume", metavar="FILE", default="", help=RESUME_HELP)
     # Of the GPU gate.
     group.addoption("--unpaired", action="store_true", help=argparse.SUPPRESS)
     group.addoption("--simulated", default="", help=argparse.SUPPRESS)

@@ -27,6 +27,7 @@ from skipstep.bench.gate import described, golden_error, largest_difference
 from skipstep.bench.measurements import MEASUREMENTS
 from skipstep.bench.models import Subject, open_subject, subject_name
 from skipstep.bench.options import CaseKey, Options
+from skipstep.bench.resume import KeptResults
 
 SCHEMA = 1
 # Fewer rounds are no measurement.
@@ -72,6 +73,7 @@ class BenchSession:
         self._textbook: tuple[CaseKey, Draw] | None = None
         self._seconds: dict[tuple[CaseKey, str], float] = {}
         self._absent: dict[tuple[CaseKey, str], Absent] = {}
+        self.kept: KeptResults | None = None
         # Rows of the table that is printed at the end: case, contender, milliseconds, ratio, error.
         self.rows: list[list[str]] = []
         self._threads = torch.get_num_threads()
@@ -111,12 +113,23 @@ class BenchSession:
             "contenders": self.options.contenders,
             "budget": self.options.budget_seconds,
             "rounds": self.options.max_rounds,
+            "measure": self.options.measure,
             "device": self.options.device,
             "dtype": self.options.dtype,
             "threads": self.options.threads,
         }
         digests = {name: subject.digest for name, subject in self._subjects.items()}
         return {"schema": SCHEMA, "absent": absent, "options": options, "digests": digests}
+
+    def resume(self, kept: KeptResults) -> None:
+        self.kept = kept
+        for key, each in kept.benchmarks.items():
+            # From what a case took, the time of larger ones is predicted.
+            self._seconds[key] = statistics.median(each["stats"]["data"])
+
+    def is_kept(self, case: CaseKey, contender: str) -> bool:
+        """Whether the result that this run continues holds the case."""
+        return self.kept is not None and self.kept.holds(case, contender, self.subject(case.model).digest)
 
     @contextlib.contextmanager
     def checked(self, case: CaseKey, name: str) -> Iterator[Checked]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -54,7 +55,12 @@ def pytest_configure(config: pytest.Config) -> None:
         options = options_of(config)
         from skipstep.bench.session import BenchSession
 
-        config.stash[_SESSION] = BenchSession(options)
+        session = config.stash[_SESSION] = BenchSession(options)
+        if resumed := config.getoption("--resume"):
+            from skipstep.bench.record import run_facts
+            from skipstep.bench.resume import KeptResults
+
+            session.resume(KeptResults(Path(resumed), {**run_facts(), **session.facts()}))
     except SkipstepError as error:
         raise pytest.UsageError(str(error)) from error
 
@@ -90,7 +96,17 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
     from skipstep.bench.record import run_facts
 
     session = config.stash[_SESSION]
-    output_json["skipstep"] = {**run_facts(simulated=bool(session.options.simulated)), **session.facts()}
+    facts = {**run_facts(simulated=bool(session.options.simulated)), **session.facts()}
+    if session.kept is not None:
+        digests = facts["digests"]
+        kept = [
+            each
+            for (case, name), each in session.kept.benchmarks.items()
+            if case.model not in digests or session.kept.holds(case, name, digests[case.model])
+        ]
+        output_json["benchmarks"] = [*kept, *output_json["benchmarks"]]
+        facts["digests"] = {**session.kept.digests, **digests}
+    output_json["skipstep"] = facts
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -17,6 +17,8 @@ from skipstep.bench.session import Absent, BenchSession
 # Compilation has a limit of its own, and a case has a budget.
 @pytest.mark.timeout(0)
 def test_sampling(case: CaseKey, contender: str, bench_session: BenchSession, benchmark: Any) -> None:
+    if bench_session.is_kept(case, contender):
+        pytest.skip("measured before")
     try:
         with bench_session.checked(case, contender) as checked:
             benchmark.group = case.group

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from skipstep.bench.plugin import MODEL_HELP, OPTIONS
-from skipstep.errors import MissingDependencyError
+from skipstep.errors import InputError, MissingDependencyError
 
 DESCRIPTION = (
     "Time ways to draw the same samples: the same weights, noise, steps and threads, each beside a textbook loop.\n"
@@ -23,7 +23,7 @@ examples:
       of all contenders only these
 
 A contender whose samples differ by more than its tolerance gets no number, and the exit status is then 1.
-Ctrl-C ends the run and keeps what has been measured.
+Ctrl-C ends the run and keeps what has been measured; the same command with --resume continues it.
 """
 
 _QUICK: dict[str, Any] = {"contenders": ("textbook", "skipstep", "diffusers"), "budget": 5.0, "rounds": 7}
@@ -37,6 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             text = f"{text.split(' (')[0]} (default: {','.join(map(str, _FULL[name]))})"
         parser.add_argument(f"--{name}", type=kind, help=text)
     parser.add_argument("--quick", action="store_true", help="a few cases that take less than a minute")
+    parser.add_argument("--resume", action="store_true", help="keep what --out holds, of the same commit and options")
     parser.add_argument("--out", type=Path, help="the JSON file to write")
 
 
@@ -51,10 +52,18 @@ def run(options: argparse.Namespace) -> int:
         )
     from skipstep.bench.measure_again import run_benchmark
 
+    if options.resume and options.out is None:
+        raise InputError(
+            got="--resume without --out",
+            expected="the result file to continue",
+            remedy="pass --out FILE as in the run that was interrupted",
+        )
     chosen: dict[str, Any] = dict(_QUICK if options.quick else _FULL)
     for name, _, _, _ in OPTIONS:
         value = getattr(options, name.replace("-", "_"))
         if value is not None:
             chosen[name] = value
+    if options.resume:
+        chosen["resume"] = options.out.absolute()
     status = run_benchmark({"models": options.model or (), **chosen}, out=options.out)
     return {0: 0, 1: 1, 2: 130}.get(status, 2)

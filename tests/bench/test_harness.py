@@ -17,6 +17,7 @@ from skipstep.bench.compare import cases_of, read_run
 from skipstep.bench.measure_again import measuring_again
 from skipstep.bench.measurements import process_facts, throughput
 from skipstep.bench.options import Options
+from skipstep.bench.resume import KeptResults
 from skipstep.bench.session import Absent, BenchSession
 from skipstep.commands.main import main
 from skipstep.demo import SHIPPED_BUNDLE
@@ -204,6 +205,31 @@ def test_the_plugin_runs_anywhere_with_one_benchmark_a_contender(benchmarked):
     facts = found["skipstep"]
     assert {"schema", "machine", "processor", "cores", "commit", "versions", "absent", "options"} <= set(facts)
     assert len(found["benchmarks"]) + len(facts["absent"]) == 12
+
+
+def test_an_interrupted_run_continues(benchmarked, model, tmp_path):
+    """What the file holds is kept as it is; with other options everything is measured again."""
+    whole = json.loads(benchmarked[1].read_text())
+    out = tmp_path / "out.json"
+    lost = whole["benchmarks"][-1]
+    out.write_text(json.dumps({**whole, "benchmarks": whole["benchmarks"][:-1]}))
+    arguments = ["--model", model, "--plans", "1,2", "--batch", "1,2", "--budget", "4", "--rounds", "3"]
+    arguments += ["--contenders", "textbook,skipstep-torch,skipstep-captured", "--threads", "1", "--resume", out]
+    done = run_pytest(tmp_path, "--pyargs", "skipstep.bench", *arguments, f"--benchmark-json={out}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    assert found["benchmarks"][:-1] == whole["benchmarks"][:-1]
+    assert found["benchmarks"][-1]["name"] == lost["name"]
+    assert found["benchmarks"][-1]["stats"]["data"] != lost["stats"]["data"]
+    assert found["skipstep"]["digests"] == whole["skipstep"]["digests"]
+    assert len(read_run(out).entries) == len(whole["benchmarks"])
+    facts = whole["skipstep"]
+    assert KeptResults(out, facts).benchmarks.keys() == KeptResults(benchmarked[1], facts).benchmarks.keys()
+    for name in ("commit", "machine", "options"):
+        assert not KeptResults(out, {**facts, name: "another"}).benchmarks
+    out.write_text("{")
+    with pytest.raises(InputError, match="cannot be continued"):
+        KeptResults(out, facts)
 
 
 @pytest.mark.slow
