@@ -24,7 +24,7 @@ help:
 	@echo "make check    formatting, lint, types and all tests, slow ones included: what CI runs"
 	@echo "make triton   compile all kernels under the oldest supported Triton"
 	@echo "make format   format the sources"
-	@echo "make bench    all CPU measurements, an hour; writes bench/results/ and the tables of all READMEs"
+	@echo "make bench    all CPU measurements; writes bench/results/ and the tables of all READMEs"
 	@echo "make bench-report  make one HTML page with plots from the committed runs (bench/results/report)"
 	@echo "make bench-compare   measure a few cases and fail if skipstep is slower than this machine class's baseline"
 	@echo "make bench-baseline  measure them with more rounds and make that the baseline"
@@ -72,12 +72,13 @@ types: $(VENV)/.dev
 	cp -r bench/quality build/types/skipstep/bench/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p skipstep
 
-# An hour on two cores. To measure one part, run its line alone.
+# To measure one part, run its line alone. After an interruption, what was measured at this commit is kept.
+BENCH_CASES := --plans 10,20,50 --batch 1,4,16 --resume
 bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check openvino
-	$(BIN)/skipstep bench --model fashion-mnist --budget 5 --rounds 11 --measure throughput,process \
+	$(BIN)/skipstep bench --model fashion-mnist $(BENCH_CASES) --budget 5 --rounds 11 --measure throughput,process \
 		--out $(RUNS)/fashion-mnist-cpu.json
-	$(BIN)/skipstep bench --model cifar10-architecture --budget 20 --rounds 7 --measure process \
+	$(BIN)/skipstep bench --model cifar10-architecture $(BENCH_CASES) --budget 20 --rounds 7 --measure process \
 		--out $(RUNS)/cifar10-cpu.json
 	$(BIN)/python -m skipstep.bench.quality.class_agreement --out bench/results/class-agreement.json
 	$(MAKE) readme-tables

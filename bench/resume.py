@@ -28,14 +28,14 @@ class KeptResults:
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
             before = result["skipstep"]
-            if [before[name] for name in _EQUAL] != json.loads(json.dumps([facts[name] for name in _EQUAL])):
+            if [before.get(name) for name in _EQUAL] != json.loads(json.dumps([facts[name] for name in _EQUAL])):
                 return
             for each in result["benchmarks"]:
                 found = each["extra_info"]
                 case = CaseKey(found["model"], found["plan"]["steps"], found["batch_size"])
                 self.benchmarks[case, found["contender"]] = each
             self.digests = before["digests"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 got=f"{path}, which cannot be continued ({type(error).__name__}: {error})",
                 expected="a result that skipstep bench --out wrote",

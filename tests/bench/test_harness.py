@@ -227,6 +227,9 @@ def test_an_interrupted_run_continues(benchmarked, model, tmp_path):
     assert KeptResults(out, facts).benchmarks.keys() == KeptResults(benchmarked[1], facts).benchmarks.keys()
     for name in ("commit", "machine", "options"):
         assert not KeptResults(out, {**facts, name: "another"}).benchmarks
+    # Older results do not say with which options they were measured.
+    out.write_text(json.dumps({**whole, "skipstep": {k: v for k, v in facts.items() if k != "options"}}))
+    assert not KeptResults(out, facts).benchmarks
     out.write_text("{")
     with pytest.raises(InputError, match="cannot be continued"):
         KeptResults(out, facts)
