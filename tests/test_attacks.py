@@ -11,7 +11,7 @@ from tiny_networks import Labelled
 
 import skipstep
 from skipstep import NoiseSchedule, Plan
-from skipstep.errors import InputError, check_path
+from skipstep.errors import InputError, PlanError, check_path
 from skipstep.storage.signature import verify
 
 SCHEDULE = NoiseSchedule.linear(1000)
@@ -161,3 +161,44 @@ def test_edit_and_interpolate_take_what_they_say_and_nothing_else(engine):
             engine.interpolate(1, 2, n, steps=3, class_labels=1)
     ends = [torch.full((1, 4, 4), value, dtype=torch.bfloat16) + torch.eye(4, dtype=torch.bfloat16) for value in (1, 2)]
     assert engine.interpolate(*ends, 3, steps=3, class_labels=1).shape == (3, 1, 4, 4)
+
+
+def test_a_plans_key_and_options_do_not_depend_on_the_types_of_numbers():
+    def plan(number, integer):
+        return Plan(
+            schedule=SCHEDULE,
+            steps=integer(4),
+            spacing="leading",
+            steps_offset=integer(1),
+            clip="dynamic",
+            dynamic_quantile=number(1),
+            dynamic_maximum=number(2),
+            final_alpha_bar=number(1),
+            solver="ddim",
+            eta=number(0),
+        )
+
+    first = plan(int, int)
+    for number, integer in ((float, np.int64), (np.float64, np.int32), (np.float32, np.uint8)):
+        other = plan(number, integer)
+        assert other.key == first.key
+        assert other == first
+        for name in ("steps", "steps_offset", "dynamic_quantile", "dynamic_maximum", "eta", "final_alpha_bar"):
+            assert type(getattr(other, name)) is type(getattr(first, name)), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"steps": 4, "steps_offset": offset} for offset in (1.5, "1", True, None, [], 10**400, -1)),
+        *({"timesteps": given} for given in ([True, False], [10.0, 5.0], ["9", "1"], [10**400, 1], [5, -1])),
+        {"timesteps": [9, 5, 1], "spacing": "bogus"},
+        {"timesteps": [9, 5, 1], "spacing": 3},
+        *({"steps": 4, "clip": clip} for clip in (1e300, 10**400, True, "1", np.nan, -1.0)),
+        {"steps": 4, "clip": "dynamic", "dynamic_quantile": 0.9, "dynamic_maximum": 1e300},
+    ],
+    ids=lambda options: f"{options!r:.60}",
+)
+def test_a_plan_refuses_what_it_would_not_use(options):
+    with pytest.raises(PlanError):
+        Plan(schedule=SCHEDULE, **options)

@@ -161,6 +161,10 @@ class Plan:
             "timesteps": timesteps,
             "eta": eta,
             "clip": clip,
+            # As floats: the key and what is saved do not depend on the type that they were passed in.
+            "dynamic_quantile": None if self.dynamic_quantile is None else float(self.dynamic_quantile),
+            "dynamic_maximum": None if self.dynamic_maximum is None else float(self.dynamic_maximum),
+            "steps_offset": int(self.steps_offset),
             "final_alpha_bar": final_alpha_bar,
             "alpha_bars": alpha_bars,
             "evaluation_timesteps": inputs,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Sequence
-from typing import Literal
+from typing import Final, Literal, get_args
 
-from skipstep.errors import PlanError, check_number
+from skipstep.errors import PlanError, check_choice, check_integer, check_number
 from skipstep.plans.schedule import NoiseSchedule
 from skipstep.plans.solvers import SOLVERS
 from skipstep.plans.spacing import Spacing, space_timesteps
+
+# Of what the step kernel compares with, in float32.
+LARGEST: Final = 3.4e38
 
 
 def check_solver_options(solver: str, **options: object) -> None:
@@ -29,6 +31,9 @@ def resolve_timesteps(
     schedule: NoiseSchedule, given: Sequence[int], *, steps: int | None, spacing: Spacing | None, offset: int
 ) -> tuple[int, ...]:
     """The timesteps, decreasing: those given, or `steps` of them by `spacing`."""
+    if spacing is not None:
+        check_choice("spacing", spacing, get_args(Spacing), error=PlanError)
+    offset = check_integer("steps_offset", offset, low=0, high=schedule.num_timesteps, error=PlanError)
     if len(given) == 0:
         if steps is None or spacing is None:
             raise PlanError(
@@ -38,15 +43,15 @@ def resolve_timesteps(
             )
         return space_timesteps(spacing, schedule, steps=steps, offset=offset)
     try:
-        timesteps = tuple(operator.index(t) for t in given)
-    except TypeError as error:
+        timesteps = tuple(check_integer("timestep", t, low=0, error=PlanError) for t in given)
+    except PlanError as error:
         raise PlanError(
-            got=f"timesteps={list(given)!r}",
-            expected="integers",
+            got=f"timesteps={list(given)!r:.200}",
+            expected=f"strictly decreasing integers in [0, {schedule.num_timesteps - 1}]",
             remedy="round them; the network was trained at integer timesteps",
         ) from error
     decreasing = all(t > s for t, s in itertools.pairwise(timesteps))
-    if not decreasing or timesteps[-1] < 0 or timesteps[0] >= schedule.num_timesteps:
+    if not decreasing or timesteps[0] >= schedule.num_timesteps:
         raise PlanError(
             got=f"timesteps={list(timesteps)!r}",
             expected=f"strictly decreasing integers in [0, {schedule.num_timesteps - 1}]",
@@ -89,7 +94,7 @@ def resolve_clip(
             remedy="leave clip out" + ("" if upward else ", or use convention='diffusers' or 'guided'"),
         )
     if clip != "dynamic":
-        return check_number("clip", clip, low=0.0, above=True, error=PlanError)
+        return check_number("clip", clip, low=0.0, high=LARGEST, above=True, error=PlanError)
     if quantile is None:
         raise PlanError(
             got="clip='dynamic' without dynamic_quantile",
@@ -98,7 +103,7 @@ def resolve_clip(
         )
     check_number("dynamic_quantile", quantile, low=0.0, high=1.0, above=True, error=PlanError)
     if maximum is not None:
-        check_number("dynamic_maximum", maximum, low=1.0, error=PlanError)
+        check_number("dynamic_maximum", maximum, low=1.0, high=LARGEST, error=PlanError)
     return "dynamic"
 
 
