@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.errors import PlanError, check_choice, check_number
+from skipstep.errors import PlanError, check_choice, check_integer, check_number
 from skipstep.kernels.layout import Column, StepFlags
 from skipstep.kernels.statistics import Thresholding
 from skipstep.plans.coefficients import PredictionType, coefficient_table
@@ -231,8 +231,17 @@ class Plan:
         )
 
     def started_at(self, step: int) -> Plan:
-        """The rest of this plan from its step `step`, in [0, S-1], on: for an image noised to that level."""
-        timesteps = self.timesteps[step:]
+        """The rest of this plan from its step `step`, in [0, S-1], on: for an image noised to that level.
+
+        Raises PlanError for another `step`, and for an inversion, which starts from an image without noise.
+        """
+        if SOLVERS[self.solver].upward:
+            raise PlanError(
+                got=f"started_at of {self!r}",
+                expected="a plan that leads from noise to an image",
+                remedy="call plan.started_at(step).inverted() on the plan that was inverted",
+            )
+        timesteps = self.timesteps[check_integer("step", step, low=0, high=len(self.timesteps) - 1, error=PlanError) :]
         return dataclasses.replace(self, steps=None, timesteps=timesteps)
 
     def options(self) -> dict[str, Any]:

@@ -220,6 +220,17 @@ def test_refuses_what_is_no_plan(options, names):
     assert "Remedy" in str(caught.value)
 
 
+@pytest.mark.parametrize("step", [-1, 5, True, 1.5])
+def test_the_rest_of_a_plan_starts_at_one_of_its_steps(step):
+    plan = Plan(schedule=NoiseSchedule.linear(1000), steps=5)
+    assert plan.started_at(np.int64(2)).timesteps == plan.timesteps[2:]
+    with pytest.raises(PlanError, match="step="):
+        plan.started_at(step)
+    with pytest.raises(PlanError, match=r"started_at\(step\)\.inverted"):
+        plan.inverted().started_at(2)
+    assert plan.started_at(2).inverted().timesteps == plan.timesteps[2:][::-1]
+
+
 def test_midpoints_are_found_in_log_snr_or_snapped():
     plan = Plan(schedule=LINEAR, timesteps=[700, 300], solver="dpm_solver_2")
     told = plan.evaluation_timesteps
