@@ -80,6 +80,12 @@ def ddim_step(
             expected=f"a row of the table, 0 to {len(table) - 1}",
             remedy="pass a stage of the plan",
         )
+    if flags.read_base and flags.write_base:
+        raise InputError(
+            got="flags that read and write the base in one step",
+            expected="one of the two: a lane may overwrite an element before another lane has read it",
+            remedy="write the base in one evaluation and read it in a later one, as the solvers do",
+        )
     if flags.add_noise:
         _check("seeds", seeds, (batch_size,), (torch.int64,), device)
     vectors = {"guidance": (guidance, flags.guided), "rescale": (rescale, flags.rescale)}

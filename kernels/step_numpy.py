@@ -126,7 +126,8 @@ class NumpyStep:
         if not flags.guided or self._guidance is None or self._out is None:
             return conditional
         out, unconditional = self._out, self._prediction[batch_size:]
-        np.subtract(conditional, unconditional, out=out)
+        # In float32, as the kernel does: of two float16 arrays NumPy would compute the difference in float16.
+        np.subtract(conditional, unconditional, out=out, dtype=np.float32)
         out *= self._guidance
         np.add(unconditional, out, out=out)
         if flags.rescale:

@@ -149,9 +149,34 @@ GENERAL = {
     "rescaled": StepFlags(guided=True, rescale=True),
     "wide": StepFlags(wide_output=True, guided=True),
     "learned variance": StepFlags(wide_output=True, learned_variance=True, add_noise=True, add_state=True, clip=True),
-    # But for the two ways to clip, of which a plan has one.
-    "everything": StepFlags(**{each.name: each.name != "clip" for each in fields(StepFlags)}),
+    # But for the two ways to clip, of which a plan has one; the base is read or written.
+    **{
+        f"everything, {left_out} left out": StepFlags(
+            **{each.name: each.name not in ("clip", left_out) for each in fields(StepFlags)}
+        )
+        for left_out in ("read_base", "write_base")
+    },
 }
+
+
+def test_the_twin_guides_half_precision_predictions_in_float32():
+    rng = np.random.default_rng(0)
+    output = rng.standard_normal((6, 1, 64, 1)).astype(np.float16)
+
+    def step(model_output):
+        state, network_input = np.ones((3, 1, 64, 1), np.float32), np.empty((6, 1, 64, 1), np.float32)
+        table = np.random.default_rng(1).standard_normal((1, 1, NUM_COLUMNS), dtype=np.float32)
+        NumpyStep(
+            state=state,
+            model_output=model_output,
+            network_input=network_input,
+            table=table,
+            flags=[StepFlags(guided=True)],
+            guidance=GUIDANCE,
+        )(0)
+        return state
+
+    np.testing.assert_array_equal(step(output), step(output.astype(np.float32)))
 
 
 @pytest.mark.parametrize("name", GENERAL)
@@ -377,6 +402,7 @@ NARROW = {"model_output": torch.zeros(2, 1, 4, 4), "network_input": torch.zeros(
         ({"broken": torch.zeros(2)}, "broken [2] torch.float32"),
         ({"flags": StepFlags(read_memory=True), **NARROW}, "no memory"),
         ({"flags": StepFlags(write_base=True), **NARROW}, "no base"),
+        ({"flags": StepFlags(read_base=True, write_base=True), **NARROW}, "read and write the base"),
         ({"flags": StepFlags(threshold=True), **NARROW}, "no bound"),
         ({"flags": StepFlags(guided=True, rescale=True)}, "no rescale"),
         ({"flags": StepFlags(wide_output=True, learned_variance=True), **NARROW}, "model_output [2, 1, 4, 4]"),
