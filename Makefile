@@ -22,7 +22,7 @@ help:
 	@echo "make sample   draw clothes with the shipped model in 10, 20 and 50 steps (out/sample/grid.png)"
 	@echo "make test     run the test suite, without the slow tests"
 	@echo "make check    formatting, lint, types and all tests, slow ones included: what CI runs"
-	@echo "make triton   compile all kernels under the oldest supported Triton"
+	@echo "make triton   compile the kernels under the oldest supported Triton"
 	@echo "make format   format the sources"
 	@echo "make bench    all CPU measurements; writes bench/results/ and the tables of all READMEs"
 	@echo "make bench-report  make one HTML page with plots from the committed runs (bench/results/report)"

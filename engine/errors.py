@@ -153,8 +153,8 @@ def check_number(
     return number
 
 
-def check_path(name: str, value: object, *, error: type[SkipstepError] = InputError) -> str:
-    """`value` as the text of a path, if it is text or a path-like object. Raises `error`.
+def check_path(name: str, value: object) -> str:
+    """`value` as the text of a path, if it is text or a path-like object. Raises InputError.
 
     A number is refused, a bool included: `open` would take it for an open file, and close that.
     """
@@ -163,7 +163,7 @@ def check_path(name: str, value: object, *, error: type[SkipstepError] = InputEr
     except TypeError:
         path = None
     if not isinstance(path, str) or not path or "\0" in path:
-        raise error(
+        raise InputError(
             got=f"{name}={value!r:.200}",
             expected="a path, as text or pathlib.Path",
             remedy=f"pass {name} as the path of a file or folder",

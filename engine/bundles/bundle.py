@@ -15,7 +15,6 @@ parsed. Loading needs NumPy and ONNX Runtime; neither torch nor diffusers is imp
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from skipstep.bundles.manifest import FILE_NAME, MAX_BYTES, SIGNATURE_NAME, EngineEntry, Manifest
 from skipstep.bundles.reader import parse_manifest
 from skipstep.errors import BundleError, DeviceUnavailableError, SignatureError, check_path
-from skipstep.storage.verified import read_up_to, read_verified
+from skipstep.storage.verified import read_regular, read_verified
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -160,18 +159,15 @@ def is_bundle(path: str | os.PathLike[str]) -> bool:
 def _read_small(folder: Path, name: str, limit: int) -> bytes | None:
     """The bytes of a file of at most `limit` bytes; None if it does not exist. Raises BundleError for other kinds."""
     try:
-        fd = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        # One byte more than is allowed shows that there are more.
+        data = read_regular(folder / name, limit + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise _unreadable(folder / name, str(error)) from error
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
-            raise _unreadable(folder / name, f"no regular file of at most {limit} bytes")
-        return read_up_to(fd, limit)
-    finally:
-        os.close(fd)
+    if len(data) > limit:
+        raise _unreadable(folder / name, f"more than {limit} bytes")
+    return data
 
 
 def _unreadable(path: Path, why: str) -> BundleError:

@@ -6,13 +6,15 @@ import itertools
 from collections.abc import Sequence
 from typing import Final, Literal, get_args
 
+import numpy as np
+
 from skipstep.errors import PlanError, check_choice, check_integer, check_number
 from skipstep.plans.schedule import NoiseSchedule
 from skipstep.plans.solvers import SOLVERS
 from skipstep.plans.spacing import Spacing, space_timesteps
 
-# Of what the step kernel compares with, in float32.
-LARGEST: Final = 3.4e38
+# The coefficient table is float32.
+LARGEST: Final = float(np.finfo(np.float32).max)
 
 
 def check_solver_options(solver: str, **options: object) -> None:

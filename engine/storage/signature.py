@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from skipstep.errors import InputError, MissingDependencyError, SignatureError, StorageError, check_path
 from skipstep.storage.atomic import atomic_write
-from skipstep.storage.verified import read_up_to
+from skipstep.storage.verified import read_regular
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -101,17 +100,9 @@ def _parsed(path: Path, parse: Callable[[bytes], Any], cls: type, kind: str) -> 
 
     path = check_path(f"{kind} key", path)
     try:
-        # Without waiting: opening a pipe would last until somebody writes to it.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            regular = stat.S_ISREG(os.fstat(fd).st_mode)
-            data = read_up_to(fd, _MAX_KEY_BYTES) if regular else b""
-        finally:
-            os.close(fd)
-    except (OSError, ValueError) as error:
-        raise _not_a_key(path, getattr(error, "strerror", None) or str(error), kind) from error
-    if not regular:
-        raise _not_a_key(path, "no regular file", kind)
+        data = read_regular(path, _MAX_KEY_BYTES, follow=True)
+    except OSError as error:
+        raise _not_a_key(path, error.strerror or str(error), kind) from error
     try:
         key = parse(data)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:

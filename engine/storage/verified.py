@@ -69,6 +69,18 @@ def read_verified(
     return data
 
 
+def read_regular(path: str | os.PathLike[str], limit: int, *, follow: bool = False) -> bytes:
+    """The first `limit` bytes of a regular file, through a link only with `follow`. Raises OSError for all else."""
+    # Without O_NONBLOCK the opening of a named pipe would wait for a writer.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "no regular file")
+        return read_up_to(fd, limit)
+    finally:
+        os.close(fd)
+
+
 def read_up_to(fd: int, size: int) -> bytes:
     """The next `size` bytes of an open file, or fewer where it ends."""
     pieces = []

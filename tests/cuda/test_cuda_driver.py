@@ -43,7 +43,7 @@ def stub(tmp_path_factory):
 def run(code, *, libraries, log, init=0):
     environment = os.environ | {
         "LD_LIBRARY_PATH": str(libraries),
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "STUB_LOG": str(log),
         "STUB_INIT": str(init),
         "STUB_SIZES": "8" * 14 + "44" + "88",

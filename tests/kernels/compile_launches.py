@@ -1,4 +1,4 @@
-"""Compiles the kernels as a launch does, without a GPU: `python compile_launches.py [ARCHITECTURE]`.
+"""Compiles both kernels for sm_90 as a launch does, without a GPU: `python compile_launches.py`.
 
 Triton's own launch path decides what is specialised: an integer 1 becomes a constant, and so does the fact that 16
 divides a pointer or a size. Only the driver is a stand-in. It needs Triton, NumPy and skipstep, but not torch, so it
@@ -8,7 +8,6 @@ interpreter.
 
 import itertools
 import re
-import sys
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -27,21 +26,19 @@ FLAGS = (
     StepFlags(),
     StepFlags(clip=True, rederive_eps=True, add_noise=True, guided=True, rescale=True),
     StepFlags(threshold=True, add_state=True, read_memory=True, write_memory=True),
-    StepFlags(read_base=True, read_memory=True, write_memory=True, write_base=False),
+    StepFlags(read_base=True, read_memory=True, write_memory=True),
     StepFlags(add_state=True, write_base=True, write_memory=True),
     StepFlags(clip=True, add_state=True, add_noise=True, learned_variance=True, wide_output=True, guided=True),
 )
+TARGET = GPUTarget("cuda", 90, 32)
 LAUNCHES = (StepLaunch(256, 1), StepLaunch(1024, 4))
 
 
 class StandInDriver:
     """What Triton asks of a driver before it launches."""
 
-    def __init__(self, architecture: int) -> None:
-        self._target = GPUTarget("cuda", architecture, 32)
-
     def get_current_target(self) -> GPUTarget:
-        return self._target
+        return TARGET
 
     def get_current_device(self) -> int:
         return 0
@@ -80,8 +77,8 @@ def launches():
         yield ddim_step_kernel, state, options, launch
 
 
-def main(architecture: int) -> None:
-    driver.set_active(StandInDriver(architecture))
+def main() -> None:
+    driver.set_active(StandInDriver())
     count = 0
     for kernel, arguments, options, launch in launches():
         compiled = kernel.warmup(
@@ -95,11 +92,11 @@ def main(architecture: int) -> None:
         ptx = compiled.asm["ptx"]
         # With either, a GPU's bits would differ from the NumPy twin's.
         assert not re.search(r"\bfma\.|\.ftz\b", ptx), (kernel, options)
-        assert f"sm_{architecture}" in ptx
+        assert f"sm_{TARGET.arch}" in ptx
         assert compiled.asm["cubin"]
         count += 1
-    print(f"Triton {triton.__version__}: {count} launches compile for sm_{architecture}")
+    print(f"Triton {triton.__version__}: {count} launches compile for sm_{TARGET.arch}")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 90)
+    main()

@@ -28,7 +28,9 @@ print(json.dumps([inspect_small(90, *case) for case in cases]))
 def test_programs_for_small_samples_move_the_least_and_never_wait():
     """Compiled in a process of its own: this one may have loaded Triton's interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     command = [sys.executable, "-c", COUNT]
     output = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
     for kernel in json.loads(output):
