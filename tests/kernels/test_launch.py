@@ -34,7 +34,8 @@ def run_step(n: int, launch: StepLaunch, device: str, *, dtype: torch.dtype) -> 
     def normal(*shape: int) -> torch.Tensor:
         return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(device)
 
-    flags = StepFlags(**{each.name: each.name not in ("clip", "learned_variance") for each in fields(StepFlags)})
+    left_out = ("clip", "learned_variance", "read_base")
+    flags = StepFlags(**{each.name: each.name not in left_out for each in fields(StepFlags)})
     table = normal(2, batch_size, NUM_COLUMNS)
     written = {name: normal(batch_size, 1, n, 1) for name in ("state", "base", "memory", "x0")}
     network_input = torch.full((2 * batch_size, 1, n, 1), float("nan"), dtype=dtype, device=device)
