@@ -97,10 +97,14 @@ def planted_write_kernel(pointer, distance):  # type: ignore[no-untyped-def]
     tl.store(pointer + distance, 1.0)
 
 
+def _all_but(*left_out: str) -> StepFlags:
+    return StepFlags(**{each.name: each.name not in left_out for each in fields(StepFlags)})
+
+
 def run_kernels(device: str) -> None:
     sizes = _SIZES if device == "cuda" else _FEW_SIZES
-    everything = StepFlags(**{each.name: each.name != "clip" for each in fields(StepFlags)})
-    for n, flags, dtype in itertools.product(sizes, (StepFlags(clip=True), everything), (torch.float16, torch.float32)):
+    flag_sets = (StepFlags(clip=True), *(_all_but("clip", base) for base in ("read_base", "write_base")))
+    for n, flags, dtype in itertools.product(sizes, flag_sets, (torch.float16, torch.float32)):
         network_batch, channels = _BATCH_SIZE * (2 if flags.guided else 1), 2 if flags.wide_output else 1
         state = torch.randn(_BATCH_SIZE, 1, n, 1, device=device)
         network_input = torch.empty(network_batch, 1, n, 1, device=device, dtype=dtype)
