@@ -39,8 +39,8 @@ help:
 sample: $(VENV)/.sample
 	$(BIN)/skipstep sample --steps 10 20 50 --num 10 --out out/sample
 
-# One process a core: most of the suite keeps one core busy. Exports are shared (tests/engines.py).
-PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+# One process a core with one thread each: more threads would wait for each other. Exports are shared (tests/engines.py).
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 test: $(VENV)/.test
 	$(PYTEST)
