@@ -1,54 +1,51 @@
-"""From a model to a network that is ready to be sampled: read it, check the options, choose backend and loop.
-
-This is the engine's one door to skipstep.export, which is imported only when a graph is needed.
-"""
+"""From a model to a network that is ready to be sampled: check the options, read it, choose backend and loop."""
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 import numpy as np
 
 from skipstep.backends.denoiser import Denoiser, Target
-from skipstep.backends.registry import resolve_backend
+from skipstep.backends.registry import BACKENDS, resolve_backend
 from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
-from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError, check_integer
-from skipstep.loops.choice import make_loop, resolve_form
+from skipstep.calls.plan_set import PlanSet, make_plan
+from skipstep.errors import (
+    DeviceUnavailableError,
+    ExportError,
+    InputError,
+    MissingDependencyError,
+    PlanError,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_items,
+    shown,
+)
+from skipstep.loops.choice import FORMS, make_loop, resolve_form
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.loops.runner import BatchRunner, CompiledNetwork
-from skipstep.networks.checkpoint import load_unet, read_checkpoint
-from skipstep.networks.graphs import Partition, Values
-from skipstep.networks.spec import NetworkSpec, takes_fractional_timesteps
+from skipstep.model_source import ModelOptions, ModelSource, is_module, read_model, specification
+from skipstep.networks.checkpoint import Checkpoint, read_checkpoint
+from skipstep.networks.spec import MAX_BATCH_SIZE
+from skipstep.plans.coefficients import PREDICTION_TYPES
+from skipstep.plans.plan import Plan
+from skipstep.plans.schedule import NoiseSchedule, check_schedule
+from skipstep.reporting import LOGGER, Report, reporter
 
 if TYPE_CHECKING:
-    from skipstep.backends.denoiser import NetworkSource
-    from skipstep.backends.torch import DenoisingModule
-    from skipstep.loops.contract import Sampler
+    pass
 
 Precision = Literal["float32", "float16", "bfloat16"]
+_DEVICES = "'auto', 'cpu', 'cuda' or 'cuda:N'"
 
 # How far an exported graph may be from the module it came from, relative to the largest output: float32 rounding in
 # another order over a few hundred layers stays below 1e-5, a wrong operator is orders of magnitude off.
 EXPORT_TOLERANCE = 1e-4
-
-
-class ModelOptions(TypedDict, total=False):
-    """What completes a model's configuration where it does not say (skipstep.networks.spec.NetworkSpec).
-
-    fractional_timesteps  whether the network takes timesteps between those of its training; None: a diffusers network
-                          does if its time embedding is smooth, any other module does not.
-    """
-
-    sample_shape: tuple[int, int, int] | None
-    num_classes: int | None
-    null_label: int | None
-    prompt_shape: tuple[int, int] | None
-    fractional_timesteps: bool | None
 
 
 class BuildOptions(ModelOptions, total=False):
@@ -62,6 +59,7 @@ class BuildOptions(ModelOptions, total=False):
     precision         of the network on a GPU: "float32", "float16" or "bfloat16"; the state is always float32.
     compile_network   run torch's module through torch.compile first (torch on a GPU).
     num_threads       of ONNX Runtime on the CPU; None: every core. torch keeps its process-wide setting.
+    progress          called as progress(phase), in words, which the logger "skipstep" gets too.
     """
 
     backend: str
@@ -71,68 +69,62 @@ class BuildOptions(ModelOptions, total=False):
     precision: str
     compile_network: bool
     num_threads: int | None
+    progress: Report | None
 
 
-@dataclass(slots=True)
-class ModelSource:
-    """A torch module as a network source (skipstep.backends.denoiser.NetworkSource). Its graphs are exported once, when
-    they are first needed. `digest` is a checkpoint's, None for a module."""
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """The arguments of Engine.build about plans."""
 
-    name: str
-    spec: NetworkSpec
-    network: DenoisingModule
-    digest: str | None
-    plan_defaults: Mapping[str, Any]
-    tables: dict[bytes, Values] = field(default_factory=dict)
-    _partition: Partition | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    plans: Iterable[int | Plan]
+    schedule: NoiseSchedule | None
+    prediction_type: str | None
+    compile_on_miss: bool
+    compatibility: str | None = None
 
-    def module(self) -> DenoisingModule:
-        from skipstep.backends.torch import module_on
+    def made(self, checkpoint: Checkpoint | None) -> tuple[list[Plan], dict[str, Any]]:
+        """The plans, and the defaults of later ones. Needs no network, so that what is wrong is said at once."""
+        remedy = "pass plans=[20], or compile_on_miss=True"
+        given = check_items("plans", self.plans, expected="step counts or Plans", remedy=remedy, error=PlanError)
+        defaults = {} if checkpoint is None else checkpoint.plan_options()
+        if self.schedule is not None:
+            defaults["schedule"] = check_schedule(self.schedule)
+        if self.prediction_type is not None:
+            defaults["prediction_type"] = check_choice(
+                "prediction_type", self.prediction_type, PREDICTION_TYPES, error=PlanError
+            )
+        if self.compatibility is not None:
+            check_choice("compatibility", self.compatibility, ("diffusers",), error=PlanError)
+            defaults["stride"] = self.compatibility
+        plans = [make_plan(each, defaults) for each in given]
+        if checkpoint is not None and self.compatibility is None:
+            _warn_of_other_images([plan for plan, asked in zip(plans, given, strict=True) if plan is not asked])
+        if not plans and not check_flag("compile_on_miss", self.compile_on_miss):
+            raise PlanError(got="no plans", expected="at least one", remedy=remedy)
+        return plans, defaults
 
-        return module_on(self.network, "cpu")
 
-    def partition(self) -> Partition:
-        """The network's graphs. A checkpoint's export is kept in the user's cache: it takes longer than all the rest.
-        Raises ExportError."""
-        with self._lock:
-            if self._partition is None:
-                self._partition = self._export()
-            return self._partition
+def _warn_of_other_images(plans: Iterable[Plan]) -> None:
+    """Say once for which of the step counts diffusers draws other images from the same folder."""
+    others = [plan.steps for plan in plans if plan.spacing is not None and plan.pairs != _diffusers_pairs(plan)]
+    if others:
+        LOGGER.warning(
+            "with %s steps diffusers steps to other noise levels than those it visits next, and draws other images; "
+            "for its images pass compatibility='diffusers'",
+            ", ".join(map(str, others)),
+        )
 
-    def _export(self) -> Partition:
-        from skipstep.bundles.cache import ArtefactCache
-        from skipstep.bundles.cache_key import cache_key
-        from skipstep.export.onnx_model import export_onnx, exporter_versions
-        from skipstep.export.partition import partition
 
-        def export() -> bytes:
-            return export_onnx(self.module(), self.spec)
-
-        if self.digest is None:
-            return partition(export())
-        key = cache_key(kind="network.onnx", weights=self.digest, network=repr(self.spec), exporter=exporter_versions())
-        description = f"{type(self.network.network).__name__} {self.spec.sample_shape}, exported to ONNX"
-        return partition(ArtefactCache().get_or_build(key, export, description))
-
-    def before_loop(self) -> Mapping[str, bytes]:
-        return self.partition().graphs.before_loop
-
-    def step_graph(self, precision: str) -> bytes:
-        from skipstep.export.precision_check import step_graph
-
-        return step_graph(self.partition(), precision)
-
-    def tensorrt_engine(self, library: str, *, version: str, batch_size: int, precision: str) -> bytes:
-        from skipstep.export.engines import build_engine_cached
-        from skipstep.export.tensorrt_engine import EngineTarget
-
-        target = EngineTarget("tensorrt" if library == "tensorrt" else "tensorrt_rtx")
-        return build_engine_cached(self.step_graph(precision), target, batch_size)[0]
+def _diffusers_pairs(plan: Plan) -> object:
+    try:
+        return replace(plan, timesteps=(), stride="diffusers").pairs
+    except PlanError:
+        return None
 
 
 def build_network(
     model: Any,
+    request: PlanRequest,
     *,
     batch_sizes: Iterable[int],
     backend: str = "auto",
@@ -142,107 +134,58 @@ def build_network(
     precision: str = "float32",
     compile_network: bool = False,
     num_threads: int | None = None,
+    progress: Report | None = None,
     **model_options: Unpack[ModelOptions],
 ) -> CompiledNetwork:
-    """See Engine.build and BuildOptions."""
+    """See Engine.build and BuildOptions. What can be refused without torch and the network is refused before them."""
+    report = reporter(progress)
+    sizes = _checked_batch_sizes(batch_sizes)
+    check_choice("precision", precision, get_args(Precision))
+    check_choice("backend", backend, ("auto", *dict.fromkeys(each.name for each in BACKENDS)))
+    check_choice("loop", loop, ("auto", *dict.fromkeys(form for forms in FORMS.values() for form in forms)))
+    if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        raise InputError(got=f"device={shown(device)}", expected=_DEVICES, remedy="pick one of these")
+    check_flag("compile_network", compile_network)
+    check_flag("require_captured", require_captured)
+    target = Target("cpu", precision, num_threads, compile_network)
+    checkpoint = read_checkpoint(model) if isinstance(model, str | os.PathLike) else None
+    if checkpoint is None and not is_module(model):
+        raise InputError(
+            got=f"a model of type {type(model).__name__}",
+            expected="a torch.nn.Module, or the path of a diffusers folder",
+            remedy="pass pipeline.unet, or the folder that pipeline.save_pretrained() wrote",
+        )
+    plans, defaults = request.made(checkpoint)
+    network = specification(model, checkpoint, **model_options)
+    report("read the model")
     try:
         import torch  # noqa: F401 - for the message, where it is missing
     except ImportError as error:
         raise MissingDependencyError(
             got="no package torch", expected="torch, which builds engines", remedy="pip install 'skipstep[torch]'"
         ) from error
-    sizes = _checked_batch_sizes(batch_sizes)
     resolved = _resolve_device(device)
     chosen = resolve_backend(backend, device=resolved.type, exports=True)
     form = resolve_form(loop, device=resolved.type)
     _check_options(precision, resolved.type, chosen.name, compile_network, require_captured)
-    source = _read_model(model, **model_options)
+    source = read_model(model, checkpoint, network)
+    held = PlanSet(source.spec, plans, defaults=defaults, compile_on_miss=request.compile_on_miss)
     lifecycle = Lifecycle()
-    target = Target("cpu", precision, num_threads, compile_network)
     cuda = None
     if resolved.type == "cuda":
         from skipstep.cuda.device import CudaDevice
 
         cuda = CudaDevice(resolved)
         target = replace(target, device=str(cuda.torch_device), stream=getattr(cuda.stream, "torch_stream", None))
-    make, network = chosen.denoisers(source, target), source.spec
+    network = source.spec
+    report(f"make the network ready for {chosen.name}" + (": export it to ONNX" if chosen.loads_bundles else ""))
+    make = chosen.denoisers(source, target)
     if chosen.name == "onnxruntime" and cuda is None:
+        report("compare the export with the model")
         _check_export(source, make(2))
     made = make_loop(make, network, sizes, form=form, required=require_captured, lifecycle=lifecycle, device=cuda)
     runner = BatchRunner(made, network, sizes, lifecycle)
-    return CompiledNetwork(source, runner, chosen.name, precision, num_threads, plan_defaults=source.plan_defaults)
-
-
-def save_bundle(
-    engine: Sampler,
-    source: NetworkSource,
-    path: str | os.PathLike[str],
-    *,
-    open_again: Callable[[Path], Sampler],
-    progress: Callable[[str], None] | None,
-    **request: Any,
-) -> None:
-    """Write an engine that was built from a model as a bundle; `request` is a skipstep.export BundleRequest's."""
-    from skipstep.export.bundle_writer import BundleRequest, write_bundle
-
-    if not isinstance(source, ModelSource):
-        raise InputError(
-            got="an engine that was loaded from a bundle",
-            expected="one that was built from a model",
-            remedy="copy the bundle's folder, or build the engine from the model",
-        )
-    write_bundle(engine, source.partition(), path, BundleRequest(**request), open_again=open_again, progress=progress)
-
-
-def _read_model(
-    model: Any,
-    *,
-    sample_shape: tuple[int, int, int] | None = None,
-    num_classes: int | None = None,
-    null_label: int | None = None,
-    prompt_shape: tuple[int, int] | None = None,
-    fractional_timesteps: bool | None = None,
-) -> ModelSource:
-    import torch
-
-    from skipstep.backends.torch import prepare_module
-
-    plan_defaults: dict[str, Any] = {}
-    name, digest = type(model).__name__, None
-    if isinstance(model, str | os.PathLike):
-        checkpoint = read_checkpoint(model)
-        name, digest = checkpoint.folder.resolve().name, checkpoint.digest()
-        module = load_unet(checkpoint)
-        network = NetworkSpec(
-            sample_shape or checkpoint.sample_shape,
-            checkpoint.num_classes if num_classes is None else num_classes,
-            checkpoint.null_label if null_label is None else null_label,
-            checkpoint.class_names,
-            fractional_timesteps=takes_fractional_timesteps(checkpoint.unet_config)
-            if fractional_timesteps is None
-            else fractional_timesteps,
-            prompt_shape=prompt_shape or checkpoint.prompt_shape,
-        )
-        if checkpoint.scheduler is not None:
-            plan_defaults = checkpoint.scheduler.plan_options()
-    elif isinstance(model, torch.nn.Module):
-        module = model
-        network = NetworkSpec.of_module(
-            model,
-            sample_shape=sample_shape,
-            num_classes=num_classes,
-            null_label=null_label,
-            prompt_shape=prompt_shape,
-            fractional_timesteps=fractional_timesteps,
-        )
-    else:
-        raise InputError(
-            got=f"a model of type {type(model).__name__}",
-            expected="a torch.nn.Module, or the path of a diffusers folder",
-            remedy="pass pipeline.unet, or the folder that pipeline.save_pretrained() wrote",
-        )
-    prepared, network = prepare_module(module, network)
-    return ModelSource(name, network, prepared, digest, plan_defaults)
+    return CompiledNetwork(source, held, runner, chosen.name, precision, num_threads)
 
 
 def _check_export(source: ModelSource, denoiser: Denoiser) -> None:
@@ -276,10 +219,6 @@ def _check_export(source: ModelSource, denoiser: Denoiser) -> None:
 
 
 def _check_options(precision: str, device: str, backend: str, compile_network: bool, require_captured: bool) -> None:
-    if precision not in get_args(Precision):
-        raise InputError(
-            got=f"precision={precision!r}", expected=", ".join(get_args(Precision)), remedy="pick one of these"
-        )
     only_on_gpu = {
         f"precision={precision!r}": precision != "float32",
         "require_captured=True": require_captured,
@@ -303,12 +242,7 @@ def _resolve_device(name: str) -> Any:
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(
-            got=f"device={name!r}", expected="'auto', 'cpu', 'cuda' or 'cuda:N'", remedy="pick one of these"
-        ) from error
+    device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
@@ -317,16 +251,14 @@ def _resolve_device(name: str) -> Any:
                 expected="a CUDA device that torch can see",
                 remedy="use device='cpu', or install a CUDA build of torch and a driver",
             )
-    elif device.type != "cpu":
-        raise InputError(
-            got=f"device={name!r}", expected="'auto', 'cpu', 'cuda' or 'cuda:N'", remedy="pick one of these"
-        )
     return device
 
 
 def _checked_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:
+    expected = f"integers from 1 to {MAX_BATCH_SIZE}, at least one"
     remedy = "pass e.g. batch_sizes=[1, 16]; other request sizes are split over these"
-    sizes = {check_integer("batch_sizes", size, low=1, remedy=remedy) for size in batch_sizes}
+    given = check_items("batch_sizes", batch_sizes, expected=expected, remedy=remedy)
+    sizes = {check_integer("batch_sizes", size, low=1, high=MAX_BATCH_SIZE, remedy=remedy) for size in given}
     if not sizes:
-        raise InputError(got="batch_sizes=[]", expected="at least one integer ≥ 1", remedy=remedy)
+        raise InputError(got="batch_sizes=[]", expected=expected, remedy=remedy)
     return tuple(sorted(sizes))

@@ -7,15 +7,16 @@ imported.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from skipstep.backends.denoiser import Target
 from skipstep.backends.registry import resolve_backend
-from skipstep.bundles.bundle import Bundle, open_bundle, read_engine
+from skipstep.bundles.bundle import Bundle, open_bundle, read_engine, while_unchanged
 from skipstep.cuda.probe import cuda_device
-from skipstep.errors import DeviceUnavailableError, InputError
+from skipstep.errors import BundleError, DeviceUnavailableError, InputError, check_choice, check_flag
 from skipstep.loops.choice import make_loop, resolve_form
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.networks.graphs import Values
@@ -31,6 +32,9 @@ class BundleSource:
 
     bundle: Bundle
     tables: dict[bytes, Values] = field(default_factory=dict)
+    # Set once the step graph has been read, in the background; what went wrong meanwhile.
+    step_read: threading.Event = field(default_factory=threading.Event)
+    failures: list[BundleError] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -58,7 +62,13 @@ class BundleSource:
                 expected="float32, in which a bundle holds it for the CPU",
                 remedy="leave precision out, or load the bundle with device='cuda'",
             )
-        return self.bundle.read_graph(self.bundle.manifest.graphs["step"])
+        try:
+            return self.bundle.read_graph(self.bundle.manifest.graphs["step"])
+        except BundleError as error:
+            self.failures.append(error)
+            raise
+        finally:
+            self.step_read.set()
 
     def tensorrt_engine(self, library: str, *, version: str, batch_size: int, precision: str) -> bytes:
         capability, _ = cuda_device()
@@ -77,17 +87,35 @@ def load_network(
     num_threads: int | None = None,
     require_signature: str | os.PathLike[str] | None = None,
     allow_hard_links: bool = False,
+    compile_on_miss: bool = False,
 ) -> CompiledNetwork:
     """See skipstep.load."""
-    kind = "cuda" if device in ("cuda", "cuda:0") else device
-    if kind not in ("cpu", "cuda") or (kind == "cpu" and require_captured):
+    check_choice("device", device, ("cpu", "cuda", "cuda:0"))
+    for name, flag in (
+        ("require_captured", require_captured),
+        ("allow_hard_links", allow_hard_links),
+        ("compile_on_miss", compile_on_miss),
+    ):
+        check_flag(name, flag)
+    kind = device.removesuffix(":0")
+    if kind == "cpu" and require_captured:
         raise InputError(
-            got=f"device={device!r}" + (", require_captured=True" if require_captured else ""),
-            expected="'cpu', or 'cuda', the first GPU, whose loops can be captured",
+            got=f"device={device!r}, require_captured=True",
+            expected="'cuda', the first GPU, whose loops can be captured",
             remedy="pass device='cuda', or leave require_captured out",
         )
     form = resolve_form(loop, device=kind)
-    bundle = open_bundle(path, require_signature=require_signature, allow_hard_links=allow_hard_links)
+
+    def opened() -> CompiledNetwork:
+        bundle = open_bundle(path, require_signature=require_signature, allow_hard_links=allow_hard_links)
+        return _network_of(bundle, kind, form, require_captured, num_threads, compile_on_miss)
+
+    return while_unchanged(path, opened)
+
+
+def _network_of(
+    bundle: Bundle, kind: str, form: str, require_captured: bool, num_threads: int | None, compile_on_miss: bool
+) -> CompiledNetwork:
     backend = resolve_backend("onnxruntime" if kind == "cpu" else "tensorrt", device=kind, exports=False)
     manifest = bundle.manifest
     source, lifecycle = BundleSource(bundle), Lifecycle()
@@ -97,7 +125,7 @@ def load_network(
         cuda_device()
         if not manifest.engines:
             raise DeviceUnavailableError(
-                got=f"{path}, a bundle without engines for a GPU",
+                got=f"{bundle.path}, a bundle without engines for a GPU",
                 expected="TensorRT engines for this device",
                 remedy="build engines on this device: skipstep build",
             )
@@ -111,6 +139,7 @@ def load_network(
     make = backend.denoisers(source, target)
     from skipstep.bundles.tables import default_options, plan_values, read_plans
     from skipstep.calls.conditioning import distinct
+    from skipstep.calls.plan_set import PlanSet
     from skipstep.loops.runner import BatchRunner, CompiledNetwork
 
     arrays = bundle.read_arrays(manifest.tables)
@@ -127,13 +156,17 @@ def load_network(
         lifecycle=lifecycle,
         device=cuda,
     )
+    calibrations = None if manifest.calibration is None else bundle.read(manifest.calibration)
+    if cuda is None:
+        source.step_read.wait()
+        for failure in source.failures:
+            raise failure
     return CompiledNetwork(
         source,
+        PlanSet(manifest.network, plans, defaults=default_options(manifest, arrays), compile_on_miss=compile_on_miss),
         BatchRunner(made, manifest.network, manifest.batch_sizes, lifecycle),
         backend.name,
         precision,
         num_threads,
-        plan_defaults=default_options(manifest, arrays),
-        plans=plans,
-        calibrations=None if manifest.calibration is None else bundle.read(manifest.calibration),
+        calibrations=calibrations,
     )

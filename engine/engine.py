@@ -12,17 +12,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack
 
 import numpy as np
 
 from skipstep.calls.destination import callers_memory
-from skipstep.calls.plan_set import PlanSet
-from skipstep.calls.request import Conditions, SampleRequest, resolve_request
+from skipstep.calls.request import MAX_SAMPLES, Conditions, SampleRequest, resolve_request
 from skipstep.calls.trajectory import Callback, Progress, Trajectory
 from skipstep.editing import edit as editing
-from skipstep.errors import InputError, PlanError
+from skipstep.errors import EngineStateError, InputError, check_callable, check_integer
 from skipstep.latency import tuning
 from skipstep.latency.calibration import Calibration, stored_calibration
 from skipstep.latency.description import describe
@@ -57,12 +56,16 @@ class Engine:
     describe = describe
     save = save
 
-    def __init__(self, compiled: CompiledNetwork, *, compile_on_miss: bool = False) -> None:
-        self.source, self.runner, self.network = compiled.source, compiled.runner, compiled.source.spec
+    def __init__(self, compiled: CompiledNetwork) -> None:
+        if not isinstance(compiled, CompiledNetwork):
+            raise InputError(
+                got=f"a network of type {type(compiled).__name__}",
+                expected="one that was compiled",
+                remedy="make engines with Engine.build(model, plans=[20]) or skipstep.load(bundle)",
+            )
+        self.source, self.plans, self.runner = compiled.source, compiled.plans, compiled.runner
         self.backend, self.precision, self.num_threads = compiled.backend, compiled.precision, compiled.num_threads
-        self.plans = PlanSet(self.network, defaults=compiled.plan_defaults, compile_on_miss=compile_on_miss)
-        for plan in compiled.plans:
-            self.plans.add(plan)
+        self.network = compiled.source.spec
         self.calibration: Calibration | None = None
         if compiled.calibrations is not None:
             self.calibration = stored_calibration(compiled.calibrations, self.identity())
@@ -81,6 +84,7 @@ class Engine:
         schedule: NoiseSchedule | None = None,
         prediction_type: str | None = None,
         compile_on_miss: bool = False,
+        compatibility: Literal["diffusers"] | None = None,
         **options: Unpack[BuildOptions],
     ) -> Engine:
         """Compile `model` for the given plans and batch sizes.
@@ -92,20 +96,17 @@ class Engine:
         schedule        overrides the folder's; needed for step counts where there is no scheduler configuration.
         prediction_type overrides the folder's; "epsilon" where neither says.
         compile_on_miss compile a plan that is requested and not held, instead of raising PlanNotFoundError.
+        compatibility   "diffusers": step counts visit exactly the noise levels that its DDIMScheduler visits, also
+                        where its stride is off (`linspace`, and `trailing` where the steps do not divide T). Where that
+                        makes a difference and this is left out, the logger "skipstep" warns once.
         options         backend, loop, device and so on: skipstep.building.BuildOptions.
 
         Raises InputError, PlanError, ModelFormatError, ExportError, MissingDependencyError, DeviceUnavailableError.
         """
-        from skipstep.building import build_network  # The only part that needs torch.
+        from skipstep.building import PlanRequest, build_network  # The only part that needs torch.
 
-        compiled = build_network(model, batch_sizes=batch_sizes, **options)
-        given = {"schedule": schedule, "prediction_type": prediction_type}
-        defaults = {**compiled.plan_defaults, **{name: value for name, value in given.items() if value is not None}}
-        engine = cls(replace(compiled, plan_defaults=defaults), compile_on_miss=compile_on_miss)
-        for plan in plans:
-            engine.add_plan(plan)
-        if not engine.plans and not compile_on_miss:
-            raise PlanError(got="no plans", expected="at least one", remedy="pass plans=[20], or compile_on_miss=True")
+        request = PlanRequest(plans, schedule, prediction_type, compile_on_miss, compatibility)
+        engine = cls(build_network(model, request, batch_sizes=batch_sizes, **options))
         engine.prepare()
         return engine
 
@@ -137,7 +138,7 @@ class Engine:
 
     def split(self, num_samples: int) -> list[int]:
         """The batch sizes of the runs that draw so many samples; the last may draw more than are left."""
-        return self.runner.split(num_samples)
+        return self.runner.split(check_integer("num_samples", num_samples, low=1, high=MAX_SAMPLES))
 
     def prepare(self) -> None:
         """Compile and record what the plans need, so that no call has to."""
@@ -183,6 +184,8 @@ class Engine:
         DeadlineError where no plan is fast enough, NonFiniteError where the network returned NaN, and EngineStateError
         for an engine that was closed or forked.
         """
+        check_callable("callback", callback, "StepEvent")
+        check_callable("progress", progress, "done, total")
         call = self._call(
             steps=steps,
             plan=plan,
@@ -236,6 +239,13 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise EngineStateError(
+            got="an engine to be pickled or copied",
+            expected="one engine in each process: it holds threads, locks and a runtime's session",
+            remedy="save it with engine.save(path, license=...) and call skipstep.load(path) in the other process",
+        )
 
     def identity(self) -> DeviceIdentity:
         """What must be equal for latencies that were measured elsewhere to count here."""

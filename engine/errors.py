@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import operator
 import os
+from collections.abc import Callable, Mapping
 from numbers import Real
+from typing import Any
 
 
 class SkipstepError(Exception):
@@ -98,6 +100,14 @@ class DeadlineError(SkipstepError, TimeoutError):
     """No plan of the engine is fast enough; the message lists how long each takes."""
 
 
+def shown(value: object) -> str:
+    """A value in a message: its repr, cut short; its type where there is none."""
+    try:
+        return f"{value!r:.200}"
+    except Exception:  # An integer of too many digits, or a class with a repr that fails.
+        return f"a {type(value).__name__} that cannot be shown"
+
+
 def check_integer(
     name: str,
     value: object,
@@ -112,11 +122,11 @@ def check_integer(
     if not isinstance(value, bool):
         try:
             number = operator.index(value)  # type: ignore[arg-type]
-        except TypeError:
+        except Exception:  # TypeError, and what tensors raise.
             number = None
     if number is None or number < low or (high is not None and number > high):
         raise error(
-            got=f"{name}={value!r:.200}",
+            got=f"{name}={shown(value)}",
             expected=f"an integer ≥ {low}" if high is None else f"an integer from {low} to {high}",
             remedy=remedy or f"pass {name} within this range",
         )
@@ -146,7 +156,7 @@ def check_number(
     if not (math.isfinite(number) and low <= number <= high) or (above and number == low):
         start = "" if low == -math.inf else f" {'above' if above else 'from'} {low:g}"
         raise error(
-            got=f"{name}={value!r:.200}",
+            got=f"{name}={shown(value)}",
             expected=f"a finite number{start}" + ("" if high == math.inf else f" to {high:g}"),
             remedy=remedy or f"pass {name} within this range",
         )
@@ -160,11 +170,12 @@ def check_path(name: str, value: object) -> str:
     """
     try:
         path = os.fspath(value)  # type: ignore[call-overload]
-    except TypeError:
+        os.fsencode(path)
+    except (TypeError, ValueError):
         path = None
     if not isinstance(path, str) or not path or "\0" in path:
         raise InputError(
-            got=f"{name}={value!r:.200}",
+            got=f"{name}={shown(value)}",
             expected="a path, as text or pathlib.Path",
             remedy=f"pass {name} as the path of a file or folder",
         )
@@ -182,8 +193,48 @@ def check_choice(
     """`value`, if it is one of `choices`; raises `error` if not."""
     if not isinstance(value, str) or value not in choices:
         raise error(
-            got=f"{name}={value!r:.200}",
+            got=f"{name}={shown(value)}",
             expected=f"one of {', '.join(choices)}",
             remedy=remedy or f"pass {name} as one of these",
         )
     return value
+
+
+def check_flag(name: str, value: object, *, error: type[SkipstepError] = InputError) -> bool:
+    """`value`, if it is True or False; raises `error` if not: "False" would count as true."""
+    if not isinstance(value, bool):
+        raise error(got=f"{name}={shown(value)}", expected="True or False", remedy=f"pass {name} as one of these")
+    return value
+
+
+def check_text(name: str, value: object, *, error: type[SkipstepError] = InputError) -> str:
+    """`value`, if it is text that can be written to a file; raises `error` if not."""
+    try:
+        if isinstance(value, str) and value.encode() is not None:
+            return value
+    except UnicodeEncodeError:
+        pass
+    raise error(got=f"{name}={shown(value)}", expected="text", remedy=f"pass {name} as a str")
+
+
+def check_callable(name: str, value: Callable[..., object] | None, arguments: str) -> None:
+    """Raise InputError unless `value` is None or can be called; `arguments` says with what it will be."""
+    if value is not None and not callable(value):
+        raise InputError(
+            got=f"{name}={shown(value)}", expected=f"a function called as {name}({arguments})", remedy="leave it out"
+        )
+
+
+def check_items(
+    name: str, values: object, *, expected: str, remedy: str, error: type[SkipstepError] = InputError
+) -> list[Any]:
+    """The items of an iterable; raises `error` for text, bytes, mappings, and what cannot be iterated."""
+    items: list[Any] | None = None
+    if not isinstance(values, str | bytes | bytearray | memoryview | Mapping):
+        try:
+            items = list(values)  # type: ignore[call-overload]
+        except Exception:  # TypeError, and what arrays and tensors raise.
+            items = None
+    if items is None:
+        raise error(got=f"{name}={shown(values)}", expected=expected, remedy=remedy)
+    return items

@@ -40,10 +40,10 @@ def load(path: str | os.PathLike[str], *, compile_on_miss: bool = False, **optio
     if the bundle was, on a device like this one. Raises BundleError and its kinds, MissingDependencyError, and on a GPU
     DeviceUnavailableError where the bundle has no engine for it.
     """
-    compiled = load_network(path, **options)
+    compiled = load_network(path, compile_on_miss=compile_on_miss, **options)
     from skipstep.engine import Engine  # While the runtime loads its session in the background.
 
-    engine = Engine(compiled, compile_on_miss=compile_on_miss)
+    engine = Engine(compiled)
     if engine.device != "cpu":
         engine.prepare()
     return engine

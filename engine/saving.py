@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from skipstep.backends.denoiser import NetworkSource
 from skipstep.loops.contract import Sampler
 from skipstep.loops.runner import CompiledNetwork
+from skipstep.reporting import reporter
 
 if TYPE_CHECKING:
     from skipstep.latency.calibration import Calibration
@@ -49,8 +50,9 @@ def save(
     The bundle is loaded and draws the golden samples again before it takes its name; an existing one is replaced only
     with `overwrite`, and only by a whole one. Raises ExportError, StorageError, InputError.
     """
-    from skipstep.building import save_bundle
+    report = reporter(progress)
     from skipstep.bundle_source import load_network
+    from skipstep.model_source import save_bundle
 
     def open_again(folder: Path) -> Sampler:
         return type(engine)(load_network(folder))
@@ -60,10 +62,10 @@ def save(
         engine.source,
         path,
         open_again=open_again,
-        progress=progress,
-        name=name or engine.source.name,
+        progress=report,
+        name=engine.source.name if name is None else name,
         license=license,
-        targets=tuple(targets),
+        targets=targets,
         precision=precision,
         overwrite=overwrite,
         sign_key=sign_key,

@@ -18,42 +18,28 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as save_arrays
 
 from skipstep.backends.onnxruntime import EarlyGraphs
-from skipstep.bundles.bundle import is_bundle
 from skipstep.bundles.golden import GOLDEN_FILE, draw_golden, replay_golden
 from skipstep.bundles.manifest import FILE_NAME, SIGNATURE_NAME, KernelEntry, Manifest, PlanEntry, SamplerEntry
 from skipstep.bundles.tables import FILE_NAME as TABLES_NAME
 from skipstep.bundles.tables import write_tables
 from skipstep.calls.conditioning import distinct
-from skipstep.errors import InputError, StorageError
+from skipstep.errors import InputError
 from skipstep.export.bundle_files import BundleFiles, package_version
 from skipstep.export.engines import Progress, built_engines
 from skipstep.export.graph_cost import costs_as_json, partition_costs
 from skipstep.export.onnx_sampler import build_sampler
 from skipstep.export.precision_check import step_graph
+from skipstep.export.request import BundleRequest
 from skipstep.export.targets import Targets
 from skipstep.export.weight_storage import compress_weights
 from skipstep.latency.calibration import FILE_NAME as CALIBRATION_NAME
-from skipstep.latency.calibration import Calibration, write_calibrations
+from skipstep.latency.calibration import write_calibrations
 from skipstep.loops.contract import Sampler
 from skipstep.networks.graphs import Partition
 from skipstep.storage.atomic import atomic_folder
 from skipstep.version import __version__
 
-PRECISIONS = ("float32", "float16", "bfloat16")
 _TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "triton", "tensorrt-rtx", "tensorrt", "numpy")
-
-
-@dataclass(frozen=True, slots=True)
-class BundleRequest:
-    """The options of Engine.save. `calibration` is what was measured of the engine, if anything."""
-
-    name: str
-    license: str
-    targets: tuple[str, ...] = ("cpu",)
-    precision: str = "float32"
-    overwrite: bool = False
-    sign_key: str | os.PathLike[str] | None = None
-    calibration: Calibration | None = None
 
 
 def write_bundle(
@@ -61,6 +47,7 @@ def write_bundle(
     parts: Partition,
     path: str | os.PathLike[str],
     request: BundleRequest,
+    targets: Targets,
     *,
     open_again: Callable[[Path], Sampler],
     progress: Progress | None = None,
@@ -69,8 +56,8 @@ def write_bundle(
 
     `open_again` loads the bundle at a path, as skipstep.load does.
     """
-    targets = Targets.parse(request.targets)
-    _check(engine, path, request)
+    if not engine.plans:
+        raise InputError(got="an engine without plans", expected="at least one", remedy="call add_plan first")
     with atomic_folder(path, replace=request.overwrite) as folder:
         draft = _BundleDraft(engine, parts, request, targets, BundleFiles(folder), progress or (lambda message: None))
         manifest, golden = draft.write()
@@ -82,29 +69,6 @@ def write_bundle(
             (folder / SIGNATURE_NAME).write_bytes(sign(data, request.sign_key))
         draft.report("replay")
         replay_golden(open_again(folder), manifest.golden, golden)
-
-
-def _check(engine: Sampler, path: str | os.PathLike[str], request: BundleRequest) -> None:
-    if request.precision not in PRECISIONS:
-        raise InputError(
-            got=f"precision={request.precision!r}",
-            expected=f"one of {', '.join(PRECISIONS)}",
-            remedy="use float16 for GPUs, unless the network overflows in it",
-        )
-    if not request.license.strip():
-        raise InputError(
-            got="no licence of the weights",
-            expected="an SPDX expression, or the terms in words",
-            remedy="pass license='Apache-2.0', or what the weights came with",
-        )
-    if not engine.plans:
-        raise InputError(got="an engine without plans", expected="at least one", remedy="call add_plan first")
-    if Path(path).exists() and not (request.overwrite and is_bundle(path)):
-        raise StorageError(
-            got=f"something at {path} already",
-            expected="a free name" + (", or a bundle to replace" if request.overwrite else ""),
-            remedy="choose another name" + ("" if request.overwrite else ", or allow a bundle to be overwritten"),
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from skipstep.errors import InputError
+from skipstep.errors import InputError, check_items, check_text
 from skipstep.export.tensorrt_engine import EngineTarget, parse_targets
 
 _OTHERS = {"tensorrt": "step_network", "onnx-loop": "onnx_loop", "server": "server"}
@@ -36,7 +36,9 @@ class Targets:
         engines: dict[EngineTarget, None] = {}
         kernels: dict[int, None] = {}
         others = dict.fromkeys(_OTHERS.values(), False)
-        for word in (part.strip() for each in words for part in each.split(",")):
+        remedy = "name the architecture of the device, as in rtx:sm89 or sm_87"
+        given = check_items("targets", words, expected="a list of targets", remedy=remedy)
+        for word in (part.strip() for each in given for part in check_text("target", each).split(",")):
             if word.startswith("rtx"):
                 engines.update(dict.fromkeys(parse_targets(word)))
             elif engines and re.fullmatch(r"sm\d+", word):  # rtx:sm86,sm89
@@ -51,6 +53,6 @@ class Targets:
                 raise InputError(
                     got=f"target {word!r}",
                     expected="cpu, rtx:smNN, sm_NN, tensorrt, onnx-loop or server",
-                    remedy="name the architecture of the device, as in rtx:sm89 or sm_87",
+                    remedy=remedy,
                 )
         return cls(tuple(engines), tuple(kernels), **others)

@@ -74,7 +74,11 @@ def test_public_names():
 
 MISSING = {
     # The module that fails to import as if it were not installed, the code, and the extra that the error names.
-    "an engine": ("torch", "skipstep.Engine.build('x', plans=[1])", "skipstep[torch]"),
+    "an engine": (
+        "torch",
+        "skipstep.Engine.build({folder!r}, plans=[1], schedule=skipstep.NoiseSchedule.linear(1000))",
+        "skipstep[torch]",
+    ),
     "the step": ("triton", "import skipstep.kernels.step", "skipstep[torch]"),
     "step binaries": ("triton", "import skipstep.export.cubins", "skipstep[torch]"),
     "a checkpoint": (

@@ -22,6 +22,8 @@ MOST_LINES = 350
 # Each line imports from itself and from the lines above it.
 ROOMS = (
     "errors",
+    "reporting",
+    "arrays",
     "version",
     "storage",
     "kernels",
@@ -42,7 +44,7 @@ ROOMS = (
     "bench",
     "commands",
 )
-ENGINE_MODULES = ("engine", "building", "saving", "loading", "bundle_source")
+ENGINE_MODULES = ("engine", "building", "model_source", "saving", "loading", "bundle_source")
 
 
 def module_name(file: Path) -> str:
@@ -121,7 +123,7 @@ def test_no_modules_import_each_other():
     [
         ("commands", {"bench"}),  # The pytest plugin takes the options of the command.
         ("bench", {"commands"}),
-        ("export", {"bench", "commands", "skipstep.building"}),
+        ("export", {"bench", "commands", "skipstep.model_source"}),
     ],
 )
 def test_a_room_is_imported_through_its_doors_only(target, doors):

@@ -78,10 +78,13 @@ class Panel:
         return line if line.residual <= _WORST_FIT else None
 
     def faster(self, name: str | None, against: str = REFERENCE) -> dict[int, float]:
-        """How many times as fast as another contender, by steps: the median of the ratios within the rounds."""
-        mine, others = ({s: entry.ratios for s, entry in self.of(each).items()} for each in (name, against))
-        shared = [s for s in mine if s in others and 0 < len(mine[s]) == len(others[s])]
-        return {s: statistics.median(a / b for a, b in zip(mine[s], others[s], strict=True)) for s in shared}
+        """How many times as fast as another contender, by steps: of each, the median of its ratios to the textbook
+        loop's calls in the same rounds."""
+        mine, others = (
+            {s: statistics.median(entry.ratios) for s, entry in self.of(each).items() if entry.ratios}
+            for each in (name, against)
+        )
+        return {s: mine[s] / others[s] for s in mine if s in others}
 
 
 def panels(runs: Sequence[Run]) -> list[Panel]:

@@ -249,7 +249,7 @@ class Evaluation:
     def _quality(self, cases: Sequence[tuple[Row, Plan]], what: str) -> list[Row]:
         total = sum(plan.num_evaluations for _, plan in cases) * self.num_samples
         rows = []
-        with tqdm(total=total, desc=what, unit="eval", unit_scale=True) as progress:
+        with tqdm(total=total, desc=what, unit="eval", unit_scale=True, disable=None) as progress:
             for case, plan in cases:
                 judged = self._judge(plan, progress)
                 quality = {"proxy_frechet": self._frechet(judged.features), "agreement": judged.agreement}

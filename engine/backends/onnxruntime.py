@@ -8,6 +8,7 @@ are step inputs.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, Tar
 from skipstep.calls.conditioning import Conditioning, distinct
 from skipstep.errors import ExportError
 from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs, Values
-from skipstep.networks.spec import NetworkSpec
+from skipstep.networks.spec import MAX_ELEMENTS, NetworkSpec
 
 # Some builds write usage events to the user's cache folder; a library that is embedded in products sends nothing.
 onnxruntime.disable_telemetry_events()
@@ -80,7 +81,12 @@ class EarlyGraphs:
         if name not in self._sessions:
             self._sessions[name] = make_session(self.graphs[name], num_threads=self.num_threads, before_loop=True)
         session = self._sessions[name]
-        return run_session(session, [each.name for each in session.get_outputs()], given)
+        values = run_session(session, [each.name for each in session.get_outputs()], given)
+        num_rows = len(next(iter(given.values())))
+        for output, value in values.items():
+            if not isinstance(value, np.ndarray) or value.dtype.kind not in "iufb" or value.shape[:1] != (num_rows,):
+                raise _failed(f"{name} output {output!r} is not an array of {num_rows} rows")
+        return values
 
 
 class OnnxRuntimeDenoiser:
@@ -94,6 +100,7 @@ class OnnxRuntimeDenoiser:
 
     def __init__(self, session: LazySession, early: EarlyGraphs, spec: NetworkSpec, *, batch_size: int) -> None:
         self._session = session.get()
+        _check_interface(self._session, spec)
         self._early = early
         self.batch_size = batch_size
         self.input = np.zeros((batch_size, *spec.sample_shape), np.float32)
@@ -115,11 +122,14 @@ class OnnxRuntimeDenoiser:
         return self._enqueue
 
     def _enqueue(self, values: StepInputs, stage: int) -> None:
-        for name, buffer in self._buffers.items():
-            table, rows = values.row(name, stage)
-            # "clip" because "raise" would copy; the indices are our own.
-            table.take(rows, axis=0, out=buffer, mode="clip")
-        self._session.run_with_iobinding(self._binding)
+        try:
+            for name, buffer in self._buffers.items():
+                table, rows = values.row(name, stage)
+                # "clip" because "raise" would copy; the indices are our own.
+                table.take(rows, axis=0, out=buffer, mode="clip")
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # ONNX Runtime's own, and NumPy's for tables of another shape.
+            raise _failed(error) from error
 
 
 class LazySession:
@@ -155,6 +165,21 @@ def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:
     session = LazySession(lambda: make_session(source.step_graph("float32"), num_threads=target.num_threads))
     session.prefetch()
     return lambda batch_size: OnnxRuntimeDenoiser(session, early, source.spec, batch_size=batch_size)
+
+
+def _check_interface(session: onnxruntime.InferenceSession, spec: NetworkSpec) -> None:
+    """Raise ExportError for a step graph whose inputs or prediction are not those of the network: nothing is drawn."""
+    shapes = {SAMPLE: spec.sample_shape, PREDICTION: spec.output_shape}
+    found = {each.name: each for each in (*session.get_inputs(), *session.get_outputs())}
+    for name, shape in shapes.items():
+        each = found.get(name)
+        if each is None or each.type != "tensor(float)" or tuple(each.shape[1:]) != shape:
+            described = "missing" if each is None else f"{each.type} {each.shape}"
+            raise _failed(f"its {name!r} is {described}, not float [batch, {', '.join(map(str, shape))}]")
+    for each in session.get_inputs():
+        fixed = all(isinstance(n, int) and n > 0 for n in each.shape[1:])
+        if each.type not in _NUMPY_TYPES or not fixed or math.prod(each.shape[1:]) > MAX_ELEMENTS:
+            raise _failed(f"its input {each.name!r} is {each.type} {each.shape}")
 
 
 _NUMPY_TYPES = {
@@ -194,9 +219,14 @@ def run_session(
     try:
         results = session.run(outputs, {each.name: given[each.name] for each in session.get_inputs()})
     except Exception as error:  # As above; a KeyError is an input without a value.
-        raise ExportError(
-            got=f"a graph that failed: {type(error).__name__}: {error}",
-            expected="one that this version of skipstep exported",
-            remedy="export the network again; report it if that does not help",
-        ) from error
+        raise _failed(error) from error
     return dict(zip(outputs, results, strict=True))
+
+
+def _failed(why: Exception | str) -> ExportError:
+    what = why if isinstance(why, str) else f"{type(why).__name__}: {why}"
+    return ExportError(
+        got=f"a graph that failed: {what:.500}",
+        expected="one that this version of skipstep exported",
+        remedy="export the network again; report it if that does not help",
+    )

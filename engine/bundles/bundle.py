@@ -15,14 +15,15 @@ parsed. Loading needs NumPy and ONNX Runtime; neither torch nor diffusers is imp
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from skipstep.bundles.manifest import FILE_NAME, MAX_BYTES, SIGNATURE_NAME, EngineEntry, Manifest
 from skipstep.bundles.reader import parse_manifest
-from skipstep.errors import BundleError, DeviceUnavailableError, SignatureError, check_path
+from skipstep.errors import BundleError, DeviceUnavailableError, IntegrityError, SignatureError, check_path
 from skipstep.storage.verified import read_regular, read_verified
 
 if TYPE_CHECKING:
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
 # ONNX graphs may keep tensors in separate files, which a runtime would open wherever the path leads. Such a tensor has
 # an entry with this key; a graph whose bytes do not contain the word is complete in itself.
 _EXTERNAL = b"location"
+# The field op_type of an ONNX node, 4, with these names of operators; its tag and length may be written with padding.
+_LOOP = re.compile(rb"(?:\x22|\xa2\x80*\x00)(?:\x04|\x84\x80*\x00)(?:Loop|Scan)").search
+# Of reading a bundle that others replace.
+_ATTEMPTS = 5
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +61,26 @@ class Bundle:
             self.path, name, size=entry.size, sha256=entry.sha256, allow_hard_links=self.allow_hard_links
         )
 
+    def refuse_other_files(self) -> None:
+        """Raise IntegrityError where the folder holds files that the manifest does not name."""
+        known = {*self.manifest.files, FILE_NAME, SIGNATURE_NAME}
+        found = (Path(folder, name) for folder, _, names in os.walk(self.path) for name in names)
+        others = sorted(name for each in found if (name := each.relative_to(self.path).as_posix()) not in known)
+        if others:
+            raise IntegrityError(
+                got=f"{len(others)} files in {self.path} that its manifest does not name: {', '.join(others[:5])}",
+                expected="what the manifest names, its signature, and nothing else",
+                remedy="remove them if they are yours; otherwise take the bundle from its source again",
+            )
+
     def read_graph(self, name: str) -> bytes:
-        """An ONNX graph that needs no other file. Raises IntegrityError and BundleError."""
+        """An ONNX graph that needs no other file and has no loops. Raises IntegrityError and BundleError."""
         graph = self.read(name)
-        if _EXTERNAL in graph:
+        problem = "refers to files beside it" if _EXTERNAL in graph else "may run for ever" if _LOOP(graph) else None
+        if problem is not None:
             raise BundleError(
-                got=f"{self.path / name}, a graph that refers to files beside it",
-                expected="a graph that is complete in itself",
+                got=f"{self.path / name}, a graph that {problem}",
+                expected="a graph that is complete in itself, without loops",
                 remedy="do not use this bundle: skipstep export writes no such graph",
             )
         return graph
@@ -70,8 +90,9 @@ class Bundle:
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
+        data = self.read(name)
         try:
-            return load(self.read(name))
+            return load(data)
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise BundleError(
                 got=f"{self.path / name}, which is no safetensors file ({error})",
@@ -118,6 +139,19 @@ def _engine_fact(entry: EngineEntry, name: str) -> Any:
     return shapes[0][0] if shapes and isinstance(shapes[0], list) and shapes[0] else None
 
 
+def while_unchanged(path: str | os.PathLike[str], read: Callable[[], T]) -> T:
+    """What `read` returns. Where it fails and the bundle was replaced meanwhile, it reads the new one."""
+    folder = Path(check_path("path", path))
+    for _ in range(_ATTEMPTS - 1):
+        before = _identity(folder)
+        try:
+            return read()
+        except (IntegrityError, SignatureError):
+            if _identity(folder) == before:
+                raise
+    return read()
+
+
 def open_bundle(
     path: str | os.PathLike[str],
     *,
@@ -150,6 +184,15 @@ def open_bundle(
 
         verify(data, signature, key)
     return Bundle(folder, parse_manifest(data), data, signature is not None, allow_hard_links)
+
+
+def _identity(folder: Path) -> tuple[int, ...] | None:
+    """Other numbers for another folder of the same name; None where there is none."""
+    try:
+        found = os.stat(folder)
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def is_bundle(path: str | os.PathLike[str]) -> bool:

@@ -47,9 +47,8 @@ def draw_golden(sampler: Sampler) -> tuple[GoldenEntry, dict[str, NDArray[Any]]]
     return golden, arrays
 
 
-def replay_golden(sampler: Sampler, golden: GoldenEntry | None, arrays: Mapping[str, NDArray[Any]]) -> float:
+def replay_golden(sampler: Sampler, golden: GoldenEntry, arrays: Mapping[str, NDArray[Any]]) -> float:
     """Draw them again and return the error, measured like the tolerance. Raises IntegrityError beyond it."""
-    assert golden is not None, "the caller has checked"
     expected = arrays.get("x_0")
     drawn = _draw(sampler, golden, arrays)
     error = np.inf

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Final, Literal
 
-from skipstep.networks.spec import NetworkSpec
+from skipstep.networks.spec import MAX_BATCH_SIZE, NetworkSpec
 from skipstep.storage.untrusted import (
     ADDED_LATER,
     MAX_ITEMS,
@@ -27,7 +27,7 @@ SIGNATURE_NAME: Final = "manifest.sig"
 MAX_BYTES: Final = 16 << 20
 
 FileSize = Annotated[int, Within(0, 64 << 30)]
-BatchSize = Annotated[int, Within(1, MAX_ITEMS)]
+BatchSize = Annotated[int, Within(1, MAX_BATCH_SIZE)]
 ScheduleNumber = Annotated[int, Within(0, MAX_ITEMS)]
 Seed = Annotated[int, Within(0, 2**64 - 1)]
 Label = Annotated[int, Within(0, 1 << 31)]
@@ -96,7 +96,7 @@ class GoldenEntry:
     seeds: Annotated[tuple[Seed, ...], Length(1, 64)]
     class_labels: tuple[Label, ...] | None
     guidance_scale: Annotated[float, Within(-1e6, 1e6)] | None
-    tolerance: Annotated[float, Within(0.0, 1.0)]
+    tolerance: Annotated[float, Within(0.0, 0.01)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class Manifest:
     plans: Annotated[tuple[PlanEntry, ...], Length(1)]
     graphs: Mapping[str, FileName]
     tables: FileName
-    golden: GoldenEntry | None
+    golden: GoldenEntry
     files: Mapping[str, FileEntry]
     tools: Mapping[str, str]
     partition: Mapping[str, Any]

@@ -6,8 +6,6 @@ from skipstep.bundles.manifest import FILE_NAME, SCHEMA, Manifest
 from skipstep.storage.untrusted import malformed, parse_json, read_dataclass, read_schema
 from skipstep.storage.verified import check_relative_name
 
-_MAX_ELEMENTS = 1 << 28
-
 
 def parse_manifest(data: bytes) -> Manifest:
     """Raises BundleError, IntegrityError for a name that leads out of the folder; nothing else, whatever the bytes."""
@@ -19,8 +17,6 @@ def parse_manifest(data: bytes) -> Manifest:
         remedy="export it again from the model with this version: skipstep export --overwrite",
     )
     manifest = read_dataclass(Manifest, value, FILE_NAME)
-    if manifest.network.num_elements > _MAX_ELEMENTS:
-        raise malformed(f"{FILE_NAME}.network", f"sample_shape {list(manifest.network.sample_shape)}")
     _check_references(manifest)
     return manifest
 
@@ -33,7 +29,7 @@ def _check_references(manifest: Manifest) -> None:
         manifest.tables,
         *manifest.graphs.values(),
         *(each.file for group in (manifest.engines, manifest.kernels, manifest.samplers) for each in group),
-        *([] if manifest.golden is None else [manifest.golden.file]),
+        manifest.golden.file,
         *([] if manifest.calibration is None else [manifest.calibration]),
     }
     for name in sorted(named - manifest.files.keys()):
@@ -41,7 +37,7 @@ def _check_references(manifest: Manifest) -> None:
     keys = [plan.key for plan in manifest.plans]
     if len(set(keys)) != len(keys):
         raise malformed(f"{FILE_NAME}.plans", "two plans of one key")
-    if manifest.golden is not None and manifest.golden.plan not in keys:
+    if manifest.golden.plan not in keys:
         raise malformed(f"{FILE_NAME}.golden", f"the plan {manifest.golden.plan!r}, which is not among plans")
     for sampler in manifest.samplers:
         if sampler.plan not in keys:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from skipstep.calls.arrays import DLPACK_ERRORS, tensor_from_dlpack
+from skipstep.arrays import is_tensor, tensor_from_dlpack, unreadable
 from skipstep.errors import InputError
 
 
@@ -35,29 +35,28 @@ def callers_memory(out: Any, shape: tuple[int, ...], *, device: str) -> Any:
     It may be a NumPy array, a torch tensor, or anything with DLPack: float32, contiguous, writable, in host memory or
     on the engine's device. Raises InputError.
     """
-    given = out
-    if not isinstance(out, np.ndarray) and hasattr(out, "__dlpack__"):
-        if not hasattr(out, "detach"):
-            try:
-                out = tensor_from_dlpack(out)
-            except DLPACK_ERRORS as error:
-                problem = f"whose memory cannot be shared: {error}"
-                raise _unfit(out, problem, "memory that can be written to") from error
-        if out.device.type == "cpu":
-            # A tensor that needs a gradient has no NumPy array.
-            out = out.detach().numpy() if out.dtype.is_floating_point and out.is_contiguous() else out
-        elif str(out.device) != device:
-            raise _unfit(given, f"on {out.device}", f"host memory, or {device}, where the engine runs")
-    if isinstance(out, np.ndarray):
-        fits = out.dtype == np.float32 and out.flags.c_contiguous and out.flags.writeable
-    elif hasattr(out, "detach"):
-        fits = str(out.dtype) == "torch.float32" and out.is_contiguous()
+    memory: Any = out
+    if not isinstance(out, np.ndarray) and not is_tensor(out) and hasattr(out, "__dlpack__"):
+        try:
+            memory = tensor_from_dlpack(out)
+        except Exception as error:  # The exporters of other libraries raise what they like.
+            raise _unfit(out, f"whose memory cannot be shared: {error}", "memory that can be written to") from error
+    tensor = is_tensor(memory)
+    if tensor:
+        problem = unreadable(memory) or ("a tensor that requires a gradient" if memory.requires_grad else None)
+        if problem is not None:
+            raise _unfit(out, f"({problem})", "a dense tensor without a gradient, such as out.detach()")
+        if memory.device.type != "cpu" and str(memory.device) != device:
+            raise _unfit(out, f"on {memory.device}", f"host memory, or {device}, where the engine runs")
+        fits = str(memory.dtype) == "torch.float32" and memory.is_contiguous() and not memory.is_neg()
+    elif isinstance(memory, np.ndarray):
+        fits = memory.dtype == np.float32 and memory.flags.c_contiguous and memory.flags.writeable
     else:
-        raise _unfit(given, "without memory to write to", "a NumPy array, a torch tensor, or one with __dlpack__")
-    described = f"of shape {list(out.shape)} and dtype {out.dtype}" + ("" if fits else ", as it lies in memory")
-    if not fits or tuple(out.shape) != shape:
-        raise _unfit(given, described, f"writable contiguous float32 {list(shape)}")
-    return out
+        raise _unfit(out, "without memory to write to", "a NumPy array, a torch tensor, or one with __dlpack__")
+    described = f"of shape {list(memory.shape)} and dtype {memory.dtype}" + ("" if fits else ", as it lies in memory")
+    if not fits or tuple(memory.shape) != shape:
+        raise _unfit(out, described, f"writable contiguous float32 {list(shape)}")
+    return memory.numpy() if tensor and memory.device.type == "cpu" else memory
 
 
 def _unfit(out: Any, got: str, expected: str) -> InputError:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from skipstep.arrays import host_floats
 from skipstep.errors import InputError
 
 MAX_COLUMNS = 10
@@ -22,6 +23,13 @@ def to_pil(samples: NDArray[np.float32]) -> list[Image.Image]:
 
     Raises InputError for another number of channels.
     """
+    samples = host_floats("samples", samples)
+    if samples.ndim != 4:
+        raise InputError(
+            got=f"samples of shape {list(samples.shape)}", expected="[B, C, H, W]", remedy="pass samples[None] for one"
+        )
+    if np.isnan(samples).any():
+        raise InputError(got="NaN in samples", expected="numbers", remedy="check the network that drew them")
     channels = samples.shape[1]
     if channels not in (1, 3):
         raise InputError(

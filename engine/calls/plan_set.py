@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from skipstep.errors import InputError, PlanError, PlanNotFoundError
+from skipstep.errors import InputError, PlanError, PlanNotFoundError, check_integer, shown
 from skipstep.networks.spec import NetworkSpec, check_plan_fits
 from skipstep.plans.plan import Plan
+
+
+def make_plan(plan: int | Plan, defaults: Mapping[str, Any], *, eta: float = 0.0) -> Plan:
+    """`plan`, or the plan of that step count with `defaults` and `eta`. Raises PlanError for one of another kind."""
+    if not isinstance(plan, Plan):
+        if "schedule" not in defaults:
+            raise PlanError(
+                got=f"the step count {shown(plan)} for a model without a scheduler configuration",
+                expected="a noise schedule",
+                remedy="pass schedule=, e.g. NoiseSchedule.linear(1000), or a Plan",
+            )
+        plan = Plan(**{**defaults, "steps": plan, "eta": eta})
+    trained = defaults.get("prediction_type")
+    if trained is not None and plan.prediction_type != trained:
+        raise PlanError(
+            got=f"a plan for {plan.prediction_type} prediction",
+            expected=f"{trained}, which this network was trained to predict",
+            remedy=f"make the plan with prediction_type={trained!r}",
+        )
+    return plan
 
 
 class PlanSet(Mapping[str, Plan]):
@@ -17,13 +37,22 @@ class PlanSet(Mapping[str, Plan]):
     `compile_on_miss`: a plan that is requested and not held is added, instead of being an error.
     """
 
-    def __init__(self, network: NetworkSpec, *, defaults: Mapping[str, Any], compile_on_miss: bool) -> None:
+    def __init__(
+        self,
+        network: NetworkSpec,
+        plans: Iterable[Plan] = (),
+        *,
+        defaults: Mapping[str, Any],
+        compile_on_miss: bool = False,
+    ) -> None:
         self._network = network
         # Replaced, never changed: a caller who goes through the plans is not disturbed by one who adds a plan.
         self._plans: dict[str, Plan] = {}
         self._adding = threading.Lock()
         self.defaults = defaults
         self._compile_on_miss = compile_on_miss
+        for plan in plans:
+            self.add(plan)
 
     def __getitem__(self, key: str) -> Plan:
         return self._plans[key]
@@ -36,21 +65,7 @@ class PlanSet(Mapping[str, Plan]):
 
     def add(self, plan: int | Plan, *, eta: float = 0.0) -> Plan:
         """Hold one more plan and return it; `eta` is that of a step count. Raises PlanError where it does not fit."""
-        if not isinstance(plan, Plan):
-            if "schedule" not in self.defaults:
-                raise PlanError(
-                    got=f"the step count {plan!r} for a model without a scheduler configuration",
-                    expected="a noise schedule",
-                    remedy="pass schedule=, e.g. NoiseSchedule.linear(1000), or a Plan",
-                )
-            plan = Plan(**{**self.defaults, "steps": plan, "eta": eta})
-        trained = self.defaults.get("prediction_type")
-        if trained is not None and plan.prediction_type != trained:
-            raise PlanError(
-                got=f"a plan for {plan.prediction_type} prediction",
-                expected=f"{trained}, which this network was trained to predict",
-                remedy=f"make the plan with prediction_type={trained!r}",
-            )
+        plan = make_plan(plan, self.defaults, eta=eta)
         check_plan_fits(plan, self._network)
         with self._adding:
             self._plans = {**self._plans, plan.key: plan}
@@ -72,6 +87,7 @@ class PlanSet(Mapping[str, Plan]):
             if plan.key not in self._plans and not self._compile_on_miss:
                 raise self._miss(f"{plan!r}, which this engine does not hold")
             return self._plans.get(plan.key) or self.add(plan)
+        steps = check_integer("steps", steps, low=1, remedy="pass steps=20, or another step count of the plans")
         held = [p for p in self._plans.values() if p.steps == steps]
         if len(held) == 1:
             return held[0]
@@ -81,13 +97,13 @@ class PlanSet(Mapping[str, Plan]):
                 expected="a choice between them",
                 remedy="pass plan=",
             )
-        if self._compile_on_miss and steps is not None:
+        if self._compile_on_miss:
             return self.add(steps)
         raise self._miss(f"steps={steps!r}, which no plan of this engine has")
 
     def choose(self, steps: int | None, plan: Plan | Sequence[Plan] | None) -> list[Plan]:
         """The plan of a call, or one for each sample. Raises InputError and PlanNotFoundError."""
-        if isinstance(plan, Sequence) and not isinstance(plan, str):
+        if isinstance(plan, Sequence) and not isinstance(plan, str | bytes | bytearray):
             if not plan or steps is not None:
                 raise InputError(
                     got="an empty list of plans" if not plan else "both steps and plan",

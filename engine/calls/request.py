@@ -5,7 +5,7 @@ Scalars apply to every sample, sequences name each one; all sequences of a call 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
@@ -13,11 +13,13 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.calls.arrays import batch_rows, from_dlpack, host_floats, may_share_memory
-from skipstep.errors import InputError, check_integer
+from skipstep.arrays import batch_rows, float32, from_dlpack, host_floats, is_tensor, may_share_memory, number_array
+from skipstep.errors import InputError, check_integer, shown
 from skipstep.networks.spec import NetworkSpec
 
 MAX_SEED = 2**64 - 1
+# Of one call: far more than fit in memory for any network of use.
+MAX_SAMPLES = 1 << 24
 
 
 class Conditions(TypedDict, total=False):
@@ -130,8 +132,12 @@ def resolve_request(
             remedy="pass lists of one length; a single number applies to every sample",
         )
     num_samples = next(iter(lengths.values()), 1)
-    if num_samples == 0:
-        raise InputError(got="zero samples", expected="at least one", remedy="pass at least one seed")
+    if not 1 <= num_samples <= MAX_SAMPLES:
+        raise InputError(
+            got=f"{num_samples or 'zero'} samples",
+            expected=f"1 to {MAX_SAMPLES}",
+            remedy="pass at least one seed" if num_samples == 0 else "draw them in several calls",
+        )
 
     seed_array, labels, guidance, rescale = (
         None if array is None else np.ascontiguousarray(np.broadcast_to(array, num_samples)) for array in given.values()
@@ -157,7 +163,7 @@ def _resolve_labels(labels: int | Sequence[int] | None, network: NetworkSpec) ->
     if network.num_classes is None:
         if labels is not None:
             raise InputError(
-                got=f"class_labels={labels!r} for an unconditional network",
+                got=f"class_labels={shown(labels)} for an unconditional network",
                 expected="no labels",
                 remedy="leave class_labels out, or load a class-conditional checkpoint",
             )
@@ -179,13 +185,13 @@ def _resolve_guidance(scale: float | Sequence[float] | None, network: NetworkSpe
     array = _float_vector(scale)
     if not np.all(np.isfinite(array)):
         raise InputError(
-            got=f"guidance_scale={scale!r:.200}",
+            got=f"guidance_scale={shown(scale)}",
             expected="a finite number, or one per sample",
             remedy="pass 1.0 for no guidance, and 1.5 to 4 for more",
         )
     if not network.can_guide and np.any(array != 1.0):
         raise InputError(
-            got=f"guidance_scale={scale!r:.200} for a network without a null label",
+            got=f"guidance_scale={shown(scale)} for a network without a null label",
             expected="a network trained with label dropout: guidance contrasts labelled with unlabelled predictions",
             remedy="leave guidance_scale out, or pass null_label= when building the engine",
         )
@@ -200,13 +206,13 @@ def _resolve_rescale(
     array = _float_vector(strength)
     if not np.all((array >= 0.0) & (array <= 1.0)):
         raise InputError(
-            got=f"guidance_rescale={strength!r:.200}",
+            got=f"guidance_rescale={shown(strength)}",
             expected="a number in [0, 1], or one per sample",
             remedy="pass 0.7, as its authors do, or 0 for none",
         )
     if guidance_scale is None:
         raise InputError(
-            got=f"guidance_rescale={strength!r:.200} without guidance_scale",
+            got=f"guidance_rescale={shown(strength)} without guidance_scale",
             expected="classifier-free guidance, whose effect on the spread it takes back",
             remedy="pass guidance_scale as well",
         )
@@ -215,20 +221,9 @@ def _resolve_rescale(
 
 def _float_vector(values: Any) -> NDArray[np.float32]:
     """Float32, scalar or `[B]`, from numbers, a sequence of numbers, NumPy or torch; NaN for anything else."""
-    nothing = np.array(np.nan, np.float32)
-    if isinstance(values, bytes | bytearray | memoryview):
-        return nothing
-    if isinstance(values, list | tuple) and any(isinstance(each, bool | np.bool_) for each in values):
-        return nothing
-    try:
-        if hasattr(values, "detach"):
-            values = values.detach().cpu().double().numpy() if values.dtype.is_floating_point else values.cpu().numpy()
-        array = np.asarray(values)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return nothing
-    # Integers, unsigned integers and floats: neither bool, text nor dates.
-    if array.dtype.kind not in "iuf" or array.ndim > 1:
-        return nothing
+    array = number_array(values)
+    if array is None or array.ndim > 1:
+        return np.array(np.nan, np.float32)
     with np.errstate(over="ignore"):
         return array.astype(np.float32)
 
@@ -271,20 +266,26 @@ def _embeddings(name: str, given: Any, shape: tuple[int, int]) -> NDArray[np.flo
             expected="[B, {}, {}], or without B".format(*shape),
             remedy="pad prompts to the number of tokens that the engine was built for",
         )
+    array = float32(array)
     if not np.isfinite(array).all():
         raise InputError(
             got=f"NaN or infinity in {name}", expected="finite numbers", remedy="check where they come from"
         )
-    return np.ascontiguousarray(array, dtype=np.float32)
+    return array
 
 
 def _int_vector(
     name: str, values: int | Sequence[int], *, low: int, high: int, dtype: type[np.integer[Any]]
 ) -> NDArray[Any]:
     remedy = f"pass {name} in this range" + ("" if isinstance(values, int | np.integer) else ", one per sample")
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        return np.array(check_integer(name, values, low=low, high=high, remedy=remedy), dtype=dtype)
-    return np.array([check_integer(name, each, low=low, high=high, remedy=remedy) for each in values], dtype=dtype)
+    if is_tensor(values) or isinstance(values, np.ndarray):
+        array = number_array(values)
+        if array is not None and array.ndim <= 1 and array.dtype.kind in "iu":
+            values = array.tolist()
+    if isinstance(values, Sequence) and not isinstance(values, str | bytes | bytearray):
+        values = values[: MAX_SAMPLES + 1]
+        return np.array([check_integer(name, each, low=low, high=high, remedy=remedy) for each in values], dtype=dtype)
+    return np.array(check_integer(name, values, low=low, high=high, remedy=remedy), dtype=dtype)
 
 
 def resolve_latents(x_T: Any, network: NetworkSpec, *, name: str = "x_T", device: str = "cpu") -> Any:
@@ -293,7 +294,7 @@ def resolve_latents(x_T: Any, network: NetworkSpec, *, name: str = "x_T", device
     A tensor on `device`, where that is a GPU, stays there without synchronizing; NaN in it appears in the samples.
     """
     x_T = from_dlpack(name, x_T)
-    on_device = device != "cpu" and hasattr(x_T, "detach") and str(x_T.device) == device
+    on_device = device != "cpu" and is_tensor(x_T) and str(x_T.device) == device
     if device != "cpu" and not on_device and str(getattr(x_T, "device", "cpu")).startswith("cuda"):
         raise InputError(
             got=f"{name} on {x_T.device} for an engine on {device}",
@@ -301,7 +302,7 @@ def resolve_latents(x_T: Any, network: NetworkSpec, *, name: str = "x_T", device
             remedy=f"move it with {name}.to({device!r}), in the order of your own streams",
         )
     if not on_device:
-        x_T = host_floats(name, x_T)
+        x_T = float32(host_floats(name, x_T))
     if x_T.ndim != 4 or tuple(x_T.shape[1:]) != network.sample_shape:
         raise InputError(
             got=f"{name} of shape {list(x_T.shape)}",
@@ -319,4 +320,4 @@ def resolve_latents(x_T: Any, network: NetworkSpec, *, name: str = "x_T", device
             expected="finite numbers",
             remedy="check where they come from",
         )
-    return np.ascontiguousarray(x_T, dtype=np.float32)
+    return x_T

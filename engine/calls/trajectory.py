@@ -48,6 +48,6 @@ class Trajectory:
         stride = check_integer(
             "trajectory", stride, low=1, remedy="pass True for every step, or trajectory=5 for every fifth"
         )
-        steps = np.arange(num_steps - 1, -1, -stride)[::-1].copy()
+        steps = np.arange(num_steps - 1, -1, -min(stride, num_steps))[::-1].copy()
         x_t = np.empty((len(steps), *shape), np.float32)
         return cls(steps, x_t, np.empty_like(x_t))

@@ -9,6 +9,7 @@ from typing import Any
 
 from skipstep.bench.plugin import MODEL_HELP, OPTIONS
 from skipstep.errors import InputError, MissingDependencyError
+from skipstep.storage.atomic import check_writable
 
 DESCRIPTION = (
     "Time ways to draw the same samples: the same weights, noise, steps and threads, each beside a textbook loop.\n"
@@ -58,6 +59,8 @@ def run(options: argparse.Namespace) -> int:
             expected="the result file to continue",
             remedy="pass --out FILE as in the run that was interrupted",
         )
+    if options.out is not None:
+        check_writable(options.out.absolute().parent)
     chosen: dict[str, Any] = dict(_QUICK if options.quick else _FULL)
     for name, _, _, _ in OPTIONS:
         value = getattr(options, name.replace("-", "_"))

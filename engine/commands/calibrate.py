@@ -87,7 +87,7 @@ def _progress() -> Callable[[int, int], None]:
 
     def count(done: int, total: int) -> None:
         nonlocal last
-        if time.perf_counter() - last >= _SECONDS_BETWEEN_REPORTS or done == total:
+        if done == total or (sys.stderr.isatty() and time.perf_counter() - last >= _SECONDS_BETWEEN_REPORTS):
             last = time.perf_counter()
             report(f"{done} of {total} calls")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skipstep.latency.table import format_table
+from skipstep.storage.atomic import check_writable
 
 if TYPE_CHECKING:
     from skipstep.bench.compare import Change, Comparison
@@ -48,6 +49,9 @@ def run(options: argparse.Namespace) -> int:
     from skipstep.bench.compare import GATED, baseline_path, compare_runs, read_baseline, read_run
     from skipstep.bench.record import write_whole
 
+    for path in (options.out, options.summary):
+        if path is not None:
+            check_writable(path.absolute().parent)
     result = read_run(options.result)
     if options.accept:
         path = baseline_path(options.baseline, result.machine)

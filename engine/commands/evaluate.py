@@ -7,6 +7,7 @@ from pathlib import Path
 
 from skipstep.demo import SHIPPED_MODEL, checked_model
 from skipstep.errors import MissingDependencyError
+from skipstep.storage.atomic import check_writable
 
 DESCRIPTION = "Measure the samplers on the shipped model and write tables (CSV, Markdown) and plots (PNG)."
 EPILOG = """\
@@ -45,6 +46,7 @@ def run(options: argparse.Namespace) -> None:
             expected="torch, diffusers, torchmetrics and matplotlib",
             remedy="pip install 'skipstep[cpu,torch,export,diffusers,evaluate]'",
         ) from error
+    check_writable(options.out)
     data = {} if options.data is None else {"data": options.data}
     evaluation = Evaluation(
         checked_model(options.model), options.out, num_samples=options.num, backend=options.backend, **data

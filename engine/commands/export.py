@@ -54,30 +54,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from skipstep.calls.plan_set import make_plan
     from skipstep.commands.inspect import describe_bundle
     from skipstep.engine import Engine
+    from skipstep.export.request import BundleRequest, check_request
+    from skipstep.networks.checkpoint import read_checkpoint
 
+    # What is wrong with the request is said now, and not after compiling.
+    checkpoint = read_checkpoint(checked_model(options.model))
+    plans = [make_plan(steps, checkpoint.plan_options(), eta=options.eta) for steps in options.steps]
+    request = {
+        "license": options.license,
+        "targets": options.target,
+        "precision": options.precision,
+        "overwrite": options.overwrite,
+        "sign_key": options.sign,
+    }
+    check_request(options.out, BundleRequest(name=options.name or options.model.name, **request))
     progress = elapsed_progress()
-    progress(f"compile {options.model.name}")
     engine = Engine.build(
-        checked_model(options.model),
-        plans=[],
-        batch_sizes=options.batch,
-        backend="onnxruntime",
-        device="cpu",
-        compile_on_miss=True,
+        options.model, plans=plans, batch_sizes=options.batch, backend="onnxruntime", device="cpu", progress=progress
     )
-    for steps in options.steps:
-        engine.add_plan(steps, eta=options.eta)
-    engine.save(
-        options.out,
-        license=options.license,
-        name=options.name,
-        targets=options.target,
-        precision=options.precision,
-        overwrite=options.overwrite,
-        sign_key=options.sign,
-        progress=progress,
-    )
+    engine.save(options.out, name=options.name, progress=progress, **request)
     progress("done")
     print(describe_bundle(options.out))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import io
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -29,10 +32,34 @@ COMMANDS: Final[Mapping[str, str]] = {
 }
 
 
+_UNWRITABLE: Final = (errno.ENOSPC, errno.EIO, errno.EBADF)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: the command's own (0 unless it says otherwise), or 2 after a
     message on standard error."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # A terminal without our characters shows question marks.
+    try:
+        try:
+            status = _run(sys.argv[1:] if arguments is None else list(arguments))
+        finally:
+            sys.stdout.flush()  # Also after --help: what cannot be written shows here, not when the interpreter ends.
+    except SkipstepError as error:
+        print(f"skipstep: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("skipstep: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) or error.errno in _UNWRITABLE:
+            return _without_output(error)
+        raise
+    return status
+
+
+def _run(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="skipstep", description="A compiled sampling engine for diffusion models.", allow_abbrev=False
     )
@@ -50,15 +77,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             module.add_options(command)
             command.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
-    try:
-        status: int | None = options.run(options)
-    except SkipstepError as error:
-        print(f"skipstep: {type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("skipstep: interrupted", file=sys.stderr)
-        return 130
+    status: int | None = options.run(options)
     return status or 0
+
+
+def _without_output(error: OSError) -> int:
+    """Standard output takes no more: its reader has gone, which is no failure of ours, or its disk is full."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # What is left in the buffer goes nowhere, without another error.
+    if isinstance(error, BrokenPipeError):
+        return 141  # As a shell says of a process that SIGPIPE ended.
+    print(f"skipstep: standard output cannot be written: {error.strerror}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from skipstep.errors import InputError, MissingDependencyError
+from skipstep.storage.atomic import check_writable
 
 DESCRIPTION = "Make one self-contained HTML page, and PNG plots beside it, from what skipstep bench measured."
 EPILOG = """\
@@ -43,6 +44,7 @@ def run(options: argparse.Namespace) -> None:
         raise MissingDependencyError(
             got=f"no package {error.name}", expected="it, for the report", remedy="pip install 'skipstep[bench]'"
         ) from error
+    check_writable(options.out)
     evaluation = options.evaluation
     if evaluation is None:
         beside = (path.parent / "evaluation" for path in options.results)

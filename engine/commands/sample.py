@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skipstep.commands.progress import elapsed_progress
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.errors import InputError
 from skipstep.latency.table import format_table
+from skipstep.storage.atomic import check_writable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -71,6 +73,7 @@ def run(options: argparse.Namespace) -> None:
     seeds = options.seeds if options.seeds is not None else list(range(options.num))
     if not seeds:
         raise InputError(got=f"--num {options.num}", expected="at least one sample", remedy="pass --num 1 or more")
+    check_writable(options.out)
     started = time.perf_counter()
     engine = open_engine(options, batch_sizes=sorted({1, min(len(seeds), 16)}))
     plans = [engine.add_plan(steps, eta=options.eta) for steps in options.steps]
@@ -106,16 +109,20 @@ def open_engine(options: argparse.Namespace, *, batch_sizes: Sequence[int]) -> E
     """The engine of `options.model`: loaded from a bundle, or compiled from a diffusers folder."""
     from skipstep import load
     from skipstep.bundles.bundle import is_bundle
+    from skipstep.calls.plan_set import make_plan
     from skipstep.engine import Engine
+    from skipstep.networks.checkpoint import read_checkpoint
 
     if not is_bundle(options.model):
+        defaults = read_checkpoint(options.model).plan_options()
         return Engine.build(
             options.model,
-            plans=[],
+            plans=[make_plan(steps, defaults, eta=options.eta) for steps in options.steps],
             batch_sizes=batch_sizes,
             backend=options.backend,
             device=options.device,
             compile_on_miss=True,
+            progress=elapsed_progress(),
         )
     if options.backend not in ("auto", "onnxruntime") or options.device not in ("auto", "cpu"):
         raise InputError(
@@ -131,7 +138,7 @@ def draw(engine: Engine, plan: Plan, **arguments: Any) -> list[Image.Image]:
     """`Engine.sample` to pictures, with a progress bar if it takes longer than two seconds."""
     from tqdm import tqdm
 
-    with tqdm(desc=f"{plan.steps} steps", unit="eval", delay=2.0, leave=False) as bar:
+    with tqdm(desc=f"{plan.steps} steps", unit="eval", delay=2.0, leave=False, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

@@ -34,9 +34,7 @@ def run(options: argparse.Namespace) -> None:
     total = sum(len(bundle.read(name)) for name in bundle.manifest.files)
     seconds = time.perf_counter() - started
     print(f"files       {len(bundle.manifest.files)} hashed, {total / 1e6:.1f} MB in {seconds:.2f} s")
-    if bundle.manifest.golden is None:
-        print("golden      none in this bundle")
-        return
+    bundle.refuse_other_files()
     started = time.perf_counter()
     engine = load(options.bundle, require_signature=options.require_signature, allow_hard_links=shipped)
     error = replay_golden(engine, bundle.manifest.golden, bundle.read_arrays(bundle.manifest.golden.file))

@@ -12,13 +12,20 @@ from typing import Any, Literal, Unpack
 
 import numpy as np
 
-from skipstep.calls.arrays import from_dlpack, host_floats
+from skipstep.arrays import from_dlpack, host_floats
 from skipstep.calls.noise import sample_noise
-from skipstep.calls.request import Conditions, SampleRequest, resolve_latents, resolve_request, resolve_seeds
+from skipstep.calls.request import (
+    MAX_SEED,
+    Conditions,
+    SampleRequest,
+    resolve_latents,
+    resolve_request,
+    resolve_seeds,
+)
 from skipstep.editing.interpolation import MAX_POINTS, slerp, slerp_grid
 from skipstep.editing.inversion import Inversion
 from skipstep.editing.inversion import invert as invert_batch
-from skipstep.errors import InputError, check_choice, check_integer, check_number
+from skipstep.errors import InputError, check_choice, check_integer, check_items, check_number
 from skipstep.kernels.layout import Stream
 from skipstep.loops.contract import Array, Sampler
 from skipstep.loops.runner import OutputType, check_finite, check_output_type
@@ -55,7 +62,9 @@ def invert(
             expected="a plan without fresh noise: what eta > 0 adds cannot be found again",
             remedy="use a plan with eta=0",
         )
-    refinements = check_integer("refinements", refinements, low=0, remedy="pass 0, or a few, such as 3")
+    check_choice("evaluate_at", evaluate_at, ("target", "source"))
+    tolerance = check_number("tolerance", tolerance, low=0.0)
+    refinements = check_integer("refinements", refinements, low=0, high=1000, remedy="pass 0, or a few, such as 3")
     if refinements and evaluate_at == "source":
         raise InputError(
             got="refinements with evaluate_at='source'",
@@ -85,6 +94,7 @@ def reconstruct(
     **conditions: Unpack[Conditions],
 ) -> Any:
     """Invert and draw again: how much of an image survives the round trip. Arguments as for `invert`."""
+    check_output_type(output_type)
     chosen = engine.select_plan(steps=steps, plan=plan)
     found = invert(engine, images, plan=chosen, refinements=refinements, **conditions)
     return engine.sample(plan=chosen, x_T=found.latents, output_type=output_type, **conditions)
@@ -193,7 +203,11 @@ def interpolate_grid(
 
     As `interpolate`, down both sides and then across.
     """
-    x_T = slerp_grid([_latents_of(engine, corner) for corner in corners], rows=rows, columns=columns)
+    expected, remedy = "four seeds or latents", "pass corners=[0, 1, 2, 3]"
+    given = check_items("corners", corners, expected=expected, remedy=remedy)
+    if len(given) != 4:
+        raise InputError(got=f"{len(given)} corners", expected=expected, remedy=remedy)
+    x_T = slerp_grid([_latents_of(engine, corner) for corner in given], rows=rows, columns=columns)
     return engine.sample(steps=steps, plan=plan, x_T=x_T, seeds=seeds, output_type=output_type, **conditions)
 
 
@@ -213,10 +227,11 @@ def _invert(
 
 
 def _latents_of(engine: Sampler, source: int | Array) -> Array:
-    if np.ndim(source) == 0 and not hasattr(source, "__dlpack__"):
-        latents = sample_noise(engine.network, resolve_seeds(source).reshape(1), Stream.INITIAL)
-    else:
+    if hasattr(source, "__dlpack__"):
         latents = resolve_latents(host_floats("latents", from_dlpack("latents", source))[None], engine.network)
+    else:
+        seed = check_integer("seed", source, low=0, high=MAX_SEED, remedy="pass a seed, or latents [C, H, W]")
+        latents = sample_noise(engine.network, resolve_seeds(seed).reshape(1), Stream.INITIAL)
     first: Array = latents[0]
     return first
 

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from skipstep.errors import InputError, check_integer
+from skipstep.arrays import float32, host_floats, number_array
+from skipstep.errors import InputError, check_integer, check_items, shown
 
 # Below this angle sin θ is the difference of nearly equal numbers; above π minus it there is no direction to take.
 SMALL_ANGLE = 1e-6
@@ -27,13 +28,21 @@ def slerp(a: NDArray[np.float32], b: NDArray[np.float32], weights: ArrayLike) ->
 
     Raises InputError for different shapes, and for noises that are zero, not finite or opposite.
     """
+    a, b = host_floats("a", a), host_floats("b", b)
     if a.shape != b.shape:
         raise InputError(
             got=f"latents of shapes {list(a.shape)} and {list(b.shape)}",
             expected="two of one shape",
             remedy="interpolate between initial noises of one network",
         )
-    w = np.asarray(weights, np.float64).reshape(-1, *[1] * a.ndim)
+    w = number_array(weights)
+    if w is None or w.ndim > 1 or not np.isfinite(w).all() or w.size > MAX_POINTS:
+        raise InputError(
+            got=f"weights={shown(weights)}",
+            expected=f"at most {MAX_POINTS} finite numbers, 0 at a and 1 at b",
+            remedy="pass np.linspace(0, 1, 8)",
+        )
+    w = w.astype(np.float64).reshape(-1, *[1] * a.ndim)
     start, end = a.astype(np.float64), b.astype(np.float64)
     lengths = np.linalg.norm(start.ravel()), np.linalg.norm(end.ravel())
     if not all(np.isfinite(length) and length > 0.0 for length in lengths):
@@ -54,7 +63,7 @@ def slerp(a: NDArray[np.float32], b: NDArray[np.float32], weights: ArrayLike) ->
         between = (1.0 - w) * start + w * end
     else:
         between = (np.sin((1.0 - w) * angle) * start + np.sin(w * angle) * end) / np.sin(angle)
-    return between.astype(np.float32)
+    return float32(between)
 
 
 def slerp_grid(corners: Sequence[NDArray[np.float32]], *, rows: int, columns: int) -> NDArray[np.float32]:
@@ -62,12 +71,10 @@ def slerp_grid(corners: Sequence[NDArray[np.float32]], *, rows: int, columns: in
     rows, columns = (
         check_integer(name, n, low=2, high=MAX_POINTS) for name, n in (("rows", rows), ("columns", columns))
     )
+    remedy = "pass top left, top right, bottom left and bottom right"
+    corners = check_items("corners", corners, expected="four corners", remedy=remedy)
     if len(corners) != 4:
-        raise InputError(
-            got=f"{len(corners)} corners",
-            expected="four corners",
-            remedy="pass top left, top right, bottom left and bottom right",
-        )
+        raise InputError(got=f"{len(corners)} corners", expected="four corners", remedy=remedy)
     down = np.linspace(0.0, 1.0, rows)
     left, right = slerp(corners[0], corners[2], down), slerp(corners[1], corners[3], down)
     across = np.linspace(0.0, 1.0, columns)

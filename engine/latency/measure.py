@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from skipstep.calls.request import Conditions
-from skipstep.errors import InputError, check_integer, check_number
+from skipstep.errors import InputError, check_callable, check_integer, check_items, check_number
 from skipstep.latency.calibration import Calibration, Latency, RunKind
 from skipstep.latency.identity import DeviceIdentity
+from skipstep.networks.spec import MAX_BATCH_SIZE
 from skipstep.plans.plan import Plan
 from skipstep.plans.solvers import SOLVERS
+from skipstep.reporting import LOGGER
 
 if TYPE_CHECKING:
     from skipstep.loops.contract import Sampler
@@ -57,7 +59,9 @@ def calibrate(
     Labels and seeds differ within a batch, and so do the prompts, which are random numbers: no work is shared between
     samples. Raises InputError, and what `sample` raises.
     """
-    repeats = check_integer("repeats", repeats, low=_FEWEST_CALLS, remedy="pass 100 for a useful p99")
+    remedy = "pass 100 for a useful p99"
+    repeats = check_integer("repeats", repeats, low=_FEWEST_CALLS, high=1_000_000, remedy=remedy)
+    check_callable("progress", progress, "done, total")
     max_seconds = check_number("max_seconds", max_seconds, low=0.0, above=True, remedy="pass seconds, such as 60.0")
     chosen = _chosen_plans(sampler, plans)
     sizes = _chosen_sizes(sampler, batch_sizes)
@@ -68,11 +72,13 @@ def calibrate(
         for plan in chosen
         for guides in guided
     }
+    LOGGER.info("warm-up, two calls of each of %d kinds", len(calls))
     expected = {}
     for kind, call in calls.items():
         call()  # Compiles and captures; the second call is representative.
         expected[kind] = _seconds(call, clock)
     order = spread_calls(allot(expected, repeats=repeats, max_seconds=max_seconds))
+    LOGGER.info("measure %d calls", len(order))
     seconds: dict[RunKind, list[float]] = {kind: [] for kind in calls}
     for done, kind in enumerate(order, 1):
         seconds[kind].append(_seconds(calls[kind], clock))
@@ -105,9 +111,10 @@ def _chosen_plans(sampler: Sampler, plans: Iterable[int | Plan] | None) -> list[
     if plans is None:
         chosen = [plan for plan in sampler.plans.values() if not SOLVERS[plan.solver].upward]
     else:
+        given = check_items("plans", plans, expected="step counts or Plans", remedy="leave plans out for all")
         chosen = [
             sampler.select_plan(plan=each) if isinstance(each, Plan) else sampler.select_plan(steps=each)
-            for each in plans
+            for each in given
         ]
     if not chosen:
         raise InputError(got="no plans", expected="at least one", remedy="call engine.add_plan(20) first")
@@ -115,13 +122,16 @@ def _chosen_plans(sampler: Sampler, plans: Iterable[int | Plan] | None) -> list[
 
 
 def _chosen_sizes(sampler: Sampler, batch_sizes: Iterable[int] | None) -> list[int]:
-    sizes = sorted(set(sampler.batch_sizes if batch_sizes is None else batch_sizes))
+    remedy = "leave batch_sizes out, or build the engine with them"
+    asked = sampler.batch_sizes if batch_sizes is None else batch_sizes
+    given = check_items("batch_sizes", asked, expected="integers", remedy=remedy)
+    sizes = sorted({check_integer("batch_sizes", size, low=1, high=MAX_BATCH_SIZE) for size in given})
     for size in sizes:
-        if sampler.split(check_integer("batch size", size, low=1)) != [size]:
+        if sampler.split(size) != [size]:
             raise InputError(
-                got=f"batch size={size!r}",
+                got=f"batch_sizes={size}",
                 expected=f"one that a single run draws; this engine was made for {list(sampler.batch_sizes)}",
-                remedy="leave batch_sizes out, or build the engine with it",
+                remedy=remedy,
             )
     if not sizes:
         raise InputError(got="no batch sizes", expected="at least one", remedy="leave batch_sizes out")

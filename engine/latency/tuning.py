@@ -10,12 +10,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
 from skipstep.calls.trajectory import Progress
+from skipstep.errors import check_callable, check_integer
 from skipstep.kernels.layout import StepFlags
 from skipstep.latency.calibration import Calibration
 from skipstep.latency.identity import DeviceIdentity
 from skipstep.latency.measure import calibrate as measure_latencies
 from skipstep.loops.contract import Sampler
 from skipstep.plans.plan import Plan
+from skipstep.reporting import LOGGER
 
 if TYPE_CHECKING:
     from skipstep.kernels.autotune import TunedLaunch
@@ -56,19 +58,27 @@ def calibrate(
     return _keep(engine, fresh)
 
 
-def autotune(engine: Tunable, *, repeats: int = 20) -> tuple[TunedLaunch, ...]:
+def autotune(engine: Tunable, *, repeats: int = 20, progress: Progress | None = None) -> tuple[TunedLaunch, ...]:
     """On a GPU: measure how the step is best launched for each batch size (skipstep.kernels.autotune), and record the
-    graphs again. The launches are kept with `calibration`. Raises InputError on the CPU."""
+    graphs again. The launches are kept with `calibration`. progress(done, total) counts the batch sizes. Raises
+    InputError on the CPU."""
+    repeats = check_integer("repeats", repeats, low=1, high=1_000_000)
+    check_callable("progress", progress, "done, total")
     engine.runner.check()
-    cases = engine.runner.loop.launch_cases()
+    cases = list(engine.runner.loop.launch_cases())
     from skipstep.kernels import autotune as measured
 
     flags = next((plan.stage_flags[0] for plan in engine.plans.values()), StepFlags())
-    tuned = tuple(measured.tune_on_device(case, flags, repeats=repeats) for case in cases)
-    _keep(engine, Calibration(engine.identity(), {}, tuned))
+    tuned: list[TunedLaunch] = []
+    for case in cases:
+        LOGGER.info("tune the step for %s", case)
+        tuned.append(measured.tune_on_device(case, flags, repeats=repeats))
+        if progress is not None:
+            progress(len(tuned), len(cases))
+    _keep(engine, Calibration(engine.identity(), {}, tuple(tuned)))
     engine.runner.loop.use_launches({each.case: each.launch for each in tuned})
     engine.prepare()
-    return tuned
+    return tuple(tuned)
 
 
 def _keep(engine: Tunable, fresh: Calibration) -> Calibration:

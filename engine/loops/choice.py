@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
-from skipstep.errors import InputError
+from skipstep.errors import check_choice
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.networks.spec import NetworkSpec, network_batch_sizes
 
@@ -25,15 +25,8 @@ def resolve_form(name: str, *, device: str) -> str:
     """Turn "auto" into the form with the fewest launches from the host: a GPU tries that first, and reports which form
     was possible. Raises InputError for an unknown name, and for a form that the device ("cpu" or "cuda") lacks."""
     forms = FORMS[device]
-    if name == "auto":
-        return forms[0]
-    if name in forms:
-        return name
-    raise InputError(
-        got=f"loop={name!r} on {device}",
-        expected=f"'auto', or one of {', '.join(forms)}",
-        remedy="use 'auto' to let the engine choose",
-    )
+    check_choice("loop", name, ("auto", *forms), remedy=f"use 'auto': a {device} device has no others")
+    return forms[0] if name == "auto" else name
 
 
 def make_loop(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from skipstep.backends.denoiser import NetworkSource
 from skipstep.calls.batching import split_batch
 from skipstep.calls.destination import copy_samples
+from skipstep.calls.plan_set import PlanSet
 from skipstep.calls.request import Conditions, SampleRequest
 from skipstep.errors import NonFiniteError, check_choice
 from skipstep.loops.contract import Array, Finished, Loop, Pending, run_observed
@@ -111,17 +112,15 @@ class BatchRunner:
 class CompiledNetwork:
     """A network that is ready to be sampled, and what came with it: everything that an engine is made of.
 
-    `plan_defaults` are the options of a plan that is requested by step count. `plans` and `calibrations` (the bytes of
-    calibration.json) come from a bundle.
+    `calibrations`: the bytes of a bundle's calibration.json.
     """
 
     source: NetworkSource
+    plans: PlanSet
     runner: BatchRunner
     backend: str
     precision: str
     num_threads: int | None
-    plan_defaults: Mapping[str, Any] = field(default_factory=dict)
-    plans: tuple[Plan, ...] = ()
     calibrations: bytes | None = None
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skipstep.errors import MissingDependencyError, ModelFormatError, UnsafeCheckpointError
+from skipstep.errors import MissingDependencyError, ModelFormatError, UnsafeCheckpointError, check_integer, shown
 from skipstep.plans.scheduler_config import SchedulerConfig, read_scheduler_config
 from skipstep.storage.untrusted import read_json_object
 
@@ -33,6 +33,9 @@ NETWORK_CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 _CLIP_TOKENS = 77
 _STEM = "diffusion_pytorch_model"
 _DOWNLOAD = "download it again"
+# Of a configuration's numbers, and of those that count layers or items.
+_LARGEST_SIZE = 1 << 20
+_MOST_LAYERS = 256
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -55,6 +58,10 @@ class Checkpoint:
     null_label: int | None
     class_names: tuple[str, ...] | None
     prompt_shape: tuple[int, int] | None
+
+    def plan_options(self) -> dict[str, Any]:
+        """The options of a step count's plan, empty where the folder has no scheduler configuration."""
+        return {} if self.scheduler is None else self.scheduler.plan_options()
 
     def digest(self) -> str:
         """sha256 over the network's configuration and weights, in hexadecimal."""
@@ -95,7 +102,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         )
     weights = _find_weights(unet)
     for path in weights:
-        _check_safetensors(path)
+        _header(path)
     scheduler = root / "scheduler" / "scheduler_config.json"
     names = _class_names(root / "model_index.json")
     num_classes, null_label = _classes(config, names)
@@ -120,6 +127,7 @@ def load_unet(checkpoint: Checkpoint) -> nn.Module:
     """
     try:
         import diffusers
+        import torch
         from safetensors.torch import load_file
     except ImportError as error:
         raise MissingDependencyError(
@@ -128,22 +136,26 @@ def load_unet(checkpoint: Checkpoint) -> nn.Module:
             remedy="pip install 'skipstep[torch,diffusers]'",
         ) from error
     arguments = {key: value for key, value in checkpoint.unet_config.items() if not key.startswith("_")}
-    try:
-        network: nn.Module = getattr(diffusers, checkpoint.class_name)(**arguments)
-    except (TypeError, ValueError) as error:
-        raise ModelFormatError(
-            got=f"a configuration that {checkpoint.class_name} refuses: {error}",
-            expected="the arguments of the installed diffusers' class",
-            remedy="upgrade diffusers, or write the folder again with save_pretrained()",
-        ) from error
-    tensors = {name: tensor for path in checkpoint.weights for name, tensor in load_file(path).items()}
-    expected = network.state_dict()
+
+    def build() -> nn.Module:
+        try:
+            return getattr(diffusers, checkpoint.class_name)(**arguments)  # type: ignore[no-any-return]
+        except Exception as error:  # Whatever a constructor makes of arguments that it does not check.
+            raise ModelFormatError(
+                got=f"a configuration that {checkpoint.class_name} refuses: {type(error).__name__}: {error!s:.500}",
+                expected="the arguments of the installed diffusers' class",
+                remedy="upgrade diffusers, or write the folder again with save_pretrained()",
+            ) from error
+
+    _check_sizes(arguments)
+    # Without memory first: only a network of exactly the shapes that are on disk is built.
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
+    shapes = {name: shape for path in checkpoint.weights for name, shape in _header(path).items()}
     problems = {
-        "missing": sorted(set(expected) - set(tensors)),
-        "unexpected": sorted(set(tensors) - set(expected)),
-        "of another shape": sorted(
-            name for name in set(expected) & set(tensors) if expected[name].shape != tensors[name].shape
-        ),
+        "missing": sorted(set(expected) - set(shapes)),
+        "unexpected": sorted(set(shapes) - set(expected)),
+        "of another shape": sorted(name for name in set(expected) & set(shapes) if expected[name] != shapes[name]),
     }
     if any(problems.values()):
         raise ModelFormatError(
@@ -151,8 +163,25 @@ def load_unet(checkpoint: Checkpoint) -> nn.Module:
             expected=f"exactly the {len(expected)} tensors of {checkpoint.class_name} with this config.json",
             remedy=f"check that config.json and the weights in {checkpoint.folder} belong together",
         )
-    network.load_state_dict(tensors)
+    network = build()
+    network.load_state_dict({name: each for path in checkpoint.weights for name, each in load_file(path).items()})
     return network.float().eval().requires_grad_(False)
+
+
+def _check_sizes(value: Any, key: str = "") -> None:
+    """Refuse numbers that no network has, before a constructor takes time or memory for them."""
+    if isinstance(value, Mapping):
+        for name, each in value.items():
+            _check_sizes(each, name)
+    elif isinstance(value, list | tuple):
+        for each in value if len(value) <= _MOST_LAYERS else [len(value)]:
+            _check_sizes(each, key)
+    elif isinstance(value, int | float):
+        high = _MOST_LAYERS if "layers" in key else _LARGEST_SIZE
+        if not abs(value) <= high:
+            raise ModelFormatError(
+                got=f"{key}={shown(value)} in config.json", expected=f"at most {high}", remedy="correct config.json"
+            )
 
 
 def _find_weights(unet: Path) -> tuple[Path, ...]:
@@ -200,8 +229,9 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return tuple(index.parent / name for name in names)
 
 
-def _check_safetensors(path: Path) -> None:
-    """Compare the header with the size of the file: eight bytes of length, a JSON header, then the tensors' bytes."""
+def _header(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a safetensors file, after comparing its header with the size of the file: eight
+    bytes of length, a JSON header, then the tensors' bytes."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -209,9 +239,10 @@ def _check_safetensors(path: Path) -> None:
             raise _truncated(path, f"{size} bytes, fewer than its header")
         try:
             header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            end = int(max(ends, default=0))
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            end = int(max((entry["data_offsets"][1] for entry in entries.values()), default=0))
+            shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise ModelFormatError(
                 got=f"{path} with a header that is not that of a safetensors file",
                 expected="a safetensors file",
@@ -219,6 +250,7 @@ def _check_safetensors(path: Path) -> None:
             ) from error
     if size != 8 + length + end:
         raise _truncated(path, f"{size} bytes where its header says {8 + length + end}")
+    return shapes
 
 
 def _truncated(path: Path, size: str) -> ModelFormatError:
@@ -245,6 +277,8 @@ def _classes(config: Mapping[str, Any], names: Sequence[str] | None) -> tuple[in
     embedded = config.get("num_class_embeds")
     if embedded is None:
         return None, None
+    remedy = "correct config.json"
+    embedded = check_integer("num_class_embeds", embedded, low=1, remedy=remedy, error=ModelFormatError)
     if names is not None and embedded == len(names) + 1:
         return len(names), len(names)
     if names is not None and embedded != len(names):
@@ -253,7 +287,7 @@ def _classes(config: Mapping[str, Any], names: Sequence[str] | None) -> tuple[in
             expected="as many, or one fewer where the last embedding stands for no class",
             remedy="correct id2label in model_index.json",
         )
-    return int(embedded), None
+    return embedded, None
 
 
 def _sample_shape(config: Mapping[str, Any], path: Path) -> tuple[int, int, int]:

@@ -9,19 +9,24 @@ of the step lies (learned_range).
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import numpy as np
 
-from skipstep.errors import InputError, PlanError
+from skipstep.errors import InputError, PlanError, check_flag, check_integer, check_text, shown
 from skipstep.storage.untrusted import Within
 
 if TYPE_CHECKING:
     from skipstep.plans.plan import Plan
 
-# Bounds for a specification that is read from a bundle.
-Side = Annotated[int, Within(1, 1 << 16)]
-Label = Annotated[int, Within(0, 1 << 31)]
+MAX_BATCH_SIZE: Final = 4096
+# Bounds of a specification, whether it is passed or read from a bundle. A sample of more elements fits in no memory
+# that a batch of it would need.
+_MAX_SIDE: Final = 1 << 16
+_MAX_LABEL: Final = 1 << 31
+MAX_ELEMENTS: Final = 1 << 26
+Side = Annotated[int, Within(1, _MAX_SIDE)]
+Label = Annotated[int, Within(0, _MAX_LABEL)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +54,29 @@ class NetworkSpec:
             ("prompt_shape", self.prompt_shape, 2, "(tokens, width) of a prompt's embeddings, e.g. (77, 768)"),
         )
         for name, shape, rank, example in shapes:
-            if shape is not None and (len(shape) != rank or not all(isinstance(n, int) and n > 0 for n in shape)):
+            if shape is None and name == "prompt_shape":
+                continue
+            remedy = f"pass {name}={example}"
+            if not isinstance(shape, tuple | list) or len(shape) != rank:
+                raise InputError(got=f"{name}={shown(shape)}", expected=f"{rank} positive integers", remedy=remedy)
+            sides = tuple(check_integer(name, n, low=1, high=_MAX_SIDE, remedy=remedy) for n in shape)
+            if math.prod(sides) > MAX_ELEMENTS:
+                raise InputError(got=f"{name}={sides}", expected=f"at most {MAX_ELEMENTS} elements", remedy=remedy)
+            object.__setattr__(self, name, sides)
+        for name in ("num_classes", "null_label"):
+            number = getattr(self, name)
+            if number is not None:
+                remedy = "pass the numbers that the network was trained with"
+                object.__setattr__(self, name, check_integer(name, number, low=0, high=_MAX_LABEL, remedy=remedy))
+        for name in ("fractional_timesteps", "learns_variance"):
+            check_flag(name, getattr(self, name))
+        if self.class_names is not None:
+            if not isinstance(self.class_names, tuple | list):
                 raise InputError(
-                    got=f"{name}={shape!r}", expected=f"{rank} positive integers", remedy=f"pass {name}={example}"
+                    got=f"class_names={shown(self.class_names)}", expected="a tuple of texts", remedy="leave it out"
                 )
+            names = tuple(check_text("class_names", each) for each in self.class_names)
+            object.__setattr__(self, "class_names", names)
         if self.num_classes is None:
             if self.null_label is not None:
                 raise InputError(
@@ -60,10 +84,10 @@ class NetworkSpec:
                     expected="num_classes beside it",
                     remedy="pass num_classes, or leave null_label out",
                 )
-        elif self.num_classes < 1 or (self.null_label is not None and self.null_label < 0):
+        elif self.num_classes < 1:
             raise InputError(
-                got=f"num_classes={self.num_classes}, null_label={self.null_label}",
-                expected="at least one class, and a null label ≥ 0 where there is one",
+                got=f"num_classes={self.num_classes}",
+                expected="at least one class",
                 remedy="pass the numbers that the network was trained with",
             )
 
@@ -101,19 +125,21 @@ class NetworkSpec:
         config = getattr(module, "config", None)
         if sample_shape is None:
             size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
-            if size is None or channels is None:
+            sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
+            if size is None or channels is None or len(sides) != 2:
                 raise InputError(
                     got=f"a {type(module).__name__} without a config that holds in_channels and sample_size",
                     expected="the shape of one sample",
                     remedy="pass sample_shape=(channels, height, width)",
                 )
-            height, width = (size, size) if isinstance(size, int) else size
-            sample_shape = (int(channels), int(height), int(width))
+            sample_shape = (channels, *sides)
         if num_classes is None:
             embedded = getattr(config, "num_class_embeds", None)
             if embedded is not None:
+                embedded = check_integer("num_class_embeds", embedded, low=1)
                 # A null label inside the table is not one of the classes.
-                num_classes = int(embedded) - (null_label is not None and null_label < int(embedded))
+                inside = null_label is not None and check_integer("null_label", null_label, low=0) < embedded
+                num_classes = embedded - inside
         if fractional_timesteps is None:
             fractional_timesteps = takes_fractional_timesteps(config)
         width = getattr(config, "cross_attention_dim", None)

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from skipstep.errors import ScheduleError, check_integer, check_number
+from skipstep.errors import ScheduleError, check_integer, check_number, check_path, shown
 from skipstep.plans.coefficients import PREDICTION_TYPES
 from skipstep.storage.untrusted import read_json_object
 
 FILE_NAME = "scheduler_config.json"
+# A hundred times what networks are trained with: a schedule is an array of this length, and spacings search through it.
+MAX_TIMESTEPS: Final = 100_000
 
 _SHARED: Mapping[str, Any] = {
     "num_train_timesteps": 1000,
@@ -82,17 +84,17 @@ def read_diffusers_config(source: str | Path | Mapping[str, Any]) -> DiffusersCo
     Raises ModelFormatError for a file that is missing or no JSON object, ScheduleError for a key or value that is not
     supported.
     """
-    contents = source if isinstance(source, Mapping) else _read_file(Path(source))
+    contents = source if isinstance(source, Mapping) else _read_file(Path(check_path("config", source)))
     class_name = contents.get("_class_name", "DDIMScheduler")
-    if class_name not in _DEFAULTS:
+    if not isinstance(class_name, str) or class_name not in _DEFAULTS:
         raise ScheduleError(
-            got=f"_class_name={class_name!r}",
+            got=f"_class_name={shown(class_name)}",
             expected=f"one of {', '.join(_DEFAULTS)}",
             remedy="convert it with DDIMScheduler.from_config(scheduler.config), or pass schedule= yourself",
         )
     # Names that start with an underscore are diffusers' own notes: its version, the keys it filled in by default.
-    keys = {key: value for key, value in contents.items() if not key.startswith("_")}
-    unknown = sorted(set(keys) - set(_DEFAULTS[class_name]))
+    keys = {key: value for key, value in contents.items() if not str(key).startswith("_")}
+    unknown = sorted(set(keys) - set(_DEFAULTS[class_name]), key=str)
     if unknown:
         raise _refused(unknown[0], keys[unknown[0]], f"a key of {class_name}", "remove it if the sampler may ignore it")
     return _interpret({**_DEFAULTS[class_name], **keys})
@@ -112,7 +114,7 @@ def _interpret(config: Mapping[str, Any]) -> DiffusersConfig:
     if _boolean(config, "thresholding", default=False):  # This goes before clipping, as in diffusers.
         clip = "dynamic"
         quantile, maximum = _number(config, "dynamic_thresholding_ratio"), _number(config, "sample_max_value")
-    length = _integer(config, "num_train_timesteps", low=1)
+    length = _integer(config, "num_train_timesteps", low=1, high=MAX_TIMESTEPS)
     return DiffusersConfig(
         num_train_timesteps=length,
         beta_schedule=_choice(config, "beta_schedule", _BETA_SCHEDULES),
@@ -122,7 +124,7 @@ def _interpret(config: Mapping[str, Any]) -> DiffusersConfig:
         rescale_betas_zero_snr=_boolean(config, "rescale_betas_zero_snr", default=False),
         prediction_type=_choice(config, "prediction_type", PREDICTION_TYPES),
         timestep_spacing=_choice(config, "timestep_spacing", _SPACINGS),
-        steps_offset=_integer(config, "steps_offset", low=0),
+        steps_offset=_integer(config, "steps_offset", low=0, high=length),
         set_alpha_to_one=_boolean(config, "set_alpha_to_one", default=True),
         clip=clip,
         dynamic_quantile=quantile,
@@ -134,13 +136,15 @@ def _trained_betas(betas: Any, length: int) -> tuple[float, ...] | None:
     if betas is None:
         return None
     if not isinstance(betas, list | tuple) or len(betas) != length:
-        count = f"{len(betas)} trained_betas" if isinstance(betas, list | tuple) else f"trained_betas={betas!r}"
+        count = f"{len(betas)} trained_betas" if isinstance(betas, list | tuple) else f"trained_betas={shown(betas)}"
         raise ScheduleError(
             got=f"{count} with num_train_timesteps={length}",
             expected="a list with one beta per timestep",
             remedy="correct num_train_timesteps or the list",
         )
-    return tuple(betas)
+    return tuple(
+        check_number("trained_betas", beta, low=0.0, high=1.0, remedy=_CORRECT, error=ScheduleError) for beta in betas
+    )
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
@@ -149,18 +153,18 @@ def _read_file(path: Path) -> Mapping[str, Any]:
 
 
 def _refused(key: str, value: object, expected: str, remedy: str) -> ScheduleError:
-    return ScheduleError(got=f"{key}={value!r} in a scheduler configuration", expected=expected, remedy=remedy)
+    return ScheduleError(got=f"{key}={shown(value)} in a scheduler configuration", expected=expected, remedy=remedy)
 
 
 def _choice(config: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> str:
     value = config[key]
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise _refused(key, value, f"one of {', '.join(choices)}", "pass the plan's settings yourself")
     return str(value)
 
 
-def _integer(config: Mapping[str, Any], key: str, *, low: int) -> int:
-    return check_integer(key, config[key], low=low, remedy=_CORRECT, error=ScheduleError)
+def _integer(config: Mapping[str, Any], key: str, *, low: int, high: int) -> int:
+    return check_integer(key, config[key], low=low, high=high, remedy=_CORRECT, error=ScheduleError)
 
 
 def _number(config: Mapping[str, Any], key: str) -> float:

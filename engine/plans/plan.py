@@ -28,7 +28,7 @@ from skipstep.kernels.layout import Column, StepFlags
 from skipstep.kernels.statistics import Thresholding
 from skipstep.plans.coefficients import PredictionType, coefficient_table
 from skipstep.plans.plan_options import check_final_alpha_bar, check_solver_options, resolve_clip, resolve_timesteps
-from skipstep.plans.schedule import NoiseSchedule
+from skipstep.plans.schedule import NoiseSchedule, check_schedule
 from skipstep.plans.solvers import (
     BETWEEN,
     SOLVERS,
@@ -38,6 +38,7 @@ from skipstep.plans.solvers import (
     SolverOptions,
     UpdateWeights,
     Variance,
+    one_step_at_a_time,
 )
 from skipstep.plans.spacing import Spacing
 
@@ -64,9 +65,11 @@ class Plan:
                     that clip.
     final_alpha_bar noise level of the result; diffusers' set_alpha_to_one=False is schedule.alpha_bar[0].
     steps_offset    shifts `leading` spacing, as in diffusers.
+    stride          for ddim: a step leads to the level `stride` timesteps below its own, instead of that of the next
+                    timestep. "diffusers": the timesteps and the stride of its DDIMScheduler, to the last index.
 
-    After construction `timesteps` is a tuple, `steps` its length, `spacing` None if the timesteps were given, and
-    `clip` a number, "dynamic" or None. All of the following are read-only:
+    After construction `timesteps` is a tuple, `steps` its length, `spacing` None if the timesteps were given, `clip` a
+    number, "dynamic" or None, and `stride` a number or None. All of the following are read-only:
 
     alpha_bars      float64 `[S+1]`, the levels visited. An inversion visits levels and timesteps upward.
     evaluation_timesteps  float64 `[E]`, the network's timestep inputs; E is S for one-stage solvers.
@@ -94,6 +97,7 @@ class Plan:
     convention: Convention = "diffusers"
     final_alpha_bar: float = 1.0
     steps_offset: int = 0
+    stride: int | Literal["diffusers"] | None = None
     alpha_bars: NDArray[np.float64] = field(init=False, compare=False)
     evaluation_timesteps: NDArray[np.float64] = field(init=False, compare=False)
     coefficients: NDArray[np.float32] = field(init=False, compare=False)
@@ -102,18 +106,13 @@ class Plan:
     key: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.schedule, NoiseSchedule):
-            raise PlanError(
-                got=f"schedule of type {type(self.schedule).__name__}",
-                expected="a NoiseSchedule",
-                remedy="build one, e.g. NoiseSchedule.linear(1000) or NoiseSchedule.from_diffusers(config)",
-            )
+        check_schedule(self.schedule)
         for option, chosen, choices in (
             ("solver", self.solver, tuple(SOLVERS)),
             ("convention", self.convention, CONVENTIONS),
             ("midpoints", self.midpoints, ("fractional", "nearest")),
             ("evaluate_at", self.evaluate_at, ("target", "source")),
-            ("variance", self.variance or VARIANCES[0], VARIANCES),
+            ("variance", VARIANCES[0] if self.variance is None else self.variance, VARIANCES),
         ):
             check_choice(option, chosen, choices, error=PlanError)
         solver = SOLVERS[self.solver]
@@ -124,9 +123,15 @@ class Plan:
             variance=self.variance,
             midpoints=None if self.midpoints == "fractional" else self.midpoints,
             evaluate_at=None if self.evaluate_at == "target" else self.evaluate_at,
+            stride=self.stride,
         )
-        timesteps = resolve_timesteps(
-            self.schedule, self.timesteps, steps=self.steps, spacing=self.spacing, offset=self.steps_offset
+        timesteps, given, stride = resolve_timesteps(
+            self.schedule,
+            self.timesteps,
+            steps=self.steps,
+            spacing=self.spacing,
+            offset=self.steps_offset,
+            stride=self.stride,
         )
         final_alpha_bar = check_final_alpha_bar(self.final_alpha_bar, self.schedule, timesteps[-1])
         clip = resolve_clip(
@@ -145,7 +150,13 @@ class Plan:
                 expected="a finite noise-to-signal ratio at every timestep visited",
                 remedy="use ddim, ddpm or dpm_solver_pp_2m, or leave the last timestep out",
             )
-        weights = solver.weights(alpha_bars, SolverOptions(eta, self.variance or "fixed_small"))
+        options = SolverOptions(eta, self.variance or "fixed_small")
+        if stride is None:
+            weights = solver.weights(alpha_bars, options)
+        else:
+            below = [t - stride for t in timesteps]
+            ends = [self.schedule.alpha_bar[t] if t >= 0 else final_alpha_bar for t in below]
+            weights = one_step_at_a_time(solver, alpha_bars[:-1], np.array(ends), options)
         inputs, input_levels = self._evaluations(weights, timesteps)
         coefficients = coefficient_table(
             input_levels,
@@ -157,8 +168,9 @@ class Plan:
             array.setflags(write=False)
         for name, value in {
             "steps": len(timesteps),
-            "spacing": None if len(self.timesteps) else self.spacing,
+            "spacing": None if given else self.spacing,
             "timesteps": timesteps,
+            "stride": stride,
             "eta": eta,
             "clip": clip,
             # As floats: the key and what is saved do not depend on the type that they were passed in.
@@ -183,6 +195,8 @@ class Plan:
     @property
     def pairs(self) -> tuple[tuple[int | None, int | None], ...]:
         """The steps (t, s) in order; None stands for the final level, which has no timestep."""
+        if isinstance(self.stride, int):
+            return tuple((t, t - self.stride if t >= self.stride else None) for t in self.timesteps)
         ends = (None, *self.timesteps) if SOLVERS[self.solver].upward else (*self.timesteps, None)
         return tuple(itertools.pairwise(ends))
 
@@ -209,7 +223,7 @@ class Plan:
         return Thresholding(self.dynamic_quantile, math.inf if self.dynamic_maximum is None else self.dynamic_maximum)
 
     def __repr__(self) -> str:
-        spacing = self.spacing or "explicit"
+        spacing = self.spacing or ("explicit" if self.stride is None else f"stride {self.stride}")
         clip = self.clip if isinstance(self.clip, str) else "none" if self.clip is None else f"{self.clip:g}"
         extra = "" if self.num_evaluations == self.steps else f"{self.num_evaluations} evaluations, "
         extra += f"eta={self.eta:g}, " if "eta" in SOLVERS[self.solver].takes else ""
@@ -263,9 +277,10 @@ class Plan:
         stored = dataclasses.replace(self, **self.options())
         for name, array in (("coefficients", coefficients), ("evaluation_timesteps", evaluation_timesteps)):
             own = getattr(self, name)
-            if array.shape != own.shape or array.dtype != own.dtype or not np.allclose(array, own, 1e-5, 1e-7):
+            same = isinstance(array, np.ndarray) and array.shape == own.shape and array.dtype == own.dtype
+            if not same or not np.allclose(array, own, 1e-5, 1e-7):
                 raise PlanError(
-                    got=f"{name} {array.dtype}{list(array.shape)} that are not those of {self!r}",
+                    got=f"{name} that are not those of {self!r}",
                     expected="the tables that these options give",
                     remedy="export the bundle again with this version of skipstep",
                 )

@@ -8,10 +8,10 @@ from typing import Final, Literal, get_args
 
 import numpy as np
 
-from skipstep.errors import PlanError, check_choice, check_integer, check_number
+from skipstep.errors import PlanError, check_choice, check_integer, check_items, check_number, shown
 from skipstep.plans.schedule import NoiseSchedule
 from skipstep.plans.solvers import SOLVERS
-from skipstep.plans.spacing import Spacing, space_timesteps
+from skipstep.plans.spacing import Spacing, diffusers_timesteps, space_timesteps
 
 # The coefficient table is float32.
 LARGEST: Final = float(np.finfo(np.float32).max)
@@ -23,19 +23,30 @@ def check_solver_options(solver: str, **options: object) -> None:
         if value is not None and name not in SOLVERS[solver].takes:
             supporting = ", ".join(key for key, other in SOLVERS.items() if name in other.takes)
             raise PlanError(
-                got=f"{name}={value!r} with solver={solver!r}",
+                got=f"{name}={shown(value)} with solver={solver!r}",
                 expected=f"an option that this solver supports; {name} is supported by {supporting}",
                 remedy=f"leave {name} out, or change the solver",
             )
 
 
 def resolve_timesteps(
-    schedule: NoiseSchedule, given: Sequence[int], *, steps: int | None, spacing: Spacing | None, offset: int
-) -> tuple[int, ...]:
-    """The timesteps, decreasing: those given, or `steps` of them by `spacing`."""
+    schedule: NoiseSchedule,
+    given: Sequence[int],
+    *,
+    steps: int | None,
+    spacing: Spacing | None,
+    offset: int,
+    stride: int | Literal["diffusers"] | None,
+) -> tuple[tuple[int, ...], bool, int | None]:
+    """The timesteps, decreasing: those given, or `steps` of them by `spacing`; whether no spacing of ours makes them;
+    and the stride."""
     if spacing is not None:
         check_choice("spacing", spacing, get_args(Spacing), error=PlanError)
     offset = check_integer("steps_offset", offset, low=0, high=schedule.num_timesteps, error=PlanError)
+    last = schedule.num_timesteps - 1
+    expected = f"strictly decreasing integers in [0, {last}]"
+    remedy = "leave timesteps out, or pass a list of them, from the noisiest to the cleanest"
+    given = check_items("timesteps", given, expected=expected, remedy=remedy, error=PlanError)
     if len(given) == 0:
         if steps is None or spacing is None:
             raise PlanError(
@@ -43,29 +54,38 @@ def resolve_timesteps(
                 expected="one of the two",
                 remedy="pass steps=20, or timesteps=[...] from the noisiest to the cleanest",
             )
-        return space_timesteps(spacing, schedule, steps=steps, offset=offset)
+        if stride is None:
+            return space_timesteps(spacing, schedule, steps=steps, offset=offset), False, None
+        check_choice(
+            "stride", stride, ("diffusers",), remedy="leave it out, or pass timesteps as well", error=PlanError
+        )
+        timesteps, stride = diffusers_timesteps(spacing, schedule, steps=steps, offset=offset)
+        return timesteps, True, stride
     try:
         timesteps = tuple(check_integer("timestep", t, low=0, error=PlanError) for t in given)
     except PlanError as error:
         raise PlanError(
-            got=f"timesteps={list(given)!r:.200}",
-            expected=f"strictly decreasing integers in [0, {schedule.num_timesteps - 1}]",
+            got=f"timesteps={shown(given)}",
+            expected=expected,
             remedy="round them; the network was trained at integer timesteps",
         ) from error
     decreasing = all(t > s for t, s in itertools.pairwise(timesteps))
     if not decreasing or timesteps[0] >= schedule.num_timesteps:
         raise PlanError(
-            got=f"timesteps={list(timesteps)!r}",
-            expected=f"strictly decreasing integers in [0, {schedule.num_timesteps - 1}]",
+            got=f"timesteps={shown(given)}",
+            expected=expected,
             remedy="sort them from the noisiest to the cleanest and drop repetitions",
         )
-    if steps is not None and steps != len(timesteps):
+    if steps is not None and check_integer("steps", steps, low=1, error=PlanError) != len(timesteps):
         raise PlanError(
             got=f"steps={steps} beside {len(timesteps)} timesteps",
             expected="one of the two, or two that agree",
             remedy="leave steps out",
         )
-    return timesteps
+    if stride is not None:
+        remedy = "pass a number of timesteps, or steps and a spacing instead of timesteps"
+        stride = check_integer("stride", stride, low=1, high=last + 1, remedy=remedy, error=PlanError)
+    return timesteps, True, stride
 
 
 def resolve_clip(
@@ -76,10 +96,12 @@ def resolve_clip(
     unclipped: Literal["inversion", "paper"] | None,
 ) -> float | Literal["dynamic"] | None:
     """The bound on the predicted image, "dynamic", or None; `unclipped` names what never clips, if the plan is such."""
+    if clip is not None and not isinstance(clip, str):
+        clip = check_number("clip", clip, low=0.0, high=LARGEST, above=True, error=PlanError)
     for name, value in (("dynamic_quantile", quantile), ("dynamic_maximum", maximum)):
         if value is not None and clip != "dynamic":
             raise PlanError(
-                got=f"{name}={value!r} with clip={clip!r}",
+                got=f"{name}={shown(value)} with clip={clip!r}",
                 expected="clip='dynamic' beside it",
                 remedy=f"pass clip='dynamic', or leave {name} out",
             )
@@ -95,8 +117,14 @@ def resolve_clip(
             expected=f"no clip: {why}",
             remedy="leave clip out" + ("" if upward else ", or use convention='diffusers' or 'guided'"),
         )
+    if not isinstance(clip, str):
+        return clip
     if clip != "dynamic":
-        return check_number("clip", clip, low=0.0, high=LARGEST, above=True, error=PlanError)
+        raise PlanError(
+            got=f"clip={clip!r}",
+            expected="a bound on the predicted image, 'auto', 'dynamic' or None",
+            remedy="leave clip out to clip as the convention does",
+        )
     if quantile is None:
         raise PlanError(
             got="clip='dynamic' without dynamic_quantile",

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from skipstep.errors import ScheduleError, check_integer
-from skipstep.plans.diffusers_config import read_diffusers_config
+from skipstep.arrays import number_array
+from skipstep.errors import PlanError, ScheduleError, check_integer, check_number
+from skipstep.plans.diffusers_config import MAX_TIMESTEPS, read_diffusers_config
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,17 +68,18 @@ class NoiseSchedule:
     @classmethod
     def linear(cls, num_timesteps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
         """Betas on a straight line: the schedule of DDPM and of the DDIM paper."""
-        betas = np.linspace(beta_start, beta_end, _checked_length(num_timesteps), dtype=np.float64)
-        return cls.from_betas(betas, name=f"linear {beta_start:g} to {beta_end:g}")
+        first, last = _checked_betas(beta_start, beta_end)
+        betas = np.linspace(first, last, _checked_length(num_timesteps), dtype=np.float64)
+        return cls.from_betas(betas, name=f"linear {first:g} to {last:g}")
 
     @classmethod
     def scaled_linear(
         cls, num_timesteps: int = 1000, *, beta_start: float = 0.00085, beta_end: float = 0.012
     ) -> NoiseSchedule:
         """Square roots of the betas on a straight line: the schedule of latent diffusion (arXiv 2112.10752)."""
-        _check_beta_range(beta_start, beta_end)
-        roots = np.linspace(beta_start**0.5, beta_end**0.5, _checked_length(num_timesteps), dtype=np.float64)
-        return cls.from_betas(roots**2, name=f"scaled_linear {beta_start:g} to {beta_end:g}")
+        first, last = _checked_betas(beta_start, beta_end)
+        roots = np.linspace(first**0.5, last**0.5, _checked_length(num_timesteps), dtype=np.float64)
+        return cls.from_betas(roots**2, name=f"scaled_linear {first:g} to {last:g}")
 
     @classmethod
     def cosine(cls, num_timesteps: int = 1000, *, max_beta: float = 0.999) -> NoiseSchedule:
@@ -85,17 +87,18 @@ class NoiseSchedule:
 
         Known as `squaredcos_cap_v2` in diffusers' configurations.
         """
-        t = np.arange(_checked_length(num_timesteps) + 1, dtype=np.float64) / num_timesteps
+        length = _checked_length(num_timesteps)
+        max_beta = check_number("max_beta", max_beta, low=0.0, high=1.0, above=True, error=ScheduleError)
+        t = np.arange(length + 1, dtype=np.float64) / length
         level = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
         return cls.from_betas(np.minimum(1.0 - level[1:] / level[:-1], max_beta), name="cosine")
 
     @classmethod
     def sigmoid(cls, num_timesteps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
         """Betas on a logistic curve over [-6, 6] (GeoDiff, arXiv 2203.02923)."""
+        first, last = _checked_betas(beta_start, beta_end)
         curve = 1.0 / (1.0 + np.exp(-np.linspace(-6.0, 6.0, _checked_length(num_timesteps), dtype=np.float64)))
-        return cls.from_betas(
-            curve * (beta_end - beta_start) + beta_start, name=f"sigmoid {beta_start:g} to {beta_end:g}"
-        )
+        return cls.from_betas(curve * (last - first) + first, name=f"sigmoid {first:g} to {last:g}")
 
     @classmethod
     def from_betas(cls, betas: ArrayLike, *, name: str = "betas") -> NoiseSchedule:
@@ -138,6 +141,7 @@ class NoiseSchedule:
 
         Linear in log-SNR, ln(alpha_bar/(1 - alpha_bar)), between neighbours; clamped to [0, T-1].
         """
+        alpha_bar = check_number("alpha_bar", alpha_bar, low=0.0, high=1.0, error=ScheduleError)
         level = np.clip(alpha_bar, self.alpha_bar[-1], self.alpha_bar[0])
         with np.errstate(divide="ignore"):  # A zero terminal SNR: its logarithm orders rightly.
             log_snr = np.log(self.alpha_bar) - np.log1p(-self.alpha_bar)
@@ -151,21 +155,33 @@ class NoiseSchedule:
         return NoiseSchedule(rescaled, name=f"{self.name}, zero terminal SNR")
 
 
+def check_schedule(value: object) -> NoiseSchedule:
+    """`value`, if it is a NoiseSchedule. Raises PlanError."""
+    if not isinstance(value, NoiseSchedule):
+        raise PlanError(
+            got=f"schedule of type {type(value).__name__}",
+            expected="a NoiseSchedule",
+            remedy="build one, e.g. NoiseSchedule.linear(1000) or NoiseSchedule.from_diffusers(config)",
+        )
+    return value
+
+
 def _float64_vector(values: ArrayLike, *, what: str) -> NDArray[np.float64]:
     """A private, contiguous float64 copy of a finite, non-empty vector."""
-    try:
-        array = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    given = number_array(values)
+    if given is None:
         raise ScheduleError(
-            got=f"{what} that are no numbers ({error})",
+            got=f"{what} of type {type(values).__name__} that are no numbers",
             expected="a vector of T numbers",
             remedy="pass a list or a NumPy array of floats",
-        ) from error
-    if array.ndim != 1 or array.size == 0 or not np.all(np.isfinite(array)):
-        problem = f"shape {list(array.shape)}" if array.ndim != 1 or array.size == 0 else "NaN or infinity"
+        )
+    array = np.array(given, dtype=np.float64)
+    fits = array.ndim == 1 and 0 < array.size <= MAX_TIMESTEPS
+    if not fits or not np.all(np.isfinite(array)):
+        problem = "NaN or infinity" if fits else f"shape {list(array.shape)}"
         raise ScheduleError(
             got=f"{what} with {problem}",
-            expected="a vector of T ≥ 1 finite numbers",
+            expected=f"a vector of 1 to {MAX_TIMESTEPS} finite numbers",
             remedy="pass one value per training timestep",
         )
     return array
@@ -173,13 +189,11 @@ def _float64_vector(values: ArrayLike, *, what: str) -> NDArray[np.float64]:
 
 def _checked_length(num_timesteps: int) -> int:
     remedy = "pass the number of timesteps that the network was trained with, usually 1000"
-    return check_integer("num_timesteps", num_timesteps, low=1, remedy=remedy, error=ScheduleError)
+    return check_integer("num_timesteps", num_timesteps, low=1, high=MAX_TIMESTEPS, remedy=remedy, error=ScheduleError)
 
 
-def _check_beta_range(beta_start: float, beta_end: float) -> None:
-    if not (beta_start > 0.0 and beta_end > 0.0):
-        raise ScheduleError(
-            got=f"beta_start={beta_start!r}, beta_end={beta_end!r}",
-            expected="two positive numbers",
-            remedy="pass the values that the network was trained with",
-        )
+def _checked_betas(beta_start: float, beta_end: float) -> tuple[float, float]:
+    remedy = "pass the values that the network was trained with"
+    first = check_number("beta_start", beta_start, low=0.0, high=1.0, above=True, remedy=remedy, error=ScheduleError)
+    last = check_number("beta_end", beta_end, low=0.0, high=1.0, above=True, remedy=remedy, error=ScheduleError)
+    return first, last

@@ -229,7 +229,7 @@ def dpm_solver_1(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
 
 
 SOLVERS: Mapping[str, Solver] = {
-    "ddim": Solver(ddim, takes=frozenset({"eta"})),
+    "ddim": Solver(ddim, takes=frozenset({"eta", "stride"})),
     "ddpm": Solver(ddpm, takes=frozenset({"variance"})),
     "heun": Solver(heun, sees_clip_in_eps=True, diverges_at_zero=True),
     "rk4": Solver(rk4, takes=frozenset({"midpoints"}), sees_clip_in_eps=True, diverges_at_zero=True),
@@ -238,6 +238,17 @@ SOLVERS: Mapping[str, Solver] = {
     "dpm_solver_pp_2m": Solver(dpm_solver_pp_2m),
     "ddim_inversion": Solver(ddim_inversion, takes=frozenset({"evaluate_at"}), diverges_at_zero=True, upward=True),
 }
+
+
+def one_step_at_a_time(solver: Solver, starts: Levels, ends: Levels, options: SolverOptions) -> UpdateWeights:
+    """Each step on its own, from `starts` to `ends` `[S]`, for a solver of one evaluation a step: a step need not begin
+    at the level where the one before ended."""
+    weights = _one_row_per_step(np.append(starts, ends[-1:]))
+    for row, pair in enumerate(zip(starts, ends, strict=True)):
+        alone = solver.weights(np.array(pair), options)
+        for name in UPDATE_COLUMNS:
+            getattr(weights, name)[row] = getattr(alone, name)[0]
+    return weights
 
 
 def _ratio(alpha_bar: float) -> float:

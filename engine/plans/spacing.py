@@ -64,6 +64,33 @@ def space_timesteps(spacing: str, schedule: NoiseSchedule, *, steps: int, offset
     return tuple(int(t) for t in ascending[::-1])
 
 
+def diffusers_timesteps(
+    spacing: str, schedule: NoiseSchedule, *, steps: int, offset: int
+) -> tuple[tuple[int, ...], int]:
+    """The timesteps that diffusers' DDIMScheduler visits, and the stride T // steps that it steps down by.
+
+    It takes the level `stride` below a timestep for that of the next, which it is not where `linspace` rounds, or
+    where the steps do not divide T. Raises PlanError for other spacings, and where indices repeat or go beyond T.
+    """
+    check_choice("spacing", spacing, ("leading", "trailing", "linspace"), error=PlanError)
+    num_timesteps = schedule.num_timesteps
+    steps = check_integer("steps", steps, low=1, high=num_timesteps, error=PlanError)
+    stride = num_timesteps // steps
+    # In floating point, as there: halves fall to either side.
+    places = {
+        "leading": np.arange(steps)[::-1] * float(stride) + offset,
+        "trailing": np.arange(num_timesteps, 0, -num_timesteps / steps).round() - 1,
+        "linspace": np.linspace(0, num_timesteps - 1, steps).round()[::-1],
+    }[spacing].astype(np.int64)
+    if len(places) != steps or not _is_valid(places[::-1], num_timesteps):
+        raise PlanError(
+            got=f"steps={steps} with {spacing} spacing, for which diffusers visits {places.tolist()!r:.200}",
+            expected=f"{steps} decreasing indices in [0, {num_timesteps - 1}]",
+            remedy="ask for another number of steps, or leave compatibility out",
+        )
+    return tuple(places.tolist()), stride
+
+
 @lru_cache
 def _largest_number_of_steps(spacing: str, schedule: NoiseSchedule, offset: int) -> int:
     num_timesteps = schedule.num_timesteps

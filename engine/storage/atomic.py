@@ -13,6 +13,7 @@ import fcntl
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -109,6 +110,19 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool) -> Iterator[Pa
             _remove(new)
             os.close(fd)
         _sync_names(folder, path)
+
+
+def check_writable(folder: str | os.PathLike[str], *, may_be_missing: bool = True) -> None:
+    """Raise StorageError where no file could be put into `folder`; before long work, whose result would be lost.
+
+    For one that is missing the nearest folder above it counts.
+    """
+    path = Path(folder).absolute()
+    with _storage_errors(path):
+        while may_be_missing and not os.path.lexists(path):
+            path = path.parent
+        with tempfile.TemporaryFile(dir=path):
+            pass
 
 
 def _claim(folder: int, make: Callable[[str], int]) -> tuple[str, int]:

@@ -31,6 +31,7 @@ def generate_key(private_path: Path, public_path: Path) -> None:
 
     Raises InputError where either name is taken, StorageError, and MissingDependencyError, and then writes neither.
     """
+    private_path, public_path = check_path("private_path", private_path), check_path("public_path", public_path)
     serialization = _serialization()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -48,7 +49,8 @@ def generate_key(private_path: Path, public_path: Path) -> None:
 
 def sign(data: bytes, private_key_path: Path) -> bytes:
     """The 64-byte signature of `data`. Raises InputError for a file without such a key, and MissingDependencyError."""
-    return _private_key(private_key_path).sign(_message(data))
+    message = _message(data)
+    return _private_key(private_key_path).sign(message)
 
 
 def verify(data: bytes, signature: bytes, public_key_path: Path) -> None:
@@ -56,6 +58,8 @@ def verify(data: bytes, signature: bytes, public_key_path: Path) -> None:
 
     Raises InputError for a file without such a key, and MissingDependencyError.
     """
+    _checked_bytes("signature", signature)
+    message = _message(data)
     key = _public_key(public_key_path)
     from cryptography.exceptions import InvalidSignature
 
@@ -66,7 +70,7 @@ def verify(data: bytes, signature: bytes, public_key_path: Path) -> None:
             remedy="sign the bundle with skipstep sign, or take it from a source that does",
         )
     try:
-        key.verify(signature, _message(data))
+        key.verify(signature, message)
     except InvalidSignature as error:
         raise SignatureError(
             got="a signature by another key, or of other bytes",
@@ -76,7 +80,15 @@ def verify(data: bytes, signature: bytes, public_key_path: Path) -> None:
 
 
 def _message(data: bytes) -> bytes:
-    return _DOMAIN + hashlib.sha256(data).digest()
+    return _DOMAIN + hashlib.sha256(_checked_bytes("data", data)).digest()
+
+
+def _checked_bytes(name: str, value: object) -> bytes:
+    if not isinstance(value, bytes):
+        raise InputError(
+            got=f"{name} of type {type(value).__name__}", expected="bytes", remedy=f"read {name} from its file"
+        )
+    return value
 
 
 def _private_key(path: Path) -> Ed25519PrivateKey:

@@ -88,7 +88,7 @@ Sha256 = Annotated[str, Matching("[0-9a-f]{64}", "64 hexadecimal digits")]
 def parse_json(data: bytes, where: str) -> Any:
     """The value in a file of that name. Raises BundleError, whatever the bytes."""
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+        return json.loads(data.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_distinct)
     except (ValueError, RecursionError, MemoryError) as error:
         raise malformed(where, f"no JSON ({error})") from error
 
@@ -96,7 +96,7 @@ def parse_json(data: bytes, where: str) -> Any:
 def read_json_object(path: Path, *, remedy: str) -> dict[str, Any]:
     """The JSON object in a file of a checkpoint, of which nothing else is checked. Raises ModelFormatError."""
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
+        contents = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct)
         problem = None if isinstance(contents, dict) else f"which holds a JSON {type(contents).__name__}"
     except OSError as error:
         contents, problem = None, f"which cannot be read ({error.strerror})"
@@ -104,6 +104,10 @@ def read_json_object(path: Path, *, remedy: str) -> dict[str, Any]:
         contents, problem = None, f"which is no JSON ({error})"
     if problem is not None:
         raise ModelFormatError(got=f"{path}, {problem}", expected="a file with a JSON object", remedy=remedy)
+    try:
+        _read_plain(contents, path.name, _MAX_DEPTH)
+    except BundleError as error:
+        raise ModelFormatError(got=error.got, expected="a configuration of moderate size", remedy=remedy) from error
     return contents  # type: ignore[no-any-return]
 
 
@@ -283,6 +287,13 @@ _SCALARS: Mapping[Any, Callable[[Any, str, Within | None], Any]] = {
     float: _read_number,
     bool: _read_boolean,
 }
+
+
+def _distinct(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(members)
+    if len(found) != len(members):
+        raise ValueError("a name that occurs twice in one object")  # Readers differ in which of the two they take.
+    return found
 
 
 def _no_constant(name: str) -> NoReturn:

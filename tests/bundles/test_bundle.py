@@ -112,7 +112,7 @@ def test_whole_loops_for_other_hosts(engine, tmp_path):
         assert (entry.form, entry.guided) == ("loop", True)
         if plan.adds_noise:
             continue
-        session = onnxruntime.InferenceSession(bundle.read_graph(entry.file), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(bundle.read(entry.file), providers=["CPUExecutionProvider"])
         expected = engine.sample(plan=plan, x_T=x_T, class_labels=[0, 2, 1], guidance_scale=2.0)
         [drawn] = session.run(["x_0"], given)
         np.testing.assert_allclose(drawn, expected, rtol=0, atol=BATCH_INVARIANCE)

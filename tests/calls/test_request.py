@@ -96,7 +96,7 @@ def with_nan():
         (PLAIN, {"x_T": LATENTS.astype(np.int64)}, "dtype int64"),
         (PLAIN, {"x_T": torch.zeros(2, 1, 4, 4, dtype=torch.int32)}, "dtype int32"),
         (PLAIN, {"x_T": LATENTS.tolist()}, "type list"),
-        (PLAIN, {"x_T": torch.zeros(2, 1, 4, 4, device="meta")}, "x_T on meta"),
+        (PLAIN, {"x_T": torch.zeros(2, 1, 4, 4, device="meta")}, "a tensor on meta"),
         (PLAIN, {"x_T": with_nan()}, "samples [1]"),
     ],
 )

@@ -84,7 +84,7 @@ def test_a_signature_no_longer_fits_and_that_is_said(bundle, capsys, tmp_path):
     ("arguments", "said"),
     [
         (("--steps", "7"), "PlanNotFoundError"),
-        (("--batch", "1000"), "batch size=1000"),
+        (("--batch", "1000"), "batch_sizes=1000"),
         (("--repeats", "1"), "repeats=1"),
         (("--seconds", "0"), "max_seconds=0.0"),
     ],

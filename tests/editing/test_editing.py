@@ -213,7 +213,7 @@ IMAGES = np.zeros((2, 1, 3, 5), np.float32)
         ("edit", {"images": IMAGES, "steps": 6, "strength": 0.5, "method": "paint"}, "paint"),
         ("edit", {"images": IMAGES, "steps": 6, "strength": 0.5, "seeds": 1, "source_labels": 1}, "source_labels"),
         ("interpolate", {"a": 1, "b": 2, "n": 1, "steps": 6}, "n=1"),
-        ("interpolate", {"a": -1, "b": 2, "n": 3, "steps": 6}, "seeds=-1"),
+        ("interpolate", {"a": -1, "b": 2, "n": 3, "steps": 6}, "seed=-1"),
         ("interpolate", {"a": 1, "b": np.zeros((1, 3, 5), np.float32), "n": 3, "steps": 6}, "lengths"),
         ("interpolate", {"a": 1, "b": np.ones((1, 3, 4), np.float32), "n": 3, "steps": 6}, "shape"),
     ],

@@ -16,7 +16,9 @@ from skipstep.bundles.bundle import open_bundle
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.errors import BundleError, IntegrityError
 from skipstep.export.bundle_rewriter import add_calibration
-from skipstep.export.bundle_writer import BundleRequest, write_bundle
+from skipstep.export.bundle_writer import write_bundle
+from skipstep.export.request import BundleRequest
+from skipstep.export.targets import Targets
 from skipstep.latency.calibration import FILE_NAME, Calibration, Latency, RunKind, read_calibrations
 from skipstep.latency.identity import device_identity
 
@@ -122,7 +124,7 @@ def test_damaged_latencies_are_not_loaded(bundle):
 def test_an_engine_is_saved_with_what_was_measured_of_it(engine, saved, tmp_path):
     extra = Calibration(HERE, {**measured(saved).latencies, RunKind("f" * 16, 1, False): LATENCY})
     request = BundleRequest(name="tiny", license="MIT", calibration=extra)
-    write_bundle(engine, engine.source.partition(), tmp_path / "bundle", request, open_again=load)
+    write_bundle(engine, engine.source.partition(), tmp_path / "bundle", request, Targets(), open_again=load)
     loaded = load(tmp_path / "bundle")
     assert loaded.calibration == measured(saved)
     np.testing.assert_array_equal(loaded.sample(steps=2, seeds=1), engine.sample(steps=2, seeds=1))

@@ -151,8 +151,8 @@ def test_time_that_is_short_is_shared():
         ({"repeats": 10.0}, "repeats"),
         ({"max_seconds": 0}, "max_seconds"),
         ({"max_seconds": float("nan")}, "max_seconds"),
-        ({"batch_sizes": [5]}, "batch size=5"),
-        ({"batch_sizes": [0]}, "batch size=0"),
+        ({"batch_sizes": [5]}, "batch_sizes=5"),
+        ({"batch_sizes": [0]}, "batch_sizes=0"),
         ({"batch_sizes": []}, "no batch sizes"),
         ({"plans": []}, "no plans"),
     ],
@@ -164,7 +164,7 @@ def test_what_cannot_be_measured_is_refused(options, said):
 
 def test_a_loop_of_fixed_batch_sizes_is_measured_at_these_alone(monkeypatch):
     monkeypatch.setattr(HostLoop, "any_batch", False)
-    with pytest.raises(InputError, match="batch size=3"):
+    with pytest.raises(InputError, match="batch_sizes=3"):
         calibrate(build(Curve()), CPU, batch_sizes=[3])
 
 
@@ -181,5 +181,5 @@ def test_a_network_that_breaks_is_reported():
 def test_an_engine_of_any_batch_size_is_measured_at_each():
     engine = build(Curve(), backend="onnxruntime", batch_sizes=[4], plans=[Plan(schedule=SCHEDULE, steps=2)])
     assert calibrate(engine, CPU, repeats=3, batch_sizes=[1, 3]).batch_sizes == (1, 3)
-    with pytest.raises(InputError, match="batch size=5"):
+    with pytest.raises(InputError, match="batch_sizes=5"):
         calibrate(engine, CPU, batch_sizes=[5])

@@ -72,7 +72,7 @@ def test_is_immutable_and_does_not_share_memory_with_its_source():
         (lambda: NoiseSchedule.linear(0), "num_timesteps=0"),
         (lambda: NoiseSchedule.linear(True), "num_timesteps=True"),
         (lambda: NoiseSchedule.cosine(10.5), "num_timesteps=10.5"),
-        (lambda: NoiseSchedule.linear(10, beta_start=-0.1), "betas between"),
+        (lambda: NoiseSchedule.linear(10, beta_start=-0.1), "beta_start=-0.1"),
         (lambda: NoiseSchedule.scaled_linear(10, beta_start=-0.1), "beta_start=-0.1"),
         (lambda: NoiseSchedule.from_betas([0.1, 1.0]), "betas between"),
         (lambda: NoiseSchedule.from_betas([]), "shape"),

@@ -74,7 +74,7 @@ def test_every_key_of_a_supported_scheduler_is_known():
         ({"num_train_timesteps": True}, "num_train_timesteps=True"),
         ({"beta_start": -0.1}, "beta_start=-0.1"),
         ({"beta_end": float("nan")}, "beta_end=nan"),
-        ({"beta_end": 3.0}, "betas between"),
+        ({"beta_end": 3.0}, "beta_end=3.0"),
         ({"trained_betas": [0.1, 0.2]}, "2 trained_betas"),
         ({"trained_betas": "many"}, "trained_betas='many'"),
         ({"clip_sample": "yes"}, "clip_sample='yes'"),

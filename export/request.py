@@ -1,0 +1,58 @@
+"""What is asked of a bundle's writer, and everything about it that can be wrong before the network is looked at."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from skipstep.bundles.bundle import is_bundle
+from skipstep.errors import InputError, StorageError, check_choice, check_flag, check_path, check_text
+from skipstep.export.targets import Targets
+from skipstep.latency.calibration import Calibration
+from skipstep.storage.atomic import check_writable
+
+PRECISIONS = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class BundleRequest:
+    """The options of Engine.save. `calibration` is what was measured of the engine, if anything."""
+
+    name: str
+    license: str
+    targets: Iterable[str] = ("cpu",)
+    precision: str = "float32"
+    overwrite: bool = False
+    sign_key: str | os.PathLike[str] | None = None
+    calibration: Calibration | None = None
+
+
+def check_request(path: str | os.PathLike[str], request: BundleRequest) -> Targets:
+    """Everything about a request that can be wrong without looking at the engine; its targets. Raises InputError and
+    StorageError."""
+    check_path("path", path)
+    remedy = "use float16 for GPUs, unless the network overflows in it"
+    check_choice("precision", request.precision, PRECISIONS, remedy=remedy)
+    check_flag("overwrite", request.overwrite)
+    check_text("name", request.name)
+    targets = Targets.parse(request.targets)
+    if request.sign_key is not None:
+        from skipstep.storage.signature import sign
+
+        sign(b"", request.sign_key)
+    if not check_text("license", request.license).strip():
+        raise InputError(
+            got="no licence of the weights",
+            expected="an SPDX expression, or the terms in words",
+            remedy="pass license='Apache-2.0', or what the weights came with",
+        )
+    check_writable(Path(path).absolute().parent, may_be_missing=False)
+    if Path(path).exists() and not (request.overwrite and is_bundle(path)):
+        raise StorageError(
+            got=f"something at {path} already",
+            expected="a free name" + (", or a bundle to replace" if request.overwrite else ""),
+            remedy="choose another name" + ("" if request.overwrite else ", or allow a bundle to be overwritten"),
+        )
+    return targets

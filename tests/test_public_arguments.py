@@ -1,0 +1,223 @@
+"""Every public parameter of every public function, with values that belong nowhere.
+
+The outcome is a result or an error of skipstep.errors; no argument is changed, and no result shares memory with one.
+What is public is found by introspection: a function or parameter that is added is walked, or this module fails.
+"""
+
+import inspect
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from engines import build
+from hostile_values import hostile_values
+from tiny_networks import Labelled
+
+import skipstep
+from skipstep import Engine, NoiseSchedule, Plan
+from skipstep.building import BuildOptions
+from skipstep.calls.images import to_pil
+from skipstep.calls.request import Conditions
+from skipstep.editing.interpolation import slerp, slerp_grid
+from skipstep.errors import SkipstepError
+from skipstep.loading import LoadOptions
+from skipstep.loops.runner import SampleArguments
+from skipstep.networks.spec import NetworkSpec
+from skipstep.plans.scheduler_config import read_scheduler_config
+from skipstep.storage.signature import generate_key, sign, verify
+
+SHAPE = (2, 1, 4, 4)
+SCHEDULE = NoiseSchedule.linear(1000)
+PLAN = Plan(schedule=SCHEDULE, steps=3)
+BUNDLE = skipstep.__path__[0] + "/demo/fashion-mnist.bundle"
+IMAGES = np.full(SHAPE, 0.25, np.float32)
+NOISE = np.random.default_rng(0).standard_normal(SHAPE, np.float32)
+# Longer than any of these calls takes on a busy machine: a hang, or work that should have been refused.
+SECONDS = 20.0
+
+# Functions beside those of the package itself that its pages tell users to call.
+FURTHER = (NetworkSpec, slerp, slerp_grid, to_pil, read_scheduler_config, generate_key, sign, verify)
+# A keyword dictionary's names, by its type's name.
+KEYWORDS = {each.__name__: each for each in (Conditions, SampleArguments, BuildOptions, LoadOptions)}
+
+# Arguments with which a call succeeds, for each function that is walked. What is missing has its default.
+CALLS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "Engine": lambda path: {"compiled": None},
+    "Engine.build": lambda path: {
+        "model": Labelled(),
+        "plans": [3],
+        "schedule": SCHEDULE,
+        "sample_shape": (1, 4, 4),
+        "num_classes": 4,
+        "null_label": 3,
+        "backend": "torch",
+        "device": "cpu",
+    },
+    "Engine.sample": lambda path: {"steps": 3, "seeds": [1, 2], "class_labels": 1},
+    "Engine.sample_async": lambda path: {"steps": 3, "seeds": [1, 2], "class_labels": 1},
+    "Engine.edit": lambda path: {"images": IMAGES, "steps": 3, "strength": 0.6, "seeds": [1, 2], "class_labels": 1},
+    "Engine.invert": lambda path: {"images": IMAGES, "steps": 3, "class_labels": 1},
+    "Engine.reconstruct": lambda path: {"images": IMAGES, "steps": 3, "class_labels": 1},
+    "Engine.interpolate": lambda path: {"a": 1, "b": 2, "n": 3, "steps": 3, "class_labels": 1},
+    "Engine.interpolate_grid": lambda path: {
+        "corners": [1, 2, 3, 4],
+        "rows": 2,
+        "columns": 2,
+        "steps": 3,
+        "class_labels": 1,
+    },
+    "Engine.calibrate": lambda path: {"repeats": 3, "max_seconds": 0.01},
+    "Engine.autotune": lambda path: {},
+    "Engine.describe": lambda path: {},
+    "Engine.save": lambda path: {"path": path, "license": "none"},  # The folder is there already: nothing is written.
+    "Engine.add_plan": lambda path: {"plan": 5},
+    "Engine.select_plan": lambda path: {"steps": 3},
+    "Engine.split": lambda path: {"num_samples": 3},
+    "Engine.prepare": lambda path: {},
+    "Engine.identity": lambda path: {},
+    "NoiseSchedule": lambda path: {"alpha_bar": [0.9, 0.5]},
+    "NoiseSchedule.linear": lambda path: {},
+    "NoiseSchedule.scaled_linear": lambda path: {},
+    "NoiseSchedule.cosine": lambda path: {},
+    "NoiseSchedule.sigmoid": lambda path: {},
+    "NoiseSchedule.from_betas": lambda path: {"betas": [0.1, 0.2]},
+    "NoiseSchedule.from_alphas_cumprod": lambda path: {"alphas_cumprod": [0.9, 0.5]},
+    "NoiseSchedule.from_diffusers": lambda path: {"config": {}},
+    "NoiseSchedule.timestep_at": lambda path: {"alpha_bar": 0.5},
+    "NoiseSchedule.rescaled_to_zero_terminal_snr": lambda path: {},
+    "Plan": lambda path: {"schedule": SCHEDULE, "steps": 3},
+    "Plan.inverted": lambda path: {},
+    "Plan.started_at": lambda path: {"step": 1},
+    "Plan.options": lambda path: {},
+    "Plan.with_tables": lambda path: {
+        "coefficients": PLAN.coefficients,
+        "evaluation_timesteps": PLAN.evaluation_timesteps,
+    },
+    "load": lambda path: {"path": BUNDLE, "allow_hard_links": True, "num_threads": 1},
+    "NetworkSpec": lambda path: {"sample_shape": (1, 4, 4)},
+    "NetworkSpec.of_module": lambda path: {"module": Labelled(), "sample_shape": (1, 4, 4)},
+    "slerp": lambda path: {"a": NOISE[0], "b": NOISE[1], "weights": [0.0, 1.0]},
+    "slerp_grid": lambda path: {"corners": [*NOISE, *NOISE[::-1]], "rows": 2, "columns": 2},
+    "to_pil": lambda path: {"samples": IMAGES},
+    "read_scheduler_config": lambda path: {"source": {}},
+    "generate_key": lambda path: {"private_path": path / "private.pem", "public_path": path / "public.pem"},
+    "sign": lambda path: {"data": b"data", "private_key_path": path / "missing.pem"},
+    "verify": lambda path: {"data": b"data", "signature": bytes(64), "public_key_path": path / "missing.pem"},
+}
+# Called with an engine or a plan; those that end the engine are not walked, and have no parameters.
+BOUND: dict[str, Any] = {"Plan": PLAN, "NoiseSchedule": SCHEDULE}
+NOT_WALKED = {"Engine.close"}
+
+
+def _functions() -> Iterator[tuple[str, Any]]:
+    homes = [getattr(skipstep, name) for name in skipstep.__all__ if not name.startswith("__")]
+    for each in (*homes, *FURTHER):
+        yield each.__name__, each
+        if inspect.isclass(each):
+            for name, member in vars(each).items():
+                if not name.startswith("_") and callable(getattr(each, name)) and not inspect.isclass(member):
+                    yield f"{each.__name__}.{name}", getattr(each, name)
+
+
+FUNCTIONS = dict(_functions())
+
+
+def _parameters(function: Any) -> list[str]:
+    names = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            kind = str(parameter.annotation).removeprefix("Unpack[").removesuffix("]")
+            names += get_type_hints(KEYWORDS[kind]).keys()
+        else:
+            names.append(name)
+    return [name for name in names if name not in ("self", "engine", "cls")]
+
+
+def _contents(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tobytes(), value.shape, value.dtype
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested:
+        held = value.detach().resolve_conj().resolve_neg()
+        return (
+            "meta" if held.is_meta else held.clone().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        ), held.shape
+    return repr(value)[:200] if isinstance(value, list | dict | set | bytearray) else None
+
+
+def _shares_memory(result: Any, value: Any) -> bool:
+    results = result if isinstance(result, tuple) else (result,)
+    held = value.detach() if isinstance(value, torch.Tensor) else value
+    if isinstance(held, torch.Tensor):
+        plain = held.layout is torch.strided and not (held.is_nested or held.is_meta or held.is_quantized)
+        if not plain or not held.numel() or not held.is_contiguous():
+            return False
+        held = np.empty(0) if held.is_conj() or held.is_neg() else held.view(-1)[:1].view(torch.uint8).numpy()
+    return isinstance(held, np.ndarray) and any(
+        isinstance(r, np.ndarray) and np.shares_memory(r, held) for r in results
+    )
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    made = build(
+        Labelled(),
+        sample_shape=(1, 4, 4),
+        schedule=SCHEDULE,
+        plans=[3],
+        batch_sizes=[1, 2],
+        num_classes=4,
+        null_label=3,
+    )
+    yield made
+    made.close()
+
+
+def test_all_that_is_public_is_walked():
+    assert FUNCTIONS.keys() == CALLS.keys() | NOT_WALKED
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.timeout(600)
+def test_a_result_or_an_error_of_ours(
+    name: str, engine: Engine, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    function = FUNCTIONS[name]
+    first = next(iter(inspect.signature(function).parameters), None)
+    bound = {"engine": engine, "self": BOUND.get(name.split(".")[0], engine)}.get(str(first))
+    failures, num_cases = [], 0
+    seen: list[str] = []
+    monkeypatch.setattr(threading, "excepthook", lambda given: seen.append(f"a thread raised {given.exc_value!r}"))
+    for parameter in _parameters(function):
+        for described, make in hostile_values(SHAPE).items():
+            if parameter in ("callback", "progress") and callable(make()):
+                continue  # What the caller's own function raises is the caller's.
+            arguments = {**CALLS[name](tmp_path), parameter: make()}
+            value = arguments[parameter]
+            before, started = _contents(value), time.perf_counter()
+            where = f"{name}({parameter}={described})"
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error", RuntimeWarning)
+                    result = function(**arguments) if bound is None else function(bound, **arguments)
+                    result = result.result() if name == "Engine.sample_async" else result
+                if isinstance(result, Engine):
+                    result.close()
+                if parameter != "out" and _shares_memory(result, value):
+                    failures.append(f"{where}: the result shares the argument's memory")
+            except SkipstepError as error:
+                if not (error.got and error.expected and error.remedy):
+                    failures.append(f"{where}: {error!r}")
+            except BaseException as error:  # Whatever it is, it is not one of ours.
+                failures.append(f"{where}: {type(error).__name__}: {error!s:.120}")
+            if parameter != "out" and _contents(value) != before:
+                failures.append(f"{where}: the argument was changed")
+            if time.perf_counter() - started > SECONDS:
+                failures.append(f"{where}: took {time.perf_counter() - started:.0f} s")
+            num_cases += 1
+    assert not failures + seen, f"{len(failures)} of {num_cases}:\n" + "\n".join(failures + seen)
