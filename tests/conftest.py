@@ -32,6 +32,13 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("quick" if "not slow" in config.option.markexpr else "all")
 
 
+def pytest_sessionfinish(exitstatus: int) -> None:
+    if "SKIPSTEP_ATTACKS" in os.environ and exitstatus == 0:
+        from attack_count import write_counts
+
+        write_counts()
+
+
 # Before pytest's own hook, which selects by markers.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 import numpy as np
 import pytest
 import torch
+from attack_count import tried
 from engines import build
 from hostile_values import hostile_values
 from tiny_networks import Labelled
@@ -220,4 +221,5 @@ def test_a_result_or_an_error_of_ours(
             if time.perf_counter() - started > SECONDS:
                 failures.append(f"{where}: took {time.perf_counter() - started:.0f} s")
             num_cases += 1
+            tried("arguments of public functions, each parameter with each hostile value")
     assert not failures + seen, f"{len(failures)} of {num_cases}:\n" + "\n".join(failures + seen)

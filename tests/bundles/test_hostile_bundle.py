@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from attack_count import tried
 from engines import build
 from hostile_json import FUZZ, fuzz, rewrite
 from hypothesis import given
@@ -222,6 +223,7 @@ def parsed(saved):
 @given(data=st.data())
 @fuzz(FUZZ)
 def test_any_tables_are_read_or_refused(parsed, data):
+    tried("tables with up to three arrays changed, whose hashes match")
     manifest, arrays = parsed
     changed = dict(arrays)
     for name in data.draw(st.lists(st.sampled_from(sorted(arrays)), max_size=3)):
@@ -254,6 +256,7 @@ SIDES = st.one_of(st.integers(0, 5), st.sampled_from(["batch", "n"]))
 @fuzz(FUZZ)
 def test_any_inputs_of_a_graph_are_computed_or_refused(data):
     """Step networks with random inputs, outputs and tables, whose hashes would match."""
+    tried("ONNX graphs with random inputs, outputs and step inputs")
     spec = NetworkSpec(SHAPE)
     kind = data.draw(st.sampled_from(TYPES))
     shape = data.draw(st.one_of(st.just(["batch", *SHAPE]), st.lists(SIDES, max_size=4)))

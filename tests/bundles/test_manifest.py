@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from attack_count import tried
 from hostile_json import FUZZ, KEY, changed, check_read_or_refused, fuzz, random_changes
 from hypothesis import given
 from hypothesis import strategies as st
@@ -141,6 +142,7 @@ def test_other_bytes_are_no_manifest(data):
 @given(random_changes(contents()))
 @fuzz(FUZZ)
 def test_any_change_is_read_or_refused(data):
+    tried("manifests with up to three values replaced, removed or added")
     """Random values anywhere in a good manifest: a manifest is returned, or a BundleError raised."""
     check_read_or_refused(data, parse_manifest, Manifest.to_json)
 
@@ -148,6 +150,7 @@ def test_any_change_is_read_or_refused(data):
 @given(st.lists(st.tuples(st.integers(0, len(a_manifest().to_json()) - 1), st.binary(max_size=3)), max_size=4))
 @fuzz(FUZZ)
 def test_any_bytes_are_read_or_refused(edits):
+    tried("manifests with up to four runs of bytes replaced")
     data = bytearray(a_manifest().to_json())
     for at, piece in edits:
         data[at : at + len(piece) or 1] = piece

@@ -6,6 +6,7 @@ import shutil
 import time
 
 import pytest
+from attack_count import tried
 
 from skipstep import Engine, NoiseSchedule
 from skipstep.demo import SHIPPED_MODEL
@@ -75,6 +76,7 @@ def test_a_network(folder, key):
         config.write_text(original)
         change(config, **{key: value})
         started = time.perf_counter()
+        tried("configurations of a network and a scheduler")
         with contextlib.suppress(SkipstepError):
             build(folder)
         assert time.perf_counter() - started < 10, (key, value)
@@ -89,6 +91,7 @@ def test_a_scheduler(folder, key):
         change(config, **{key: value})
         for read in (read_scheduler_config, lambda file: NoiseSchedule.from_diffusers(json.loads(file.read_text()))):
             started = time.perf_counter()
+            tried("configurations of a network and a scheduler")
             with contextlib.suppress(SkipstepError):
                 read(config)
             assert time.perf_counter() - started < 2, (key, value)

@@ -44,6 +44,16 @@ def test_no_bit_of_a_signature_may_change(keys, bit):
         verify(DATA, bytes(signature), public)
 
 
+def test_a_signature_has_one_form(keys):
+    """S and S + L mean the same to the equation: only the smaller may verify, or a signature would not be unique."""
+    private, public = keys
+    signature = sign(b"data", private)
+    order = 2**252 + 27742317777372353535851937790883648493
+    shifted = int.from_bytes(signature[32:], "little") + order
+    with pytest.raises(SignatureError):
+        verify(b"data", signature[:32] + shifted.to_bytes(32, "little"), public)
+
+
 def test_other_bytes_and_other_keys_do_not_verify(keys, tmp_path):
     private, public = keys
     signature = sign(DATA, private)
