@@ -42,8 +42,8 @@ def sampling_table(results: Path) -> str:
             )
     header = ["network", "batch", "textbook, ms", "diffusers, ms", "ours, ms", "against textbook", "against diffusers"]
     return markdown([*header, "outside the network"], rows) + (
-        f"\n\n{STEPS} steps a call, medians of whole calls; ratios are medians over rounds, each to the textbook loop in "
-        f"the same round. {_where(runs)}."
+        f"\n\n{STEPS} steps a call, medians of whole calls; ratios are medians over rounds, each to the textbook loop "
+        f"in the same round. {_where(runs)}."
     )
 
 
