@@ -169,7 +169,13 @@ def build_network(
     form = resolve_form(loop, device=resolved.type)
     _check_options(precision, resolved.type, chosen.name, compile_network, require_captured)
     source = read_model(model, checkpoint, network)
-    held = PlanSet(source.spec, plans, defaults=defaults, compile_on_miss=request.compile_on_miss)
+    held = PlanSet(
+        source.spec,
+        plans,
+        defaults=defaults,
+        compile_on_miss=request.compile_on_miss,
+        network_digest=source.digest,
+    )
     lifecycle = Lifecycle()
     cuda = None
     if resolved.type == "cuda":

@@ -163,7 +163,13 @@ def _network_of(
             raise failure
     return CompiledNetwork(
         source,
-        PlanSet(manifest.network, plans, defaults=default_options(manifest, arrays), compile_on_miss=compile_on_miss),
+        PlanSet(
+            manifest.network,
+            plans,
+            defaults=default_options(manifest, arrays),
+            compile_on_miss=compile_on_miss,
+            network_digest=manifest.digest,
+        ),
         BatchRunner(made, manifest.network, manifest.batch_sizes, lifecycle),
         backend.name,
         precision,

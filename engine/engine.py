@@ -22,6 +22,7 @@ from skipstep.calls.request import MAX_SAMPLES, Conditions, SampleRequest, resol
 from skipstep.calls.trajectory import Callback, Progress, Trajectory
 from skipstep.editing import edit as editing
 from skipstep.errors import EngineStateError, InputError, check_callable, check_integer
+from skipstep.fitting import tune as fitting
 from skipstep.latency import tuning
 from skipstep.latency.calibration import Calibration, stored_calibration
 from skipstep.latency.description import describe
@@ -53,6 +54,7 @@ class Engine:
     interpolate_grid = editing.interpolate_grid
     calibrate = tuning.calibrate
     autotune = tuning.autotune
+    tune = fitting.tune
     describe = describe
     save = save
 
@@ -128,9 +130,13 @@ class Engine:
         """On a GPU: how each structure of plans runs, why a faster form was not possible, and what it takes."""
         return self.runner.loop.reports
 
-    def add_plan(self, plan: int | Plan, *, eta: float = 0.0) -> Plan:
-        """Hold one more plan and return it; `eta` is that of a step count. Raises PlanError where it does not fit."""
-        return self.plans.add(plan, eta=eta)
+    def add_plan(self, plan: int | Plan, *, eta: float = 0.0, allow_mismatch: bool = False) -> Plan:
+        """Hold one more plan and return it; `eta` is that of a step count. Raises PlanError where it does not fit.
+
+        A plan that was fitted to another network is refused, and so are calls whose guidance scale is far from that of
+        the fit, unless `allow_mismatch`.
+        """
+        return self.plans.add(plan, eta=eta, allow_mismatch=allow_mismatch)
 
     def select_plan(self, *, steps: int | None = None, plan: Plan | None = None) -> Plan:
         """The held plan with that step count, or the given one. Raises PlanNotFoundError, listing what is held."""
@@ -293,6 +299,7 @@ class Engine:
             device=self.device,
             **conditions,
         )
+        self.plans.check_guidance(plans, request.guidance)
         shape = (request.num_samples, *self.network.sample_shape)
         if out is None:
             new = self.runner.loop.new_samples(shape) if output_type == "pt" else np.empty(shape, np.float32)

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from safetensors.numpy import save as save_arrays
+
+from skipstep.backends.onnxruntime import EarlyGraphs
 from skipstep.bundles.bundle import Bundle, open_bundle
-from skipstep.bundles.manifest import FILE_NAME, Manifest
+from skipstep.bundles.manifest import FILE_NAME, Manifest, PlanEntry
+from skipstep.bundles.tables import plan_arrays, read_plans
+from skipstep.calls.conditioning import distinct
 from skipstep.errors import BundleError
 from skipstep.export.bundle_files import BundleFiles
 from skipstep.latency.calibration import FILE_NAME as CALIBRATION_NAME
 from skipstep.latency.calibration import Calibration, matching, read_calibrations, write_calibrations
+from skipstep.plans.plan import Plan
 from skipstep.storage.atomic import atomic_folder
 
 
@@ -47,14 +53,8 @@ def add_calibration(
     manifest whose engine was measured. Raises BundleError if another network has taken its place since, or if the
     stored latencies cannot be read; IntegrityError, SignatureError, StorageError.
     """
-    bundle = open_bundle(path, require_signature=require_signature)
+    bundle = _same_network(path, digest, require_signature)
     manifest = bundle.manifest
-    if manifest.digest != digest:
-        raise BundleError(
-            got=f"{path} with the network {manifest.digest[:12]}",
-            expected=f"{digest[:12]}, which was measured",
-            remedy="calibrate the bundle again: it was replaced meanwhile",
-        )
     name = manifest.calibration or CALIBRATION_NAME
     held = read_calibrations(bundle.read(name)) if manifest.calibration is not None else ()
     earlier = matching(held, calibration.identity)
@@ -63,3 +63,52 @@ def add_calibration(
     changed = dataclasses.replace(manifest, calibration=name)
     rewrite_bundle(bundle, changed, {name: write_calibrations([*others, whole])})
     return whole
+
+
+def add_plans(
+    path: str | os.PathLike[str],
+    plans: Sequence[Plan],
+    *,
+    digest: str,
+    require_signature: str | os.PathLike[str] | None = None,
+) -> list[Plan]:
+    """Store plans of a bundle's own schedules in the bundle; returns those that it did not hold.
+
+    `digest` is that of the manifest whose network they are for. Raises as `add_calibration`, and BundleError for a plan
+    of another schedule.
+    """
+    bundle = _same_network(path, digest, require_signature)
+    manifest, held = bundle.manifest, {plan.key for plan in bundle.manifest.plans}
+    arrays = dict(bundle.read_arrays(manifest.tables))
+    numbers = {
+        plan.schedule: entry.schedule for plan, entry in zip(read_plans(manifest, arrays), manifest.plans, strict=True)
+    }
+    graphs = {
+        part: bundle.read_graph(name) for part, name in manifest.graphs.items() if part in ("plan", "prompt", "call")
+    }
+    early = EarlyGraphs(graphs, manifest.network)
+    new = [plan for plan in dict.fromkeys(plans) if plan.key not in held]
+    for plan in new:
+        if plan.schedule not in numbers:
+            raise BundleError(
+                got=f"{plan!r} of a schedule that {path} does not hold",
+                expected="the schedule of one of its plans",
+                remedy="export the model again with this plan",
+            )
+        arrays |= plan_arrays(plan, early.tables_at(distinct(plan.evaluation_timesteps)[0]))
+    if new:
+        entries = [PlanEntry(plan.key, numbers[plan.schedule], plan.options()) for plan in new]
+        changed = dataclasses.replace(manifest, plans=(*manifest.plans, *entries))
+        rewrite_bundle(bundle, changed, {manifest.tables: save_arrays(arrays)})
+    return new
+
+
+def _same_network(path: str | os.PathLike[str], digest: str, key: str | os.PathLike[str] | None) -> Bundle:
+    bundle = open_bundle(path, require_signature=key)
+    if bundle.manifest.digest != digest:
+        raise BundleError(
+            got=f"{path} with the network {bundle.manifest.digest[:12]}",
+            expected=f"{digest[:12]}, which was measured",
+            remedy="repeat the command: the bundle was replaced meanwhile",
+        )
+    return bundle

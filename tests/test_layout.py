@@ -36,6 +36,7 @@ ROOMS = (
     "edge",
     "latency",
     "editing",
+    "fitting",
     "bundles",
     "export",
     "engine",

@@ -28,10 +28,17 @@ def write_tables(schedules: Iterable[NoiseSchedule], plans: Iterable[tuple[Plan,
 
     arrays: dict[str, NDArray[Any]] = {f"schedule/{i}": each.alpha_bar for i, each in enumerate(schedules)}
     for plan, values in plans:
-        arrays[f"{plan.key}/coefficients"] = plan.coefficients
-        arrays[f"{plan.key}/timesteps"] = plan.evaluation_timesteps
-        arrays |= {f"{plan.key}/values/{name}": array for name, array in values.items()}
+        arrays |= plan_arrays(plan, values)
     return save(arrays)
+
+
+def plan_arrays(plan: Plan, values: Arrays) -> dict[str, NDArray[Any]]:
+    """What the file holds of one plan, with its step inputs."""
+    return {
+        f"{plan.key}/coefficients": plan.coefficients,
+        f"{plan.key}/timesteps": plan.evaluation_timesteps,
+        **{f"{plan.key}/values/{name}": array for name, array in values.items()},
+    }
 
 
 def read_plans(manifest: Manifest, arrays: Arrays) -> list[Plan]:

@@ -6,8 +6,9 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from skipstep.errors import InputError, PlanError, PlanNotFoundError, check_integer, shown
+from skipstep.errors import InputError, PlanError, PlanNotFoundError, check_flag, check_integer, shown
 from skipstep.networks.spec import NetworkSpec, check_plan_fits
+from skipstep.plans.fit import Fit, check_fit, check_guidance
 from skipstep.plans.plan import Plan
 
 
@@ -34,7 +35,8 @@ def make_plan(plan: int | Plan, defaults: Mapping[str, Any], *, eta: float = 0.0
 class PlanSet(Mapping[str, Plan]):
     """Plans by key, made for `network`. `defaults` are the options of a plan that is requested by step count.
 
-    `compile_on_miss`: a plan that is requested and not held is added, instead of being an error.
+    `compile_on_miss`: a plan that is requested and not held is added, instead of being an error. `network_digest`:
+    sha256 of what the network is, None where nobody knows it; plans that were fitted to another are refused.
     """
 
     def __init__(
@@ -44,8 +46,14 @@ class PlanSet(Mapping[str, Plan]):
         *,
         defaults: Mapping[str, Any],
         compile_on_miss: bool = False,
+        network_digest: str | None = None,
     ) -> None:
+        plans = list(plans)
         self._network = network
+        self.network_digest = network_digest
+        # Networks that plans may be fitted to. What came together belongs together.
+        self._fitted_to = {network_digest, *(plan.fit.network for plan in plans if isinstance(plan.fit, Fit))}
+        self._mismatched: frozenset[str] = frozenset()
         # Replaced, never changed: a caller who goes through the plans is not disturbed by one who adds a plan.
         self._plans: dict[str, Plan] = {}
         self._adding = threading.Lock()
@@ -63,11 +71,17 @@ class PlanSet(Mapping[str, Plan]):
     def __len__(self) -> int:
         return len(self._plans)
 
-    def add(self, plan: int | Plan, *, eta: float = 0.0) -> Plan:
-        """Hold one more plan and return it; `eta` is that of a step count. Raises PlanError where it does not fit."""
+    def add(self, plan: int | Plan, *, eta: float = 0.0, allow_mismatch: bool = False) -> Plan:
+        """Hold one more plan and return it; `eta` is that of a step count. Raises PlanError where it does not fit.
+
+        `allow_mismatch`: a plan that was fitted to another network, or at another guidance scale, is used all the same.
+        """
         plan = make_plan(plan, self.defaults, eta=eta)
         check_plan_fits(plan, self._network)
+        if not check_flag("allow_mismatch", allow_mismatch) and self.network_digest is not None:
+            check_fit(plan.fit, networks=self._fitted_to)
         with self._adding:
+            self._mismatched = self._mismatched | {plan.key} if allow_mismatch else self._mismatched - {plan.key}
             self._plans = {**self._plans, plan.key: plan}
         return plan
 
@@ -112,6 +126,12 @@ class PlanSet(Mapping[str, Plan]):
                 )
             return [self.select(plan=each) for each in plan]
         return [self.select(steps=steps, plan=plan)]
+
+    def check_guidance(self, plans: Sequence[Plan], scales: Any) -> None:
+        """Raise InputError where a call's guidance is far from that of a plan's fit."""
+        for plan in plans:
+            if plan.key not in self._mismatched:
+                check_guidance(plan.fit, scales)
 
     def _miss(self, got: str) -> PlanNotFoundError:
         return PlanNotFoundError(

@@ -22,6 +22,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "verify": "check a bundle's files and signature, and draw its golden samples",
     "build": "build TensorRT engines for this machine's GPU from a bundle",
     "calibrate": "measure how long a bundle's plans take on this machine, and store that in the bundle",
+    "tune": "fit plans of few steps to a bundle's network, and store those that are better in it",
     "keygen": "make a pair of keys to sign bundles with",
     "sign": "sign a bundle's manifest",
     "cache": "list or clear the cache of built artefacts",

@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
     check_writable(options.out)
     started = time.perf_counter()
     engine = open_engine(options, batch_sizes=sorted({1, min(len(seeds), 16)}))
-    plans = [engine.add_plan(steps, eta=options.eta) for steps in options.steps]
+    plans = [_plan_of(engine, steps, options.eta) for steps in options.steps]
     made = "loaded" if is_bundle(options.model) else "compiled"
     print(f"{made} {options.model.name} for {engine.backend} in {time.perf_counter() - started:.2f} s")
 
@@ -103,6 +103,12 @@ def run(options: argparse.Namespace) -> None:
     grid.save(options.out / "grid.png")
     print(format_table(("steps", "ms per image", "backend", "plan key"), table))
     print(f"wrote {options.out / 'grid.png'} and {len(plans) * len(seeds)} single pictures beside it")
+
+
+def _plan_of(engine: Engine, steps: int, eta: float) -> Plan:
+    """The plan that the model holds for so many steps, which may be a fitted one, or a new one."""
+    held = [plan for plan in engine.plans.values() if plan.steps == steps and plan.eta == eta]
+    return held[0] if len(held) == 1 else engine.add_plan(steps, eta=eta)
 
 
 def open_engine(options: argparse.Namespace, *, batch_sizes: Sequence[int]) -> Engine:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipstep.errors import PlanError, check_choice
-from skipstep.kernels.layout import NUM_COLUMNS, Column
+from skipstep.kernels.layout import NUM_COLUMNS, Column, StepFlags
 from skipstep.plans.solvers import UPDATE_COLUMNS, UpdateWeights
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
@@ -63,3 +63,32 @@ def coefficient_table(
     for name in UPDATE_COLUMNS:
         table[:, Column[name.upper()]] = getattr(weights, name)
     return table.astype(np.float32)
+
+
+def stage_flags(
+    weights: UpdateWeights,
+    coefficients: NDArray[np.float32],
+    *,
+    clip: float | str | None,
+    rederives: bool,
+    learned_variance: bool,
+) -> tuple[StepFlags, ...]:
+    """What the step does after each of the E evaluations: which columns of its row count."""
+    uses = {name: coefficients[:, Column[name.upper()]] != 0.0 for name in UPDATE_COLUMNS}
+    adds_noise = bool(np.any(uses["sigma"]))
+    return tuple(
+        StepFlags(
+            clip=isinstance(clip, float),
+            threshold=clip == "dynamic",
+            rederive_eps=rederives,
+            add_state=bool(uses["c_x"][row]),
+            read_base=bool(uses["c_base"][row]),
+            write_base=bool(weights.keep_base[row]),
+            read_memory=bool(uses["c_memory"][row] or uses["m_memory"][row]),
+            write_memory=any(bool(uses[name][row]) for name in ("m_x", "m_x0", "m_eps", "m_memory")),
+            # All rows alike: a last row without noise would be one more kernel to compile, for nothing.
+            add_noise=adds_noise,
+            learned_variance=learned_variance,
+        )
+        for row in range(len(coefficients))
+    )

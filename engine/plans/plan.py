@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -24,17 +24,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipstep.errors import PlanError, check_choice, check_integer, check_number
-from skipstep.kernels.layout import Column, StepFlags
+from skipstep.kernels.layout import StepFlags
 from skipstep.kernels.statistics import Thresholding
-from skipstep.plans.coefficients import PredictionType, coefficient_table
+from skipstep.plans.coefficients import PredictionType, coefficient_table, stage_flags
+from skipstep.plans.fit import Fit, check_weights, read_fit
 from skipstep.plans.plan_options import check_final_alpha_bar, check_solver_options, resolve_clip, resolve_timesteps
 from skipstep.plans.schedule import NoiseSchedule, check_schedule
 from skipstep.plans.solvers import (
     BETWEEN,
     SOLVERS,
-    UPDATE_COLUMNS,
     VARIANCES,
-    Solver,
     SolverOptions,
     UpdateWeights,
     Variance,
@@ -67,6 +66,8 @@ class Plan:
     steps_offset    shifts `leading` spacing, as in diffusers.
     stride          for ddim: a step leads to the level `stride` timesteps below its own, instead of that of the next
                     timestep. "diffusers": the timesteps and the stride of its DDIMScheduler, to the last index.
+    weights, fit    for fitted: float32 `[S, 5]` (skipstep.plans.solvers.FITTED_COLUMNS), and what they were fitted to
+                    (skipstep.plans.fit.Fit). The result is without noise: final_alpha_bar is 1.
 
     After construction `timesteps` is a tuple, `steps` its length, `spacing` None if the timesteps were given, `clip` a
     number, "dynamic" or None, and `stride` a number or None. All of the following are read-only:
@@ -98,6 +99,8 @@ class Plan:
     final_alpha_bar: float = 1.0
     steps_offset: int = 0
     stride: int | Literal["diffusers"] | None = None
+    weights: Sequence[Sequence[float]] | None = None
+    fit: Fit | Mapping[str, Any] | None = field(default=None, compare=False)
     alpha_bars: NDArray[np.float64] = field(init=False, compare=False)
     evaluation_timesteps: NDArray[np.float64] = field(init=False, compare=False)
     coefficients: NDArray[np.float32] = field(init=False, compare=False)
@@ -124,6 +127,8 @@ class Plan:
             midpoints=None if self.midpoints == "fractional" else self.midpoints,
             evaluate_at=None if self.evaluate_at == "target" else self.evaluate_at,
             stride=self.stride,
+            weights=self.weights,
+            fit=self.fit,
         )
         timesteps, given, stride = resolve_timesteps(
             self.schedule,
@@ -150,7 +155,11 @@ class Plan:
                 expected="a finite noise-to-signal ratio at every timestep visited",
                 remedy="use ddim, ddpm or dpm_solver_pp_2m, or leave the last timestep out",
             )
-        options = SolverOptions(eta, self.variance or "fixed_small")
+        table = fit = None
+        if self.solver == "fitted":
+            table = check_weights(self.weights, len(timesteps), final_alpha_bar)
+            fit = None if self.fit is None else read_fit(self.fit)
+        options = SolverOptions(eta, self.variance or "fixed_small", table)
         if stride is None:
             weights = solver.weights(alpha_bars, options)
         else:
@@ -171,6 +180,8 @@ class Plan:
             "spacing": None if given else self.spacing,
             "timesteps": timesteps,
             "stride": stride,
+            "weights": None if table is None else tuple(map(tuple, table.tolist())),
+            "fit": fit,
             "eta": eta,
             "clip": clip,
             # As floats: the key and what is saved do not depend on the type that they were passed in.
@@ -182,7 +193,14 @@ class Plan:
             "evaluation_timesteps": inputs,
             "coefficients": coefficients,
             "ends_step": tuple(weights.ends_step.tolist()),
-            "stage_flags": self._stage_flags(solver, clip, coefficients, weights),
+            "stage_flags": stage_flags(
+                weights,
+                coefficients,
+                clip=clip,
+                # Unclipped, the noise derived again is the noise that was there.
+                rederives=clip is not None and (self.convention == "guided" or solver.sees_clip_in_eps),
+                learned_variance=self.variance == "learned_range",
+            ),
         }.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "key", self._hash())
@@ -266,6 +284,12 @@ class Plan:
         downward = self.timesteps[::-1] if SOLVERS[self.solver].upward else self.timesteps
         options["timesteps"] = [] if self.spacing is not None else list(downward)
         options["steps"] = self.steps if self.spacing is not None else None
+        # Bundles of before there were these are written as they were.
+        for name in ("stride", "weights", "fit"):
+            if options[name] is None:
+                del options[name]
+        if isinstance(self.fit, Fit):
+            options["fit"] = dataclasses.asdict(self.fit)
         return options
 
     def with_tables(self, coefficients: NDArray[np.float32], evaluation_timesteps: NDArray[np.float64]) -> Plan:
@@ -314,31 +338,3 @@ class Plan:
             if inputs[row] % 1.0 == 0.0:
                 levels[row] = self.schedule.alpha_bar[int(inputs[row])]
         return inputs, levels
-
-    def _stage_flags(
-        self,
-        solver: Solver,
-        clip: float | str | None,
-        coefficients: NDArray[np.float32],
-        weights: UpdateWeights,
-    ) -> tuple[StepFlags, ...]:
-        # Unclipped, the noise derived again is the noise that was there.
-        rederives = clip is not None and (self.convention == "guided" or solver.sees_clip_in_eps)
-        uses = {name: coefficients[:, Column[name.upper()]] != 0.0 for name in UPDATE_COLUMNS}
-        adds_noise = bool(np.any(uses["sigma"]))
-        return tuple(
-            StepFlags(
-                clip=isinstance(clip, float),
-                threshold=clip == "dynamic",
-                rederive_eps=rederives,
-                add_state=bool(uses["c_x"][row]),
-                read_base=bool(uses["c_base"][row]),
-                write_base=bool(weights.keep_base[row]),
-                read_memory=bool(uses["c_memory"][row] or uses["m_memory"][row]),
-                write_memory=any(bool(uses[name][row]) for name in ("m_x", "m_x0", "m_eps", "m_memory")),
-                # All rows alike: a last row without noise would be one more kernel to compile, for nothing.
-                add_noise=adds_noise,
-                learned_variance=self.variance == "learned_range",
-            )
-            for row in range(len(coefficients))
-        )

@@ -11,6 +11,7 @@ probability-flow ODE is dx̄/ds = eps, so the classical rules apply as they stan
     dpm_solver_pp_2m  two-step rule on x0 (Lu et al. 2022, arXiv 2211.01095, algorithm 2)         order 2, S
     ddpm            the posterior mean and a variance (Ho et al. 2020, arXiv 2006.11239, eq. 7)   stochastic, S
     ddim_inversion  Euler's rule from the image up to the noise                                   order 1, S
+    fitted          weights that were fitted to a network's own trajectories (skipstep.fitting)   S
 
 A rule of order above 1 would need the network at the level without noise, or has no finite weight for it, so the last
 step, where p = 1, is Euler's. DDIM's variance (Song, Meng, Ermon 2021, arXiv 2010.02502, eq. 12 and 16; their alpha is
@@ -44,6 +45,7 @@ class SolverOptions:
 
     eta: float = 0.0
     variance: Variance = "fixed_small"
+    weights: NDArray[np.float32] | None = None
 
 
 @dataclass(slots=True)
@@ -86,6 +88,10 @@ UPDATE_COLUMNS = (
     *("c_x", "c_x0", "c_eps", "c_base", "c_memory", "m_x", "m_x0", "m_eps", "m_memory"),
     *("sigma", "log_sigma", "log_sigma_out"),
 )
+
+
+# The columns of a fitted plan's weights. The history is a sum that the next step takes as it is: its weight there is 1.
+FITTED_COLUMNS = ("c_x", "c_x0", "m_x", "m_x0", "m_memory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +229,16 @@ def ddim_inversion(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
     return weights
 
 
+def fitted(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
+    """Weights float32 `[S, 5]` as they are (FITTED_COLUMNS). The first step has no history, and the last keeps none."""
+    assert options.weights is not None, "the plan has checked"
+    weights = _one_row_per_step(alpha_bars)
+    for name, column in zip(FITTED_COLUMNS, options.weights.astype(np.float64).T, strict=True):
+        setattr(weights, name, column.copy())
+    weights.c_memory[1:] = 1.0
+    return weights
+
+
 def dpm_solver_1(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
     """DPM-Solver-1 is deterministic DDIM."""
     return ddim(alpha_bars, SolverOptions())
@@ -236,6 +252,7 @@ SOLVERS: Mapping[str, Solver] = {
     "dpm_solver_1": Solver(dpm_solver_1),
     "dpm_solver_2": Solver(dpm_solver_2, takes=frozenset({"midpoints"}), sees_clip_in_eps=True, diverges_at_zero=True),
     "dpm_solver_pp_2m": Solver(dpm_solver_pp_2m),
+    "fitted": Solver(fitted, takes=frozenset({"weights", "fit"})),
     "ddim_inversion": Solver(ddim_inversion, takes=frozenset({"evaluate_at"}), diverges_at_zero=True, upward=True),
 }
 

@@ -142,8 +142,8 @@ def test_other_bytes_are_no_manifest(data):
 @given(random_changes(contents()))
 @fuzz(FUZZ)
 def test_any_change_is_read_or_refused(data):
-    tried("manifests with up to three values replaced, removed or added")
     """Random values anywhere in a good manifest: a manifest is returned, or a BundleError raised."""
+    tried("manifests with up to three values replaced, removed or added")
     check_read_or_refused(data, parse_manifest, Manifest.to_json)
 
 

@@ -1,0 +1,80 @@
+"""skipstep tune: fit plans of few steps to a bundle's network, and store those that are better in it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+DESCRIPTION = """\
+Fit timesteps and weights to many-step trajectories of a bundle's network, for each number of steps; draw with them for
+noises that the fit did not see, beside DDIM and DPM-Solver++ 2M, and add the fitted plans that are better."""
+EPILOG = """\
+examples:
+  skipstep tune my-bundle --guidance 2
+      plans of 4, 6 and 8 steps; minutes on a CPU for a small network
+  skipstep tune my-bundle --steps 5 10 --noises 128 --dry-run
+      print the comparison and leave the bundle as it is
+
+The same command finds the same plans. A fitted plan is used like any other: sample(steps=6). It is for guidance scales
+near the one that it was fitted at. Every file is verified on its way into the new bundle. A signature is removed,
+because the manifest changes: sign the bundle again afterwards.
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, help="its folder")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[4, 6, 8], metavar="S", help="numbers of steps (default: 4 6 8)"
+    )
+    parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale (default: 1, none)")
+    parser.add_argument("--noises", type=int, default=64, metavar="N", help="trajectories to fit to (default: 64)")
+    parser.add_argument("--held-out", type=int, default=64, metavar="N", help="others to compare on (default: 64)")
+    parser.add_argument("--nodes", type=int, default=56, metavar="J", help="timesteps of a trajectory (default: 56)")
+    parser.add_argument("--rounds", type=int, default=2, help="of moving each timestep (default: 2)")
+    parser.add_argument("--dry-run", action="store_true", help="compare and print, and change nothing")
+    parser.add_argument(
+        "--require-signature", type=Path, metavar="KEY", help="the public key that must have signed the bundle"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from skipstep import load
+    from skipstep.bundles.bundle import open_bundle
+    from skipstep.export.bundle_rewriter import add_plans
+
+    bundle = open_bundle(options.bundle, require_signature=options.require_signature)
+    with (
+        load(options.bundle, require_signature=options.require_signature) as engine,
+        tqdm(desc="tune", disable=None, leave=False) as bar,
+    ):
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = engine.tune(
+            steps=options.steps,
+            guidance_scale=options.guidance,
+            noises=options.noises,
+            held_out=options.held_out,
+            nodes=options.nodes,
+            rounds=options.rounds,
+            progress=progress,
+        )
+    print(report)
+    better = [each.plan for each in report.found if each.offered]
+    if options.dry_run or not better:
+        print("nothing was stored" + ("" if better else ": no fitted plan is better"))
+        return
+    added = add_plans(
+        options.bundle, better, digest=bundle.manifest.digest, require_signature=options.require_signature
+    )
+    print(f"stored {len(added)} plans in {options.bundle}")
+    if bundle.signed:
+        print(
+            "skipstep: the manifest has changed, so its signature was removed: sign the bundle again (skipstep sign)",
+            file=sys.stderr,
+        )
