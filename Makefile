@@ -19,7 +19,7 @@ DEV_EXTRAS    := $(TEST_EXTRAS),dev
 .PHONY: help sample test check triton format types bench bench-report bench-compare bench-baseline readme-tables evaluate data bundle fuzz gpu clean
 
 help:
-	@echo "make sample   draw clothes with the shipped model in 10, 20 and 50 steps (out/sample/grid.png)"
+	@echo "make sample   draw clothes with the shipped model in 6 (fitted), 10, 20 and 50 steps (out/sample/grid.png)"
 	@echo "make test     run the test suite, without the slow tests"
 	@echo "make check    formatting, lint, types and all tests, slow ones included: what CI runs"
 	@echo "make triton   compile the kernels under the oldest supported Triton"
@@ -37,7 +37,7 @@ help:
 	@echo "make clean    remove the environment and everything built"
 
 sample: $(VENV)/.sample
-	$(BIN)/skipstep sample --steps 10 20 50 --num 10 --out out/sample
+	$(BIN)/skipstep sample --steps 6 10 20 50 --num 10 --out out/sample
 
 # One process a core with one thread each: more threads would wait for each other. Exports are shared (tests/engines.py).
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
@@ -104,10 +104,12 @@ readme-tables: $(VENV)/.dev
 
 evaluate: $(VENV)/.dev $(DATA)
 	$(BIN)/skipstep evaluate --num 32 --out bench/results/evaluation --data $(DATA)
+	$(BIN)/python -m skipstep.bench.quality.fitted_plans --out bench/results/findings/fitted.json
 
 bundle: $(VENV)/.dev
 	$(BIN)/skipstep export --model engine/demo/fashion-mnist --out engine/demo/fashion-mnist.bundle --overwrite \
 		--license "Apache-2.0; trained on Fashion-MNIST (MIT)" --steps 10 20 50
+	$(BIN)/skipstep tune engine/demo/fashion-mnist.bundle --steps 4 6 8 --guidance 2 --rounds 4
 
 # The attacks, a hundred thousand cases of each kind of file, and how many there were, if none succeeded.
 ATTACKS := tests/test_public_arguments.py tests/test_kills.py tests/networks/test_hostile_checkpoint.py \

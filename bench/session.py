@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from skipstep.bench.contenders import REFERENCE, contenders_named
-from skipstep.bench.contenders.workload import Built, Contender, Draw, Samples, Setup, Workload, to_numpy
+from skipstep.bench.contenders.workload import BuiltContender, Contender, Draw, Samples, Setup, Workload, to_numpy
 from skipstep.bench.gate import described, golden_error, largest_difference
 from skipstep.bench.measurements import MEASUREMENTS
 from skipstep.bench.models import Subject, open_subject, subject_name
@@ -50,7 +50,7 @@ class Absent(Exception):
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedContender:
     """A contender whose samples were right, ready to be timed for so many `rounds`."""
 
     draw: Callable[[], object]
@@ -68,7 +68,7 @@ class BenchSession:
         self._models = {subject_name(model): (model, sizes) for model, sizes in options.sized_models()}
         self._folder = TemporaryDirectory(prefix="skipstep-bench-")
         self._subjects: dict[str, Subject] = {}
-        self._built: dict[tuple[str, str], tuple[Built, float] | Exception] = {}
+        self._built: dict[tuple[str, str], tuple[BuiltContender, float] | Exception] = {}
         self._reference: tuple[CaseKey, Samples] | None = None
         self._textbook: tuple[CaseKey, Draw] | None = None
         self._seconds: dict[tuple[CaseKey, str], float] = {}
@@ -132,7 +132,7 @@ class BenchSession:
         return self.kept is not None and self.kept.holds(case, contender, self.subject(case.model).digest)
 
     @contextlib.contextmanager
-    def checked(self, case: CaseKey, name: str) -> Iterator[Checked]:
+    def checked(self, case: CaseKey, name: str) -> Iterator[CheckedContender]:
         """A contender that may be timed in this case. Raises Absent, also for what the block raises."""
         contender = next(each for each in self.contenders if each.name == name)
         try:
@@ -159,7 +159,7 @@ class BenchSession:
             simulated=bool(options.simulated),
         )
 
-    def _check(self, case: CaseKey, contender: Contender) -> Checked:
+    def _check(self, case: CaseKey, contender: Contender) -> CheckedContender:
         setup, subject = self.setup(case.model), self.subject(case.model)
         if reason := contender.lacks(subject, setup):
             raise Absent("absent", reason)
@@ -201,7 +201,7 @@ class BenchSession:
             return {**found, **built.facts(workload), **self._measured(case, workload, contender, draw)}
 
         rounds = max(MIN_ROUNDS, min(int(self.options.budget_seconds / a_round), self.options.max_rounds))
-        return Checked(draw, rounds, facts, before_round)
+        return CheckedContender(draw, rounds, facts, before_round)
 
     def _facts(self, case: CaseKey, workload: Workload, contender: Contender, *numbers: float | None) -> dict[str, Any]:
         plan, setup = workload.plan, self.setup(case.model)
@@ -234,7 +234,7 @@ class BenchSession:
             if not isinstance(built, Exception):
                 built[0].close()
 
-    def _build(self, contender: Contender, subject: Subject) -> tuple[Built, float]:
+    def _build(self, contender: Contender, subject: Subject) -> tuple[BuiltContender, float]:
         key = contender.name, subject.name
         if key not in self._built:
             self._close(other_than=subject.name)

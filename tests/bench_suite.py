@@ -10,7 +10,7 @@ from typing import Any
 from tiny_networks import tiny_unet
 
 from skipstep.bench.contenders import textbook
-from skipstep.bench.contenders.workload import Built, Contender, Draw, Setup, Workload
+from skipstep.bench.contenders.workload import BuiltContender, Contender, Draw, Setup, Workload
 from skipstep.bench.models import Subject
 
 
@@ -35,7 +35,7 @@ def nap_contender(
     raises."""
     calls = [0]
 
-    def build(subject: Subject, setup: Setup) -> Built:
+    def build(subject: Subject, setup: Setup) -> BuiltContender:
         if build_error is not None:
             raise build_error
         built = textbook.build(subject, setup)
@@ -52,6 +52,6 @@ def nap_contender(
 
             return slower
 
-        return Built(prepare)
+        return BuiltContender(prepare)
 
     return Contender(name, build, lambda *_: reason)

@@ -53,7 +53,7 @@ def test_the_first_pages_examples_run(capsys, tmp_path, monkeypatch):
     assert names["buffer"].std(axis=(1, 2, 3)).all()
     printed = capsys.readouterr().out
     assert "onnxruntime on cpu" in printed
-    assert printed.count("plan  ") == 3
+    assert printed.count("plan  ") == 6
 
 
 @pytest.mark.parametrize("page", PAGES[1:], ids=name_of)

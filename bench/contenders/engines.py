@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from skipstep import Engine, load
-from skipstep.bench.contenders.workload import Built, Contender, Draw, Setup, Workload
+from skipstep.bench.contenders.workload import BuiltContender, Contender, Draw, Setup, Workload
 from skipstep.bench.models import Subject
 
 
@@ -38,7 +38,7 @@ def build_engine(subject: Subject, setup: Setup, **options: Any) -> Engine:
 def _contender(
     name: str, lacks: Callable[[Subject, Setup], str | None], *, from_bundle: bool = False, **options: Any
 ) -> Contender:
-    def build(subject: Subject, setup: Setup) -> Built:
+    def build(subject: Subject, setup: Setup) -> BuiltContender:
         engine = build_engine(subject, setup, **options)
 
         def prepare(workload: Workload) -> Draw:
@@ -56,7 +56,7 @@ def _contender(
             size = workload.batch_size
             return {"captures": [each for each in reports if each["batch_size"] == size]} if reports else {}
 
-        return Built(prepare, facts, engine.close)
+        return BuiltContender(prepare, facts, engine.close)
 
     return Contender(name, build, lacks, ours=True, from_bundle=from_bundle)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from skipstep.bench.contenders import textbook
 from skipstep.bench.contenders.time_box import time_box
-from skipstep.bench.contenders.workload import Built, Contender, Draw, Samples, Setup, Workload
+from skipstep.bench.contenders.workload import BuiltContender, Contender, Draw, Samples, Setup, Workload
 from skipstep.bench.models import FixedLabelUNet, Subject
 
 # The network's output for x_t and a timestep.
@@ -26,24 +26,24 @@ Predict = Callable[[Tensor, int], Tensor]
 _NETWORK_CALLS = 30
 
 
-def build(subject: Subject, setup: Setup) -> Built:
+def build(subject: Subject, setup: Setup) -> BuiltContender:
     if setup.on_gpu:
         return _scheduled(subject, setup, lambda unet, workload: _predictor(unet, setup, workload))
     unet = _unet(subject, setup)
-    return Built(lambda workload: _piped(workload, _pipeline(subject, unet), unet))
+    return BuiltContender(lambda workload: _piped(workload, _pipeline(subject, unet), unet))
 
 
-def build_compiled(subject: Subject, setup: Setup) -> Built:
+def build_compiled(subject: Subject, setup: Setup) -> BuiltContender:
     unet = _unet(subject, setup)
     pipeline = _pipeline(subject, unet)
     pipeline.unet = torch.compile(unet)
     return _time_boxed(lambda workload: _piped(workload, pipeline, unet), setup)
 
 
-def build_mode(mode: str) -> Callable[[Subject, Setup], Built]:
+def build_mode(mode: str) -> Callable[[Subject, Setup], BuiltContender]:
     """On a GPU, compiled in that mode of torch.compile."""
 
-    def build(subject: Subject, setup: Setup) -> Built:
+    def build(subject: Subject, setup: Setup) -> BuiltContender:
         def predict(unet: Any, workload: Workload) -> Predict:
             # The compiler is torch's to test: a dry run does without.
             compiled = unet if setup.simulated else torch.compile(unet, mode=mode, dynamic=False)
@@ -61,7 +61,7 @@ def build_mode(mode: str) -> Callable[[Subject, Setup], Built]:
     return build
 
 
-def build_replayed(subject: Subject, setup: Setup) -> Built:
+def build_replayed(subject: Subject, setup: Setup) -> BuiltContender:
     """The network as one graph, replayed at every step by a scheduler in Python."""
     replays: dict[int, Callable[[], None]] = {}
 
@@ -91,10 +91,10 @@ def build_replayed(subject: Subject, setup: Setup) -> Built:
         seconds(replay)
         return {"network_seconds": statistics.median(seconds(replay) for _ in range(_NETWORK_CALLS))}
 
-    return Built(_scheduled(subject, setup, predict).prepare, facts)
+    return BuiltContender(_scheduled(subject, setup, predict).prepare, facts)
 
 
-def _scheduled(subject: Subject, setup: Setup, predict_for: Callable[[Any, Workload], Predict]) -> Built:
+def _scheduled(subject: Subject, setup: Setup, predict_for: Callable[[Any, Workload], Predict]) -> BuiltContender:
     unet, dtype = _unet(subject, setup), getattr(torch, setup.dtype)
 
     def prepare(workload: Workload) -> Draw:
@@ -113,7 +113,7 @@ def _scheduled(subject: Subject, setup: Setup, predict_for: Callable[[Any, Workl
 
         return draw
 
-    return Built(prepare)
+    return BuiltContender(prepare)
 
 
 def _predictor(network: Any, setup: Setup, workload: Workload) -> Predict:
@@ -127,7 +127,7 @@ def _predictor(network: Any, setup: Setup, workload: Workload) -> Predict:
     return predict
 
 
-def _time_boxed(prepare: Callable[[Workload], Draw], setup: Setup) -> Built:
+def _time_boxed(prepare: Callable[[Workload], Draw], setup: Setup) -> BuiltContender:
     failures: list[str] = []
 
     def boxed(workload: Workload) -> Draw:
@@ -143,7 +143,7 @@ def _time_boxed(prepare: Callable[[Workload], Draw], setup: Setup) -> Built:
             raise
         return draw
 
-    return Built(boxed)
+    return BuiltContender(boxed)
 
 
 def _unet(subject: Subject, setup: Setup) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.bench.contenders.workload import Built, Contender, Draw, Samples, Setup, Workload
+from skipstep.bench.contenders.workload import BuiltContender, Contender, Draw, Samples, Setup, Workload
 from skipstep.bench.models import Subject
 from skipstep.plans.plan import Plan
 
@@ -39,7 +39,7 @@ def ddim(network: Network, plan: Plan, x_t: Any, conditioning: dict[str, Any], t
     return drawn
 
 
-def build_onnxruntime(subject: Subject, setup: Setup) -> Built:
+def build_onnxruntime(subject: Subject, setup: Setup) -> BuiltContender:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -49,7 +49,7 @@ def build_onnxruntime(subject: Subject, setup: Setup) -> Built:
     return _built(subject, lambda workload: lambda given: session.run(None, given)[0])
 
 
-def build_openvino(subject: Subject, setup: Setup) -> Built:
+def build_openvino(subject: Subject, setup: Setup) -> BuiltContender:
     """With fixed shapes, the latency hint and float32: what it is fastest with at equal precision."""
     import openvino  # type: ignore[import-untyped, import-not-found, unused-ignore]  # It ships no types.
 
@@ -80,15 +80,15 @@ def build_openvino(subject: Subject, setup: Setup) -> Built:
     return _built(subject, network_for)
 
 
-def _built(subject: Subject, network_for: Callable[[Workload], Network]) -> Built:
+def _built(subject: Subject, network_for: Callable[[Workload], Network]) -> BuiltContender:
     def prepare(workload: Workload) -> Draw:
         network, conditioning = network_for(workload), workload.conditioning()
         return lambda: ddim(network, workload.plan, workload.x_T, conditioning, subject.spec.timestep_dtype)
 
-    return Built(prepare)
+    return BuiltContender(prepare)
 
 
-def build_network(subject: Subject, setup: Setup) -> Built:
+def build_network(subject: Subject, setup: Setup) -> BuiltContender:
     """The step network as often as a loop evaluates it, on the same random inputs, bound once: what a loop could at
     best take."""
     from skipstep.backends.onnxruntime import make_session
@@ -115,7 +115,7 @@ def build_network(subject: Subject, setup: Setup) -> Built:
 
         return run
 
-    return Built(prepare)
+    return BuiltContender(prepare)
 
 
 def _lacks(package: str) -> Callable[[Subject, Setup], str | None]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstep.bench.contenders.workload import Built, Contender, Draw, Setup, Workload
+from skipstep.bench.contenders.workload import BuiltContender, Contender, Draw, Setup, Workload
 from skipstep.bench.models import Subject
 from skipstep.plans.plan import Plan
 
@@ -46,7 +46,7 @@ def clipped(x_0: Tensor, plan: Plan) -> Tensor:
     return x_0.clamp(-bounds, bounds) / bounds
 
 
-def build(subject: Subject, setup: Setup) -> Built:
+def build(subject: Subject, setup: Setup) -> BuiltContender:
     device, dtype = setup.torch_device, getattr(torch, setup.dtype)
     network = on_device(subject.prepared[0], setup)
     if setup.on_gpu and dtype == torch.float32:
@@ -59,7 +59,7 @@ def build(subject: Subject, setup: Setup) -> Built:
         given = tuple(each.to(device, dtype if each.is_floating_point() else None) for each in conditions)
         return lambda: ddim(network, workload.plan, x_T, given, dtype)
 
-    return Built(prepare)
+    return BuiltContender(prepare)
 
 
 def on_device(module: torch.nn.Module, setup: Setup) -> torch.nn.Module:

@@ -103,7 +103,7 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
+class BuiltContender:
     """A contender with its network. `prepare` makes it ready for a case, `facts` adds to the case's result, `close`
     frees it."""
 
@@ -127,7 +127,7 @@ class Contender:
     """
 
     name: str
-    build: Callable[[Subject, Setup], Built]
+    build: Callable[[Subject, Setup], BuiltContender]
     lacks: Callable[[Subject, Setup], str | None] = lacks_nothing
     pictures: bool = False
     draws: bool = True

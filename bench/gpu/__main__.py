@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from skipstep.bench.gpu.aims import print_summary, write_aims
-from skipstep.bench.gpu.process import Ended, run_limited
+from skipstep.bench.gpu.process import EndedProcess, run_limited
 from skipstep.bench.gpu.tasks import BUDGET, SUMMARY_FILE, TASKS, Task, Verdict, limit_for, passed
 from skipstep.bench.record import environment, gpu_state, write_whole
 from skipstep.cuda.probe import cuda_device
@@ -71,7 +71,7 @@ class Gate:
     def _do(self, task: Task, later: Sequence[Task], folder: Path) -> None:
         red = [name for name in task.needs if self.verdicts[name].status != "ok"]
         if red:
-            self._record(task, Verdict("not run", f"needs {' and '.join(red)} to be ok"), Ended(0, 0.0, ""), 0.0)
+            self._record(task, Verdict("not run", f"needs {' and '.join(red)} to be ok"), EndedProcess(0, 0.0, ""), 0.0)
             return
         limit = limit_for(later, remaining=self._deadline - time.monotonic())
         print(f"{task.name} … (at most {limit:.0f} s)", flush=True)
@@ -82,7 +82,7 @@ class Gate:
         ended = run_limited(command, seconds=limit, environment=self._variables, log=folder / f"{task.name}.log")
         self._record(task, _verdict(ended, verdict, limit), ended, limit)
 
-    def _record(self, task: Task, verdict: Verdict, ended: Ended, limit: float) -> None:
+    def _record(self, task: Task, verdict: Verdict, ended: EndedProcess, limit: float) -> None:
         self.verdicts[task.name] = verdict
         record = {"task": task.name, "status": verdict.status, "reason": verdict.reason, "decides": task.decides}
         record |= {"seconds": round(ended.seconds, 1), "limit_seconds": round(limit, 1)}
@@ -106,7 +106,7 @@ class Gate:
         write_whole(self._out / SUMMARY_FILE, summary)
 
 
-def _verdict(ended: Ended, file: Path, limit: float) -> Verdict:
+def _verdict(ended: EndedProcess, file: Path, limit: float) -> Verdict:
     if ended.status is None:
         return Verdict("timed out", f"stopped after {limit:.0f} s; what it had measured is kept")
     if ended.status != 0 or not file.exists():

@@ -16,7 +16,7 @@ _GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class EndedProcess:
     """`status` as a shell has it, None where the time was up; `tail` is the end of what it printed."""
 
     status: int | None
@@ -24,7 +24,7 @@ class Ended:
     tail: str
 
 
-def run_limited(command: Sequence[str], *, seconds: float, environment: Mapping[str, str], log: Path) -> Ended:
+def run_limited(command: Sequence[str], *, seconds: float, environment: Mapping[str, str], log: Path) -> EndedProcess:
     """Run a command to its end or for so many seconds; what it prints goes to `log`."""
     started = time.monotonic()
     with log.open("wb") as output:
@@ -44,7 +44,7 @@ def run_limited(command: Sequence[str], *, seconds: float, environment: Mapping[
         finally:
             # An interrupted gate must leave nothing on the GPU either.
             _end_group(process)
-    return Ended(status, time.monotonic() - started, _tail(log))
+    return EndedProcess(status, time.monotonic() - started, _tail(log))
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

@@ -130,7 +130,7 @@ class PlanSet(Mapping[str, Plan]):
     def check_guidance(self, plans: Sequence[Plan], scales: Any) -> None:
         """Raise InputError where a call's guidance is far from that of a plan's fit."""
         for plan in plans:
-            if plan.key not in self._mismatched:
+            if plan.fit is not None and plan.key not in self._mismatched:
                 check_guidance(plan.fit, scales)
 
     def _miss(self, got: str) -> PlanNotFoundError:

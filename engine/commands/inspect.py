@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.latency.table import format_table
 
 if TYPE_CHECKING:
     from skipstep.bundles.bundle import Bundle
+    from skipstep.bundles.manifest import PlanEntry
 
 DESCRIPTION = "Read a bundle's manifest, and no other file of it, and list its contents."
 
@@ -55,7 +56,7 @@ def describe(bundle: Bundle) -> str:
         *(
             (
                 "plan",
-                f"{plan.key}  {plan.options.get('solver')}, {plan.options.get('steps')} steps, eta "
+                f"{plan.key}  {plan.options.get('solver')}, {_steps(plan)} steps, eta "
                 f"{plan.options.get('eta')}, {plan.options.get('prediction_type')}",
             )
             for plan in manifest.plans
@@ -86,6 +87,11 @@ def describe(bundle: Bundle) -> str:
             format_table(("file", "bytes", "sha256"), files),
         ]
     )
+
+
+def _steps(plan: PlanEntry) -> Any:
+    timesteps = plan.options.get("timesteps")
+    return len(timesteps) if isinstance(timesteps, list) and timesteps else plan.options.get("steps")
 
 
 def _kernel_lines(bundle: Bundle) -> list[str]:

@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
             picture.save(folder / f"{index:04d}-seed{seed}{suffix}.png")
         rows.append(pictures)
         table.append((str(plan.steps), f"{milliseconds:.1f}", f"{engine.backend} on {engine.device}", plan.key))
-    grid = labelled_grid(rows, row_labels=[f"{plan.steps} steps" for plan in plans], column_labels=names)
+    grid = labelled_grid(rows, row_labels=[_row_label(plan) for plan in plans], column_labels=names)
     grid.save(options.out / "grid.png")
     print(format_table(("steps", "ms per image", "backend", "plan key"), table))
     print(f"wrote {options.out / 'grid.png'} and {len(plans) * len(seeds)} single pictures beside it")
@@ -109,6 +109,10 @@ def _plan_of(engine: Engine, steps: int, eta: float) -> Plan:
     """The plan that the model holds for so many steps, which may be a fitted one, or a new one."""
     held = [plan for plan in engine.plans.values() if plan.steps == steps and plan.eta == eta]
     return held[0] if len(held) == 1 else engine.add_plan(steps, eta=eta)
+
+
+def _row_label(plan: Plan) -> str:
+    return f"{plan.steps} steps" + (", fitted" if plan.solver == "fitted" else "")
 
 
 def open_engine(options: argparse.Namespace, *, batch_sizes: Sequence[int]) -> Engine:

@@ -49,7 +49,7 @@ class Tunable(Sampler, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Tuned:
+class TunedPlan:
     """What was found for one number of steps.
 
     `rmse` by the name of the solver, "fitted" among them, on noises held out; `distance` likewise, where features were
@@ -74,7 +74,7 @@ class Tuned:
 class TuneReport:
     """The plans by steps, and how far trajectories over half as many nodes end from the converged ones."""
 
-    found: tuple[Tuned, ...]
+    found: tuple[TunedPlan, ...]
     guidance_scale: float
     noises: int
     held_out: int
@@ -220,7 +220,7 @@ def _fitted_plan(
 
 def _compared(
     engine: Tunable, fitted: Plan, denoiser: Denoiser, unseen: Reference, features: Features | None, started: float
-) -> Tuned:
+) -> TunedPlan:
     candidates = {"fitted": fitted}
     for solver in _TEXTBOOK:
         candidates[solver] = Plan(**_options(engine), steps=len(fitted.timesteps), spacing="trailing", solver=solver)
@@ -238,7 +238,7 @@ def _compared(
     fitted = replace(fitted, steps=None, fit=fit)
     plan = fitted if offered else candidates[best]
     seconds = time.perf_counter() - started
-    return Tuned(len(fitted.timesteps), plan, fitted, errors, distances, seconds)
+    return TunedPlan(len(fitted.timesteps), plan, fitted, errors, distances, seconds)
 
 
 def frechet(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

@@ -131,7 +131,7 @@ class Loop(Protocol):
         ...
 
 
-class Finished:
+class FinishedRun:
     """Samples that have arrived."""
 
     def __init__(self, out: Array) -> None:
@@ -152,7 +152,7 @@ def run_observed(
             run.advance(stage)
             observer(stage, run)
         out[...] = run.state()[: len(out)]
-    return Finished(out)
+    return FinishedRun(out)
 
 
 def call_flags(network: NetworkSpec, stages: Stages, request: SampleRequest) -> tuple[StepFlags, ...]:

@@ -14,7 +14,7 @@ from skipstep.calls.destination import copy_samples
 from skipstep.calls.plan_set import PlanSet
 from skipstep.calls.request import Conditions, SampleRequest
 from skipstep.errors import NonFiniteError, check_choice
-from skipstep.loops.contract import Array, Finished, Loop, Pending, run_observed
+from skipstep.loops.contract import Array, FinishedRun, Loop, Pending, run_observed
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.loops.observers import Observers
 from skipstep.networks.spec import NetworkSpec
@@ -130,7 +130,7 @@ def check_output_type(output_type: str) -> None:
 
 def check_finite(result: Array) -> None:
     """Raise NonFiniteError naming the samples of `[B, *sample_shape]` that hold NaN or infinity."""
-    _check_finite(Finished(result).wait(), len(result), 0)
+    _check_finite(FinishedRun(result).wait(), len(result), 0)
 
 
 def _check_finite(broken: Mapping[int, int | None], num_samples: int, num_stages: int) -> None:

@@ -201,7 +201,10 @@ def test_the_shipped_bundle_is_that_of_the_shipped_model(capsys):
     manifest = open_bundle(SHIPPED_BUNDLE, allow_hard_links=True).manifest
     assert manifest.network.class_names == read_checkpoint(SHIPPED_MODEL).class_names
     assert max(entry.size for entry in manifest.files.values()) < 10_000_000
-    assert sorted(plan.options["steps"] for plan in manifest.plans) == [10, 20, 50]
+    plans = [
+        (plan.options["solver"], plan.options["steps"] or len(plan.options["timesteps"])) for plan in manifest.plans
+    ]
+    assert sorted(plans) == [*(("ddim", steps) for steps in (10, 20, 50)), *(("fitted", steps) for steps in (4, 6, 8))]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
