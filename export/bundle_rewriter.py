@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 
 from safetensors.numpy import save as save_arrays
 
-from skipstep.backends.onnxruntime import EarlyGraphs
 from skipstep.bundles.bundle import Bundle, open_bundle
 from skipstep.bundles.manifest import FILE_NAME, Manifest, PlanEntry
 from skipstep.bundles.tables import plan_arrays, read_plans
@@ -77,6 +76,8 @@ def add_plans(
     `digest` is that of the manifest whose network they are for. Raises as `add_calibration`, and BundleError for a plan
     of another schedule.
     """
+    from skipstep.backends.onnxruntime import EarlyGraphs  # A device that only builds engines has no ONNX Runtime.
+
     bundle = _same_network(path, digest, require_signature)
     manifest, held = bundle.manifest, {plan.key for plan in bundle.manifest.plans}
     arrays = dict(bundle.read_arrays(manifest.tables))

@@ -21,5 +21,13 @@ def write_counts() -> None:
     rows = [[what, f"{cases:,}", "0"] for what, cases in TRIED.items()]
     note = "Cases of `make fuzz`. A failure is another exception, a changed argument, a wrong result or a hang."
     header = ["attack", "cases", "failures"]
-    result = {"environment": environment(), "command": "make fuzz", "header": header, "rows": rows, "note": note}
+    facts = environment()
+    result = {
+        "environment": facts,
+        "commit": facts["commit"],
+        "command": "make fuzz",
+        "header": header,
+        "rows": rows,
+        "note": note,
+    }
     write_json(Path(os.environ[RESULT]), result)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from skipstep import Engine, Plan, load
 from skipstep.bench.quality.classifier import load_classifier
-from skipstep.bench.record import write_json
+from skipstep.bench.record import environment, write_json
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.fitting.reference import Denoiser, conditions_of, grid_of, integrate
 from skipstep.fitting.tune import frechet
@@ -124,7 +124,10 @@ def main() -> None:
     )
     header = ["plan", "evaluations", "RMSE to the converged image", "Fréchet distance to them", "recognised"]
     command = f"python -m skipstep.bench.quality.fitted_plans --num {options.num}"
-    write_json(options.out, {"command": command, "header": header, "rows": rows, "note": note})
+    write_json(
+        options.out,
+        {"commit": environment()["commit"], "command": command, "header": header, "rows": rows, "note": note},
+    )
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_inversion_undoes_sampling_as_steps_grow():
     assert errors[0] > 1.8 * errors[1] > 3.2 * errors[2]
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "fitted"])  # It has no weights of its own.
 @pytest.mark.parametrize("count", [1, 2, 3, 17])
 def test_every_solver_is_exact_where_there_is_nothing_to_predict(name, count):
     """eps = 0: only the signal is rescaled, whatever the rule."""

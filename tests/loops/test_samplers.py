@@ -16,7 +16,7 @@ from skipstep.errors import InputError, PlanError
 from skipstep.kernels.layout import Stream
 from skipstep.plans.solvers import SOLVERS, SolverOptions
 
-SAMPLERS = [name for name in SOLVERS if name != "ddim_inversion"]
+SAMPLERS = [name for name in SOLVERS if name not in ("ddim_inversion", "fitted")]
 
 
 @pytest.fixture(scope="module")
