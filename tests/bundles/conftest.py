@@ -6,6 +6,8 @@ import pytest
 from bundle_cases import PLANS, make
 from tiny_networks import tiny_unet
 
+from skipstep.bundles.cache import ArtefactCache
+
 
 @pytest.fixture(scope="module")
 def engine():
@@ -18,3 +20,8 @@ def saved(engine, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
     engine.save(folder, license="MIT", name="tiny")
     return folder
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return ArtefactCache(tmp_path / "cache")

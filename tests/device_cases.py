@@ -1,0 +1,57 @@
+"""Networks and engines on the simulated device."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from engines import SCHEDULE
+from tiny_networks import Labelled
+
+from skipstep import Plan
+from skipstep.backends.torch import TorchDenoiser, prepare_module
+from skipstep.backends.torch_cuda import TorchDeviceDenoiser
+from skipstep.calls.request import resolve_request
+from skipstep.loops.captured import CudaLoop
+from skipstep.loops.lifecycle import Lifecycle
+from skipstep.loops.stepwise import HostLoop
+from skipstep.networks.spec import NetworkSpec
+
+CPU = torch.device("cpu")
+
+
+PLANS = {
+    name: Plan(schedule=SCHEDULE, steps=4, **options)
+    for name, options in {
+        "ddim": {},
+        "eta": {"eta": 0.7, "convention": "guided"},
+        "ddpm": {"solver": "ddpm"},
+        "heun": {"solver": "heun"},
+        "rk4": {"solver": "rk4", "midpoints": "nearest"},
+        "dpm_solver_2": {"solver": "dpm_solver_2", "midpoints": "nearest"},
+        "dpm_solver_pp_2m": {"solver": "dpm_solver_pp_2m"},
+        "dynamic": {"clip": "dynamic", "dynamic_quantile": 0.7},
+    }.items()
+}
+
+
+SPEC = NetworkSpec((1, 5, 7), num_classes=10, null_label=10)
+
+
+def loops(device, network=None, spec=SPEC, *, batch_size=3, **options):
+    """The loop on the device, and the one in host memory."""
+    module, spec = prepare_module(Labelled() if network is None else network, spec)
+    denoiser = TorchDeviceDenoiser(module, spec, batch_size=batch_size, device=CPU, dtype=torch.float32)
+    host = HostLoop(lambda size: TorchDenoiser(module, spec, batch_size=size), spec)
+    sizes = [batch_size, batch_size // 2] if spec.can_guide else [batch_size]
+    return CudaLoop({batch_size: denoiser}, spec, device, Lifecycle(), batch_sizes=sizes, **options), host
+
+
+def request_of(stages, spec=SPEC, **arguments):
+    given = {"seeds": [3, 2**64 - 1, 0], "x_T": None, "class_labels": [1, 5, 9], "adds_noise": stages.adds_noise}
+    return resolve_request(spec, **{**given, **arguments})
+
+
+def drawn(loop, stages, request):
+    out = np.full((request.num_samples, *SPEC.sample_shape), np.nan, np.float32)
+    assert loop.enqueue(stages, request, out).wait() == {}
+    return out

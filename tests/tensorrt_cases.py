@@ -1,0 +1,55 @@
+"""A TensorRT denoiser for tests, on the fake library."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import fake_tensorrt
+import step_networks
+import torch
+from step_networks import SPEC
+
+from skipstep.backends.tensorrt import TensorRtDenoiser
+
+CPU = torch.device("cpu")
+
+
+class Cuda:
+    """What is used of torch.cuda, in host memory: streams are numbers, and what is launched runs at once."""
+
+    def __init__(self) -> None:
+        self.current, self.made, self.waits, self.capturing = 0, 100, 0, False
+
+    def Stream(self, device):
+        self.made += 1
+        return SimpleNamespace(cuda_stream=self.made)
+
+    def current_stream(self, device):
+        return SimpleNamespace(cuda_stream=self.current)
+
+    @contextlib.contextmanager
+    def stream(self, stream) -> Iterator[None]:
+        before, self.current = self.current, stream.cuda_stream
+        yield
+        self.current = before
+
+    def synchronize(self, device):
+        self.waits += 1
+
+    def is_current_stream_capturing(self):
+        return self.capturing
+
+    def device(self, device):
+        return contextlib.nullcontext()
+
+
+def denoiser(batch_size=3, *, library="tensorrt_rtx", spec=SPEC, engine=None, precision="float32"):
+    engine = engine or fake_tensorrt.engine_of(step_networks.source().step_graph(precision), batch_size)
+    early = step_networks.early_graphs()
+    return TensorRtDenoiser(engine, early, spec, library=library, batch_size=batch_size, device=CPU)
+
+
+def tables(network, given, **options):
+    return step_networks.tables(network.compute(*given[:2]), network.step_inputs, **options)
