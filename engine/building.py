@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import numpy as np
 
@@ -36,9 +36,6 @@ from skipstep.plans.coefficients import PREDICTION_TYPES
 from skipstep.plans.plan import Plan
 from skipstep.plans.schedule import NoiseSchedule, check_schedule
 from skipstep.reporting import LOGGER, Report, reporter
-
-if TYPE_CHECKING:
-    pass
 
 Precision = Literal["float32", "float16", "bfloat16"]
 _DEVICES = "'auto', 'cpu', 'cuda' or 'cuda:N'"
@@ -84,6 +81,7 @@ class PlanRequest:
 
     def made(self, checkpoint: Checkpoint | None) -> tuple[list[Plan], dict[str, Any]]:
         """The plans, and the defaults of later ones. Needs no network, so that what is wrong is said at once."""
+        check_flag("compile_on_miss", self.compile_on_miss)
         remedy = "pass plans=[20], or compile_on_miss=True"
         given = check_items("plans", self.plans, expected="step counts or Plans", remedy=remedy, error=PlanError)
         defaults = {} if checkpoint is None else checkpoint.plan_options()
@@ -99,7 +97,7 @@ class PlanRequest:
         plans = [make_plan(each, defaults) for each in given]
         if checkpoint is not None and self.compatibility is None:
             _warn_of_other_images([plan for plan, asked in zip(plans, given, strict=True) if plan is not asked])
-        if not plans and not check_flag("compile_on_miss", self.compile_on_miss):
+        if not plans and not self.compile_on_miss:
             raise PlanError(got="no plans", expected="at least one", remedy=remedy)
         return plans, defaults
 

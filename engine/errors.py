@@ -209,12 +209,11 @@ def check_flag(name: str, value: object, *, error: type[SkipstepError] = InputEr
 
 def check_text(name: str, value: object, *, error: type[SkipstepError] = InputError) -> str:
     """`value`, if it is text that can be written to a file; raises `error` if not."""
-    try:
-        if isinstance(value, str) and value.encode() is not None:
-            return value
-    except UnicodeEncodeError:
-        pass
-    raise error(got=f"{name}={shown(value)}", expected="text", remedy=f"pass {name} as a str")
+    # What JSON can hold and a file cannot.
+    lone_surrogates = isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value)
+    if not isinstance(value, str) or lone_surrogates:
+        raise error(got=f"{name}={shown(value)}", expected="text", remedy=f"pass {name} as a str")
+    return value
 
 
 def check_callable(name: str, value: Callable[..., object] | None, arguments: str) -> None:

@@ -41,7 +41,7 @@ def check_request(path: str | os.PathLike[str], request: BundleRequest) -> Targe
     if request.sign_key is not None:
         from skipstep.storage.signature import sign
 
-        sign(b"", request.sign_key)
+        sign(b"", request.sign_key)  # Now, because a key that cannot sign shows only when it does.
     if not check_text("license", request.license).strip():
         raise InputError(
             got="no licence of the weights",

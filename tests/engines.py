@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_networks import Labelled
 from torch import nn
 
 from skipstep import Engine, NoiseSchedule
@@ -43,6 +44,11 @@ def build(model: nn.Module | str | os.PathLike[str], *, plans: Any = (), **optio
     if isinstance(model, nn.Module):
         defaults["schedule"] = SCHEDULE
     return Engine.build(model, plans=plans, **{**defaults, **options})
+
+
+def labelled_engine() -> Engine:
+    """A small guided network on torch, one plan of three steps, and requests that are split over batch sizes."""
+    return build(Labelled(), plans=[3], batch_sizes=[1, 2], sample_shape=(1, 4, 4), num_classes=4, null_label=3)
 
 
 def exported(module: nn.Module, spec: NetworkSpec, *, batch_size: int | None = None) -> bytes:

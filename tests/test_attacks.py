@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from engines import build
+from engines import build, labelled_engine
 from tiny_networks import Labelled
 
 import skipstep
@@ -20,17 +20,8 @@ NO_PATHS = (True, False, 0, 1, -1, 2.0, None, b"bytes", [], "", "a\0b", np.int64
 
 @pytest.fixture(scope="module")
 def engine():
-    made = build(
-        Labelled(),
-        sample_shape=(1, 4, 4),
-        schedule=SCHEDULE,
-        plans=[3],
-        batch_sizes=[1, 2],
-        num_classes=4,
-        null_label=3,
-    )
-    yield made
-    made.close()
+    with labelled_engine() as made:
+        yield made
 
 
 @pytest.mark.parametrize("value", NO_PATHS, ids=repr)
@@ -129,6 +120,12 @@ def test_a_guidance_scale_may_be_a_tensor_that_needs_a_gradient(engine):
     expected = engine.sample(steps=3, seeds=1, class_labels=1, guidance_scale=2.5)
     for scale in (torch.tensor(2.5, requires_grad=True), torch.tensor([2.5], dtype=torch.bfloat16), np.float64(2.5)):
         np.testing.assert_array_equal(engine.sample(steps=3, seeds=1, class_labels=1, guidance_scale=scale), expected)
+
+
+@pytest.mark.parametrize("flag", ["compile_on_miss", "compile_network", "require_captured", "fractional_timesteps"])
+def test_text_is_no_flag(flag):
+    with pytest.raises(InputError, match=f"{flag}='False'; expected True or False"):
+        build(Labelled(), plans=[3], sample_shape=(1, 4, 4), num_classes=4, **{flag: "False"})
 
 
 @pytest.mark.parametrize("threads", ["2", 2.5, 2**40, -1, 0, True, np.inf], ids=repr)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from attack_count import tried
-from engines import build
+from engines import labelled_engine
 from hostile_values import hostile_values
 from tiny_networks import Labelled
 
@@ -166,17 +166,8 @@ def _shares_memory(result: Any, value: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    made = build(
-        Labelled(),
-        sample_shape=(1, 4, 4),
-        schedule=SCHEDULE,
-        plans=[3],
-        batch_sizes=[1, 2],
-        num_classes=4,
-        null_label=3,
-    )
-    yield made
-    made.close()
+    with labelled_engine() as made:
+        yield made
 
 
 def test_all_that_is_public_is_walked():

@@ -58,7 +58,7 @@ def drawn(engine: Engine, plan: Plan | None, num: int, cache: Path) -> NDArray[n
             labels = [int(seed) % 10 for seed in seeds]
             if plan is None:
                 given = conditions_of(engine.network, len(seeds), {"class_labels": labels, "guidance_scale": _GUIDANCE})
-                denoiser = Denoiser(engine, engine.plan_defaults, seeds, **given)
+                denoiser = Denoiser.of(engine, seeds, **given)
                 images = integrate(denoiser, grid_of(denoiser.schedule, _NODES)).ends
             else:
                 images = engine.sample(plan=plan, seeds=seeds.tolist(), class_labels=labels, guidance_scale=_GUIDANCE)

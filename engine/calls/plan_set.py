@@ -36,7 +36,7 @@ class PlanSet(Mapping[str, Plan]):
     """Plans by key, made for `network`. `defaults` are the options of a plan that is requested by step count.
 
     `compile_on_miss`: a plan that is requested and not held is added, instead of being an error. `network_digest`:
-    sha256 of what the network is, None where nobody knows it; plans that were fitted to another are refused.
+    sha256 of the network, None where it is unknown; plans that were fitted to another are refused.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from skipstep.commands.progress import elapsed_progress
+from skipstep.commands.progress import elapsed_progress, say_unsigned
 
 DESCRIPTION = """\
 Time whole calls of every plan and batch size on this machine, and add the latencies to the bundle. An engine that is
@@ -74,10 +74,7 @@ def run(options: argparse.Namespace) -> None:
         return
     print(f"stored in {options.bundle}")
     if bundle.signed:
-        print(
-            "skipstep: the manifest has changed, so its signature was removed: sign the bundle again (skipstep sign)",
-            file=sys.stderr,
-        )
+        say_unsigned()
 
 
 def _progress() -> Callable[[int, int], None]:

@@ -7,6 +7,14 @@ import time
 from collections.abc import Callable
 
 
+def say_unsigned() -> None:
+    """After a signed bundle was rewritten."""
+    print(
+        "skipstep: the manifest has changed, so its signature was removed: sign the bundle again (skipstep sign)",
+        file=sys.stderr,
+    )
+
+
 def elapsed_progress() -> Callable[[str], None]:
     """A function that prints a message with the time since this call."""
     started = time.perf_counter()

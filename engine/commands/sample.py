@@ -12,7 +12,7 @@ from skipstep.commands.progress import elapsed_progress
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.errors import InputError
 from skipstep.latency.table import format_table
-from skipstep.storage.atomic import check_writable
+from skipstep.storage.atomic import check_writable, storage_errors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -93,14 +93,16 @@ def run(options: argparse.Namespace) -> None:
         pictures = draw(engine, plan, seeds=seeds, class_labels=labels, guidance_scale=guidance)
         milliseconds = (time.perf_counter() - started) * 1e3 / len(seeds)
         folder = options.out / f"{plan.num_evaluations:04d}-steps"
-        folder.mkdir(parents=True, exist_ok=True)
-        for index, (picture, seed, name) in enumerate(zip(pictures, seeds, names, strict=True)):
-            suffix = "" if labels is None else "-" + _file_name(name)
-            picture.save(folder / f"{index:04d}-seed{seed}{suffix}.png")
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for index, (picture, seed, name) in enumerate(zip(pictures, seeds, names, strict=True)):
+                suffix = "" if labels is None else "-" + _file_name(name)
+                picture.save(folder / f"{index:04d}-seed{seed}{suffix}.png")
         rows.append(pictures)
         table.append((str(plan.steps), f"{milliseconds:.1f}", f"{engine.backend} on {engine.device}", plan.key))
     grid = labelled_grid(rows, row_labels=[_row_label(plan) for plan in plans], column_labels=names)
-    grid.save(options.out / "grid.png")
+    with storage_errors(options.out):
+        grid.save(options.out / "grid.png")
     print(format_table(("steps", "ms per image", "backend", "plan key"), table))
     print(f"wrote {options.out / 'grid.png'} and {len(plans) * len(seeds)} single pictures beside it")
 

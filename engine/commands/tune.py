@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
+
+from skipstep.commands.progress import say_unsigned
 
 DESCRIPTION = """\
 Fit timesteps and weights to many-step trajectories of a bundle's network, for each number of steps; draw with them for
@@ -74,7 +75,4 @@ def run(options: argparse.Namespace) -> None:
     )
     print(f"stored {len(added)} plans in {options.bundle}")
     if bundle.signed:
-        print(
-            "skipstep: the manifest has changed, so its signature was removed: sign the bundle again (skipstep sign)",
-            file=sys.stderr,
-        )
+        say_unsigned()

@@ -203,10 +203,7 @@ def interpolate_grid(
 
     As `interpolate`, down both sides and then across.
     """
-    expected, remedy = "four seeds or latents", "pass corners=[0, 1, 2, 3]"
-    given = check_items("corners", corners, expected=expected, remedy=remedy)
-    if len(given) != 4:
-        raise InputError(got=f"{len(given)} corners", expected=expected, remedy=remedy)
+    given = check_items("corners", corners, expected="four seeds or latents", remedy="pass corners=[0, 1, 2, 3]")
     x_T = slerp_grid([_latents_of(engine, corner) for corner in given], rows=rows, columns=columns)
     return engine.sample(steps=steps, plan=plan, x_T=x_T, seeds=seeds, output_type=output_type, **conditions)
 
@@ -231,7 +228,7 @@ def _latents_of(engine: Sampler, source: int | Array) -> Array:
         latents = resolve_latents(host_floats("latents", from_dlpack("latents", source))[None], engine.network)
     else:
         seed = check_integer("seed", source, low=0, high=MAX_SEED, remedy="pass a seed, or latents [C, H, W]")
-        latents = sample_noise(engine.network, resolve_seeds(seed).reshape(1), Stream.INITIAL)
+        latents = sample_noise(engine.network, np.array([seed], np.uint64), Stream.INITIAL)
     first: Array = latents[0]
     return first
 

@@ -12,16 +12,16 @@ at order 3; the integral is a quadrature). The step to the level without noise i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skipstep.calls.noise import sample_noise
 from skipstep.calls.request import Conditions, SampleRequest, resolve_request
-from skipstep.errors import NonFiniteError
+from skipstep.errors import NonFiniteError, PlanError
 from skipstep.kernels.layout import Stream
 from skipstep.loops.contract import Array, Sampler
 from skipstep.networks.spec import NetworkSpec
@@ -43,46 +43,66 @@ class Reference:
     images: Array
     ends: Array
 
+    def few(self, count: int) -> Reference:
+        """The first trajectories alone."""
+        return Reference(self.nodes, self.states[:, :count], self.images[:, :count], self.ends[:count])
 
+
+@dataclass(frozen=True, slots=True)
 class Denoiser:
-    """The predicted image of a state at a timestep, under the conditions of a call."""
+    """The predicted image of a state at a timestep, under the conditions of a call: N `noise` and their `request`."""
 
-    def __init__(self, engine: Sampler, options: Mapping[str, Any], seeds: NDArray[np.uint64], **given: Any) -> None:
-        self._engine = engine
-        kept = ("schedule", "prediction_type", "clip", "dynamic_quantile", "dynamic_maximum", "convention")
-        self._options = {name: options[name] for name in kept if name in options}
-        self.schedule: NoiseSchedule = options["schedule"]
-        self.request: SampleRequest = resolve_request(engine.network, seeds=seeds.tolist(), x_T=None, **given)
-        self.noise: Array = sample_noise(engine.network, seeds, Stream.INITIAL)
-        self._stages: dict[int, Stages] = {}
+    engine: Sampler
+    options: Mapping[str, Any]
+    request: SampleRequest
+    noise: Array
+    _stages: dict[int, Stages] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, engine: Sampler, seeds: NDArray[np.uint64], **conditions: Unpack[Conditions]) -> Denoiser:
+        """Raises PlanError for an engine without a schedule, and InputError for conditions that do not fit."""
+        request = resolve_request(engine.network, seeds=seeds.tolist(), x_T=None, **conditions)
+        return cls(engine, network_options(engine), request, sample_noise(engine.network, seeds, Stream.INITIAL))
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        schedule: NoiseSchedule = self.options["schedule"]
+        return schedule
 
     def level(self, timestep: int) -> float:
         return float(self.schedule.alpha_bar[timestep])
 
     def few(self, count: int) -> Denoiser:
         """The same for the first samples alone."""
-        fewer = object.__new__(Denoiser)
-        fewer.__dict__.update(self.__dict__)
-        fewer.request, fewer.noise = self.request.chunk(0, count), self.noise[:count]
-        return fewer
+        return replace(self, request=self.request.chunk(0, count), noise=self.noise[:count])
 
     def __call__(self, state: Array, timestep: int) -> Array:
         if timestep not in self._stages:
-            self._stages[timestep] = Stages.of([Plan(**self._options, timesteps=[timestep])])
-        request = replace(self.request, x_T=state)
-        return self._engine.runner.run(self._stages[timestep], request)
+            self._stages[timestep] = Stages.of([Plan(**self.options, timesteps=[timestep])])
+        return self.engine.runner.run(self._stages[timestep], replace(self.request, x_T=state))
 
 
-def integrate(denoiser: Denoiser, nodes: Sequence[int], *, progress: Any = None) -> Reference:
-    """The trajectories from each noise over `nodes`. Raises NonFiniteError."""
+def network_options(engine: Sampler) -> dict[str, Any]:
+    """What all plans of this engine's network have in common. Raises PlanError where it has no schedule."""
+    kept = ("schedule", "prediction_type", "clip", "dynamic_quantile", "dynamic_maximum", "convention")
+    if "schedule" not in engine.plan_defaults:
+        raise PlanError(
+            got="an engine without a schedule",
+            expected="that of the network's training",
+            remedy="pass schedule= to Engine.build",
+        )
+    return {name: engine.plan_defaults[name] for name in kept if name in engine.plan_defaults}
+
+
+def integrate(denoiser: Denoiser, nodes: Sequence[int], *, progress: Callable[[], object] = lambda: None) -> Reference:
+    """The trajectories from each noise over `nodes`; `progress` is called after each. Raises NonFiniteError."""
     levels = [denoiser.level(t) for t in nodes]
     state, states, images = denoiser.noise, [], []
     for j, timestep in enumerate(nodes):
         image = denoiser(state, timestep)
         states.append(state)
         images.append(image)
-        if progress is not None:
-            progress()
+        progress()
         if j + 1 < len(nodes):
             # A level without any image has no place on the axis.
             past = [k for k in range(j, max(-1, j - _ORDER), -1) if levels[k] > 0.0] or [j]

@@ -20,7 +20,7 @@ from skipstep.calls.plan_set import PlanSet
 from skipstep.calls.request import MAX_SEED, Conditions
 from skipstep.calls.trajectory import Progress
 from skipstep.errors import InputError, PlanError, check_callable, check_integer, check_items, check_number
-from skipstep.fitting.reference import Denoiser, Reference, conditions_of, grid_of, integrate
+from skipstep.fitting.reference import Denoiser, Reference, conditions_of, grid_of, integrate, network_options
 from skipstep.fitting.timesteps import EXPONENTS, choose_nodes, growth, step_errors
 from skipstep.fitting.weights import WeightFit, rmse
 from skipstep.latency.table import format_table
@@ -42,7 +42,7 @@ _TEXTBOOK: Final = ("ddim", "dpm_solver_pp_2m")
 _OBJECTIVE: Final = "mean squared distance to the states of converged trajectories, step by step"
 
 
-class Tunable(Sampler, Protocol):
+class FittableEngine(Sampler, Protocol):
     """An engine that says which network it holds."""
 
     plans: PlanSet
@@ -107,7 +107,7 @@ class TuneReport:
 
 
 def tune(
-    engine: Tunable,
+    engine: FittableEngine,
     *,
     steps: Iterable[int] = (4, 6, 8),
     noises: int = 64,
@@ -147,7 +147,7 @@ def tune(
 
     def denoiser(first: int, count: int) -> Denoiser:
         seeds = np.arange(seed + first, seed + first + count, dtype=np.uint64)
-        return Denoiser(engine, _options(engine), seeds, **conditions_of(engine.network, count, conditions))
+        return Denoiser.of(engine, seeds, **conditions_of(engine.network, count, conditions))
 
     training, other = denoiser(0, noises), denoiser(noises, held_out)
     report = _Counter(progress, 3 * nodes + len(counts) * nodes)
@@ -166,7 +166,7 @@ def tune(
     unseen = integrate(other, grid, progress=report)
     first, later = step_errors(reference)
     factor = growth(reference, np.array([training.level(t) for t in grid]))
-    search = WeightFit(training.few(min(_DECIDING, noises)), _few(reference, min(_DECIDING, noises)))
+    search = WeightFit(training.few(min(_DECIDING, noises)), reference.few(min(_DECIDING, noises)))
     found = []
     for count in counts:
         started = time.perf_counter()
@@ -175,7 +175,7 @@ def tune(
         chosen = _moved(search, chosen, len(grid), rounds)
         weights, _ = WeightFit(training, reference).fit(chosen)
         fitted = _fitted_plan(engine, grid, chosen, weights, guidance_scale, noises, seed)
-        found.append(_compared(engine, fitted, other, unseen, features, started))
+        found.append(_compared(fitted, other, unseen, features, started))
         LOGGER.info("%d steps: %s", count, found[-1].rmse)
         report(nodes)
     report.finish()
@@ -205,7 +205,7 @@ def _moved(search: WeightFit, nodes: tuple[int, ...], count: int, rounds: int) -
 
 
 def _fitted_plan(
-    engine: Tunable,
+    engine: FittableEngine,
     grid: Sequence[int],
     nodes: Sequence[int],
     weights: NDArray[np.float32],
@@ -215,17 +215,17 @@ def _fitted_plan(
 ) -> Plan:
     fit = Fit(engine.plans.network_digest, guidance_scale, noises, seed, _OBJECTIVE)
     timesteps = [grid[node] for node in nodes]
-    return Plan(**_options(engine), timesteps=timesteps, solver="fitted", weights=weights.tolist(), fit=fit)
+    return Plan(**network_options(engine), timesteps=timesteps, solver="fitted", weights=weights.tolist(), fit=fit)
 
 
 def _compared(
-    engine: Tunable, fitted: Plan, denoiser: Denoiser, unseen: Reference, features: Features | None, started: float
+    fitted: Plan, denoiser: Denoiser, unseen: Reference, features: Features | None, started: float
 ) -> TunedPlan:
     candidates = {"fitted": fitted}
     for solver in _TEXTBOOK:
-        candidates[solver] = Plan(**_options(engine), steps=len(fitted.timesteps), spacing="trailing", solver=solver)
+        candidates[solver] = Plan(**denoiser.options, steps=len(fitted.timesteps), spacing="trailing", solver=solver)
     request = replace(denoiser.request, x_T=denoiser.noise)
-    drawn = {name: engine.runner.run(Stages.of([plan]), request) for name, plan in candidates.items()}
+    drawn = {name: denoiser.engine.runner.run(Stages.of([plan]), request) for name, plan in candidates.items()}
     errors = {name: rmse(images, unseen.ends) for name, images in drawn.items()}
     distances: dict[str, float] = {}
     if features is not None:
@@ -263,31 +263,14 @@ def _root(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     return root
 
 
-def _options(engine: Tunable) -> dict[str, Any]:
-    """What a plan of this engine's network has in common with all others."""
-    kept = ("schedule", "prediction_type", "clip", "dynamic_quantile", "dynamic_maximum", "convention")
-    defaults = engine.plans.defaults
-    if "schedule" not in defaults:
-        raise PlanError(
-            got="an engine without a schedule",
-            expected="that of the network's training",
-            remedy="pass schedule= to build",
-        )
-    return {name: defaults[name] for name in kept if name in defaults}
-
-
-def _checked_steps(engine: Tunable, steps: Iterable[int]) -> list[int]:
+def _checked_steps(engine: FittableEngine, steps: Iterable[int]) -> list[int]:
     remedy = "pass steps=[4, 6, 8]"
     given = check_items("steps", steps, expected="numbers of steps", remedy=remedy)
-    most = _options(engine)["schedule"].num_timesteps
+    most = network_options(engine)["schedule"].num_timesteps
     counts = sorted({check_integer("steps", each, low=1, high=min(64, most), remedy=remedy) for each in given})
     if not counts:
         raise InputError(got="steps=[]", expected="at least one", remedy=remedy)
     return counts
-
-
-def _few(reference: Reference, count: int) -> Reference:
-    return Reference(reference.nodes, reference.states[:, :count], reference.images[:, :count], reference.ends[:count])
 
 
 class _Counter:

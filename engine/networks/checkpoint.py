@@ -174,14 +174,18 @@ def _check_sizes(value: Any, key: str = "") -> None:
         for name, each in value.items():
             _check_sizes(each, name)
     elif isinstance(value, list | tuple):
-        for each in value if len(value) <= _MOST_LAYERS else [len(value)]:
+        _check_size(f"{key}, items", len(value), _MOST_LAYERS)
+        for each in value:
             _check_sizes(each, key)
     elif isinstance(value, int | float):
-        high = _MOST_LAYERS if "layers" in key else _LARGEST_SIZE
-        if not abs(value) <= high:
-            raise ModelFormatError(
-                got=f"{key}={shown(value)} in config.json", expected=f"at most {high}", remedy="correct config.json"
-            )
+        _check_size(key, value, _MOST_LAYERS if "layers" in key else _LARGEST_SIZE)
+
+
+def _check_size(what: str, value: float, high: int) -> None:
+    if not abs(value) <= high:
+        raise ModelFormatError(
+            got=f"{what}={shown(value)} in config.json", expected=f"at most {high}", remedy="correct config.json"
+        )
 
 
 def _find_weights(unet: Path) -> tuple[Path, ...]:

@@ -24,7 +24,7 @@ _Error = Annotated[float, Within(0.0, 1e6)]
 class Fit:
     """Where a plan's weights come from.
 
-    network         sha256 of the network's weights, None where nobody knows it (a module).
+    network         sha256 of the network, None where it is unknown, as for a module.
     guidance_scale  of the trajectories, 1 for none.
     noises, seed    how many trajectories there were, and the seed of the first.
     objective       what was made small, in words.
@@ -69,6 +69,16 @@ def check_weights(weights: Sequence[Sequence[float]] | None, steps: int, final_a
             remedy="leave final_alpha_bar out",
         )
     return array.astype(np.float32)
+
+
+def refuse_fitted(solver: str, what: str) -> None:
+    """Raise PlanError if the solver is a fitted one, of whose plan `what` is asked."""
+    if solver == "fitted":
+        raise PlanError(
+            got=f"{what} of a fitted plan",
+            expected="a textbook solver: a fitted plan's steps belong together, from the noise to the image",
+            remedy="pass a plan of another solver, such as engine.add_plan(20)",
+        )
 
 
 def check_fit(fit: Any, *, networks: Collection[str | None]) -> None:

@@ -27,7 +27,7 @@ from skipstep.errors import PlanError, check_choice, check_integer, check_number
 from skipstep.kernels.layout import StepFlags
 from skipstep.kernels.statistics import Thresholding
 from skipstep.plans.coefficients import PredictionType, coefficient_table, stage_flags
-from skipstep.plans.fit import Fit, check_weights, read_fit
+from skipstep.plans.fit import Fit, check_weights, read_fit, refuse_fitted
 from skipstep.plans.plan_options import check_final_alpha_bar, check_solver_options, resolve_clip, resolve_timesteps
 from skipstep.plans.schedule import NoiseSchedule, check_schedule
 from skipstep.plans.solvers import (
@@ -252,7 +252,8 @@ class Plan:
         )
 
     def inverted(self, *, evaluate_at: Literal["target", "source"] = "target") -> Plan:
-        """DDIM inversion over this plan's timesteps, without clipping."""
+        """DDIM inversion over this plan's timesteps, without clipping. Raises PlanError for a fitted plan."""
+        refuse_fitted(self.solver, "an inversion")
         return Plan(
             schedule=self.schedule,
             timesteps=self.timesteps,
@@ -265,7 +266,8 @@ class Plan:
     def started_at(self, step: int) -> Plan:
         """The rest of this plan from its step `step`, in [0, S-1], on: for an image noised to that level.
 
-        Raises PlanError for another `step`, and for an inversion, which starts from an image without noise.
+        Raises PlanError for another `step`, for an inversion, which starts from an image without noise, and past the
+        first step of a fitted plan.
         """
         if SOLVERS[self.solver].upward:
             raise PlanError(
@@ -274,6 +276,8 @@ class Plan:
                 remedy="call plan.started_at(step).inverted() on the plan that was inverted",
             )
         timesteps = self.timesteps[check_integer("step", step, low=0, high=len(self.timesteps) - 1, error=PlanError) :]
+        if step > 0:
+            refuse_fitted(self.solver, "a start in the middle")
         return dataclasses.replace(self, steps=None, timesteps=timesteps)
 
     def options(self) -> dict[str, Any]:
@@ -284,7 +288,7 @@ class Plan:
         downward = self.timesteps[::-1] if SOLVERS[self.solver].upward else self.timesteps
         options["timesteps"] = [] if self.spacing is not None else list(downward)
         options["steps"] = self.steps if self.spacing is not None else None
-        # Bundles of before there were these are written as they were.
+        # Left out where they are not used: the manifests of older bundles, which have none, keep their bytes.
         for name in ("stride", "weights", "fit"):
             if options[name] is None:
                 del options[name]

@@ -50,16 +50,16 @@ def atomic_write(
     """
     path = Path(path)
     with _folder_of(path) as folder:
-        with _storage_errors(path):
+        with storage_errors(path):
             if replace:
                 _refuse_other_kinds(path, (stat.S_IFREG, stat.S_IFLNK), "a regular file or a free name")
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             name, fd = _claim(folder, lambda name: os.open(name, flags, mode, dir_fd=folder))
         try:
             for piece in (data,) if isinstance(data, bytes) else data:
-                with _storage_errors(path):
+                with storage_errors(path):
                     _write(fd, piece)
-            with _storage_errors(path):
+            with storage_errors(path):
                 os.fsync(fd)
                 if replace:
                     os.replace(name, path.name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -85,7 +85,7 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool) -> Iterator[Pa
     """
     path = Path(path).absolute()
     with _folder_of(path) as folder:
-        with _storage_errors(path):
+        with storage_errors(path):
             _restore_previous(path)
             _refuse_other_kinds(path, (stat.S_IFDIR,) if replace else (), "a folder" if replace else "a free name")
             name, fd = _claim(folder, lambda name: _make_folder(name, folder))
@@ -97,7 +97,7 @@ def atomic_folder(path: str | os.PathLike[str], *, replace: bool) -> Iterator[Pa
                 if error.errno in _FULL:
                     raise _storage_error(path, error) from error
                 raise
-            with _storage_errors(path):
+            with storage_errors(path):
                 _sync_tree(new)
                 try:
                     os.rename(new, path)
@@ -118,7 +118,7 @@ def check_writable(folder: str | os.PathLike[str], *, may_be_missing: bool = Tru
     For one that is missing the nearest folder above it counts.
     """
     path = Path(folder).absolute()
-    with _storage_errors(path):
+    with storage_errors(path):
         while may_be_missing and not os.path.lexists(path):
             path = path.parent
         with tempfile.TemporaryFile(dir=path):
@@ -198,7 +198,7 @@ def _sync(path: str | os.PathLike[str]) -> None:
 
 def _sync_names(folder: int, path: Path) -> None:
     """Make the rename itself survive a power cut."""
-    with _storage_errors(path):
+    with storage_errors(path):
         try:
             os.fsync(folder)
         except OSError as error:
@@ -255,7 +255,7 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
 @contextmanager
 def _folder_of(path: Path) -> Iterator[int]:
     """A descriptor of the folder that holds `path`: names in it keep their meaning even if the folder is renamed."""
-    with _storage_errors(path):
+    with storage_errors(path):
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield folder
@@ -278,7 +278,8 @@ def _refuse_other_kinds(path: Path, allowed: tuple[int, ...], expected: str) -> 
 
 
 @contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn what the system says of a write to `path` into a StorageError with a remedy."""
     try:
         yield
     except OSError as error:

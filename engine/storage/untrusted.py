@@ -98,16 +98,14 @@ def read_json_object(path: Path, *, remedy: str) -> dict[str, Any]:
     try:
         contents = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct)
         problem = None if isinstance(contents, dict) else f"which holds a JSON {type(contents).__name__}"
+        if _is_deeper(contents, _MAX_DEPTH):
+            problem = f"which is nested more than {_MAX_DEPTH} levels deep"
     except OSError as error:
         contents, problem = None, f"which cannot be read ({error.strerror})"
     except (ValueError, RecursionError) as error:
         contents, problem = None, f"which is no JSON ({error})"
     if problem is not None:
         raise ModelFormatError(got=f"{path}, {problem}", expected="a file with a JSON object", remedy=remedy)
-    try:
-        _read_plain(contents, path.name, _MAX_DEPTH)
-    except BundleError as error:
-        raise ModelFormatError(got=error.got, expected="a configuration of moderate size", remedy=remedy) from error
     return contents  # type: ignore[no-any-return]
 
 
@@ -287,6 +285,11 @@ _SCALARS: Mapping[Any, Callable[[Any, str, Within | None], Any]] = {
     float: _read_number,
     bool: _read_boolean,
 }
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth == 0 or any(_is_deeper(each, depth - 1) for each in children)
 
 
 def _distinct(members: list[tuple[str, Any]]) -> dict[str, Any]:

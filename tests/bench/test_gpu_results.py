@@ -74,7 +74,7 @@ def test_proofs_count_launches_and_waits(functions, says):
     assert says in verdict.reason
 
 
-def test_a_proof_that_nobody_could_look_at_is_none():
+def test_a_proof_without_a_trace_proves_nothing():
     facts = {**proofs.count(Trace({}, 0)), "functions": {}, "refused": "", "same_result": True}
     assert proofs.judge(facts).status == "absent"
     assert proofs.judge({**facts, "refused": "called a synchronizing operation"}).status == "failed"

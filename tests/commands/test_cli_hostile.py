@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from faults import file_size_limit
 
-from skipstep.commands.main import COMMANDS, main
+from skipstep.commands.main import main
 from skipstep.demo import SHIPPED_BUNDLE, SHIPPED_MODEL
 from skipstep.errors import StorageError
 from skipstep.storage.atomic import check_writable
@@ -127,6 +128,12 @@ def test_an_export_that_cannot_work_is_refused_before_compiling(arguments, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_fills_up_while_pictures_are_written(tmp_path, capsys):
+    with file_size_limit(300):
+        assert main(["sample", "--steps", "10", "--num", "1", "--out", str(tmp_path / "out")]) == 2
+    assert "StorageError" in capsys.readouterr().err
+
+
 def test_looking_changes_nothing(tmp_path):
     check_writable(tmp_path / "a" / "b")
     check_writable(tmp_path)
@@ -156,7 +163,3 @@ def test_a_folder_of_another_user(tmp_path):
     ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
     assert not list(tmp_path.iterdir())
-
-
-def test_every_command_is_known_here():
-    assert {"sample", "export", "evaluate", "report", "bench", "compare"} < COMMANDS.keys()

@@ -1,4 +1,4 @@
-"""Half precision in graphs made by hand: constants, timesteps, branches, loops and operators that nobody knows."""
+"""Half precision in graphs made by hand: constants, timesteps, branches, loops and unknown operators."""
 
 from __future__ import annotations
 

@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from engines import SCHEDULE, build
+from faults import modules_after
 from tiny_networks import Curve, GaussianEps, tiny_unet
 from tolerances import FLOAT32_LOOP
 
@@ -46,7 +48,7 @@ def exact_ends(noise, level):
 
 
 def denoiser_of(engine, count=16):
-    return Denoiser(engine, engine.plans.defaults, np.arange(count, dtype=np.uint64))
+    return Denoiser.of(engine, np.arange(count, dtype=np.uint64))
 
 
 def test_the_reference_converges_to_the_exact_solution_at_third_order(gaussian):
@@ -56,7 +58,6 @@ def test_the_reference_converges_to_the_exact_solution_at_third_order(gaussian):
         grid = grid_of(SCHEDULE, count)
         exact = exact_ends(denoiser.noise, denoiser.level(grid[0]))
         errors.append(rmse(integrate(denoiser, grid).ends, exact))
-    print(errors)
     assert errors[0] / errors[1] > 4
     assert errors[-1] < 1e-3
 
@@ -107,7 +108,14 @@ def test_errors_of_steps_are_those_of_the_best_linear_ones(curve):
         matrix = np.stack([each.ravel() for each in features], axis=1).astype(np.float64)
         residual = np.linalg.lstsq(matrix, target.ravel().astype(np.float64), rcond=None)[1]
         assert error == pytest.approx(residual[0] / target.size, rel=1e-2, abs=1e-7)
-    assert np.all(growth(reference, np.array([0.0, 1.0] * 5))[-1] == 1.0)
+
+
+def test_an_error_grows_as_the_exact_solution_of_normal_data_does(gaussian):
+    """A state moved by δ ends moved by δ·(the deviation of the images)/(that of the state)."""
+    reference = integrate(denoiser_of(gaussian, 64), grid_of(SCHEDULE, 10))
+    levels = np.array([SCHEDULE.alpha_bar[t] for t in reference.nodes])
+    spread = levels * DEVIATION**2 + 1 - levels
+    np.testing.assert_allclose(growth(reference, levels), [*DEVIATION**2 / spread, 1.0], rtol=0.15)
 
 
 def test_normal_data_takes_one_step(gaussian):
@@ -261,8 +269,6 @@ def bundle(tmp_path_factory):
 
 
 def test_the_command_stores_what_is_better(bundle, tmp_path, capsys):
-    import shutil
-
     copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     options = ["--noises", "8", "--held-out", "8", "--rounds", "0", "--guidance", "1.5", "--nodes", "112"]
     assert main(["tune", str(copy), "--steps", "2", "4", *options, "--dry-run"]) == 0
@@ -297,9 +303,27 @@ def test_a_plan_of_another_network_is_refused(bundle):
         engine.sample(plan=plan, seeds=1, class_labels=0)
 
 
-def test_one_bit_of_a_stored_row_is_noticed(bundle, tmp_path):
-    import shutil
+def test_a_fitted_plan_is_not_begun_in_the_middle_nor_inverted(curve):
+    plan = Plan(schedule=SCHEDULE, timesteps=[900, 300], solver="fitted", weights=WEIGHTS)
+    curve.add_plan(plan)
+    image = np.zeros((1, *SHAPE), np.float32)
+    for attempt in (
+        lambda: curve.edit(image, plan=plan, strength=0.5, seeds=1),
+        lambda: curve.invert(image, plan=plan),
+        lambda: curve.reconstruct(image, plan=plan),
+    ):
+        with pytest.raises(PlanError, match=r"engine\.add_plan"):
+            attempt()
+    whole = curve.edit(image, plan=plan, strength=1.0, seeds=1)
+    assert np.isfinite(whole).all()
 
+
+def test_tuning_a_bundle_takes_no_torch():
+    loaded = modules_after("import skipstep.commands.tune, skipstep.fitting.tune, skipstep.export.bundle_rewriter")
+    assert not loaded & {"torch", "triton", "diffusers", "onnxscript"}
+
+
+def test_one_bit_of_a_stored_row_is_noticed(bundle, tmp_path):
     copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     plan = Plan(schedule=SCHEDULE, timesteps=[900, 300], solver="fitted", weights=WEIGHTS)
     (added,) = add_plans(copy, [plan], digest=json.loads((copy / "manifest.json").read_text())["digest"])

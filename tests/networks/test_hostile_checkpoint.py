@@ -12,11 +12,29 @@ from skipstep import Engine, NoiseSchedule
 from skipstep.demo import SHIPPED_MODEL
 from skipstep.errors import SkipstepError
 from skipstep.plans.scheduler_config import read_scheduler_config
+from skipstep.storage.untrusted import read_json_object
 
 pytest.importorskip("diffusers")
 
 NESTED = json.loads("[" * 900 + "]" * 900)
-VALUES = (None, True, "text", -1, 0, 2**40, 10**12, 10**400, 1e308, [], {}, [None], NESTED, [2**40] * 3, "٣")
+VALUES = (
+    None,
+    True,
+    "text",
+    -1,
+    0,
+    2**40,
+    10**12,
+    10**400,
+    1e308,
+    [],
+    {},
+    [None],
+    NESTED,
+    [2**40] * 3,
+    [2**40] * 300,
+    "٣",
+)
 NETWORK = (
     "_class_name",
     "in_channels",
@@ -95,6 +113,13 @@ def test_a_scheduler(folder, key):
             with contextlib.suppress(SkipstepError):
                 read(config)
             assert time.perf_counter() - started < 2, (key, value)
+
+
+def test_what_real_tokenizers_hold_is_read(tmp_path):
+    """Long texts, and 1e30 as an integer, which says that a prompt has no bound."""
+    contents = {"model_max_length": 10**30, "chat_template": "x" * 10_000, "names": {str(i): i for i in range(5000)}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(contents))
+    assert read_json_object(tmp_path / "tokenizer_config.json", remedy="none") == contents
 
 
 def test_text_is_no_beta():
