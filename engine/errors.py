@@ -216,6 +216,12 @@ def check_text(name: str, value: object, *, error: type[SkipstepError] = InputEr
     return value
 
 
+def check_type(name: str, value: object, kind: type, *, remedy: str, error: type[SkipstepError] = InputError) -> None:
+    """Raise `error` unless `value` is a `kind`; `remedy` says how one is made."""
+    if not isinstance(value, kind):
+        raise error(got=f"{name} of type {type(value).__name__}", expected=f"a {kind.__name__}", remedy=remedy)
+
+
 def check_callable(name: str, value: Callable[..., object] | None, arguments: str) -> None:
     """Raise InputError unless `value` is None or can be called; `arguments` says with what it will be."""
     if value is not None and not callable(value):

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, load_from_string, numpy_helper
 
-from skipstep.errors import ExportError
+from skipstep.errors import ExportError, shown
 
 Dims = list[int | str | None]
 _MAX_BYTES: Final = 2**31 - 1
@@ -64,6 +64,23 @@ def serialised(model: ModelProto) -> bytes:
             remedy="convert the weights to float16, or use backend='torch'",
         )
     return bytes(model.SerializeToString())
+
+
+def load_graph(data: bytes) -> ModelProto:
+    """The ONNX model in `data`. Raises ExportError for what is none."""
+    try:
+        model = load_from_string(data)
+    except Exception as error:  # Protobuf has a class of its own for damage; other types raise others.
+        raise ExportError(
+            got=f"{shown(data)[:80]}, which holds no ONNX model ({error})",
+            expected="the bytes of one",
+            remedy="pass bundle.read_graph(name), or what Path.read_bytes() gives for an .onnx file",
+        ) from error
+    if not model.graph.output:
+        raise ExportError(
+            got="a model without outputs", expected="a network", remedy="pass the whole file's bytes, uncompressed"
+        )
+    return model
 
 
 def inner_graphs(node: NodeProto) -> Iterator[GraphProto]:

@@ -15,14 +15,15 @@ float16 and clamp weights that do not fit; Model Optimizer's AutoCast needs olde
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from skipstep.errors import ExportError
+from skipstep.errors import ExportError, check_choice
+from skipstep.export.graph_writer import load_graph
 
 HalfPrecision = Literal["float16", "bfloat16"]
 
@@ -50,6 +51,7 @@ def lower_precision(step_graph: bytes, dtype: HalfPrecision) -> bytes:
     Raises ExportError for a weight that `dtype` cannot hold, named with the node that reads it: one beyond the range of
     float16 (65504), or one of which nothing is left but zeros; and for a graph whose types cannot be inferred.
     """
+    check_choice("dtype", dtype, get_args(HalfPrecision))
     low = ir.DataType.FLOAT16 if dtype == "float16" else ir.DataType.BFLOAT16
     try:
         model = _typed(step_graph, _BFLOAT16_OPSET if low == ir.DataType.BFLOAT16 else 0)
@@ -67,7 +69,7 @@ def lower_precision(step_graph: bytes, dtype: HalfPrecision) -> bytes:
 
 def _typed(graph: bytes, least_opset: int) -> ir.Model:
     """The model with every value's type, its constants as initializers, and at least this opset."""
-    model = ir.from_proto(onnx.load_from_string(graph))
+    model = ir.from_proto(load_graph(graph))
     if model.opset_imports[""] < least_opset:
         from onnxscript.version_converter import convert_version
 

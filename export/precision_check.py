@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -10,7 +11,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from skipstep.backends.onnxruntime import make_session, run_session
-from skipstep.errors import ExportError
+from skipstep.errors import ExportError, check_choice
+from skipstep.export.graph_writer import load_graph
 from skipstep.export.precision import HalfPrecision, lower_precision
 from skipstep.networks.graphs import Partition
 
@@ -38,6 +40,9 @@ def check_precision(lowered: bytes, exact: bytes, dtype: HalfPrecision) -> float
     rounds weights and inputs to float16 but may keep values in between in float32, so ranges are checked separately, in
     the float32 network.
     """
+    check_choice("dtype", dtype, get_args(HalfPrecision))
+    for graph in (lowered, exact):
+        load_graph(graph)
     if dtype == "bfloat16":
         return None
     given = _random_inputs(exact)

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import onnx
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from skipstep.export.graph_writer import inner_graphs
+from skipstep.export.graph_writer import inner_graphs, load_graph
 
 
 def compress_weights(model: bytes) -> bytes:
@@ -22,7 +21,7 @@ def compress_weights(model: bytes) -> bytes:
     Left alone: weights of other types, weights in files beside the model, and those that a caller may replace or read
     as an output. A weight keeps its name; what is stored has another one.
     """
-    loaded = onnx.load_from_string(model)
+    loaded = load_graph(model)
     graphs = list(_graphs(loaded.graph))
     taken = {name for graph in graphs for name in _names(graph)}
     for graph in reversed(graphs):  # Inner ones first: a graph's nodes are written anew, with all that they hold.
@@ -32,7 +31,7 @@ def compress_weights(model: bytes) -> bytes:
 
 def expand_weights(model: bytes) -> bytes:
     """The model before `compress_weights`, for builders that take a weight only as it is: TensorRT's fusions do."""
-    loaded = onnx.load_from_string(model)
+    loaded = load_graph(model)
     for graph in reversed(list(_graphs(loaded.graph))):
         stored = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT16}
         nodes = []

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from skipstep.errors import InputError
+from skipstep.errors import InputError, check_integer, check_type, shown
 from skipstep.kernels.layout import StepFlags
 
 # A thread draws its noise four elements at a time, one Philox block; a program's blocks are counted by a 32-bit word.
@@ -49,7 +49,7 @@ class StepLaunch:
             # A bool is an int, and 1 is a power of two.
             if type(value) is not int or not 1 <= value <= most or value & (value - 1):
                 raise InputError(
-                    got=f"{name}={value!r}",
+                    got=f"{name}={shown(value)}",
                     expected=f"a power of two, 1 to {most}",
                     remedy="use the launch that choose_launch returns",
                 )
@@ -111,10 +111,10 @@ def choose_launch(
     `compute_capability` is 90 for 9.0; an unknown one is treated as the newest known one below it. `network_item_size`
     is the size of the network's dtype in bytes, 2 or 4. Raises InputError.
     """
-    counts = {"num_elements": num_elements, "batch_size": batch_size, "num_multiprocessors": num_multiprocessors}
-    for name, value in counts.items():
-        if value < 1:
-            raise InputError(got=f"{name}={value}", expected="1 or more", remedy=f"correct {name}")
+    num_elements = check_integer("num_elements", num_elements, low=1)
+    batch_size = check_integer("batch_size", batch_size, low=1)
+    num_multiprocessors = check_integer("num_multiprocessors", num_multiprocessors, low=1)
+    compute_capability = check_integer("compute_capability", compute_capability, low=1)
     elements = least_elements_per_thread(network_item_size)
     multiprocessor = _multiprocessor(compute_capability)
 
@@ -134,9 +134,9 @@ def choose_launch(
 
 def least_elements_per_thread(network_item_size: int) -> int:
     """The fewest elements a thread with which all accesses are 16 bytes wide. Raises InputError."""
-    if network_item_size not in (2, 4):
+    if type(network_item_size) is not int or network_item_size not in (2, 4):
         raise InputError(
-            got=f"network_item_size={network_item_size}",
+            got=f"network_item_size={shown(network_item_size)}",
             expected="2 or 4 bytes: float16, bfloat16 or float32",
             remedy="pass the item size of the network's dtype",
         )
@@ -161,6 +161,7 @@ def step_constants(
 
     `counted`: the stage is read on the device. `checked`: samples that are not finite are marked.
     """
+    check_type("flags", flags, StepFlags, remedy="pass the plan's, of one stage")
     return {
         "PER_SAMPLE": per_sample,
         "CLIPPED": flags.clip,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from skipstep.errors import check_number
 from skipstep.kernels.layout import Column, StepFlags
 
 if TYPE_CHECKING:
@@ -32,6 +33,11 @@ class Thresholding:
 
     quantile: float
     maximum: float = math.inf
+
+    def __post_init__(self) -> None:
+        check_number("quantile", self.quantile, low=0.0, high=1.0, above=True)
+        if not (isinstance(self.maximum, float) and self.maximum == math.inf):
+            check_number("maximum", self.maximum, low=1.0)
 
 
 def threshold_bound_numpy(x0: NDArray[np.float32], parameters: Thresholding) -> NDArray[np.float32]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from skipstep.errors import DeviceUnavailableError, InputError, MissingDependencyError
+from skipstep.arrays import unreadable
+from skipstep.errors import DeviceUnavailableError, InputError, MissingDependencyError, check_integer, check_type
 from skipstep.kernels.launch import DEFAULT_LAUNCH, StepLaunch, step_constants
 from skipstep.kernels.layout import NUM_COLUMNS, StepFlags, Stream
 
@@ -65,21 +66,17 @@ def ddim_step(
 
     All tensors are contiguous and on one device. Raises InputError and DeviceUnavailableError.
     """
-    batch_size, device = len(state), state.device
+    check_type("flags", flags, StepFlags, remedy="pass the plan's, of this stage")
+    batch_size, device = _check_state(state, launch)
     network_shape = (2 * batch_size if flags.guided else batch_size, *state.shape[1:])
     channels = (2 if flags.wide_output else 1) * state.shape[1]
     output_shape = (network_shape[0], channels, *state.shape[2:])
-    _check("state", state, state.shape, (torch.float32,), device)
     _check("model_output", model_output, output_shape, NETWORK_DTYPES, device)
     _check("network_input", network_input, network_shape, NETWORK_DTYPES, device)
-    rows = batch_size if table.ndim == 3 and table.shape[1] == batch_size else 1
-    _check("table", table, (len(table), rows, NUM_COLUMNS), (torch.float32,), device)
-    if not 0 <= stage < len(table):
-        raise InputError(
-            got=f"stage={stage}",
-            expected=f"a row of the table, 0 to {len(table) - 1}",
-            remedy="pass a stage of the plan",
-        )
+    known = isinstance(table, Tensor) and unreadable(table) is None and table.ndim == 3
+    stages, rows = table.shape[:2] if known else (1, 1)
+    _check("table", table, (stages, batch_size if rows == batch_size else 1, NUM_COLUMNS), (torch.float32,), device)
+    stage = check_integer("stage", stage, low=0, high=stages - 1, remedy="pass a row of the table")
     if flags.read_base and flags.write_base:
         raise InputError(
             got="flags that read and write the base in one step",
@@ -88,8 +85,12 @@ def ddim_step(
         )
     if flags.add_noise:
         _check("seeds", seeds, (batch_size,), (torch.int64,), device)
-    vectors = {"guidance": (guidance, flags.guided), "rescale": (rescale, flags.rescale)}
-    for name, (tensor, used) in {**vectors, "bound": (bound, flags.threshold)}.items():
+    vectors = {
+        "guidance": (guidance, flags.guided),
+        "rescale": (rescale, flags.rescale),
+        "bound": (bound, flags.threshold),
+    }
+    for name, (tensor, used) in vectors.items():
         if used:
             _check(name, tensor, (batch_size,), (torch.float32,), device)
     images = {
@@ -100,6 +101,15 @@ def ddim_step(
     for name, (tensor, used) in images.items():
         if used:
             _check(name, tensor, state.shape, (torch.float32,), device)
+    # The kernel does not touch an operand that the flags leave out; any pointer will do.
+    operands = {
+        "seeds": (seeds, flags.add_noise),
+        "counter": (counter, counter is not None),
+        "broken": (broken, broken is not None),
+        **vectors,
+        **images,
+    }
+    pointers = {name: tensor if used else state for name, (tensor, used) in operands.items()}
     for name, tensor, shape in (("counter", counter, (1,)), ("broken", broken, (batch_size,))):
         if tensor is not None:
             _check(name, tensor, shape, (torch.int32,), device)
@@ -110,17 +120,11 @@ def ddim_step(
         state,
         model_output,
         network_input,
-        # The kernel does not touch an operand that the flags leave out; any pointer will do.
-        state if x0 is None else x0,
-        state if base is None else base,
-        state if memory is None else memory,
+        pointers["x0"],
+        pointers["base"],
+        pointers["memory"],
         table,
-        state if seeds is None else seeds,
-        state if guidance is None else guidance,
-        state if rescale is None else rescale,
-        state if bound is None else bound,
-        state if counter is None else counter,
-        state if broken is None else broken,
+        *(pointers[name] for name in ("seeds", "guidance", "rescale", "bound", "counter", "broken")),
         num_elements,
         stage,
         **step_constants(
@@ -150,13 +154,13 @@ def initial_noise(
     `network_input` is `[B, C, H, W]` or, where guidance doubles the batch, `[2B, C, H, W]`. `given`, optional int32
     `[1]`: if it is not zero, the state is kept and only copied to the network's input. Raises InputError.
     """
-    batch_size = len(state)
-    copies = 2 if len(network_input) == 2 * batch_size else 1
-    _check("state", state, state.shape, (torch.float32,), state.device)
-    _check("network_input", network_input, (copies * batch_size, *state.shape[1:]), NETWORK_DTYPES, state.device)
-    _check("seeds", seeds, (batch_size,), (torch.int64,), state.device)
+    batch_size, device = _check_state(state, launch)
+    readable = isinstance(network_input, Tensor) and unreadable(network_input) is None
+    copies = 2 if readable and network_input.shape[:1] == (2 * batch_size,) else 1
+    _check("network_input", network_input, (copies * batch_size, *state.shape[1:]), NETWORK_DTYPES, device)
+    _check("seeds", seeds, (batch_size,), (torch.int64,), device)
     if given is not None:
-        _check("given", given, (1,), (torch.int32,), state.device)
+        _check("given", given, (1,), (torch.int32,), device)
     _check_runnable(state)
     num_elements = state[0].numel()
     philox_normal_kernel[launch.grid(num_elements, batch_size)](
@@ -175,11 +179,23 @@ def initial_noise(
     )
 
 
+def _check_state(state: Tensor, launch: StepLaunch) -> tuple[int, torch.device]:
+    """The batch size and the device of a state that kernels can run on."""
+    check_type("launch", launch, StepLaunch, remedy="pass choose_launch(...), or leave it out")
+    check_type("state", state, Tensor, remedy="pass float32 [B, C, H, W]")
+    fits = unreadable(state) is None and state.ndim == 4 and 0 not in state.shape
+    shape = tuple(state.shape) if fits else (1, 1, 1, 1)
+    _check("state", state, shape, (torch.float32,), state.device)
+    return len(state), state.device
+
+
 def _check(
     name: str, tensor: Tensor | None, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> None:
-    if tensor is None:
-        got = f"no {name}"
+    if not isinstance(tensor, Tensor):
+        got = f"no {name}" if tensor is None else f"{name} of type {type(tensor).__name__}"
+    elif unreadable(tensor) is not None:
+        got = f"{name}, {unreadable(tensor)}"
     elif tensor.shape == shape and tensor.dtype in dtypes and tensor.device == device and tensor.is_contiguous():
         return
     else:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.kernels.layout import Column, StepFlags
+from skipstep.errors import InputError, check_items, check_type
+from skipstep.kernels.layout import NUM_COLUMNS, Column, StepFlags
 from skipstep.kernels.statistics import Thresholding, rescale_factor_numpy, threshold_bound_numpy
 
 Array = NDArray[np.float32]
@@ -33,6 +34,8 @@ class NumpyStep:
     thresholding    when flags.threshold.
     noise           stage → float32 `[B, C·H·W]`, when flags.add_noise.
     x0              optional float32 `[B, C, H, W]`, receives the predicted image of each step.
+
+    Raises InputError for buffers of other shapes and for flags whose operands are missing.
     """
 
     def __init__(
@@ -49,7 +52,30 @@ class NumpyStep:
         noise: Callable[[int], Array] | None = None,
         x0: Array | None = None,
     ) -> None:
+        check_type("state", state, np.ndarray, remedy="pass float32 [B, C, H, W]")
+        _check("state", state, state.shape if state.ndim == 4 and state.size else (1, 1, 1, 1), written=True)
         batch_size, channels = state.shape[:2]
+        flags = check_items("flags", flags, expected="StepFlags, one a stage", remedy="pass the plan's")
+        for each in flags:
+            check_type("flags", each, StepFlags, remedy="pass the plan's, one a stage")
+        copies = 2 if any(each.guided for each in flags) else 1
+        wide = 2 if any(each.wide_output for each in flags) else 1
+        _check("model_output", model_output, (copies * batch_size, wide * channels, *state.shape[2:]), any_float=True)
+        _check("network_input", network_input, (copies * batch_size, *state.shape[1:]), any_float=True, written=True)
+        rows = table.shape[1] if isinstance(table, np.ndarray) and table.ndim == 3 else 1
+        _check("table", table, (len(flags), batch_size if rows == batch_size else 1, NUM_COLUMNS))
+        for name, array, used in (
+            ("guidance", guidance, any(each.guided for each in flags)),
+            ("rescale", rescale, any(each.rescale for each in flags)),
+        ):
+            if used or array is not None:
+                _check(name, array, (batch_size,))
+        if x0 is not None:
+            _check("x0", x0, state.shape, written=True)
+        if any(each.threshold for each in flags):
+            check_type("thresholding", thresholding, Thresholding, remedy="pass the plan's")
+        if any(each.add_noise for each in flags) and not callable(noise):
+            raise InputError(got="no noise", expected="a function called as noise(stage)", remedy="pass noise=...")
         self._state = state
         self._prediction, self._variance = model_output[:, :channels], model_output[:batch_size, channels:]
         self._inputs = np.split(network_input, len(network_input) // batch_size)
@@ -140,3 +166,21 @@ class NumpyStep:
         np.multiply(x, a, out=self._term)
         np.multiply(y, b, out=into)
         into += self._term
+
+
+def _check(name: str, array: object, shape: tuple[int, ...], *, any_float: bool = False, written: bool = False) -> None:
+    """Raise InputError unless `array` is a NumPy array of that shape, float32 or a float array, writable if needed."""
+    if isinstance(array, np.ndarray):
+        kind = array.dtype
+        # bfloat16 of ml_dtypes is a void type to NumPy.
+        fits = kind.kind == "f" or (kind.kind == "V" and kind.names is None) if any_float else kind == np.float32
+        if array.shape == shape and fits and (array.flags.writeable or not written):
+            return
+        got = f"{name} {list(array.shape)} {kind}{'' if array.flags.writeable else ', read-only'}"
+    else:
+        got = f"{name} of type {type(array).__name__}"
+    raise InputError(
+        got=got,
+        expected=f"a NumPy array {list(shape)} {'of floats' if any_float else 'float32'}",
+        remedy=f"convert {name} before the loop starts",
+    )

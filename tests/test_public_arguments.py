@@ -4,30 +4,21 @@ The outcome is a result or an error of skipstep.errors; no argument is changed, 
 What is public is found by introspection: a function or parameter that is added is walked, or this module fails.
 """
 
+import functools
 import inspect
-import threading
-import time
-import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from attack_count import tried
+from argument_walk import walk
 from engines import labelled_engine
-from hostile_values import hostile_values
 from tiny_networks import Labelled
 
 import skipstep
 from skipstep import Engine, NoiseSchedule, Plan
-from skipstep.building import BuildOptions
 from skipstep.calls.images import to_pil
-from skipstep.calls.request import Conditions
 from skipstep.editing.interpolation import slerp, slerp_grid
-from skipstep.errors import SkipstepError
-from skipstep.loading import LoadOptions
-from skipstep.loops.runner import SampleArguments
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.scheduler_config import read_scheduler_config
 from skipstep.storage.signature import generate_key, sign, verify
@@ -38,14 +29,9 @@ PLAN = Plan(schedule=SCHEDULE, steps=3)
 BUNDLE = skipstep.__path__[0] + "/demo/fashion-mnist.bundle"
 IMAGES = np.full(SHAPE, 0.25, np.float32)
 NOISE = np.random.default_rng(0).standard_normal(SHAPE, np.float32)
-# Longer than any of these calls takes on a busy machine: a hang, or work that should have been refused.
-SECONDS = 20.0
 
 # Functions beside those of the package itself that its pages tell users to call.
 FURTHER = (NetworkSpec, slerp, slerp_grid, to_pil, read_scheduler_config, generate_key, sign, verify)
-# A keyword dictionary's names, by its type's name.
-KEYWORDS = {each.__name__: each for each in (Conditions, SampleArguments, BuildOptions, LoadOptions)}
-
 # Arguments with which a call succeeds, for each function that is walked. What is missing has its default.
 CALLS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Engine": lambda path: {"compiled": None},
@@ -129,41 +115,6 @@ def _functions() -> Iterator[tuple[str, Any]]:
 FUNCTIONS = dict(_functions())
 
 
-def _parameters(function: Any) -> list[str]:
-    names = []
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            kind = str(parameter.annotation).removeprefix("Unpack[").removesuffix("]")
-            names += get_type_hints(KEYWORDS[kind]).keys()
-        else:
-            names.append(name)
-    return [name for name in names if name not in ("self", "engine", "cls")]
-
-
-def _contents(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.tobytes(), value.shape, value.dtype
-    if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested:
-        held = value.detach().resolve_conj().resolve_neg()
-        return (
-            "meta" if held.is_meta else held.clone().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        ), held.shape
-    return repr(value)[:200] if isinstance(value, list | dict | set | bytearray) else None
-
-
-def _shares_memory(result: Any, value: Any) -> bool:
-    results = result if isinstance(result, tuple) else (result,)
-    held = value.detach() if isinstance(value, torch.Tensor) else value
-    if isinstance(held, torch.Tensor):
-        plain = held.layout is torch.strided and not (held.is_nested or held.is_meta or held.is_quantized)
-        if not plain or not held.numel() or not held.is_contiguous():
-            return False
-        held = np.empty(0) if held.is_conj() or held.is_neg() else held.view(-1)[:1].view(torch.uint8).numpy()
-    return isinstance(held, np.ndarray) and any(
-        isinstance(r, np.ndarray) and np.shares_memory(r, held) for r in results
-    )
-
-
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     with labelled_engine() as made:
@@ -183,35 +134,4 @@ def test_a_result_or_an_error_of_ours(
     function = FUNCTIONS[name]
     first = next(iter(inspect.signature(function).parameters), None)
     bound = {"engine": engine, "self": BOUND.get(name.split(".")[0], engine)}.get(str(first))
-    failures, num_cases = [], 0
-    seen: list[str] = []
-    monkeypatch.setattr(threading, "excepthook", lambda given: seen.append(f"a thread raised {given.exc_value!r}"))
-    for parameter in _parameters(function):
-        for described, make in hostile_values(SHAPE).items():
-            if parameter in ("callback", "progress") and callable(make()):
-                continue  # What the caller's own function raises is the caller's.
-            arguments = {**CALLS[name](tmp_path), parameter: make()}
-            value = arguments[parameter]
-            before, started = _contents(value), time.perf_counter()
-            where = f"{name}({parameter}={described})"
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error", RuntimeWarning)
-                    result = function(**arguments) if bound is None else function(bound, **arguments)
-                    result = result.result() if name == "Engine.sample_async" else result
-                if isinstance(result, Engine):
-                    result.close()
-                if parameter != "out" and _shares_memory(result, value):
-                    failures.append(f"{where}: the result shares the argument's memory")
-            except SkipstepError as error:
-                if not (error.got and error.expected and error.remedy):
-                    failures.append(f"{where}: {error!r}")
-            except BaseException as error:  # Whatever it is, it is not one of ours.
-                failures.append(f"{where}: {type(error).__name__}: {error!s:.120}")
-            if parameter != "out" and _contents(value) != before:
-                failures.append(f"{where}: the argument was changed")
-            if time.perf_counter() - started > SECONDS:
-                failures.append(f"{where}: took {time.perf_counter() - started:.0f} s")
-            num_cases += 1
-            tried("arguments of public functions, each parameter with each hostile value")
-    assert not failures + seen, f"{len(failures)} of {num_cases}:\n" + "\n".join(failures + seen)
+    walk(name, function if bound is None else functools.partial(function, bound), lambda: CALLS[name](tmp_path), SHAPE)

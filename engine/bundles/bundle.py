@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import re
+import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from skipstep.bundles.manifest import FILE_NAME, MAX_BYTES, SIGNATURE_NAME, EngineEntry, Manifest
 from skipstep.bundles.reader import parse_manifest
-from skipstep.errors import BundleError, DeviceUnavailableError, IntegrityError, SignatureError, check_path
+from skipstep.cuda.probe import DeviceFacts
+from skipstep.errors import (
+    BundleError,
+    DeviceUnavailableError,
+    IntegrityError,
+    SignatureError,
+    check_choice,
+    check_flag,
+    check_path,
+)
 from skipstep.storage.verified import read_regular, read_verified
 
 if TYPE_CHECKING:
@@ -55,8 +65,9 @@ class Bundle:
     allow_hard_links: bool = False
 
     def read(self, name: str) -> bytes:
-        """The bytes that the manifest promises. Raises IntegrityError."""
-        entry = self.manifest.files[name]
+        """The bytes that the manifest promises. Raises IntegrityError, and InputError for a name that it lacks."""
+        files = self.manifest.files
+        entry = files[check_choice("name", name, tuple(files), remedy="pass a name of manifest.files")]
         return read_verified(
             self.path, name, size=entry.size, sha256=entry.sha256, allow_hard_links=self.allow_hard_links
         )
@@ -102,19 +113,23 @@ class Bundle:
 
 
 def read_engine(
-    bundle: Bundle, *, library: str, version: str, compute_capability: int, batch_size: int
+    bundle: Bundle, *, library: str, version: str, device: DeviceFacts, batch_size: int
 ) -> tuple[bytes, EngineEntry]:
     """The TensorRT engine of a bundle that this device and library can run, verified, for a network batch size.
 
-    An engine runs on the architecture and with the library version that it was built for; any other combination may
-    crash, so it is refused here. `library` is "tensorrt" or "tensorrt_rtx", `compute_capability` 86 for 8.6. Raises
-    DeviceUnavailableError, which lists the engines of the bundle, and IntegrityError.
+    An engine runs on the platform, on the architecture and with the library version that it was built for; any other
+    combination may crash, so it is refused here. One of full TensorRT ("tensorrt") was tuned for one device: devices
+    of one name are told apart by their multiprocessors. Raises DeviceUnavailableError, which lists the engines of the
+    bundle, and IntegrityError.
     """
     requested = {
         "library": library,
         "library_version": version,
-        "compute_capability": compute_capability,
+        "platform": sysconfig.get_platform(),
+        "compute_capability": device.compute_capability,
         "batch_size": batch_size,
+        "device": device.name if library == "tensorrt" else None,
+        "num_multiprocessors": device.num_multiprocessors if library == "tensorrt" else None,
     }
     engines = [(entry, {name: _engine_fact(entry, name) for name in requested}) for entry in bundle.manifest.engines]
     for entry, facts in engines:
@@ -122,7 +137,9 @@ def read_engine(
             return bundle.read(entry.file), entry
 
     def described(facts: Mapping[str, Any]) -> str:
-        return "{library} {library_version} for sm_{compute_capability} at batch {batch_size}".format(**facts)
+        built_for = "" if facts["device"] is None else " ({device}, {num_multiprocessors} multiprocessors)"
+        text = "{library} {library_version} for sm_{compute_capability}" + built_for + " at batch {batch_size}"
+        return (text + " on {platform}").format(**facts)
 
     raise DeviceUnavailableError(
         got=f"a device and library that need {described(requested)}",
@@ -165,6 +182,7 @@ def open_bundle(
     """
     folder = Path(check_path("path", path))
     key = None if require_signature is None else check_path("require_signature", require_signature)
+    check_flag("allow_hard_links", allow_hard_links)
     data = _read_small(folder, FILE_NAME, MAX_BYTES)
     if data is None:
         raise BundleError(

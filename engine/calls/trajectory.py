@@ -14,6 +14,11 @@ Array = NDArray[np.float32]
 Progress = Callable[[int, int], None]
 
 
+def part_of(progress: Progress | None, start: int, total: int) -> Progress | None:
+    """The progress of one part of a call: `start` evaluations of `total` are done when it begins."""
+    return None if progress is None else lambda done, _: progress(start + done, total)
+
+
 @dataclass(frozen=True, slots=True)
 class StepEvent:
     """One step of one batch: `step` of `num_steps`, and copies of the state it led to and the image it predicted.

@@ -1,7 +1,8 @@
 """Inversion, reconstruction, editing, interpolation: without fresh noise, an image determines the noise that draws it.
 
 Functions over an engine, which are methods of `skipstep.Engine`. Images are `[B, *sample_shape]` in [-1, 1]. Each takes
-the conditions of `Engine.sample` as well: labels, prompts, guidance (skipstep.calls.request.Conditions).
+the conditions of `Engine.sample` as well: labels, prompts, guidance (skipstep.calls.request.Conditions). `progress` is
+called as progress(done, total), in network evaluations of the whole call.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from skipstep.calls.request import (
     resolve_request,
     resolve_seeds,
 )
+from skipstep.calls.trajectory import Progress, part_of
 from skipstep.editing.interpolation import MAX_POINTS, slerp, slerp_grid
 from skipstep.editing.inversion import Inversion
 from skipstep.editing.inversion import invert as invert_batch
-from skipstep.errors import InputError, check_choice, check_integer, check_items, check_number
+from skipstep.errors import InputError, check_callable, check_choice, check_integer, check_items, check_number
 from skipstep.kernels.layout import Stream
 from skipstep.loops.contract import Array, Sampler
 from skipstep.loops.runner import OutputType, check_finite, check_output_type
@@ -42,6 +44,7 @@ def invert(
     evaluate_at: Literal["target", "source"] = "target",
     refinements: int = 0,
     tolerance: float = 1e-6,
+    progress: Progress | None = None,
     **conditions: Unpack[Conditions],
 ) -> Inversion:
     """The noise from which the sampling plan of `steps` steps, or `plan`, draws `images`.
@@ -50,11 +53,13 @@ def invert(
                   samples back, or "source", the textbook's ODE.
     refinements   fixed-point iterations a step, for "target"; each costs one evaluation.
     tolerance     root mean square residual at which a sample needs no more of them.
+    progress      called as progress(done, total), in network evaluations; those that are not needed count as done.
 
     With guidance much above 1 no fixed point need exist; look at the residuals.
     Raises InputError (also for a plan that adds noise: it has no inverse), PlanNotFoundError, and NonFiniteError
     where the network returned NaN.
     """
+    check_callable("progress", progress, "done, total")
     sampling = engine.select_plan(steps=steps, plan=plan)
     if sampling.adds_noise:
         raise InputError(
@@ -64,7 +69,7 @@ def invert(
         )
     check_choice("evaluate_at", evaluate_at, ("target", "source"))
     tolerance = check_number("tolerance", tolerance, low=0.0)
-    refinements = check_integer("refinements", refinements, low=0, high=1000, remedy="pass 0, or a few, such as 3")
+    refinements = _check_refinements(refinements)
     if refinements and evaluate_at == "source":
         raise InputError(
             got="refinements with evaluate_at='source'",
@@ -78,9 +83,8 @@ def invert(
         latents_name="images",
         **conditions,
     )
-    return _invert(
-        engine, sampling.inverted(evaluate_at=evaluate_at), request, refinements=refinements, tolerance=tolerance
-    )
+    plan = sampling.inverted(evaluate_at=evaluate_at)
+    return _invert(engine, plan, request, refinements=refinements, tolerance=tolerance, progress=progress)
 
 
 def reconstruct(
@@ -91,13 +95,19 @@ def reconstruct(
     plan: Plan | None = None,
     refinements: int = 0,
     output_type: OutputType = "np",
+    progress: Progress | None = None,
     **conditions: Unpack[Conditions],
 ) -> Any:
     """Invert and draw again: how much of an image survives the round trip. Arguments as for `invert`."""
     check_output_type(output_type)
+    check_callable("progress", progress, "done, total")
     chosen = engine.select_plan(steps=steps, plan=plan)
-    found = invert(engine, images, plan=chosen, refinements=refinements, **conditions)
-    return engine.sample(plan=chosen, x_T=found.latents, output_type=output_type, **conditions)
+    refinements = _check_refinements(refinements)
+    shares = (1 + refinements, 1)
+    images = resolve_latents(images, engine.network, name="images")
+    up, down = _parts(progress, [share * _num_evaluations(engine, chosen, len(images)) for share in shares])
+    found = invert(engine, images, plan=chosen, refinements=refinements, progress=up, **conditions)
+    return engine.sample(plan=chosen, x_T=found.latents, output_type=output_type, progress=down, **conditions)
 
 
 def edit(
@@ -112,6 +122,7 @@ def edit(
     seeds: int | Sequence[int] | None = None,
     source_labels: int | Sequence[int] | None = None,
     output_type: OutputType = "np",
+    progress: Progress | None = None,
     **conditions: Unpack[Conditions],
 ) -> Any:
     """Draw `images` again from a level part of the way up, with other labels or none.
@@ -126,6 +137,7 @@ def edit(
     chosen = engine.select_plan(steps=steps, plan=plan)
     tail = chosen.started_at(_first_step(chosen, strength=strength, noise_level=noise_level))
     check_choice("method", method, ("noise", "invert"))
+    check_callable("progress", progress, "done, total")
     check_output_type(output_type)
     if source_labels is not None and method == "noise":
         raise InputError(
@@ -147,6 +159,8 @@ def edit(
         latents_name="images",
         **conditions,
     )
+    num_evaluations = _num_evaluations(engine, tail, request.num_samples)
+    up, down = _parts(progress, [0 if method == "noise" else num_evaluations, num_evaluations])
     if method == "noise":
         assert request.seeds is not None, "they were checked"
         a = tail.alpha_bars[0]
@@ -160,8 +174,8 @@ def edit(
             class_labels=source_labels,
             prompt_embeds=conditions.get("prompt_embeds"),
         )
-        latents = _invert(engine, tail.inverted(), source).latents
-    result = engine.runner.run(Stages.of([tail]), dataclasses.replace(request, x_T=latents))
+        latents = _invert(engine, tail.inverted(), source, progress=up).latents
+    result = engine.runner.run(Stages.of([tail]), dataclasses.replace(request, x_T=latents), progress=down)
     return engine.runner.as_output(result, output_type)
 
 
@@ -175,6 +189,7 @@ def interpolate(
     plan: Plan | None = None,
     seeds: int | Sequence[int] | None = None,
     output_type: OutputType = "np",
+    progress: Progress | None = None,
     **conditions: Unpack[Conditions],
 ) -> Any:
     """Draw `n` ≥ 2 samples between the initial noises a and b, both included.
@@ -184,7 +199,9 @@ def interpolate(
     """
     n = check_integer("n", n, low=2, high=MAX_POINTS, remedy="pass n=8; both ends are drawn")
     x_T = slerp(_latents_of(engine, a), _latents_of(engine, b), np.linspace(0.0, 1.0, n))
-    return engine.sample(steps=steps, plan=plan, x_T=x_T, seeds=seeds, output_type=output_type, **conditions)
+    return engine.sample(
+        steps=steps, plan=plan, x_T=x_T, seeds=seeds, output_type=output_type, progress=progress, **conditions
+    )
 
 
 def interpolate_grid(
@@ -197,6 +214,7 @@ def interpolate_grid(
     plan: Plan | None = None,
     seeds: int | Sequence[int] | None = None,
     output_type: OutputType = "np",
+    progress: Progress | None = None,
     **conditions: Unpack[Conditions],
 ) -> Any:
     """Draw `rows·columns` samples, row by row, between four corners: top left, top right, bottom left and right.
@@ -205,18 +223,56 @@ def interpolate_grid(
     """
     given = check_items("corners", corners, expected="four seeds or latents", remedy="pass corners=[0, 1, 2, 3]")
     x_T = slerp_grid([_latents_of(engine, corner) for corner in given], rows=rows, columns=columns)
-    return engine.sample(steps=steps, plan=plan, x_T=x_T, seeds=seeds, output_type=output_type, **conditions)
+    return engine.sample(
+        steps=steps, plan=plan, x_T=x_T, seeds=seeds, output_type=output_type, progress=progress, **conditions
+    )
+
+
+def _check_refinements(refinements: int) -> int:
+    return check_integer("refinements", refinements, low=0, high=1000, remedy="pass 0, or a few, such as 3")
+
+
+def _num_evaluations(engine: Sampler, plan: Plan, num_samples: int) -> int:
+    return len(engine.split(num_samples)) * plan.num_evaluations
+
+
+def _parts(progress: Progress | None, sizes: Sequence[int]) -> list[Progress | None]:
+    """The progress of each part of a call, in evaluations of the whole call."""
+    starts = np.cumsum([0, *sizes]).tolist()
+    return [part_of(progress, start, starts[-1]) for start in starts[:-1]]
 
 
 def _invert(
-    engine: Sampler, plan: Plan, request: SampleRequest, *, refinements: int = 0, tolerance: float = 0.0
+    engine: Sampler,
+    plan: Plan,
+    request: SampleRequest,
+    *,
+    refinements: int = 0,
+    tolerance: float = 0.0,
+    progress: Progress | None = None,
 ) -> Inversion:
     engine.runner.check()
     stages = Stages.of([plan])
+    total = (1 + refinements) * _num_evaluations(engine, plan, request.num_samples)
+    done = 0
+
+    def after_step() -> None:
+        nonlocal done
+        done += 1 + refinements
+        if progress is not None:
+            progress(done, total)
+
     latents = np.empty((request.num_samples, *engine.network.sample_shape), np.float32)
     residuals = np.empty((len(stages), request.num_samples), np.float32)
     for part, _, padded in engine.runner.parts(stages, request):
-        inverted = invert_batch(engine.runner.loop, stages, padded, refinements=refinements, tolerance=tolerance)
+        inverted = invert_batch(
+            engine.runner.loop,
+            stages,
+            padded,
+            refinements=refinements,
+            tolerance=tolerance,
+            after_step=after_step,
+        )
         size = part.stop - part.start
         latents[part], residuals[:, part] = inverted.latents[:size], inverted.residuals[:, :size]
     check_finite(latents)

@@ -13,13 +13,14 @@ have grown, and the least residual seen is returned.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from skipstep.calls.request import SampleRequest
 from skipstep.kernels.layout import Column
-from skipstep.loops.contract import Array, Loop
+from skipstep.loops.contract import Array, Loop, Run
 from skipstep.plans.stages import Stages
 
 
@@ -36,7 +37,13 @@ class Inversion:
 
 
 def invert(
-    loop: Loop, stages: Stages, request: SampleRequest, *, refinements: int = 0, tolerance: float = 0.0
+    loop: Loop,
+    stages: Stages,
+    request: SampleRequest,
+    *,
+    refinements: int = 0,
+    tolerance: float = 0.0,
+    after_step: Callable[[], None] = lambda: None,
 ) -> Inversion:
     """Invert the request's images with up to `refinements` + 1 network evaluations a step, fewer once all stalled.
 
@@ -47,29 +54,34 @@ def invert(
         for stage in range(len(stages)):
             base = run.state()
             run.advance(stage)
-            if not refinements:
-                continue
-            guess = best = run.state()
-            least = np.full(request.num_samples, np.inf, np.float32)
-            falling = np.ones(request.num_samples, bool)
-            # The step goes up from the guess; it has to go up from the base, with the noise seen at the guess.
-            c_x = stages.table[stage, :, Column.C_X].reshape(-1, 1, 1, 1)
-            for _ in range(refinements):
-                run.advance(stage)
-                answer = run.state() + c_x * (base - guess)
-                residual = np.sqrt(np.mean((answer - guess) ** 2, axis=(1, 2, 3)))
-                # The residual is the guess's. The answer's own is known one evaluation later, if there is one: while
-                # residuals fall it is the better of the two. A sample that has stalled is left as it is, so that it
-                # does not depend on how long the rest of the batch goes on.
-                better = falling & (residual < least)
-                falling = better & (residual > tolerance)
-                best = np.where(better[:, None, None, None], guess, best)
-                best = np.where(falling[:, None, None, None], answer, best)
-                least = np.where(better, residual, least)
-                if not falling.any():
-                    break
-                guess = answer
-                run.set_state(guess)
-            run.set_state(best)
-            residuals[stage] = least
+            if refinements:
+                # The step goes up from the guess; it has to go up from the base, with the noise seen at the guess.
+                c_x = stages.table[stage, :, Column.C_X].reshape(-1, 1, 1, 1)
+                residuals[stage] = _refine(run, stage, base, c_x, refinements=refinements, tolerance=tolerance)
+            after_step()
         return Inversion(run.state(), residuals)
+
+
+def _refine(run: Run, stage: int, base: Array, c_x: Array, *, refinements: int, tolerance: float) -> Array:
+    """Put the best answer in the run's state; returns its residuals `[B]`."""
+    guess = best = run.state()
+    least = np.full(len(base), np.inf, np.float32)
+    falling = np.ones(len(base), bool)
+    for _ in range(refinements):
+        run.advance(stage)
+        answer = run.state() + c_x * (base - guess)
+        residual = np.sqrt(np.mean((answer - guess) ** 2, axis=(1, 2, 3)))
+        # The residual is the guess's. The answer's own is known one evaluation later, if there is one: while residuals
+        # fall it is the better of the two. A sample that has stalled is left as it is, so that it does not depend on
+        # how long the rest of the batch goes on.
+        better = falling & (residual < least)
+        falling = better & (residual > tolerance)
+        best = np.where(better[:, None, None, None], guess, best)
+        best = np.where(falling[:, None, None, None], answer, best)
+        least = np.where(better, residual, least)
+        if not falling.any():
+            break
+        guess = answer
+        run.set_state(guess)
+    run.set_state(best)
+    return least

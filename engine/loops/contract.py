@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipstep.calls.request import SampleRequest
+from skipstep.calls.trajectory import Progress
 from skipstep.kernels.launch import StepLaunch
 from skipstep.kernels.layout import StepFlags
 from skipstep.networks.spec import NetworkSpec
@@ -186,7 +187,7 @@ class Runner(Protocol):
 
     def split(self, num_samples: int) -> list[int]: ...
 
-    def run(self, stages: Stages, request: SampleRequest) -> Array: ...
+    def run(self, stages: Stages, request: SampleRequest, *, progress: Progress | None = None) -> Array: ...
 
     def parts(self, stages: Stages, request: SampleRequest) -> Iterator[tuple[slice, Stages, SampleRequest]]: ...
 

@@ -13,6 +13,7 @@ from skipstep.calls.batching import split_batch
 from skipstep.calls.destination import copy_samples
 from skipstep.calls.plan_set import PlanSet
 from skipstep.calls.request import Conditions, SampleRequest
+from skipstep.calls.trajectory import Progress
 from skipstep.errors import NonFiniteError, check_choice
 from skipstep.loops.contract import Array, FinishedRun, Loop, Pending, run_observed
 from skipstep.loops.lifecycle import Lifecycle
@@ -68,10 +69,11 @@ class BatchRunner:
             yield slice(start, stop), stages.chunk(start, size), request.chunk(start, size)
             start += size
 
-    def run(self, stages: Stages, request: SampleRequest) -> Array:
+    def run(self, stages: Stages, request: SampleRequest, *, progress: Progress | None = None) -> Array:
         """Walk a request to x_0 `[B, *sample_shape]`. Raises NonFiniteError."""
         result = np.empty((request.num_samples, *self.network.sample_shape), np.float32)
-        self.draw(stages, request, result)
+        observers = None if progress is None else Observers(stages, len(self.split(request.num_samples)), progress)
+        self.draw(stages, request, result, observers=observers)
         return result
 
     def draw(self, stages: Stages, request: SampleRequest, samples: Any, *, observers: Observers | None = None) -> None:

@@ -19,7 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skipstep.errors import MissingDependencyError, ModelFormatError, UnsafeCheckpointError, check_integer, shown
+from skipstep.errors import (
+    MissingDependencyError,
+    ModelFormatError,
+    UnsafeCheckpointError,
+    check_integer,
+    check_path,
+    shown,
+)
 from skipstep.plans.scheduler_config import SchedulerConfig, read_scheduler_config
 from skipstep.storage.untrusted import read_json_object
 
@@ -78,7 +85,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
 
     Raises ModelFormatError, UnsafeCheckpointError (only a pickle is there) and ScheduleError.
     """
-    root = Path(folder)
+    root = Path(check_path("folder", folder))
     if not root.is_dir():
         raise ModelFormatError(
             got=f"no folder {root}",
