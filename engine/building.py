@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Unpack, get_args
+from typing import Any, Unpack, cast, get_args
 
-import numpy as np
-
-from skipstep.backends.denoiser import Denoiser, Target
-from skipstep.backends.registry import BACKENDS, resolve_backend
-from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
+from skipstep.backends.denoiser import Denoiser, Precision, Target
+from skipstep.backends.registry import BACKENDS, check_device, check_library, resolve_backend
 from skipstep.calls.plan_set import PlanSet, make_plan
+from skipstep.cuda.probe import cuda_device
 from skipstep.errors import (
     DeviceUnavailableError,
-    ExportError,
     InputError,
     MissingDependencyError,
     PlanError,
@@ -24,25 +20,18 @@ from skipstep.errors import (
     check_flag,
     check_integer,
     check_items,
-    shown,
 )
+from skipstep.loops.agreement import NetworkProbe
 from skipstep.loops.choice import FORMS, make_loop, resolve_form
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.loops.runner import BatchRunner, CompiledNetwork
-from skipstep.model_source import ModelOptions, ModelSource, is_module, read_model, specification
+from skipstep.model_source import ModelOptions, is_module, read_model, specification
 from skipstep.networks.checkpoint import Checkpoint, read_checkpoint
 from skipstep.networks.spec import MAX_BATCH_SIZE
 from skipstep.plans.coefficients import PREDICTION_TYPES
 from skipstep.plans.plan import Plan
 from skipstep.plans.schedule import NoiseSchedule, check_schedule
 from skipstep.reporting import LOGGER, Report, reporter
-
-Precision = Literal["float32", "float16", "bfloat16"]
-_DEVICES = "'auto', 'cpu', 'cuda' or 'cuda:N'"
-
-# How far an exported graph may be from the module it came from, relative to the largest output: float32 rounding in
-# another order over a few hundred layers stays below 1e-5, a wrong operator is orders of magnitude off.
-EXPORT_TOLERANCE = 1e-4
 
 
 class BuildOptions(ModelOptions, total=False):
@@ -53,7 +42,9 @@ class BuildOptions(ModelOptions, total=False):
                       "auto": the one with the fewest launches from the host. `Engine.describe` says which was possible.
     require_captured  on a GPU: raise CaptureError where a loop cannot run as `loop` says, instead of a simpler one.
     device            "cpu", "cuda", "cuda:1", or "auto": the GPU where there is one.
-    precision         of the network on a GPU: "float32", "float16" or "bfloat16"; the state is always float32.
+    precision         of the network on a GPU: "float32", "tf32" (float32 whose products are rounded to ten bits),
+                      "float16" or "bfloat16"; the state is always float32.
+    library           of the tensorrt backend: "tensorrt" or "tensorrt_rtx"; None: full TensorRT where it is installed.
     compile_network   run torch's module through torch.compile first (torch on a GPU).
     num_threads       of ONNX Runtime on the CPU; None: every core. torch keeps its process-wide setting.
     progress          called as progress(phase), in words, which the logger "skipstep" gets too.
@@ -64,6 +55,7 @@ class BuildOptions(ModelOptions, total=False):
     require_captured: bool
     device: str
     precision: str
+    library: str | None
     compile_network: bool
     num_threads: int | None
     progress: Report | None
@@ -130,6 +122,7 @@ def build_network(
     require_captured: bool = False,
     device: str = "auto",
     precision: str = "float32",
+    library: str | None = None,
     compile_network: bool = False,
     num_threads: int | None = None,
     progress: Report | None = None,
@@ -141,11 +134,10 @@ def build_network(
     check_choice("precision", precision, get_args(Precision))
     check_choice("backend", backend, ("auto", *dict.fromkeys(each.name for each in BACKENDS)))
     check_choice("loop", loop, ("auto", *dict.fromkeys(form for forms in FORMS.values() for form in forms)))
-    if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
-        raise InputError(got=f"device={shown(device)}", expected=_DEVICES, remedy="pick one of these")
+    check_device(device, auto=True)
     check_flag("compile_network", compile_network)
     check_flag("require_captured", require_captured)
-    target = Target("cpu", precision, num_threads, compile_network)
+    target = Target("cpu", cast(Precision, precision), num_threads, compile_network, library=check_library(library))
     checkpoint = read_checkpoint(model) if isinstance(model, str | os.PathLike) else None
     if checkpoint is None and not is_module(model):
         raise InputError(
@@ -165,7 +157,7 @@ def build_network(
     resolved = _resolve_device(device)
     chosen = resolve_backend(backend, device=resolved.type, exports=True)
     form = resolve_form(loop, device=resolved.type)
-    _check_options(precision, resolved.type, chosen.name, compile_network, require_captured)
+    _check_options(target, resolved.type, chosen.name, require_captured)
     source = read_model(model, checkpoint, network)
     held = PlanSet(
         source.spec,
@@ -177,68 +169,61 @@ def build_network(
     lifecycle = Lifecycle()
     cuda = None
     if resolved.type == "cuda":
+        from skipstep.bundles.kept import CacheSlot
         from skipstep.cuda.device import CudaDevice
 
         cuda = CudaDevice(resolved)
-        target = replace(target, device=str(cuda.torch_device), stream=getattr(cuda.stream, "torch_stream", None))
+        stream = getattr(cuda.stream, "torch_stream", None)
+        target = replace(target, device=str(cuda.torch_device), stream=stream, keep=CacheSlot)
     network = source.spec
     report(f"make the network ready for {chosen.name}" + (": export it to ONNX" if chosen.loads_bundles else ""))
     make = chosen.denoisers(source, target)
+
+    def reference() -> Denoiser:
+        from skipstep.backends.torch import TorchDenoiser
+
+        report("compare it with the model on the CPU")
+        return TorchDenoiser(source.module(), network, batch_size=2)
+
     if chosen.name == "onnxruntime" and cuda is None:
-        report("compare the export with the model")
-        _check_export(source, make(2))
-    made = make_loop(make, network, sizes, form=form, required=require_captured, lifecycle=lifecycle, device=cuda)
+        NetworkProbe.of(reference(), network).check(make(2))
+    made = make_loop(
+        make,
+        network,
+        sizes,
+        form=form,
+        required=require_captured,
+        lifecycle=lifecycle,
+        device=cuda,
+        precision=precision,
+        reference=reference,
+    )
     runner = BatchRunner(made, network, sizes, lifecycle)
     return CompiledNetwork(source, held, runner, chosen.name, precision, num_threads)
 
 
-def _check_export(source: ModelSource, denoiser: Denoiser) -> None:
-    """Compare the exported graph with its module on random inputs before it is trusted. Raises ExportError."""
-    from skipstep.backends.torch import TorchDenoiser
-
-    network = source.spec
-    reference = TorchDenoiser(source.module(), network, batch_size=denoiser.batch_size)
-    rng = np.random.default_rng(0)
-    sample = rng.standard_normal(reference.input.shape, dtype=np.float32)
-    # Other conditioning for each sample: a graph that mixes samples would show.
-    timesteps = rng.integers(0, 1000, (3, len(sample))).astype(np.float64)
-    rows: dict[str, Any] = {}
-    if network.prompt_shape is not None:
-        rows[PROMPTS] = rng.standard_normal((len(sample), *network.prompt_shape), dtype=np.float32)
-    if network.num_classes is not None:
-        rows[LABELS] = rng.integers(0, network.num_classes, len(sample))
-    index = np.arange(len(sample)) if rows else np.zeros(len(sample), np.int64)
-    values = [each.compute(timesteps, Conditioning(rows, index)) for each in (denoiser, reference)]
-    for stage, t in enumerate(timesteps):
-        for each, looked_up in zip((denoiser, reference), values, strict=True):
-            each.input[...] = sample
-            each.new_context()(looked_up, stage)
-        error = float(np.abs(denoiser.output - reference.output).max() / np.abs(reference.output).max())
-        if not error <= EXPORT_TOLERANCE:
-            raise ExportError(
-                got=f"an exported graph that is off by {error:.2g} of the largest output at timesteps {t.tolist()}",
-                expected=f"at most {EXPORT_TOLERANCE:g}",
-                remedy="use backend='torch', and report the network: the exporter translated it wrongly",
-            )
-
-
-def _check_options(precision: str, device: str, backend: str, compile_network: bool, require_captured: bool) -> None:
+def _check_options(target: Target, device: str, backend: str, require_captured: bool) -> None:
     only_on_gpu = {
-        f"precision={precision!r}": precision != "float32",
+        f"precision={target.precision!r}": target.precision != "float32",
         "require_captured=True": require_captured,
-        "compile_network=True": compile_network,
+        "compile_network=True": target.compiled,
+        f"library={target.library!r}": target.library is not None,
     }
     for option, given in only_on_gpu.items():
         if given and device == "cpu":
             raise InputError(
                 got=f"{option} on the CPU", expected="a CUDA device", remedy="leave it out, or see device="
             )
-    if compile_network and backend != "torch":
-        raise InputError(
-            got=f"compile_network=True with the {backend} backend",
-            expected="backend='torch': torch.compile takes its modules",
-            remedy="leave it out",
-        )
+    for option, given, needed, why in (
+        ("compile_network=True", target.compiled, "torch", "torch.compile takes its modules"),
+        (f"library={target.library!r}", target.library is not None, "tensorrt", "no other has such libraries"),
+    ):
+        if given and backend != needed:
+            raise InputError(
+                got=f"{option} with the {backend} backend",
+                expected=f"backend={needed!r}: {why}",
+                remedy=f"leave it out, or pass backend={needed!r}",
+            )
 
 
 def _resolve_device(name: str) -> Any:
@@ -250,12 +235,28 @@ def _resolve_device(name: str) -> Any:
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
+            problem, remedy = _why_not_seen(torch.version.cuda) if not count else ("", "pass a number below that")
             raise DeviceUnavailableError(
-                got=f"device={name!r} on a machine with {count} CUDA devices",
-                expected="a CUDA device that torch can see",
-                remedy="use device='cpu', or install a CUDA build of torch and a driver",
+                got=f"device={name!r} on a machine with {count} CUDA devices that torch can see{problem}",
+                expected="a CUDA device",
+                remedy=f"use device='cpu', or {remedy}",
             )
     return device
+
+
+def _why_not_seen(built_for: str | None) -> tuple[str, str]:
+    """Why torch sees no CUDA device, and the remedy."""
+    if built_for is None:
+        return ": torch is a build for CPUs", "install a build of torch for CUDA, and an NVIDIA driver"
+    try:
+        facts = cuda_device()
+    except DeviceUnavailableError as error:
+        return f": {error.got}", "install an NVIDIA driver"
+    served = facts.cuda_version // 1000, facts.cuda_version % 1000 // 10
+    if served < tuple(map(int, built_for.split("."))):
+        found = f": {facts.name}, whose driver serves CUDA {served[0]}.{served[1]}, and torch built for {built_for}"
+        return found, f"update the driver to one for CUDA {built_for}, or install torch for CUDA {served[0]}"
+    return f": {facts.name} is there, torch cannot use it", "see what torch.cuda.init() says"
 
 
 def _checked_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:

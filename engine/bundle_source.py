@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
 
-from skipstep.backends.denoiser import Target
-from skipstep.backends.registry import resolve_backend
+from skipstep.backends.denoiser import Precision, Target
+from skipstep.backends.registry import check_device, check_library, resolve_backend
 from skipstep.bundles.bundle import Bundle, open_bundle, read_engine, while_unchanged
 from skipstep.cuda.probe import cuda_device
-from skipstep.errors import BundleError, DeviceUnavailableError, InputError, check_choice, check_flag
+from skipstep.errors import BundleError, DeviceUnavailableError, InputError, check_flag
 from skipstep.loops.choice import make_loop, resolve_form
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.networks.graphs import Values
@@ -70,12 +70,15 @@ class BundleSource:
         finally:
             self.step_read.set()
 
-    def tensorrt_engine(self, library: str, *, version: str, batch_size: int, precision: str) -> bytes:
-        capability, _ = cuda_device()
-        engine, _ = read_engine(
-            self.bundle, library=library, version=version, compute_capability=capability, batch_size=batch_size
-        )
-        return engine
+    @property
+    def engine_libraries(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(str(each.facts.get("library")) for each in self.bundle.manifest.engines))
+
+    def tensorrt_engine(
+        self, library: str, *, version: str, device: int, batch_size: int, precision: str, again: bool = False
+    ) -> bytes:
+        facts = cuda_device(device)
+        return read_engine(self.bundle, library=library, version=version, device=facts, batch_size=batch_size)[0]
 
 
 def load_network(
@@ -83,6 +86,7 @@ def load_network(
     *,
     device: str = "cpu",
     loop: str = "auto",
+    library: str | None = None,
     require_captured: bool = False,
     num_threads: int | None = None,
     require_signature: str | os.PathLike[str] | None = None,
@@ -90,39 +94,42 @@ def load_network(
     compile_on_miss: bool = False,
 ) -> CompiledNetwork:
     """See skipstep.load."""
-    check_choice("device", device, ("cpu", "cuda", "cuda:0"))
+    check_device(device)
     for name, flag in (
         ("require_captured", require_captured),
         ("allow_hard_links", allow_hard_links),
         ("compile_on_miss", compile_on_miss),
     ):
         check_flag(name, flag)
-    kind = device.removesuffix(":0")
+    kind, _, number = device.partition(":")
     if kind == "cpu" and require_captured:
         raise InputError(
             got=f"device={device!r}, require_captured=True",
-            expected="'cuda', the first GPU, whose loops can be captured",
+            expected="'cuda', a GPU, whose loops can be captured",
             remedy="pass device='cuda', or leave require_captured out",
         )
     form = resolve_form(loop, device=kind)
+    gpu = None if kind == "cpu" else int(number or 0)
+    target = Target(num_threads=num_threads, library=check_library(library))
 
     def opened() -> CompiledNetwork:
         bundle = open_bundle(path, require_signature=require_signature, allow_hard_links=allow_hard_links)
-        return _network_of(bundle, kind, form, require_captured, num_threads, compile_on_miss)
+        return _network_of(bundle, gpu, form, require_captured, target, compile_on_miss)
 
     return while_unchanged(path, opened)
 
 
 def _network_of(
-    bundle: Bundle, kind: str, form: str, require_captured: bool, num_threads: int | None, compile_on_miss: bool
+    bundle: Bundle, gpu: int | None, form: str, require_captured: bool, target: Target, compile_on_miss: bool
 ) -> CompiledNetwork:
+    kind = "cpu" if gpu is None else "cuda"
     backend = resolve_backend("onnxruntime" if kind == "cpu" else "tensorrt", device=kind, exports=False)
     manifest = bundle.manifest
     source, lifecycle = BundleSource(bundle), Lifecycle()
-    precision, cuda, target = "float32", None, Target(num_threads=num_threads)
-    if kind == "cuda":
+    precision, cuda = "float32", None
+    if gpu is not None:
         # The device is probed before anything of TensorRT or CUDA is touched.
-        cuda_device()
+        cuda_device(gpu)
         if not manifest.engines:
             raise DeviceUnavailableError(
                 got=f"{bundle.path}, a bundle without engines for a GPU",
@@ -131,10 +138,18 @@ def _network_of(
             )
         import torch
 
+        from skipstep.bundles.kept import CacheSlot
         from skipstep.cuda.device import CudaDevice
 
-        precision, cuda = manifest.engines[0].precision, CudaDevice(torch.device("cuda", 0))
-        target = Target(str(cuda.torch_device), precision, stream=getattr(cuda.stream, "torch_stream", None))
+        precision, cuda = manifest.engines[0].precision, CudaDevice(torch.device("cuda", gpu))
+        stream = getattr(cuda.stream, "torch_stream", None)
+        target = replace(
+            target,
+            device=str(cuda.torch_device),
+            precision=cast(Precision, precision),
+            stream=stream,
+            keep=CacheSlot,
+        )
     # Loading the runtime's session takes longest: it goes on in the background while the rest is read.
     make = backend.denoisers(source, target)
     from skipstep.bundles.tables import default_options, plan_values, read_plans
@@ -155,6 +170,8 @@ def _network_of(
         required=require_captured,
         lifecycle=lifecycle,
         device=cuda,
+        precision=precision,
+        reference=lambda: resolve_backend("onnxruntime", device="cpu", exports=False).denoisers(source, Target())(2),
     )
     calibrations = None if manifest.calibration is None else bundle.read(manifest.calibration)
     if cuda is None:
@@ -173,6 +190,6 @@ def _network_of(
         BatchRunner(made, manifest.network, manifest.batch_sizes, lifecycle),
         backend.name,
         precision,
-        num_threads,
+        target.num_threads,
         calibrations=calibrations,
     )

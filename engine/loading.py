@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 class LoadOptions(TypedDict, total=False):
     """How a bundle is loaded; each may be left out.
 
-    device             "cpu", or "cuda" for the first GPU, which takes torch and the engines that were built for it
+    device             "cpu", or "cuda" or "cuda:1" for a GPU, which takes torch and the engines that were built for it
                        (skipstep build).
+    library            on a GPU "tensorrt" or "tensorrt_rtx"; None: the one that is installed and has engines here.
     loop, require_captured
                        on a GPU, as for Engine.build.
     num_threads        of ONNX Runtime on the CPU; None: every core.
@@ -24,6 +25,7 @@ class LoadOptions(TypedDict, total=False):
     """
 
     device: str
+    library: str | None
     loop: str
     require_captured: bool
     num_threads: int | None

@@ -88,12 +88,20 @@ class ModelSource:
 
         return step_graph(self.partition(), precision)
 
-    def tensorrt_engine(self, library: str, *, version: str, batch_size: int, precision: str) -> bytes:
+    @property
+    def engine_libraries(self) -> tuple[str, ...]:
+        return "tensorrt", "tensorrt_rtx"
+
+    def tensorrt_engine(
+        self, library: str, *, version: str, device: int, batch_size: int, precision: str, again: bool = False
+    ) -> bytes:
         from skipstep.export.engines import build_engine_cached
         from skipstep.export.tensorrt_engine import EngineTarget
 
         target = EngineTarget("tensorrt" if library == "tensorrt" else "tensorrt_rtx")
-        return build_engine_cached(self.step_graph(precision), target, batch_size)[0]
+        tf32 = precision == "tf32"
+        step = self.step_graph("float32" if tf32 else precision)
+        return build_engine_cached(step, target, batch_size, device=device, tf32=tf32, again=again)[0]
 
 
 def specification(

@@ -7,10 +7,12 @@ declaration; shared memory and registers from the machine code.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -30,6 +32,7 @@ from skipstep.kernels.layout import StepFlags
 try:
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas, ptx_get_version
     from triton.compiler import ASTSource
 
     from skipstep.kernels.step_kernel import ddim_step_kernel
@@ -211,14 +214,35 @@ def compile_for(
     names = list(signature)
     assert names == kernel.arg_names, "a kernel's arguments are told by position"
     aligned = {(names.index(name),): _ALIGNED for name in (*pointers, *["num_elements"] * wide)}
-    with triton.knobs.compilation.scope():
+    with triton.knobs.compilation.scope(), _oldest_assembler(arch) as options:
         # They would triple the size, and tell the folders of the machine that compiled.
         triton.knobs.compilation.disable_line_info = True
         return triton.compile(
             ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned),
             target=GPUTarget("cuda", arch, 32),
-            options={"num_warps": launch.num_warps, "enable_fp_fusion": False},
+            options={"num_warps": launch.num_warps, "enable_fp_fusion": False, **options},
         )
+
+
+@contextlib.contextmanager
+def _oldest_assembler(arch: int) -> Iterator[dict[str, int]]:
+    """Within it Triton assembles with the older of its two assemblers, where that knows the architecture: the cubin of
+    a newer one needs a newer driver. Gives the options that this takes."""
+    tools = triton.knobs.nvidia
+    with tools.scope():
+        if get_ptxas(arch).path == tools.ptxas.path or not assembles(tools.ptxas.path, arch):
+            yield {}
+            return
+        tools.ptxas_blackwell = tools.ptxas.path
+        # Triton has noted the newer one's.
+        yield {"ptx_version": ptx_get_version(tools.ptxas.version)}
+
+
+@functools.lru_cache
+def assembles(ptxas: str, arch: int) -> bool:
+    """Whether an assembler knows an architecture."""
+    said = subprocess.run([ptxas, "--help"], check=True, capture_output=True, text=True).stdout
+    return f"'sm_{arch}'" in said
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:

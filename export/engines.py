@@ -9,17 +9,21 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+import re
+import sysconfig
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple
+from importlib import metadata
 from typing import Any
 
+from skipstep.backends.denoiser import Library
 from skipstep.bundles.bundle import open_bundle
 from skipstep.bundles.cache import ArtefactCache
-from skipstep.bundles.cache_key import cache_key
+from skipstep.bundles.cache_key import Part, cache_key
 from skipstep.bundles.manifest import EngineEntry
 from skipstep.cuda.probe import cuda_device
-from skipstep.export.bundle_files import package_version
 from skipstep.export.bundle_rewriter import rewrite_bundle
-from skipstep.export.tensorrt_engine import EngineTarget, build_engine
+from skipstep.export.tensorrt_engine import EngineTarget, build_engine, library_version
 from skipstep.export.weight_storage import expand_weights
 from skipstep.networks.spec import NetworkSpec, network_batch_sizes
 
@@ -31,6 +35,7 @@ def add_engines(
     targets: Iterable[EngineTarget],
     *,
     require_signature: str | os.PathLike[str] | None = None,
+    device: int = 0,
     workspace_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
@@ -38,7 +43,8 @@ def add_engines(
 
     The network is the half-precision one if the bundle has one, else the float32 one. Every file is verified on its way
     into the new bundle, which takes the old one's place when it is whole. Engines of the same target are replaced.
-    `workspace_bytes` bounds the memory that the builder may use for a kernel.
+    `device` is the number of the GPU that they are for; `workspace_bytes` bounds the memory that the builder may use
+    for a kernel.
     Raises BundleError and its kinds, ExportError, DeviceUnavailableError.
     """
     report = progress or (lambda message: None)
@@ -51,7 +57,14 @@ def add_engines(
         each
         for target in targets
         for each in built_engines(
-            step, target, manifest.network, manifest.batch_sizes, precision, report, workspace_bytes
+            step,
+            target,
+            manifest.network,
+            manifest.batch_sizes,
+            precision,
+            report,
+            device=device,
+            workspace_bytes=workspace_bytes,
         )
     ]
     replaced = {entry.file for entry, _ in built}
@@ -68,16 +81,34 @@ def built_engines(
     batch_sizes: Sequence[int],
     precision: str,
     report: Progress,
+    *,
+    device: int = 0,
     workspace_bytes: int | None = None,
 ) -> list[tuple[EngineEntry, bytes]]:
     """One engine for each batch size: for a fixed shape the library makes the same bytes every time."""
     built = []
     for size in network_batch_sizes(network, batch_sizes):
         report(f"{target}, batch {size}")
-        data, facts = build_engine_cached(step, target, size, workspace_bytes=workspace_bytes, progress=report)
-        name = f"engines/{str(target).replace(':', '-')}-{precision}-batch{size}.engine"
+        data, facts = build_engine_cached(
+            step, target, size, device=device, workspace_bytes=workspace_bytes, progress=report
+        )
+        name = f"engines/{_file_word(target, facts)}-{precision}-batch{size}.engine"
         built.append((EngineEntry(name, str(target), precision, facts), data))
     return built
+
+
+def _file_word(target: EngineTarget, facts: Mapping[str, Any]) -> str:
+    """Of the target, and of the device where the engine is for that one alone."""
+    words = [str(target)]
+    if facts["device"] is not None:
+        words += [facts["device"], f"sm{facts['compute_capability']}", f"{facts['num_multiprocessors']}mp"]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
+
+
+def _installed(library: Library) -> tuple[str, ...]:
+    """The library's own version, and the packages that it comes in: their names say for which CUDA."""
+    names = {str(each.metadata["Name"]).lower().replace("_", "-") for each in metadata.distributions()}
+    return library_version(library), *sorted(name for name in names if name.startswith("tensorrt"))
 
 
 def build_engine_cached(
@@ -85,28 +116,34 @@ def build_engine_cached(
     target: EngineTarget,
     batch_size: int,
     *,
+    device: int = 0,
     workspace_bytes: int | None = None,
+    tf32: bool = False,
+    again: bool = False,
     progress: Progress | None = None,
 ) -> tuple[bytes, dict[str, Any]]:
-    """The TensorRT engine and its facts, from the user's cache if the same one was built before.
+    """The TensorRT engine and its facts, from the user's cache if the same one was built before; not if `again`.
 
-    TensorRT builds for the GPU of the machine, so that GPU is part of the key; its kernel timings are kept for the next
-    build on this GPU.
+    Everything that an engine depends on is part of the key: the library and the CUDA release that it is for, the
+    platform, and the GPU and its driver where one is built for. Full TensorRT's kernel timings are kept for the next
+    build under the same conditions.
     """
     cache = ArtefactCache()
-    library = package_version("tensorrt-rtx" if target.library == "tensorrt_rtx" else "tensorrt")
-    device = cuda_device() if target.compute_capability is None else (target.compute_capability, "")
-    timings_key = cache_key(kind="timings", library=library, compute_capability=device[0], gpu=device[1])
+    gpu = None if target.compute_capability is not None else astuple(cuda_device(device))
+    library = _installed(target.library)
+    built_by: dict[str, Part] = {"platform": sysconfig.get_platform(), "gpu": gpu, "library": library}
+    timings_key = cache_key(kind="timings", **built_by)
     key = cache_key(
         kind="engine",
         graph=hashlib.sha256(step).hexdigest(),
         target=str(target),
         batch_size=batch_size,
         workspace_bytes=workspace_bytes,
-        library=library,
-        compute_capability=device[0],
-        gpu=device[1],
+        tf32=tf32,
+        **built_by,
     )
+    if again:
+        cache.clear(key)
 
     def report(phase: str, done: int, total: int) -> None:
         if done == 0 and progress is not None:
@@ -118,12 +155,14 @@ def build_engine_cached(
             library=target.library,
             compute_capability=target.compute_capability,
             batch_sizes=(batch_size,),
+            device=device,
             workspace_bytes=workspace_bytes,
+            tf32=tf32,
             timing_cache=cache.get(timings_key) if target.library == "tensorrt" else None,
             progress=report,
         )
         if built.timing_cache is not None:
-            cache.put(timings_key, built.timing_cache, f"kernel timings of {target} on {device[1]}")
+            cache.put(timings_key, built.timing_cache, f"kernel timings of {target}")
         facts = json.dumps(built.describe()).encode()
         return len(facts).to_bytes(4, "little") + facts + built.engine
 

@@ -21,9 +21,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from skipstep.cuda.probe import cuda_device
+from skipstep.backends.denoiser import Library
+from skipstep.cuda.probe import DeviceFacts, cuda_device
 from skipstep.errors import ExportError, InputError, MissingDependencyError, SkipstepError
-from skipstep.export.tensorrt_engine import EXTRAS, Library, Progress
+from skipstep.export.tensorrt_engine import EXTRAS, Progress
 from skipstep.export.tensorrt_graph import BATCH, batch_profile, checked_graph, messages
 
 _DTYPE_NAMES: Mapping[str, str] = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
@@ -65,7 +66,7 @@ def _build(
     """Facts, engine and timing cache; all refusals come before the library reads the graph."""
     library: Library = request["library"]
     trt = _import_library(library)
-    number, device = _resolve_architecture(trt, library, request["compute_capability"])
+    number, only_for = _resolve_architecture(trt, library, request["compute_capability"])
     report("check the graph", 0, 1)
     model = checked_graph(onnx_model)
     profile = batch_profile(model, request["batch_sizes"])
@@ -110,7 +111,8 @@ def _build(
     facts = {
         "library_version": trt.__version__,
         "compute_capability": number,
-        "device": device,
+        "device": None if only_for is None else only_for.name,
+        "num_multiprocessors": None if only_for is None else only_for.num_multiprocessors,
         "platform": sysconfig.get_platform(),
         "flags": sorted(name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag)),
         "inputs": inputs,
@@ -137,12 +139,13 @@ def _import_library(library: Library) -> Any:
     )
 
 
-def _resolve_architecture(trt: Any, library: Library, wanted: int | None) -> tuple[int, str | None]:
-    """The compute capability to build for, and the name of the GPU where the engine is for that one alone."""
+def _resolve_architecture(trt: Any, library: Library, wanted: int | None) -> tuple[int, DeviceFacts | None]:
+    """The compute capability to build for, and the GPU where the engine is for that one alone."""
     if library == "tensorrt":
         # Without a device this library may crash instead of saying so.
-        return cuda_device(remedy=_NO_DEVICE)
-    number = cuda_device(remedy=_NO_DEVICE)[0] if wanted is None else wanted
+        device = cuda_device(remedy=_NO_DEVICE)
+        return device.compute_capability, device
+    number = cuda_device(remedy=_NO_DEVICE).compute_capability if wanted is None else wanted
     known = sorted(int(name[2:]) for name in trt.ComputeCapability.__members__ if re.fullmatch(r"SM\d+", name))
     if number not in known:
         raise InputError(
@@ -190,14 +193,12 @@ def _tensors(infos: Any, get: Callable[[int], Any], count: int) -> list[tuple[st
 
 
 def _timing_cache(config: Any, stored: bytes) -> Any:
-    cache = config.create_timing_cache(stored)
-    if cache is None or not config.set_timing_cache(cache, False):
-        raise InputError(
-            got=f"a timing cache of {len(stored)} bytes that the library does not take",
-            expected="one that the same version wrote on the same GPU",
-            remedy="leave timing_cache out; the build writes a new one",
-        )
-    return cache
+    """The cache that the build reads and adds to: what was stored, or an empty one where the library refuses that."""
+    for data in (stored, b""):
+        cache = config.create_timing_cache(data)
+        if cache is not None and config.set_timing_cache(cache, False):
+            return cache
+    return None
 
 
 def _error_logger(trt: Any) -> Any:

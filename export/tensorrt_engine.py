@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -24,11 +25,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from skipstep.backends.denoiser import Library
 from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError, check_integer
 
-Library = Literal["tensorrt", "tensorrt_rtx"]
 Progress = Callable[[str, int, int], None]
 
 # The extra of this package that installs each library.
@@ -80,8 +81,8 @@ class EngineTensor:
 class BuiltEngine:
     """A serialised engine and what made it.
 
-    `profile`: least, favoured and greatest batch; None where the shapes are fixed. `device`: the GPU that a TensorRT
-    engine is for; None where any of its architecture will do. `flags`: the builder's, by name.
+    `profile`: least, favoured and greatest batch; None where the shapes are fixed. `device` and `num_multiprocessors`:
+    the GPU that a TensorRT engine is for; None where any of its architecture will do. `flags`: the builder's, by name.
     """
 
     engine: bytes = field(repr=False)
@@ -90,6 +91,7 @@ class BuiltEngine:
     library_version: str
     compute_capability: int
     device: str | None
+    num_multiprocessors: int | None
     platform: str
     flags: tuple[str, ...]
     inputs: tuple[EngineTensor, ...]
@@ -108,12 +110,25 @@ class BuiltEngine:
         return described
 
 
+def library_version(library: Library) -> str:
+    """Of the module itself: it may come in packages of several names. Raises MissingDependencyError."""
+    try:
+        return str(importlib.import_module(library).__version__)
+    except (ImportError, OSError) as error:
+        raise MissingDependencyError(
+            got=f"{library} that cannot be used: {error}",
+            expected="an installation that works",
+            remedy=f"pip install 'skipstep[{EXTRAS[library]}]'",
+        ) from error
+
+
 def build_engine(
     onnx_model: bytes,
     *,
     library: Library,
     compute_capability: int | None = None,
     batch_sizes: Sequence[int] = (),
+    device: int = 0,
     workspace_bytes: int | None = None,
     timing_cache: bytes | None = None,
     for_capture: bool = True,
@@ -125,8 +140,10 @@ def build_engine(
     `batch_sizes` bounds the dimension named "batch": from the least to the greatest, tuned for the first. One size
     makes an engine of fixed shape, smaller, and with TensorRT-RTX the same bytes at every build; over a range the
     library names its internals anew each time. A graph whose shapes are fixed needs none.
-    `compute_capability` (86 for sm_86) is TensorRT-RTX's to choose; None is the GPU of this machine.
-    `timing_cache` is what an earlier TensorRT build on this GPU measured; TensorRT-RTX measures nothing.
+    `compute_capability` (86 for sm_86) is TensorRT-RTX's to choose; None is the GPU of this machine with the number
+    `device`.
+    `timing_cache` is what an earlier TensorRT build on this GPU measured; one that the library does not take any more
+    is replaced. TensorRT-RTX measures nothing.
     `for_capture` lets the caller own all memory, without which TensorRT-RTX cannot run inside a CUDA graph.
     `progress(phase, done, of)` is called here, as the builder goes on.
 
@@ -134,10 +151,11 @@ def build_engine(
     ExportError (a graph that the library cannot build, named by node and operator; a builder that died).
     """
     request = _checked_request(library, compute_capability, batch_sizes, workspace_bytes, timing_cache)
+    device = check_integer("device", device, low=0, high=999)
     request |= {"for_capture": for_capture, "tf32": tf32, "progress": progress is not None}
     request |= {"model_bytes": len(onnx_model), "cache_bytes": len(timing_cache or b"")}
     started = time.perf_counter()
-    facts, engine, new_cache = _run_builder(request, onnx_model, timing_cache or b"", progress)
+    facts, engine, new_cache = _run_builder(request, onnx_model, timing_cache or b"", progress, device)
     inputs, outputs = (
         tuple(EngineTensor(name, dtype, tuple(shape)) for name, dtype, shape in facts[role])
         for role in ("inputs", "outputs")
@@ -149,6 +167,7 @@ def build_engine(
         library_version=facts["library_version"],
         compute_capability=facts["compute_capability"],
         device=facts["device"],
+        num_multiprocessors=facts["num_multiprocessors"],
         platform=facts["platform"],
         flags=tuple(facts["flags"]),
         inputs=inputs,
@@ -200,11 +219,15 @@ def _checked_request(
 
 
 def _run_builder(
-    request: Mapping[str, Any], model: bytes, cache: bytes, progress: Progress | None
+    request: Mapping[str, Any], model: bytes, cache: bytes, progress: Progress | None, device: int
 ) -> tuple[dict[str, Any], bytes, bytes]:
     """Facts, engine and timing cache from a fresh interpreter, which finds the packages that this one finds."""
     command = [sys.executable, "-P", "-W", "ignore", "-m", "skipstep.export.tensorrt_builder"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    # The builder sees that GPU alone, as its first: the libraries build for the current device.
+    visible = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
+    if device or visible:
+        environment["CUDA_VISIBLE_DEVICES"] = visible[device] if device < len(visible) else str(device)
     with (
         open(os.memfd_create("messages"), "r+b") as messages,
         # A separate session: an interrupt from the keyboard reaches only this process, which then ends the builder.

@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Self
 
-from skipstep.errors import InputError, check_choice, check_integer
+from skipstep.errors import InputError, check_choice, check_integer, check_type
 from skipstep.kernels.launch import StepLaunch, choose_launch, least_elements_per_thread
 from skipstep.kernels.layout import NUM_COLUMNS, Column, StepFlags
 from skipstep.storage.untrusted import own_rules, read_dataclass
@@ -81,6 +82,7 @@ class _StoredLaunch:
 
 def candidates(case: LaunchCase, *, num_multiprocessors: int, compute_capability: int) -> tuple[StepLaunch, ...]:
     """The rule's choice, then every other launch with 16-byte accesses of 1 to 8 warps. Raises InputError."""
+    check_type("case", case, LaunchCase, remedy="pass LaunchCase(num_elements, batch_size, network_dtype)")
     chosen = choose_launch(
         num_elements=case.num_elements,
         batch_size=case.batch_size,
@@ -175,23 +177,31 @@ def step_to_measure(case: LaunchCase, flags: StepFlags, device: str) -> Callable
     return lambda launch: ddim_step(**operands, launch=launch)
 
 
-def device_seconds(step: Callable[[StepLaunch], None], *, launches: int = 64) -> Callable[[StepLaunch], float]:
+def device_seconds(
+    step: Callable[[StepLaunch], None], device: str, lock: AbstractContextManager[object], *, launches: int = 64
+) -> Callable[[StepLaunch], float]:
     """Measures on a CUDA device: seconds a step, by events around a graph of `launches` steps.
 
-    A graph, because a launch from the host takes longer than the step of a small sample.
+    A graph, because a launch from the host takes longer than the step of a small sample. `lock` keeps recordings of one
+    process apart; other threads may go on with their own work.
     """
     import torch
 
     graphs: dict[StepLaunch, torch.cuda.CUDAGraph] = {}
 
     def measure(launch: StepLaunch) -> float:
+        with torch.cuda.device(device):
+            return seconds(launch)
+
+    def seconds(launch: StepLaunch) -> float:
         if launch not in graphs:
             step(launch)
-            torch.cuda.synchronize()
-            graphs[launch] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[launch]):
-                for _ in range(launches):
-                    step(launch)
+            with lock:
+                torch.cuda.synchronize(device)
+                graphs[launch] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graphs[launch], capture_error_mode="thread_local"):
+                    for _ in range(launches):
+                        step(launch)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graphs[launch].replay()
@@ -202,12 +212,15 @@ def device_seconds(step: Callable[[StepLaunch], None], *, launches: int = 64) ->
     return measure
 
 
-def tune_on_device(case: LaunchCase, flags: StepFlags, *, repeats: int = 20) -> TunedLaunch:
-    """Measure on the current CUDA device: about 12 launches, one or two seconds, most of them for compilation."""
+def tune_on_device(
+    case: LaunchCase, flags: StepFlags, *, device: str, lock: AbstractContextManager[object], repeats: int = 20
+) -> TunedLaunch:
+    """Measure on a CUDA device ("cuda:0"): about 12 launches, one or two seconds, most of them for compilation."""
     import torch
 
-    facts = torch.cuda.get_device_properties(torch.cuda.current_device())
+    facts = torch.cuda.get_device_properties(device)
     launches = candidates(
         case, num_multiprocessors=facts.multi_processor_count, compute_capability=10 * facts.major + facts.minor
     )
-    return tune_launch(device_seconds(step_to_measure(case, flags, "cuda")), launches, case=case, repeats=repeats)
+    step = step_to_measure(case, flags, device)
+    return tune_launch(device_seconds(step, device, lock), launches, case=case, repeats=repeats)

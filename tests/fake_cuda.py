@@ -33,6 +33,9 @@ class FakeEvent:
     def done(self) -> bool:
         return self.stream.done >= self.position
 
+    def query(self) -> bool:
+        return self.done
+
     def synchronize(self) -> None:
         self.stream.device.run_until(self)
 
@@ -136,6 +139,12 @@ class FakeDevice:
 
     def caller_stream(self) -> FakeStream:
         return self._caller
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        memory = torch.empty(shape, dtype=dtype)
+        memory.view(-1).view(torch.uint8).fill_(0xA5)
+        self._caller._append(memory.zero_)
+        return memory
 
     def staging(self, num_bytes: int) -> torch.Tensor:
         self.fault("staging")

@@ -66,7 +66,19 @@ class ILogger:
 
 
 class IRuntimeCache:
-    pass
+    """Holds a byte for each context that was made with it."""
+
+    def __init__(self) -> None:
+        self._kernels = b""
+
+    def serialize(self) -> bytearray:
+        return bytearray(b"kernels" + self._kernels)
+
+    def deserialize(self, blob: bytes) -> bool:
+        fits = bytes(blob).startswith(b"kernels")
+        if fits:
+            self._kernels = bytes(blob).removeprefix(b"kernels")
+        return fits
 
 
 class IRuntimeConfig:
@@ -157,6 +169,9 @@ class ICudaEngine:
             self._logger.log(Severity.ERROR, "out of memory")
             return None
         cache = runtime_config._cache if isinstance(runtime_config, IRuntimeConfig) else None
+        held = None if cache is None else cache()
+        if held is not None:
+            held._kernels = held._kernels or b"compiled"
         self._contexts.append(IExecutionContext(self, cache))
         return self._contexts[-1]
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from skipstep.backends.denoiser import StepInput
 from skipstep.backends.onnxruntime import EarlyGraphs, LazySession, OnnxRuntimeDenoiser, make_session
 from skipstep.backends.torch import DenoisingModule, prepare_module
-from skipstep.building import ModelSource
 from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
+from skipstep.model_source import ModelSource
 from skipstep.networks.graphs import Partition, StepInputs
 from skipstep.networks.spec import NetworkSpec
 

@@ -12,8 +12,10 @@ import torch
 from step_networks import SPEC
 
 from skipstep.backends.tensorrt import TensorRtDenoiser
+from skipstep.cuda.probe import DeviceFacts
 
 CPU = torch.device("cpu")
+GPU = DeviceFacts("a GPU", 90, 132, 80 << 30, 13000)
 
 
 class Cuda:
@@ -24,7 +26,7 @@ class Cuda:
 
     def Stream(self, device):
         self.made += 1
-        return SimpleNamespace(cuda_stream=self.made)
+        return SimpleNamespace(cuda_stream=self.made, wait_stream=lambda other: None)
 
     def current_stream(self, device):
         return SimpleNamespace(cuda_stream=self.current)
@@ -45,10 +47,10 @@ class Cuda:
         return contextlib.nullcontext()
 
 
-def denoiser(batch_size=3, *, library="tensorrt_rtx", spec=SPEC, engine=None, precision="float32"):
+def denoiser(batch_size=3, *, library="tensorrt_rtx", spec=SPEC, engine=None, precision="float32", keep=None):
     engine = engine or fake_tensorrt.engine_of(step_networks.source().step_graph(precision), batch_size)
     early = step_networks.early_graphs()
-    return TensorRtDenoiser(engine, early, spec, library=library, batch_size=batch_size, device=CPU)
+    return TensorRtDenoiser(engine, early, spec, library=library, batch_size=batch_size, device=CPU, keep=keep)
 
 
 def tables(network, given, **options):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,21 @@ from skipstep.networks.spec import NetworkSpec
 Enqueue = Callable[[Any, Any], None]
 
 MAX_THREADS = 1024
+
+
+class KeptBytes(Protocol):
+    """Bytes that outlive the process, verified when they are read (skipstep.bundles.kept)."""
+
+    def get(self) -> bytes | None: ...
+    def put(self, data: bytes) -> None: ...
+
+
+# keep(description, parts): bytes that depend on these parts.
+Keep = Callable[[str, Mapping[str, Any]], KeptBytes]
+# Of a network on a GPU.
+Precision = Literal["float32", "tf32", "float16", "bfloat16"]
+# Of TensorRT engines.
+Library = Literal["tensorrt", "tensorrt_rtx"]
 
 
 class Denoiser(Protocol):
@@ -103,8 +118,16 @@ class NetworkSource(Protocol):
         """The serialised step network in "float32", "float16" or "bfloat16"."""
         ...
 
-    def tensorrt_engine(self, library: str, *, version: str, batch_size: int, precision: str) -> bytes:
-        """A verified TensorRT engine of the step network for the GPU of this machine."""
+    @property
+    def engine_libraries(self) -> tuple[str, ...]:
+        """The libraries that `tensorrt_engine` has engines for."""
+        ...
+
+    def tensorrt_engine(
+        self, library: str, *, version: str, device: int, batch_size: int, precision: str, again: bool = False
+    ) -> bytes:
+        """A verified TensorRT engine of the step network for that GPU of this machine. `again`: the library did not
+        take the one that was given before."""
         ...
 
 
@@ -117,13 +140,22 @@ class Target:
     num_threads  of the runtime on the CPU; None: every core.
     compiled     run torch's module through torch.compile first.
     stream       on a GPU: the torch stream of the engine, None for a stand-in device.
+    library      "tensorrt" or "tensorrt_rtx"; None: what is installed and has engines.
+    keep         where a library keeps what it compiled, None: nowhere.
     """
 
     device: str = "cpu"
-    precision: str = "float32"
+    precision: Precision = "float32"
     num_threads: int | None = None
     compiled: bool = False
     stream: Any = None
+    library: Library | None = None
+    keep: Keep | None = None
+
+    @property
+    def dtype(self) -> str:
+        """Of the network's tensors: "tf32" is float32 whose products the GPU may round to ten bits."""
+        return "float32" if self.precision == "tf32" else self.precision
 
     def __post_init__(self) -> None:
         if self.num_threads is not None:
@@ -136,9 +168,13 @@ __all__ = [
     "Denoiser",
     "DeviceDenoiser",
     "Enqueue",
+    "Keep",
+    "KeptBytes",
+    "Library",
     "MakeDenoiser",
     "NetworkGraphs",
     "NetworkSource",
+    "Precision",
     "StepInput",
     "Target",
 ]

@@ -70,7 +70,12 @@ class DeviceSession:
 
 
 def make_cuda_session(
-    model: bytes, *, device: torch.device, stream: torch.cuda.Stream | None = None, cuda_graph: bool = False
+    model: bytes,
+    *,
+    device: torch.device,
+    stream: torch.cuda.Stream | None = None,
+    cuda_graph: bool = False,
+    tf32: bool = False,
 ) -> DeviceSession:
     """A session with the CUDA provider for a step graph of any batch size.
 
@@ -87,13 +92,13 @@ def make_cuda_session(
             expected="onnxruntime-gpu, which takes the place of onnxruntime",
             remedy="pip uninstall onnxruntime, then pip install 'skipstep[gpu]'",
         )
-    cuda_device()
+    cuda_device(device.index or 0)
     stream = stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     chosen = {
         "device_id": str(device.index or 0),
         "user_compute_stream": str(stream.cuda_stream),
         "enable_cuda_graph": str(int(cuda_graph)),
-        "use_tf32": "0",  # float32 means float32, as in every other backend.
+        "use_tf32": str(int(tf32)),  # float32 means float32, as in every other backend.
     }
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -199,8 +204,8 @@ def denoisers(source: NetworkSource, target: Target, *, cuda_graph: bool = False
     The target's precision is the step network's; what comes before it is computed in float32, on the host.
     """
     device = torch.device(target.device)
-    graph = source.step_graph(target.precision)
-    session = make_cuda_session(graph, device=device, stream=target.stream, cuda_graph=cuda_graph)
+    graph, tf32 = source.step_graph(target.dtype), target.precision == "tf32"
+    session = make_cuda_session(graph, device=device, stream=target.stream, cuda_graph=cuda_graph, tf32=tf32)
     early = EarlyGraphs(source.before_loop(), source.spec, tables=source.tables)
     return lambda batch_size: OnnxRuntimeCudaDenoiser(session, early, source.spec, batch_size=batch_size)
 

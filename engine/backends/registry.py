@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from skipstep.errors import InputError, MissingDependencyError
+from skipstep.errors import InputError, MissingDependencyError, check_choice, shown
 
 if TYPE_CHECKING:
-    from skipstep.backends.denoiser import MakeDenoiser, NetworkSource, Target
+    from skipstep.backends.denoiser import Library, MakeDenoiser, NetworkSource, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,25 @@ BACKENDS: tuple[Backend, ...] = (
     ),
 )
 _EXPORTER = ("torch", "onnx", "onnxscript")
+
+
+def check_device(device: object, *, auto: bool = False) -> str:
+    """`device`, if it names one, whether or not it is there. Raises InputError."""
+    names = r"cpu|cuda(:[0-9]{1,3})?" + ("|auto" if auto else "")
+    if not isinstance(device, str) or not re.fullmatch(names, device):
+        raise InputError(
+            got=f"device={shown(device)}",
+            expected=("'auto', " if auto else "") + "'cpu', 'cuda' or 'cuda:N'",
+            remedy="pick one of these",
+        )
+    return device
+
+
+def check_library(library: object) -> Library | None:
+    """`library`, if it is a TensorRT library's name or None. Raises InputError."""
+    if library is not None:
+        check_choice("library", library, ("tensorrt", "tensorrt_rtx"), remedy="leave it out for the one that is there")
+    return cast("Library | None", library)
 
 
 def resolve_backend(name: str, *, device: str, exports: bool) -> Backend:

@@ -11,35 +11,29 @@ alone. An engine is native code: deserialising one that was not verified would r
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, StepInput, Target
+from skipstep.backends.denoiser import Enqueue, Keep, Library, MakeDenoiser, NetworkSource, StepInput, Target
 from skipstep.backends.device_step import HostInputs, StepTensor, check_step_tensors, copy_row
 from skipstep.backends.onnxruntime import EarlyGraphs
+from skipstep.backends.tensorrt_library import RuntimeCache, choose_library, error_log, load_library
 from skipstep.calls.conditioning import Conditioning
 from skipstep.cuda.device import CAPTURE_LOCK
-from skipstep.cuda.probe import cuda_device
-from skipstep.errors import CaptureError, ExportError, InputError, MissingDependencyError
+from skipstep.errors import CaptureError, ExportError, InputError
 from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs
 from skipstep.networks.spec import NetworkSpec
 
 if TYPE_CHECKING:
     # The full library has no stubs either; what the type checker reads of this one stands for both.
     import tensorrt_rtx as trt
-
-Library = Literal["tensorrt", "tensorrt_rtx"]
-# The extra that installs each.
-EXTRAS: Final[Mapping[Library, str]] = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
 
 # What the libraries ask of the address of an activation, an input or an output.
 _ALIGNMENT = 256
@@ -51,42 +45,6 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "INT32": torch.int32,
     "BOOL": torch.bool,
 }
-
-# By device: the kernels that TensorRT-RTX compiled in this process. The library keeps a pointer to a cache and does not
-# own it, so a cache lives as long as the process: longer than every context.
-_RUNTIME_CACHES: dict[torch.device, Any] = {}
-
-
-class _TensorRt(Protocol):
-    """What is used of the module `tensorrt` or `tensorrt_rtx`."""
-
-    __version__: str
-    ILogger: type[trt.ILogger]
-    Runtime: type[trt.Runtime]
-    ExecutionContextAllocationStrategy: type[trt.ExecutionContextAllocationStrategy]
-    TensorFormat: type[trt.TensorFormat]
-    TensorIOMode: type[trt.TensorIOMode]
-    TensorLocation: type[trt.TensorLocation]
-
-
-def find_library() -> Library:
-    """The full library where it is installed, else TensorRT-RTX, which `load_library` may miss."""
-    return "tensorrt" if importlib.util.find_spec("tensorrt") is not None else "tensorrt_rtx"
-
-
-def load_library(library: Library) -> _TensorRt:
-    """The module. Raises MissingDependencyError, which names the extra; DeviceUnavailableError without a CUDA device,
-    where these libraries may crash."""
-    try:
-        module = importlib.import_module(library)
-    except (ImportError, OSError) as error:
-        raise MissingDependencyError(
-            got=f"{library} that cannot be used: {error}",
-            expected="an installation that works",
-            remedy=f"pip install 'skipstep[{EXTRAS[library]}]'",
-        ) from error
-    cuda_device(remedy="run TensorRT engines on a machine with an NVIDIA GPU and its driver")
-    return cast(_TensorRt, module)
 
 
 class TensorRtDenoiser:
@@ -109,18 +67,19 @@ class TensorRtDenoiser:
         library: Library,
         batch_size: int,
         device: torch.device,
+        keep: Keep | None = None,
     ) -> None:
         self.name: str = library
         self.batch_size = batch_size
         self.device = device
-        self._trt = load_library(library)
-        self.log = _error_log(self._trt)
+        self._trt = load_library(library, device.index or 0)
+        self.log = error_log(self._trt)
         with torch.cuda.device(device):
             # The engine needs its runtime as long as it lives.
             self._runtime = self._trt.Runtime(self.log)
             self.engine: trt.ICudaEngine = self._runtime.deserialize_cuda_engine(engine)
         if self.engine is None:
-            raise ExportError(
+            raise RefusedEngineError(
                 got=f"an engine that {library} {self._trt.__version__} does not take: {self.log.summary()}",
                 expected="one that this version built for this GPU",
                 remedy="build it on this machine: skipstep build",
@@ -137,11 +96,14 @@ class TensorRtDenoiser:
         self.input, self.output = buffer(inputs[SAMPLE]), buffer(outputs[PREDICTION])
         self.activations = aligned_zeros((max(1, self.engine.device_memory_size_v2),), torch.uint8, device)
         self.rows = {name: buffer(looked_up[name]) for name, each in self.step_inputs.items() if each.per_stage}
-        self._create_context = self._context_maker(library)
+        self._kernels = RuntimeCache.of(device, self._trt, keep) if library == "tensorrt_rtx" else None
+        self._create_context = self._context_maker()
         # Apart from the default stream, which cannot be recorded.
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         first = self._settled_context()
         self._spare: _Context | None = first
+        if self._kernels is not None:
+            self._kernels.save()
         self.capture_refusal: str | None = None
         # Full TensorRT has no such question, and records whatever does not choose shapes while it runs.
         if library == "tensorrt_rtx" and not first.context.is_stream_capturable(self._stream.cuda_stream):
@@ -171,22 +133,24 @@ class TensorRtDenoiser:
                 )
                 for name, each in self.step_inputs.items()
             }
+            # These zeros and all buffers were filled there.
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self._stream):
                 context(zeros, 0)
             torch.cuda.synchronize(self.device)
             context.forget()
         return context
 
-    def _context_maker(self, library: Library) -> Callable[[], trt.IExecutionContext]:
+    def _context_maker(self) -> Callable[[], trt.IExecutionContext]:
         """How to make contexts whose memory is the caller's."""
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if library == "tensorrt":
+        if self._kernels is None:
             return lambda: self.engine.create_execution_context(strategy)
         # TensorRT-RTX compiles its kernels on the device, when it makes a context: once for all of them.
         config = self.engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
-        cache = _RUNTIME_CACHES.setdefault(self.device, config.create_runtime_cache())  # type: ignore[no-untyped-call]
-        config.set_runtime_cache(cache)
+        with torch.cuda.device(self.device):
+            config.set_runtime_cache(self._kernels.made_by(config))
         return lambda: self.engine.create_execution_context(config)
 
     def _tensors(self) -> tuple[dict[str, StepTensor], dict[str, StepTensor]]:
@@ -311,36 +275,38 @@ def aligned_zeros(shape: Iterable[int], dtype: torch.dtype, device: torch.device
     return memory[start : start + num_bytes].view(dtype).view(shape)
 
 
-def _error_log(library: _TensorRt) -> Any:
-    class ErrorLog(library.ILogger):  # type: ignore[name-defined, misc]
-        """Keeps the last that the library complained about, for the error that follows."""
-
-        def __init__(self) -> None:
-            library.ILogger.__init__(self)
-            self._errors: list[str] = []
-
-        def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
-            if severity <= library.ILogger.Severity.ERROR:
-                self._errors = [*self._errors[-2:], msg]
-
-        def summary(self) -> str:
-            return "; ".join(self._errors)[:1000] or "it does not say why"
-
-    return ErrorLog()
+class RefusedEngineError(ExportError):
+    """An engine that the library does not deserialise."""
 
 
-def denoisers(source: NetworkSource, target: Target, *, library: Library | None = None) -> MakeDenoiser:
-    """Denoisers from TensorRT engines of the source, one for each batch size; the library that is installed.
+def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:
+    """Denoisers from TensorRT engines of the source, one for each batch size.
 
-    The target's precision is the step network's; what comes before it is computed in float32, on the host. Raises as
-    TensorRtDenoiser does, and what the source raises where it has no engine.
+    The target's precision is the step network's; what comes before it is computed in float32, on the host. An engine
+    that was kept from an earlier build and is refused is built again, once. Raises as TensorRtDenoiser does, and what
+    the source raises where it has no engine.
     """
-    chosen = library or find_library()
-    version, device = load_library(chosen).__version__, torch.device(target.device)
+    chosen = choose_library(source.engine_libraries, target.library)
+    device = torch.device(target.device)
+    version = load_library(chosen, device.index or 0).__version__
     early = EarlyGraphs(source.before_loop(), source.spec, tables=source.tables)
 
-    def make(batch_size: int) -> TensorRtDenoiser:
-        engine = source.tensorrt_engine(chosen, version=version, batch_size=batch_size, precision=target.precision)
-        return TensorRtDenoiser(engine, early, source.spec, library=chosen, batch_size=batch_size, device=device)
+    def make(batch_size: int, *, again: bool = False) -> TensorRtDenoiser:
+        engine = source.tensorrt_engine(
+            chosen,
+            version=version,
+            device=device.index or 0,
+            batch_size=batch_size,
+            precision=target.precision,
+            again=again,
+        )
+        try:
+            return TensorRtDenoiser(
+                engine, early, source.spec, library=chosen, batch_size=batch_size, device=device, keep=target.keep
+            )
+        except RefusedEngineError:
+            if again:
+                raise
+        return make(batch_size, again=True)
 
     return make

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,9 @@ class TorchDeviceDenoiser:
         batch_size: int,
         device: torch.device,
         dtype: torch.dtype,
+        tf32: bool = False,
     ) -> None:
-        self._forward = forward
+        self._forward, self._tf32 = forward, tf32
         self.batch_size = batch_size
         self.input = torch.zeros(batch_size, *spec.sample_shape, device=device, dtype=dtype)
         self.output = torch.zeros(batch_size, *spec.output_shape, device=device, dtype=dtype)
@@ -59,10 +61,36 @@ class TorchDeviceDenoiser:
 
     def _enqueue(self, values: Mapping[str, Tensor], stage: Any) -> None:
         timesteps = values["timestep"]
-        with torch.inference_mode():
+        with torch.inference_mode(), library_settings(tf32=self._tf32):
             timestep = timesteps[stage] if isinstance(stage, int) else timesteps.index_select(0, stage)[0]
             conditioning = [values[name] for name in self._names]
             self.output.copy_(self._forward(self.input, timestep, *conditioning))
+
+
+@contextlib.contextmanager
+def library_settings(*, tf32: bool) -> Iterator[None]:
+    """What cuDNN and cuBLAS may do while a network is launched, whatever the process has chosen for itself.
+
+    Without `tf32` float32 is float32; torch's default for convolutions is not. cuDNN tries its algorithms when it meets
+    a convolution for the first time, in the warm-up, and keeps the fastest: so one process draws the same bits at every
+    call, and two processes need not.
+    """
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    # The settings by operator can be read whichever of torch's two interfaces set them.
+    named = (cudnn.conv, cudnn.rnn, matmul)
+    before = [each.fp32_precision for each in named]
+    benchmark, cudnn.benchmark = cudnn.benchmark, True
+    cudnn.allow_tf32 = matmul.allow_tf32 = tf32
+    for each in named:  # Said outright, or a default of the process would count.
+        each.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        yield
+    finally:
+        cudnn.benchmark = benchmark
+        cudnn.allow_tf32, matmul.allow_tf32 = before[0] == "tf32", before[2] == "tf32"
+        for each, precision in zip(named, before, strict=True):
+            each.fp32_precision = precision
 
 
 def device_forward(module: DenoisingModule, *, compiled: bool) -> Callable[..., Tensor]:
@@ -77,8 +105,8 @@ def device_forward(module: DenoisingModule, *, compiled: bool) -> Callable[..., 
 
 def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:
     """Denoisers of a copy of the source's module on the GPU, in the target's precision."""
-    device, dtype = torch.device(target.device), getattr(torch, target.precision)
+    device, dtype = torch.device(target.device), getattr(torch, target.dtype)
     forward = device_forward(module_on(source.module(), device, dtype), compiled=target.compiled)
     return lambda batch_size: TorchDeviceDenoiser(
-        forward, source.spec, batch_size=batch_size, device=device, dtype=dtype
+        forward, source.spec, batch_size=batch_size, device=device, dtype=dtype, tf32=target.precision == "tf32"
     )

@@ -18,6 +18,7 @@ changes: sign the bundle again afterwards.
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="its folder")
     parser.add_argument("--target", default="tensorrt", help="tensorrt, rtx, or rtx:smNN (default: tensorrt)")
+    parser.add_argument("--device", type=int, default=0, metavar="N", help="the number of the GPU (default: 0)")
     parser.add_argument(
         "--workspace", type=int, metavar="MIB", help="memory that the builder may use for a kernel (default: all)"
     )
@@ -34,6 +35,7 @@ def run(options: argparse.Namespace) -> None:
         options.bundle,
         parse_targets(options.target),
         require_signature=options.require_signature,
+        device=options.device,
         workspace_bytes=None if options.workspace is None else options.workspace << 20,
         progress=elapsed_progress(),
     )

@@ -16,12 +16,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "bundle", type=Path, nargs="?", default=SHIPPED_BUNDLE, help="its folder (default: the shipped bundle)"
     )
     parser.add_argument("--require-signature", type=Path, metavar="KEY", help="the public key that must have signed it")
+    parser.add_argument(
+        "--device", default="cpu", help="where to draw the golden samples: cpu, cuda or cuda:N (default: cpu)"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     from skipstep import load
     from skipstep.bundles.bundle import open_bundle
-    from skipstep.bundles.golden import replay_golden
+    from skipstep.bundles.golden import allowed_error, replay_golden
 
     shipped = options.bundle == SHIPPED_BUNDLE
     bundle = open_bundle(options.bundle, require_signature=options.require_signature, allow_hard_links=shipped)
@@ -36,8 +39,16 @@ def run(options: argparse.Namespace) -> None:
     print(f"files       {len(bundle.manifest.files)} hashed, {total / 1e6:.1f} MB in {seconds:.2f} s")
     bundle.refuse_other_files()
     started = time.perf_counter()
-    engine = load(options.bundle, require_signature=options.require_signature, allow_hard_links=shipped)
-    error = replay_golden(engine, bundle.manifest.golden, bundle.read_arrays(bundle.manifest.golden.file))
+    engine = load(
+        options.bundle,
+        device=options.device,
+        require_signature=options.require_signature,
+        allow_hard_links=shipped,
+    )
+    golden = bundle.manifest.golden
+    error = replay_golden(engine, golden, bundle.read_arrays(golden.file), precision=engine.precision)
     seconds = time.perf_counter() - started
-    allowed = bundle.manifest.golden.tolerance
-    print(f"golden      error {error:.2g}, at most {allowed:g} allowed; {seconds:.2f} s with loading")
+    allowed = allowed_error(golden, engine.precision)
+    print(
+        f"golden      on {engine.device}, error {error:.2g}, at most {allowed:g} allowed; {seconds:.2f} s with loading"
+    )

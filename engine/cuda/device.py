@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from skipstep.cuda.probe import graph_num_nodes
+from skipstep.cuda.probe import graph_num_nodes, upload_graph
 
 Work = Callable[[], object]
 
@@ -28,6 +28,10 @@ _WARM_UP_RUNS = 2
 
 
 class Event(Protocol):
+    def query(self) -> bool:
+        """Whether that has happened already."""
+        ...
+
     def synchronize(self) -> None:
         """Wait, on the host, for all that the stream was given before the event."""
         ...
@@ -70,6 +74,10 @@ class Device(Protocol):
 
     def caller_stream(self) -> Stream:
         """The calling thread's own."""
+        ...
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Device memory, filled on the calling thread's stream: other streams have to wait for that."""
         ...
 
     def staging(self, num_bytes: int) -> Tensor:
@@ -140,8 +148,10 @@ class CudaDevice:
     def caller_stream(self) -> Stream:
         return CudaStream(torch.cuda.current_stream(self.torch_device))
 
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.torch_device)
+
     def staging(self, num_bytes: int) -> Tensor:
-        # torch keeps pinned memory for the next caller until the copies that use it are done.
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def warm_up(self, work: Work) -> int:
@@ -153,25 +163,43 @@ class CudaDevice:
         return torch.cuda.max_memory_allocated(self.torch_device) - before
 
     def capture(self, work: Work) -> Graph:
-        free = self.free_bytes()
+        with CAPTURE_LOCK:
+            # Recording empties torch's cache; emptied before, it does not count against the graph.
+            torch.cuda.empty_cache()
+            free = self.free_bytes()
+            try:
+                graph = self._record(work)
+                graph.instantiate()
+            except BaseException:
+                self._recover()
+                raise
+            upload_graph(graph.raw_cuda_graph_exec(), self._stream.torch_stream.cuda_stream)
+            return CudaGraph(graph, max(0, free - self.free_bytes()))
+
+    def _record(self, work: Work) -> torch.cuda.CUDAGraph:
         # Kept apart from its executable form, so that its nodes can be counted.
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         stream = self._stream.torch_stream
-        try:
-            with (
-                CAPTURE_LOCK,
-                # A recording that fails leaves its stream the current one; this takes that back.
-                torch.cuda.stream(stream),
-                # Other threads may go on with their own work on the device.
-                torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
-            ):
-                work()
-            graph.instantiate()
-        except BaseException:
-            # torch would go on taking it for a pool that is being recorded into.
-            self._pool = torch.cuda.graph_pool_handle()
-            raise
-        return CudaGraph(graph, max(0, free - self.free_bytes()))
+        with (
+            # A recording that fails leaves its stream the current one; this takes that back.
+            torch.cuda.stream(stream),
+            # Other threads may go on with their own work on the device.
+            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            work()
+        return graph
+
+    def _recover(self) -> None:
+        """After a recording that failed: torch's allocator goes on using its pool, and its generator goes on recording.
+
+        The pool's use is ended as a recording that succeeds ends it; one that does succeed resets the generator.
+        """
+        pool, self._pool = self._pool, torch.cuda.graph_pool_handle()
+        with contextlib.suppress(RuntimeError):  # It had ended already.
+            torch._C._cuda_endAllocateToPool(self.torch_device.index, pool)
+            torch._C._cuda_releasePool(self.torch_device.index, pool)
+        with contextlib.suppress(RuntimeError):  # A context that is lost records nothing.
+            self._record(lambda: torch.zeros(1, device=self.torch_device))
 
     def free_bytes(self) -> int:
         return int(torch.cuda.mem_get_info(self.torch_device)[0])

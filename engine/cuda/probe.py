@@ -1,25 +1,41 @@
 """Whether there is a CUDA device, and which, as the driver reports it.
 
 Libraries that need a device may crash in native code without one, so the driver is asked before they are touched.
-This needs neither torch nor any CUDA package.
+This needs neither torch nor any CUDA package. Devices are numbered as CUDA numbers them: of those that are visible.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from dataclasses import dataclass
 from typing import Any
 
 from skipstep.errors import DeviceUnavailableError
 
 # CUdevice_attribute of the driver's interface.
-_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76
+_MULTIPROCESSOR_COUNT, _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 16, 75, 76
 
 
-def cuda_device(*, remedy: str = "run this on a machine with an NVIDIA GPU and its driver") -> tuple[int, str]:
-    """Compute capability (86 for 8.6) and name of the first CUDA device.
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """What tells one device from another, and what its driver can do.
 
-    Raises DeviceUnavailableError with the caller's `remedy` where there is no device.
+    `compute_capability` is 86 for 8.6, `cuda_version` the newest CUDA that the driver serves: 13000 for 13.0. Two
+    devices of one name may differ: both large and small modules of a generation report "Orin".
     """
+
+    name: str
+    compute_capability: int
+    num_multiprocessors: int
+    memory_bytes: int
+    cuda_version: int
+
+
+def cuda_device(
+    index: int = 0, *, remedy: str = "run this on a machine with an NVIDIA GPU and its driver"
+) -> DeviceFacts:
+    """The CUDA device of that number. Raises DeviceUnavailableError with the caller's `remedy` where there is none."""
 
     def unavailable(got: str) -> DeviceUnavailableError:
         return DeviceUnavailableError(got=got, expected="a CUDA device", remedy=remedy)
@@ -34,13 +50,25 @@ def cuda_device(*, remedy: str = "run this on a machine with an NVIDIA GPU and i
         if status != 0:
             raise unavailable(f"CUDA error {status} from {function}")
 
-    device, major, minor, name = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
+    device, version, number = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    name, memory = ctypes.create_string_buffer(256), ctypes.c_size_t()
+
+    def attribute(kind: int) -> int:
+        call("cuDeviceGetAttribute", ctypes.byref(number), kind, device)
+        return number.value
+
     call("cuInit", 0)
-    call("cuDeviceGet", ctypes.byref(device), 0)
-    call("cuDeviceGetAttribute", ctypes.byref(major), _COMPUTE_CAPABILITY_MAJOR, device)
-    call("cuDeviceGetAttribute", ctypes.byref(minor), _COMPUTE_CAPABILITY_MINOR, device)
+    call("cuDeviceGet", ctypes.byref(device), index)
     call("cuDeviceGetName", name, len(name), device)
-    return 10 * major.value + minor.value, name.value.decode()
+    call("cuDeviceTotalMem_v2", ctypes.byref(memory), device)
+    call("cuDriverGetVersion", ctypes.byref(version))
+    return DeviceFacts(
+        name=name.value.decode(),
+        compute_capability=10 * attribute(_COMPUTE_CAPABILITY_MAJOR) + attribute(_COMPUTE_CAPABILITY_MINOR),
+        num_multiprocessors=attribute(_MULTIPROCESSOR_COUNT),
+        memory_bytes=memory.value,
+        cuda_version=version.value,
+    )
 
 
 def graph_num_nodes(graph: int) -> int | None:
@@ -51,3 +79,9 @@ def graph_num_nodes(graph: int) -> int | None:
     except (OSError, AttributeError):
         return None
     return count.value if status == 0 else None
+
+
+def upload_graph(graph: int, stream: int) -> None:
+    """Send an executable graph (a CUgraphExec handle) to the device, which its first launch would do otherwise."""
+    with contextlib.suppress(OSError, AttributeError):  # Then the first launch does it.
+        ctypes.CDLL("libcuda.so.1").cuGraphUpload(ctypes.c_void_p(graph), ctypes.c_void_p(stream))

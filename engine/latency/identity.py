@@ -89,7 +89,7 @@ def device_identity(
     if device.partition(":")[0] == "cuda":
         return DeviceIdentity(
             device="cuda",
-            name=gpu_name or cuda_device()[1],
+            name=gpu_name or cuda_device(int(device.partition(":")[2] or 0)).name,
             backend=backend,
             library=_library(backend),
             loop=loop,

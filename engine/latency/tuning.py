@@ -66,13 +66,15 @@ def autotune(engine: Tunable, *, repeats: int = 20, progress: Progress | None = 
     check_callable("progress", progress, "done, total")
     engine.runner.check()
     cases = list(engine.runner.loop.launch_cases())
+    from skipstep.cuda.device import CAPTURE_LOCK
     from skipstep.kernels import autotune as measured
 
     flags = next((plan.stage_flags[0] for plan in engine.plans.values()), StepFlags())
     tuned: list[TunedLaunch] = []
+    device = engine.runner.loop.device
     for case in cases:
         LOGGER.info("tune the step for %s", case)
-        tuned.append(measured.tune_on_device(case, flags, repeats=repeats))
+        tuned.append(measured.tune_on_device(case, flags, device=device, lock=CAPTURE_LOCK, repeats=repeats))
         if progress is not None:
             progress(len(tuned), len(cases))
     _keep(engine, Calibration(engine.identity(), {}, tuple(tuned)))

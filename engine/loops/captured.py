@@ -69,6 +69,8 @@ class CudaLoop:
         # Launches that were measured to be better than the rule's.
         self._launches: dict[LaunchCase, StepLaunch] = {}
         self._lock = threading.RLock()
+        # The denoisers' buffers were filled on the calling thread's stream.
+        device.stream.wait(device.caller_stream().record())
 
     @property
     def reports(self) -> tuple[LoopReport, ...]:

@@ -6,7 +6,7 @@ GPU   captured -> step_graph -> stepwise  the first that works, and the reason (
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from skipstep.errors import check_choice
@@ -14,7 +14,7 @@ from skipstep.loops.lifecycle import Lifecycle
 from skipstep.networks.spec import NetworkSpec, network_batch_sizes
 
 if TYPE_CHECKING:
-    from skipstep.backends.denoiser import DeviceDenoiser, MakeDenoiser
+    from skipstep.backends.denoiser import Denoiser, DeviceDenoiser, MakeDenoiser
     from skipstep.cuda.device import Device
     from skipstep.loops.contract import Loop
 
@@ -38,17 +38,29 @@ def make_loop(
     required: bool,
     lifecycle: Lifecycle,
     device: Device | None = None,
+    precision: str = "float32",
+    reference: Callable[[], Denoiser] | None = None,
 ) -> Loop:
-    """The loop of a network on the CPU, or on the GPU `device`. `required` refuses any form but `form`."""
+    """The loop of a network on the CPU, or on the GPU `device`. `required` refuses any form but `form`.
+
+    `reference` makes a denoiser of two samples in host memory, with which those on the GPU, in `precision`, are
+    compared (skipstep.loops.agreement). Raises ExportError where they disagree.
+    """
     if device is None:
         from skipstep.loops.stepwise import HostLoop
 
         return HostLoop(make, network)
+    from skipstep.loops.agreement import NetworkProbe
     from skipstep.loops.captured import CudaLoop
     from skipstep.loops.programs import LADDER
 
+    denoisers = {size: cast("DeviceDenoiser", make(size)) for size in network_batch_sizes(network, batch_sizes)}
+    if reference is not None:
+        probe = NetworkProbe.of(reference(), network)
+        for denoiser in denoisers.values():
+            probe.check(denoiser, precision=precision, device=device)
     return CudaLoop(
-        {size: cast("DeviceDenoiser", make(size)) for size in network_batch_sizes(network, batch_sizes)},
+        denoisers,
         network,
         device,
         lifecycle,

@@ -10,11 +10,12 @@ seeds, labels, prompts, guidance. Only the structure is fixed in the graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from skipstep.backends.denoiser import DeviceDenoiser, Enqueue
@@ -25,7 +26,7 @@ from skipstep.kernels.launch import DEFAULT_LAUNCH, StepLaunch
 from skipstep.kernels.layout import NUM_COLUMNS, StepFlags
 from skipstep.kernels.statistics import Thresholding, sample_statistics
 from skipstep.kernels.step import ddim_step, initial_noise
-from skipstep.loops.buffers import Block, Field
+from skipstep.loops.buffers import Block, Field, Piece, Staging, floats, step_input_fields
 from skipstep.loops.contract import call_flags
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.stages import Stages
@@ -43,12 +44,24 @@ class Structure:
     thresholding: Thresholding | None
     num_samples: int
     rows: int
+    # Of the fields above; a thousand stages take longer to hash than a call takes otherwise.
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.flags, self.thresholding, self.num_samples, self.rows)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @classmethod
     def of(cls, network: NetworkSpec, stages: Stages, request: SampleRequest) -> Structure:
-        return cls(
-            call_flags(network, stages, request), stages.thresholding, request.num_samples, stages.table.shape[1]
-        )
+        kind = request.num_samples, request.guidance is not None, request.rescale is not None, network.learns_variance
+        held = stages.structures.get(kind)
+        if held is None:
+            flags = call_flags(network, stages, request)
+            held = cls(flags, stages.thresholding, request.num_samples, stages.table.shape[1])
+            stages.structures[kind] = held
+        return held
 
     @property
     def guided(self) -> bool:
@@ -73,7 +86,7 @@ class Workspace:
     ) -> None:
         self.device, self.denoiser, self.structure = device, denoiser, structure
         self._network, self._launch = network, launch
-        count, size, stages = structure.num_samples, denoiser.batch_size, len(structure)
+        count, stages = structure.num_samples, len(structure)
         self._call = Block(
             device,
             {
@@ -85,25 +98,27 @@ class Workspace:
                 "broken": Field((count,), torch.int32),
             },
         )
-        looked_up = {
-            name: Field(
-                (*((stages,) if each.per_stage else ()), size, *each.shape), getattr(torch, each.dtype), each.per_stage
-            )
-            for name, each in denoiser.step_inputs.items()
-        }
         table = Field((stages, structure.rows, NUM_COLUMNS), torch.float32)
-        self._plan = Block(device, {"table": table, **looked_up})
+        self._plan = Block(device, {"table": table, **step_input_fields(denoiser, stages)})
         self._table = self._plan.tensors["table"]
         self._step_inputs = {name: self._plan.tensors[name] for name in denoiser.step_inputs}
-        self._planned: tuple[bytes, ...] = ()
+        # What the plan block holds: the stages, and the conditioning's bytes.
+        self._planned: tuple[Stages, tuple[bytes, ...]] | None = None
+        shape = (count, *network.sample_shape)
+        num_bytes = 4 * count * network.num_elements
+        self._given = Staging(device, num_bytes, floats(shape))
+        self._drawn = Staging(device, num_bytes, floats(shape))
+        self._broken = Staging(device, 4 * count, lambda memory: memory.view(torch.int32))
 
         def image() -> Tensor:
-            return torch.zeros(count, *network.sample_shape, device=device.torch_device)
+            return device.zeros(shape, torch.float32)
 
         self.state = image()
         self.x0 = image() if keep_x0 else None
         self._base = image() if any(flags.write_base for flags in structure.flags) else None
         self._memory = image() if any(flags.write_memory for flags in structure.flags) else None
+        # The zeros are the calling thread's; what is launched here must not come before them.
+        device.stream.wait(device.caller_stream().record())
 
     @property
     def counter(self) -> Tensor:
@@ -112,28 +127,24 @@ class Workspace:
 
     def fill(self, stages: Stages, request: SampleRequest) -> None:
         """Enqueue the copies that a call brings. A device x_T is read on the engine's stream."""
-        timesteps = stages.network_timesteps(request.num_copies, request.num_samples)
         conditioning = call_conditioning(self._network, request)
-        planned = (
-            stages.table.tobytes(),
-            timesteps.tobytes(),
-            conditioning.index.tobytes(),
-            *(rows.tobytes() for rows in conditioning.rows.values()),
-        )
-        if planned != self._planned:
-            self._planned = ()
+        arrays = (conditioning.index, *conditioning.rows.values())
+        planned = (stages, tuple(array.tobytes() for array in arrays))
+        held, self._planned = self._planned, None
+        if held is None or held[0] is not stages or held[1] != planned[1]:
+            timesteps = stages.network_timesteps(request.num_copies, request.num_samples)
             values = self.denoiser.compute(timesteps, conditioning)
             expanded = {name: values.expanded(name) for name in self._step_inputs}
             self._plan.fill({"table": stages.table, **expanded})
-            self._planned = planned
+        self._planned = planned
         self._call.fill(
             {
                 # torch has no arithmetic on uint64; the kernels read the same 64 bits.
                 "seeds": None if request.seeds is None else request.seeds.view(np.int64),
                 "guidance": request.guidance,
                 "rescale": request.rescale,
-                "given": np.array([request.x_T is not None], np.int32),
-                "broken": np.full(request.num_samples, _SOUND, np.int32),
+                "given": request.x_T is not None,
+                "broken": _SOUND,
             }
         )
         if request.x_T is not None:
@@ -143,11 +154,10 @@ class Workspace:
         if isinstance(x_T, Tensor):
             self.device.stream.run(lambda: self.state.copy_(x_T, non_blocking=True))
             return
-        staging = self.device.staging(self.state.nbytes)
-        staging.view(torch.float32).view(self.state.shape).copy_(torch.from_numpy(np.ascontiguousarray(x_T)))
-        self.device.stream.run(
-            lambda: self.state.copy_(staging.view(torch.float32).view(self.state.shape), non_blocking=True)
-        )
+        piece, stream = self._given.take(), self.device.stream
+        piece.view[...] = x_T
+        stream.run(lambda: self.state.view(-1).view(torch.uint8).copy_(piece.memory, non_blocking=True))
+        self._given.give_back(piece, after=stream.record())
 
     def begin(self) -> None:
         """Launch what comes before the first evaluation: x_T of the seeds, or the state that was given."""
@@ -200,30 +210,42 @@ class Workspace:
     def copy_out(self, out: Any) -> PendingSamples:
         """Enqueue the copy of the first samples to `out`, a NumPy array or a tensor, and of what broke."""
         count, stream = len(out), self.device.stream
-        broken = self.device.staging(4 * count).view(torch.int32)
-        stream.run(lambda: broken.copy_(self._call.tensors["broken"][:count], non_blocking=True))
-        if isinstance(out, Tensor) and out.device == self.state.device:
-            stream.run(lambda: out.copy_(self.state[:count], non_blocking=True))
-            return PendingSamples(stream.record(), broken)
-        staging = self.device.staging(4 * out.size if isinstance(out, np.ndarray) else out.nbytes)
-        staged = staging.view(torch.float32).view(tuple(out.shape))
-        stream.run(lambda: staged.copy_(self.state[:count], non_blocking=True))
-        return PendingSamples(stream.record(), broken, staged, out)
+        broken = self._broken.take()
+        drawn = None if isinstance(out, Tensor) and out.device == self.state.device else self._drawn.take()
+
+        def copy() -> None:
+            broken.view.copy_(self._call.tensors["broken"], non_blocking=True)
+            if drawn is None:
+                out.copy_(self.state[:count], non_blocking=True)
+            else:
+                drawn.memory.copy_(self.state.view(-1).view(torch.uint8), non_blocking=True)
+
+        stream.run(copy)
+        return PendingSamples(self, stream.record(), count, broken, drawn, out)
+
+    def give_back(self, samples: PendingSamples) -> None:
+        self._broken.give_back(samples.broken)
+        if samples.drawn is not None:
+            self._drawn.give_back(samples.drawn)
 
 
 @dataclass(frozen=True, slots=True)
 class PendingSamples:
-    """Samples on their way to the caller."""
+    """Samples on their way to the caller: `count` of them, through `drawn` if `out` is not on the device."""
 
+    workspace: Workspace
     done: Event
-    broken: Tensor
-    staged: Tensor | None = None
-    out: Any = None
+    count: int
+    broken: Piece[Tensor]
+    drawn: Piece[NDArray[np.float32]] | None
+    out: Any
 
     def wait(self) -> dict[int, int | None]:
-        """Return when the samples have arrived: which are not finite, and since which stage."""
+        """Return when the samples have arrived: which are not finite, and since which stage. Call it once."""
         self.done.synchronize()
-        if self.staged is not None:
-            self.out[...] = self.staged.numpy() if isinstance(self.out, np.ndarray) else self.staged
-        stages = self.broken.tolist()
+        if self.drawn is not None:
+            samples = self.drawn.view[: self.count]
+            self.out[...] = samples if isinstance(self.out, np.ndarray) else torch.from_numpy(samples)
+        stages = self.broken.view[: self.count].tolist()
+        self.workspace.give_back(self)
         return {sample: stage for sample, stage in enumerate(stages) if stage != _SOUND}

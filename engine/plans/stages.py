@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,8 @@ class Stages:
     flags: tuple[StepFlags, ...]
     ends_step: tuple[bool, ...]
     thresholding: Thresholding | None
+    # What loops found out about them, by kind of call (skipstep.loops.workspace.Structure).
+    structures: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.flags)
@@ -43,7 +47,7 @@ class Stages:
         """
         first = plans[0]
         if len({plan.key for plan in plans}) == 1:
-            return cls._of_one(first)
+            return _of_one(_Same(first))
         for plan in plans[1:]:
             if _structure(plan) != _structure(first):
                 raise PlanError(
@@ -62,26 +66,44 @@ class Stages:
             thresholding=first.thresholding,
         )
 
-    @classmethod
-    def _of_one(cls, plan: Plan) -> Stages:
-        return cls(
-            table=plan.coefficients[:, None],
-            timesteps=plan.evaluation_timesteps[:, None],
-            flags=plan.stage_flags,
-            ends_step=plan.ends_step,
-            thresholding=plan.thresholding,
-        )
-
     def chunk(self, start: int, batch_size: int) -> Stages:
         """The stages of samples start … start + batch_size - 1; past the end those of the last sample are repeated."""
         if self.table.shape[1] == 1:
             return self
         index = np.minimum(np.arange(start, start + batch_size), self.table.shape[1] - 1)
-        return replace(self, table=np.ascontiguousarray(self.table[:, index]), timesteps=self.timesteps[:, index])
+        return replace(
+            self, table=np.ascontiguousarray(self.table[:, index]), timesteps=self.timesteps[:, index], structures={}
+        )
 
     def network_timesteps(self, copies: int, batch_size: int) -> NDArray[np.float64]:
         """Timesteps `[E, copies·B]` of the network's batch; `copies` is the batch multiplier."""
         return np.tile(np.broadcast_to(self.timesteps, (len(self), batch_size)), (1, copies))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Same:
+    """A plan, equal to itself alone: tables of equal plans may have been read from different bundles."""
+
+    plan: Plan
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.plan is other.plan
+
+    def __hash__(self) -> int:
+        return id(self.plan)
+
+
+# An engine draws with the same few plans again and again, and loops know what they filled their tables with.
+@lru_cache(maxsize=128)
+def _of_one(same: _Same) -> Stages:
+    plan = same.plan
+    return Stages(
+        table=plan.coefficients[:, None],
+        timesteps=plan.evaluation_timesteps[:, None],
+        flags=plan.stage_flags,
+        ends_step=plan.ends_step,
+        thresholding=plan.thresholding,
+    )
 
 
 def _structure(plan: Plan) -> tuple[object, ...]:

@@ -9,9 +9,9 @@ import fake_tensorrt
 import pytest
 import torch
 from fake_tensorrt import PRETENCES
-from tensorrt_cases import Cuda
+from tensorrt_cases import GPU, Cuda
 
-from skipstep.backends import tensorrt
+from skipstep.backends import tensorrt_library
 
 
 @pytest.fixture
@@ -22,6 +22,7 @@ def cuda(monkeypatch) -> Iterator[Cuda]:
         monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
     for name in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, name, fake_tensorrt.library(name))
-    monkeypatch.setattr(tensorrt, "cuda_device", lambda **options: (90, "a GPU"))
+    monkeypatch.setattr(tensorrt_library, "cuda_device", lambda *index, **options: GPU)
     yield cuda
     PRETENCES.clear()
+    tensorrt_library.RuntimeCache._of_device.clear()

@@ -267,7 +267,7 @@ def with_provider(monkeypatch):
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    monkeypatch.setattr(onnxruntime_cuda, "cuda_device", lambda: (90, "a GPU"))
+    monkeypatch.setattr(onnxruntime_cuda, "cuda_device", lambda index: None)
     return made
 
 

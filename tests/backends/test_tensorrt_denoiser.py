@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sysconfig
 from types import SimpleNamespace
 
 import fake_tensorrt
@@ -10,7 +11,7 @@ import step_networks
 import torch
 from fake_tensorrt import PRETENCES, DataType, TensorFormat, TensorLocation
 from step_networks import SPEC, assert_predicts
-from tensorrt_cases import denoiser, tables
+from tensorrt_cases import GPU, denoiser, tables
 
 from skipstep.backends.denoiser import Target
 from skipstep.backends.tensorrt import denoisers
@@ -207,12 +208,13 @@ def test_step_inputs_that_no_loop_should_give(change):
 def test_from_a_network(monkeypatch, precision):
     asked = []
 
-    def build(step, target, size):
+    def build(step, target, size, *, device, tf32, again):
+        assert (device, tf32, again) == (0, False, False)
         asked.append((str(target), size, step))
         return fake_tensorrt.engine_of(step, size), {}
 
     monkeypatch.setattr("skipstep.export.engines.build_engine_cached", build)
-    make = denoisers(step_networks.source(), Target("cpu", precision), library="tensorrt_rtx")
+    make = denoisers(step_networks.source(), Target("cpu", precision, library="tensorrt_rtx"))
     found = {size: make(size) for size in (1, 2)}
     assert [each[:2] for each in asked] == [("rtx", 1), ("rtx", 2)]
     assert (asked[0][2] == step_networks.parts().graphs.step) == (precision == "float32")
@@ -225,14 +227,16 @@ def test_from_a_bundle(monkeypatch):
     step = step_networks.parts().graphs.step
     asked = []
 
-    def facts(size, capability=90):
-        shape = [size, *SPEC.sample_shape]
-        version = fake_tensorrt.library().__version__
+    def facts(size, **other):
         return {
             "library": "tensorrt",
-            "library_version": version,
-            "compute_capability": capability,
-            "inputs": [{"shape": shape}],
+            "library_version": fake_tensorrt.library().__version__,
+            "platform": sysconfig.get_platform(),
+            "compute_capability": GPU.compute_capability,
+            "device": GPU.name,
+            "num_multiprocessors": GPU.num_multiprocessors,
+            "inputs": [{"shape": [size, *SPEC.sample_shape]}],
+            **other,
         }
 
     def read(name):
@@ -240,13 +244,43 @@ def test_from_a_bundle(monkeypatch):
         return fake_tensorrt.engine_of(step, int(name))
 
     entries = tuple(SimpleNamespace(file=str(size), facts=facts(size)) for size in (1, 2))
-    others = (SimpleNamespace(file="another device's", facts=facts(4, 86)),)
+    others = tuple(
+        SimpleNamespace(file="another device's", facts=facts(4, **other))
+        for other in (
+            {"compute_capability": 86},
+            {"device": "another GPU"},
+            # Two modules of one name and one architecture; and an engine from before that was recorded.
+            {"num_multiprocessors": 8},
+            {"num_multiprocessors": None},
+            {"platform": "linux-aarch64"},
+            {"library": "tensorrt_rtx", "device": None, "num_multiprocessors": None},
+        )
+    )
     bundle = SimpleNamespace(manifest=SimpleNamespace(engines=entries + others, network=SPEC), read=read)
-    monkeypatch.setattr("skipstep.bundle_source.cuda_device", lambda: (90, "NVIDIA H200"))
+    monkeypatch.setattr("skipstep.bundle_source.cuda_device", lambda index: GPU)
     monkeypatch.setattr(BundleSource, "before_loop", lambda self: step_networks.source().before_loop())
     make = denoisers(BundleSource(bundle), Target("cpu", "float32"))
     found = {size: make(size) for size in (1, 2)}
     assert asked == ["1", "2"]
     assert_predicts(found[2], step_networks.call(2, 2))
-    with pytest.raises(DeviceUnavailableError, match="sm_90 at batch 4; expected"):
+    with pytest.raises(
+        DeviceUnavailableError, match=r"sm_90 \(a GPU, 132 multiprocessors\) at batch 4 on .*; expected"
+    ):
         make(4)
+    assert BundleSource(bundle).engine_libraries == ("tensorrt", "tensorrt_rtx")
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_kept_engine_that_the_library_refuses_is_built_again(monkeypatch):
+    asked = []
+
+    def build(step, target, size, *, again, **options):
+        asked.append(again)
+        return (fake_tensorrt.engine_of(step, size) if again else b"of an older release"), {}
+
+    monkeypatch.setattr("skipstep.export.engines.build_engine_cached", build)
+    assert denoisers(step_networks.source(), Target("cpu"))(2).batch_size == 2
+    assert asked == [False, True]
+    monkeypatch.setattr("skipstep.export.engines.build_engine_cached", lambda *_, **__: (b"damaged", {}))
+    with pytest.raises(ExportError, match=r"does not take: cannot deserialize.*skipstep build"):
+        denoisers(step_networks.source(), Target("cpu"))(2)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_tensorrt
 import pytest
@@ -17,10 +18,11 @@ from conftest import HAS_GPU
 from step_networks import SPEC, assert_close
 from tensorrt_cases import denoiser, tables
 
-from skipstep.backends import tensorrt
+from skipstep.backends import tensorrt, tensorrt_library
 from skipstep.backends.denoiser import Target
 from skipstep.backends.device_step import HostInputs, StepTensor, check_step_tensors
 from skipstep.backends.tensorrt import denoisers
+from skipstep.backends.tensorrt_library import choose_library
 from skipstep.errors import (
     DeviceUnavailableError,
     MissingDependencyError,
@@ -37,10 +39,10 @@ def test_without_a_device_the_library_is_left_alone(monkeypatch):
     library.Runtime = crash
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", library)
 
-    def no_device(*, remedy):
+    def no_device(index, *, remedy):
         raise DeviceUnavailableError(got="none", expected="a CUDA device", remedy=remedy)
 
-    monkeypatch.setattr(tensorrt, "cuda_device", no_device)
+    monkeypatch.setattr(tensorrt_library, "cuda_device", no_device)
     with pytest.raises(DeviceUnavailableError, match="machine with an NVIDIA GPU"):
         denoiser()
 
@@ -53,11 +55,68 @@ def test_a_library_that_is_missing(cuda, monkeypatch, library, extra):
 
 
 @pytest.mark.usefixtures("cuda")
+def test_two_releases_of_cuda_in_one_process(monkeypatch):
+    packages = [SimpleNamespace(metadata={"Name": name}) for name in ("tensorrt_rtx_cu12", "tensorrt-rtx-cu12-libs")]
+    monkeypatch.setattr(tensorrt_library.metadata, "distributions", lambda: packages)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(MissingDependencyError, match=r"tensorrt_rtx for CUDA 12 .* 13.*pip install tensorrt-rtx-cu13"):
+        denoiser()
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert denoiser().batch_size == 3
+
+
+@pytest.mark.usefixtures("cuda")
 def test_which_library_is_taken(monkeypatch):
-    assert tensorrt.find_library() == "tensorrt"
+    both = ("tensorrt", "tensorrt_rtx")
+    assert choose_library(both, None) == "tensorrt"
+    # A bundle has engines of one; and the caller may know better.
+    assert choose_library(("tensorrt_rtx",), None) == "tensorrt_rtx"
+    assert choose_library(both, "tensorrt_rtx") == "tensorrt_rtx"
     monkeypatch.delitem(sys.modules, "tensorrt")
     if importlib.util.find_spec("tensorrt") is None:
-        assert tensorrt.find_library() == "tensorrt_rtx"
+        assert choose_library(both, None) == "tensorrt_rtx"
+        # What is missing is named by load_library.
+        assert choose_library(("tensorrt",), None) == "tensorrt"
+
+
+class Drawer:
+    """Where kernels are kept, without a disk."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, bytes] = {}
+        self.puts = 0
+
+    def __call__(self, description, parts):
+        key, drawer = repr(sorted(parts.items())), self
+
+        class Slot:
+            def get(self):
+                return drawer.held.get(key)
+
+            def put(self, data):
+                drawer.held[key] = data
+                drawer.puts += 1
+
+        return Slot()
+
+
+@pytest.mark.usefixtures("cuda")
+def test_kernels_that_were_compiled_are_kept_for_the_next_process():
+    keep = Drawer()
+    denoiser(keep=keep)
+    assert list(keep.held.values()) == [b"kernelscompiled"]
+    denoiser(2, keep=keep)
+    assert keep.puts == 1
+    # Another process: the library is given what was kept, and nothing new is written.
+    tensorrt_library.RuntimeCache._of_device.clear()
+    network = denoiser(keep=keep)
+    assert network._kernels.saved_bytes == len(b"kernelscompiled")
+    assert keep.puts == 1
+    # What the library refuses, after an update of the driver, is replaced.
+    tensorrt_library.RuntimeCache._of_device.clear()
+    keep.held = dict.fromkeys(keep.held, b"of another driver")
+    denoiser(keep=keep)
+    assert (list(keep.held.values()), keep.puts) == ([b"kernelscompiled"], 2)
 
 
 @has_rtx
@@ -88,11 +147,11 @@ def assert_same_arguments(fake, real):
 def test_the_real_library_has_what_the_denoiser_is_typed_with():
     import tensorrt_rtx
 
-    for name in tensorrt._TensorRt.__annotations__:
+    for name in tensorrt_library.TensorRt.__annotations__:
         assert hasattr(tensorrt_rtx, name)
     assert tensorrt._DTYPES.keys() <= tensorrt_rtx.DataType.__members__.keys()
     assert tensorrt_rtx.Dims((2, 3, 4))[:] == (2, 3, 4)
-    log = tensorrt._error_log(tensorrt_rtx)
+    log = tensorrt_library.error_log(tensorrt_rtx)
     tensorrt_rtx.Runtime(log)
     log.log(tensorrt_rtx.ILogger.Severity.INFO, "nothing to worry about")
     assert log.summary() == "it does not say why"
@@ -164,7 +223,7 @@ def test_on_the_device(library, precision):
     """Stepwise and recorded, with the stage on the host and on the device: the same bits, and those of the network."""
     pytest.importorskip(library)
     device = torch.device("cuda", 0)
-    network = denoisers(step_networks.source(), Target("cuda:0", precision), library=library)(3)
+    network = denoisers(step_networks.source(), Target("cuda:0", precision, library=library))(3)
     given = step_networks.call(4, 3)
     assert network.capture_refusal is None
     looked_up = {name: value.to(device) for name, value in tables(network, given).items()}

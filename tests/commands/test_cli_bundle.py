@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from tiny_networks import tiny_unet
 
 from skipstep.bundles.bundle import open_bundle, read_engine
 from skipstep.commands.main import COMMANDS, main
+from skipstep.cuda.probe import DeviceFacts
 from skipstep.demo import SHIPPED_BUNDLE, SHIPPED_MODEL
 from skipstep.errors import DeviceUnavailableError
 
@@ -74,7 +76,7 @@ def test_inspect_says_what_is_inside(bundle, capsys):
 def test_verify_hashes_and_draws(bundle, capsys, tmp_path):
     status, out, _ = run(capsys, "verify", bundle)
     assert status == 0
-    assert "golden      error 0, at most" in out
+    assert "golden      on cpu, error 0, at most" in out
     copy = shutil.copytree(bundle, tmp_path / "copy")
     data = bytearray((copy / "golden.safetensors").read_bytes())
     data[-1] ^= 1
@@ -147,10 +149,12 @@ def test_build_adds_engines(bundle, capsys, tmp_path):
     assert all(open_bundle(copy).read(engine.file) for engine in engines)
     # This engine, this library, this architecture: and no other.
     version = engines[0].facts["library_version"]
-    fitting = {"library": "tensorrt_rtx", "version": version, "compute_capability": 89, "batch_size": 4}
+    device = DeviceFacts("a GPU", 89, 58, 24 << 30, 13000)
+    fitting = {"library": "tensorrt_rtx", "version": version, "device": device, "batch_size": 4}
     data, entry = read_engine(open_bundle(copy), **fitting)
     assert hashlib.sha256(data).hexdigest() == entry.facts["sha256"]
-    for other in ({"version": "9.9"}, {"compute_capability": 86}, {"library": "tensorrt"}, {"batch_size": 3}):
+    older = dataclasses.replace(device, compute_capability=86)
+    for other in ({"version": "9.9"}, {"device": older}, {"library": "tensorrt"}, {"batch_size": 3}):
         with pytest.raises(DeviceUnavailableError, match="sm_89 at batch 4"):
             read_engine(open_bundle(copy), **{**fitting, **other})
     assert run(capsys, "verify", copy)[0] == 0

@@ -1,6 +1,21 @@
+"""Engines from the cache, and when they are built again."""
+
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
 from faults import modules_after
+
+from skipstep.cuda.probe import DeviceFacts
+from skipstep.export import engines
+from skipstep.export.engines import build_engine_cached, built_engines
+from skipstep.export.tensorrt_engine import EngineTarget
+from skipstep.networks.spec import NetworkSpec
+
+GPU = DeviceFacts("Orin", 87, 16, 64 << 30, 12060)
+NANO = dataclasses.replace(GPU, num_multiprocessors=8, memory_bytes=8 << 30)
 
 
 def test_building_on_a_device_takes_no_torch():
@@ -8,3 +23,69 @@ def test_building_on_a_device_takes_no_torch():
     loaded = modules_after("import skipstep.export.engines, skipstep.commands.build")
     assert "skipstep.export.tensorrt_engine" in loaded
     assert not loaded & {"torch", "onnxscript", "onnxruntime", "triton", "diffusers"}
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine whose device and library a test may change; what its builder was asked for."""
+    machine = SimpleNamespace(gpu=GPU, version="10.13.0", packages=["tensorrt-cu12"], built=[])
+
+    def build(step, **options):
+        machine.built.append(options)
+        facts = {"device": machine.gpu.name, "num_multiprocessors": machine.gpu.num_multiprocessors}
+        described = {**facts, "compute_capability": machine.gpu.compute_capability}
+        return SimpleNamespace(engine=b"an engine", timing_cache=b"timings", describe=lambda: described)
+
+    packages = lambda: [SimpleNamespace(metadata={"Name": name}) for name in machine.packages]  # noqa: E731
+    monkeypatch.setenv("SKIPSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(engines, "build_engine", build)
+    monkeypatch.setattr(engines, "cuda_device", lambda index: machine.gpu)
+    monkeypatch.setattr(engines, "library_version", lambda library: machine.version)
+    monkeypatch.setattr(engines.metadata, "distributions", packages)
+    return machine
+
+
+CHANGES = {
+    "the library": {"version": "10.14.0"},
+    "its CUDA release": {"packages": ["tensorrt-cu13"]},
+    "a smaller device of the same name": {"gpu": NANO},
+    "the driver": {"gpu": dataclasses.replace(GPU, cuda_version=13000)},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_engine_is_kept_for_the_conditions_that_it_was_built_under(machine, change):
+    target = EngineTarget("tensorrt")
+    for _ in range(2):
+        build_engine_cached(b"a graph", target, 1)
+    assert len(machine.built) == 1
+    build_engine_cached(b"another graph", target, 1)
+    assert machine.built[-1]["timing_cache"] == b"timings"
+    vars(machine).update(CHANGES[change])
+    build_engine_cached(b"a graph", target, 1)
+    assert len(machine.built) == 3
+    assert machine.built[-1]["timing_cache"] is None, "timings of other conditions"
+
+
+def test_one_that_is_refused_is_built_again(machine):
+    for again in (False, True):
+        build_engine_cached(b"a graph", EngineTarget("tensorrt"), 1, again=again)
+    assert len(machine.built) == 2
+
+
+def test_what_an_architecture_runs_does_not_depend_on_the_machines_device(machine):
+    for gpu in (GPU, NANO):
+        machine.gpu = gpu
+        build_engine_cached(b"a graph", EngineTarget("tensorrt_rtx", 87), 1)
+    assert len(machine.built) == 1
+
+
+def test_files_of_two_devices_stand_side_by_side(machine):
+    names = set()
+    for gpu in (GPU, NANO):
+        machine.gpu = gpu
+        built = built_engines(
+            b"a graph", EngineTarget("tensorrt"), NetworkSpec((1, 4, 4)), [1], "float16", lambda message: None
+        )
+        names |= {entry.file for entry, _ in built}
+    assert names == {f"engines/tensorrt-orin-sm87-{n}mp-float16-batch1.engine" for n in (16, 8)}

@@ -144,14 +144,15 @@ def test_a_library_whose_networks_are_always_strongly_typed(shadow):
     assert [phase for phase, done, _ in phases if done] == ["check the graph", "build"]
 
 
-def test_tensorrt_builds_for_the_device_that_it_finds_and_keeps_its_timings(shadow):
+def test_tensorrt_builds_for_the_device_that_it_finds_and_keeps_its_timings(shadow, monkeypatch):
     """TensorRT-RTX in TensorRT's place: the same interface, here with the driver's answer written down."""
     shadow(
         "tensorrt",
         """
-        import __main__, tensorrt_rtx_bindings as rtx
-        __version__ = "10.13.0"
-        __main__.cuda_device = lambda **_: (86, "a GPU")
+        import __main__, os, tensorrt_rtx_bindings as rtx
+        from skipstep.cuda.probe import DeviceFacts
+        __version__ = "10." + os.environ.get("CUDA_VISIBLE_DEVICES", "13.0")
+        __main__.cuda_device = lambda **_: DeviceFacts("a GPU", 86, 84, 24 << 30, 13000)
         class Builder(rtx.Builder):
             def create_builder_config(self):
                 config = rtx.Builder.create_builder_config(self)
@@ -162,6 +163,15 @@ def test_tensorrt_builds_for_the_device_that_it_finds_and_keeps_its_timings(shad
     )
     built = build_engine(RELU, library="tensorrt", batch_sizes=(1,))
     assert (built.compute_capability, built.device, built.library_version) == (86, "a GPU", "10.13.0")
+    assert built.num_multiprocessors == 84
     assert built.timing_cache
     again = build_engine(RELU, library="tensorrt", batch_sizes=(1,), timing_cache=built.timing_cache)
     assert again.engine == built.engine
+    # Timings of another release are no error: the build makes new ones.
+    other = build_engine(RELU, library="tensorrt", batch_sizes=(1,), timing_cache=b"of another release")
+    assert other.timing_cache
+    # The builder sees the device that was asked for, as its first, and among those that this process sees.
+    assert build_engine(RELU, library="tensorrt", batch_sizes=(1,), device=1).library_version == "10.1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5, 7")
+    assert build_engine(RELU, library="tensorrt", batch_sizes=(1,), device=1).library_version == "10.7"
+    assert build_engine(RELU, library="tensorrt", batch_sizes=(1,)).library_version == "10.GPU-5"

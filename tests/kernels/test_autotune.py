@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -143,6 +144,6 @@ def test_the_step_that_is_measured_can_be_repeated(dtype, kernel_device, monkeyp
 
 @pytest.mark.gpu
 def test_a_device_is_tuned():
-    tuned = tune_on_device(CASE, StepFlags(add_noise=True), repeats=5)
+    tuned = tune_on_device(CASE, StepFlags(add_noise=True), device="cuda:0", lock=contextlib.nullcontext(), repeats=5)
     assert tuned.case == CASE
     assert 0 <= tuned.gain < 1

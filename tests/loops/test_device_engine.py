@@ -14,7 +14,16 @@ from fake_cuda import FakeDevice, install
 from tiny_networks import Curve, Labelled
 
 from skipstep import Engine, Plan
-from skipstep.errors import CaptureError, DeviceMemoryError, EngineStateError, InputError, NonFiniteError
+from skipstep.backends.torch_cuda import TorchDeviceDenoiser
+from skipstep.cuda.device import CAPTURE_LOCK
+from skipstep.errors import (
+    CaptureError,
+    DeviceMemoryError,
+    EngineStateError,
+    ExportError,
+    InputError,
+    NonFiniteError,
+)
 from skipstep.kernels.autotune import LaunchCase, TunedLaunch
 from skipstep.kernels.launch import StepLaunch
 
@@ -116,7 +125,7 @@ def test_nan_is_an_error_that_says_since_when(device):
 def test_a_loop_that_must_be_captured_is_refused_when_it_is_built(device):
     class Reads(torch.nn.Module):
         def forward(self, x, t):
-            return x * float(len(torch.nonzero(t)))
+            return x * float(len(torch.nonzero(t)) > 0)
 
     with pytest.raises(CaptureError, match="stepwise"):
         build(Reads(), require_captured=True)
@@ -141,7 +150,9 @@ def test_launches_that_were_tuned_are_recorded_anew_and_kept(device, monkeypatch
     before = engine.sample(steps=2, seeds=[1, 2])
     cases = []
 
-    def tune(case, flags, *, repeats):
+    def tune(case, flags, *, device, lock, repeats):
+        # One process records one thing at a time, and on the engine's own device.
+        assert (device, lock) == (engine.device, CAPTURE_LOCK)
         cases.append(case)
         return TunedLaunch(case, StepLaunch(block_size=128, num_warps=1))
 
@@ -172,3 +183,36 @@ def test_what_another_backend_needs_is_said(device):
         build(backend="onnxruntime", compile_network=True)
     with pytest.raises(InputError, match="loop='onnx'"):
         build(loop="onnx")
+
+
+@pytest.mark.parametrize("fault", ["a wrong kernel", "samples that mix", "a stage behind"])
+def test_a_network_that_the_device_computes_wrongly_is_refused(device, monkeypatch, fault):
+    """Each denoiser is compared with the model on the CPU before the engine exists."""
+    right = TorchDeviceDenoiser._enqueue
+
+    def wrong(self, values, stage):
+        right(self, values, max(0, stage - 1) if fault == "a stage behind" else stage)
+        if fault == "a wrong kernel":
+            self.output[-1, 0, 0, 0] += 0.01
+        elif fault == "samples that mix":
+            self.output.copy_(self.output.mean(dim=0, keepdim=True).expand_as(self.output))
+
+    monkeypatch.setattr(TorchDeviceDenoiser, "_enqueue", wrong)
+    with pytest.raises(ExportError, match=r"torch computes in float32 at batch size \d, off by .*at most 0.0001"):
+        build(batch_sizes=[2, 4])
+
+
+def test_the_first_calls_allocate_no_host_memory(device, monkeypatch):
+    """Pinning memory takes longer than a short loop; what calls need is there when the engine is."""
+    engine = build(Labelled(), num_classes=10, null_label=10)
+    staging, taken = device.staging, []
+    monkeypatch.setattr(device, "staging", lambda num_bytes: taken.append(num_bytes) or staging(num_bytes))
+    for seed in range(6):
+        engine.sample(steps=2, seeds=range(4), class_labels=seed, guidance_scale=2.0)
+        engine.sample(steps=2, x_T=np.zeros((4, *SHAPE), np.float32), class_labels=1)
+    assert taken == []
+    # Calls that are enqueued before an earlier copy is done take more, and give it back.
+    engine.sample(steps=2, seeds=range(12), class_labels=1)
+    several = len(taken)
+    engine.sample(steps=2, seeds=range(12), class_labels=1)
+    assert len(taken) == several

@@ -1,0 +1,121 @@
+"""Whether a denoiser computes the network that it was made of: a few evaluations beside those of another backend.
+
+A graph may be translated wrongly, and a compiler may choose kernels that are wrong on one device. Two samples are
+evaluated by both, each with timesteps and conditioning of its own, and repeated to fill the batch: so a denoiser that
+mixes the samples of its batch shows as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from skipstep.backends.denoiser import Denoiser, DeviceDenoiser
+from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
+from skipstep.errors import ExportError
+from skipstep.loops.contract import Array
+from skipstep.networks.graphs import StepInputs
+from skipstep.networks.spec import NetworkSpec
+
+if TYPE_CHECKING:
+    from skipstep.cuda.device import Device
+
+# How far a network's prediction may be from the float32 reference, relative to the largest output. float32 rounding in
+# another order over a few hundred layers stays below 1e-5, and a wrong operator is orders of magnitude off. Products
+# round by 2^-11 in tf32 and float16 and by 2^-8 in bfloat16; over many layers that adds up at random.
+TOLERANCES: Final[Mapping[str, float]] = {
+    "float32": 1e-4,
+    "tf32": 32 * 2.0**-11,
+    "float16": 32 * 2.0**-11,
+    "bfloat16": 32 * 2.0**-8,
+}
+_NUM_SAMPLES, _NUM_STAGES = 2, 3
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkProbe:
+    """Two samples `[2, *sample_shape]`, their timesteps `[E, 2]` and conditioning rows, and predictions `[E, 2, …]`."""
+
+    spec: NetworkSpec
+    sample: Array
+    timesteps: Any
+    rows: Mapping[str, Any]
+    expected: Array
+
+    @classmethod
+    def of(cls, reference: Denoiser, spec: NetworkSpec) -> NetworkProbe:
+        """What a denoiser of two samples in host memory predicts."""
+        rng = np.random.default_rng(0)
+        sample = rng.standard_normal((_NUM_SAMPLES, *spec.sample_shape), dtype=np.float32)
+        timesteps = rng.integers(0, 1000, (_NUM_STAGES, _NUM_SAMPLES)).astype(np.float64)
+        rows: dict[str, Any] = {}
+        if spec.prompt_shape is not None:
+            rows[PROMPTS] = rng.standard_normal((_NUM_SAMPLES, *spec.prompt_shape), dtype=np.float32)
+        if spec.num_classes is not None:
+            rows[LABELS] = rng.integers(0, spec.num_classes, _NUM_SAMPLES)
+        inputs = cls(spec, sample, timesteps, rows, sample)
+        return cls(spec, sample, timesteps, rows, inputs._predictions(reference, None))
+
+    def check(self, denoiser: Denoiser, *, precision: str = "float32", device: Device | None = None) -> float:
+        """The largest error relative to the largest output. Raises ExportError beyond the tolerance of `precision`."""
+        expected = self.expected[:, self._index(denoiser.batch_size)]
+        found = self._predictions(denoiser, device)
+        # What the network itself makes of it is not the denoiser's fault.
+        known = np.isfinite(expected)
+        largest = float(np.abs(expected[known]).max(initial=0.0)) or 1.0
+        error = float(np.abs(found - expected)[known].max(initial=0.0)) / largest
+        if not error <= TOLERANCES[precision]:
+            raise ExportError(
+                got=f"a network that {denoiser.name} computes in {precision} at batch size {denoiser.batch_size}, off "
+                f"by {error:.2g} of its largest output",
+                expected=f"at most {TOLERANCES[precision]:g}",
+                remedy="use another precision, or backend='torch', and report the network"
+                if precision != "float32"
+                else "use backend='torch', and report the network: it was translated wrongly",
+            )
+        return error
+
+    def _index(self, batch_size: int) -> Any:
+        return np.arange(batch_size) % _NUM_SAMPLES
+
+    def _predictions(self, denoiser: Denoiser, device: Device | None) -> Array:
+        index = self._index(denoiser.batch_size)
+        rows = self.rows or {}
+        conditioning = Conditioning(rows, index if rows else np.zeros_like(index))
+        values = denoiser.compute(self.timesteps[:, index], conditioning)
+        if device is not None:
+            return _on_device(denoiser, values, self.sample[index], device)  # type: ignore[arg-type]
+        enqueue, predictions = denoiser.new_context(), []
+        for stage in range(_NUM_STAGES):
+            denoiser.input[...] = self.sample[index]
+            enqueue(values, stage)
+            predictions.append(denoiser.output.astype(np.float32))
+        return np.stack(predictions)
+
+
+def _on_device(denoiser: DeviceDenoiser, values: StepInputs, sample: Array, device: Device) -> Array:
+    import torch
+
+    from skipstep.loops.buffers import Block, step_input_fields
+
+    block = Block(device, step_input_fields(denoiser, _NUM_STAGES))
+    predictions = device.zeros((_NUM_STAGES, *denoiser.output.shape), torch.float32)
+    # The zeros are the calling thread's, and come first.
+    device.stream.wait(device.caller_stream().record())
+    block.fill({name: values.expanded(name) for name in denoiser.step_inputs})
+    given = torch.from_numpy(sample)
+    enqueue = denoiser.new_context()
+
+    def work() -> None:
+        for stage in range(_NUM_STAGES):
+            denoiser.input.copy_(given)
+            enqueue(block.tensors, stage)
+            predictions[stage].copy_(denoiser.output)
+
+    device.stream.run(work)
+    device.stream.record().synchronize()
+    found: Array = predictions.cpu().numpy()
+    return found
