@@ -51,14 +51,15 @@ check: $(VENV)/.dev triton
 	$(MAKE) types
 	$(PYTEST) -m ""
 
-# The kernels, compiled as a launch does under the oldest Triton that pyproject.toml allows, without torch and a GPU;
-# under the newest the suite does the same (tests/kernels/test_aot.py).
+# The kernels, compiled as a launch does under the oldest Triton that pyproject.toml allows, and executed as PTX, without
+# torch and a GPU; under the newest the suite does the same (tests/kernels/test_aot.py, tests/ptx).
 OLDEST_TRITON := build/oldest-triton
 triton:
 	test -x $(OLDEST_TRITON)/bin/python || $(PYTHON) -m venv $(OLDEST_TRITON)
 	$(OLDEST_TRITON)/bin/python -m pip install --quiet --disable-pip-version-check 'triton==3.6.*' numpy
 	$(OLDEST_TRITON)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .
 	$(OLDEST_TRITON)/bin/python tests/kernels/compile_launches.py
+	$(OLDEST_TRITON)/bin/python tests/ptx/run_ptx.py --architectures 75 90 100
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

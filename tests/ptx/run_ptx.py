@@ -1,0 +1,306 @@
+"""Compiles the step and noise kernels and executes the PTX: `python run_ptx.py [--all] [--architectures 90 120]`.
+
+Every launch must leave the bits that the NumPy twin leaves. It needs Triton, NumPy and skipstep, but neither torch nor
+a GPU, so it also runs in an environment of the oldest supported Triton. In a process of its own: the suite has loaded
+Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import triton
+from numpy.typing import NDArray
+from ptx_machine import SHARED_BYTES, Machine
+from ptx_memory import Memory
+from ptx_parser import parse
+
+from skipstep.calls.noise import StageNoise, standard_normal
+from skipstep.export.cubins import ARCHITECTURES, compile_for, needed_variants, step_pointers
+from skipstep.kernels.launch import StepLaunch, step_constants
+from skipstep.kernels.layout import NUM_COLUMNS, Column, StepFlags, Stream
+from skipstep.kernels.philox_kernel import philox_normal_kernel
+from skipstep.kernels.statistics import Thresholding, rescale_factor_numpy, threshold_bound_numpy
+from skipstep.kernels.step_kernel import ddim_step_kernel
+from skipstep.kernels.step_numpy import NumpyStep
+from skipstep.plans.plan import Plan
+from skipstep.plans.schedule import NoiseSchedule
+
+SEEDS = np.array([0, 2**64 - 1, 12345], np.uint64)
+LAUNCHES = (StepLaunch(256, 1), StepLaunch(1024, 4))
+DTYPES = ("fp16", "bf16", "fp32")
+THRESHOLDING = Thresholding(0.9, 1.5)
+# The one approximate instruction, ex2.approx: two units in the last place (PTX ISA, ex2) of a factor of sigma·z,
+# relative to the largest value.
+EXPONENTIAL = 2.0**-21
+STAGE, NUM_STAGES = 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One way to compile the step kernel."""
+
+    arch: int
+    flags: StepFlags
+    dtype: str
+    launch: StepLaunch
+    wide: bool
+    per_sample: bool = False
+    store_x0: bool = False
+    counted: bool = False
+    checked: bool = True
+
+    def ptx(self) -> str:
+        constants = step_constants(
+            self.flags, per_sample=self.per_sample, store_x0=self.store_x0, counted=self.counted, checked=self.checked
+        )
+        pointers = step_pointers(self.dtype)
+        compiled = compile_for(ddim_step_kernel, self.arch, pointers, constants, wide=self.wide, launch=self.launch)
+        return str(compiled.asm["ptx"])
+
+
+def plan_flags() -> tuple[StepFlags, ...]:
+    """Every set of flags that plans make, guided or not, with a wide output or not."""
+    schedule = NoiseSchedule.linear(1000)
+    options: list[dict[str, Any]] = [
+        {"clip": clip, "convention": convention, **solver}
+        for clip, convention in ((None, "paper"), (1.0, "diffusers"), (1.0, "guided"), ("dynamic", "guided"))
+        for solver in ({}, {"eta": 0.5}, {"solver": "ddpm"}, {"solver": "heun"}, {"solver": "dpm_solver_pp_2m"})
+    ]
+    options.append({"solver": "rk4", "midpoints": "nearest", "clip": None, "convention": "paper"})
+    made: dict[StepFlags, None] = {}
+    for each in options:
+        dynamic = {"dynamic_quantile": 0.9} if each["clip"] == "dynamic" else {}
+        flags = Plan(schedule=schedule, steps=6, **each, **dynamic).stage_flags
+        for wide in (False, True):
+            made |= dict.fromkeys(needed_variants(flags, guided=True, wide_output=wide, rescale=True))
+    learned = Plan(schedule=schedule, steps=6, solver="ddpm", variance="learned_range")
+    made |= dict.fromkeys(needed_variants(learned.stage_flags, guided=True, wide_output=True))
+    return tuple(made)
+
+
+def cases(architectures: list[int], *, every: bool) -> Iterator[Case]:
+    flags = plan_flags()
+    for (a, arch), (f, each), (d, dtype) in itertools.product(*map(enumerate, (architectures, flags, DTYPES))):
+        turn = a + f + d
+        # Every set of flags on every architecture, each dtype on every third; or a twelfth of all that.
+        if (turn % 3 == 0 and every) or turn % 12 == 0 or (f == 0 and d == 0):
+            yield Case(
+                arch,
+                each,
+                dtype,
+                LAUNCHES[(a + f) % 2],
+                wide=f % 3 != 2,
+                per_sample=f % 2 == 1,
+                store_x0=f % 3 == 1,
+                counted=f % 4 == 1,
+                checked=f % 5 != 4,
+            )
+
+
+def as_network(array: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """In the network's dtype; bfloat16 as its bits."""
+    if dtype != "bf16":
+        return array.astype(np.float16 if dtype == "fp16" else np.float32)
+    bits = array.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def as_float32(array: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bf16" else array.astype(np.float32)
+
+
+def execute(
+    ptx: str, arrays: Mapping[str, NDArray[Any] | None], numbers: tuple[int, ...], grid: tuple[int, int]
+) -> int:
+    """Run a kernel on these arrays, in place; None is a pointer that must not be followed. Thread instructions run."""
+    kernel, memory = parse(ptx), Memory()
+    memory.add("shared memory", np.full(SHARED_BYTES * grid[0] * grid[1], 0xCD, np.uint8))
+    held: dict[int, int] = {}
+    arguments: list[int] = []
+    for name, array in arrays.items():
+        if array is None or id(array) not in held:
+            data = np.zeros(0, np.uint8) if array is None else array.reshape(-1).view(np.uint8)
+            arguments.append(memory.add(name, data))
+            held[id(array)] = arguments[-1]
+        else:
+            arguments.append(held[id(array)])
+    arguments += numbers
+    while len(arguments) < len(kernel.parameters):
+        arguments.append(memory.add("scratch", np.zeros(0, np.uint8)))
+    machine = Machine(kernel, memory, grid, arguments)
+    machine.run()
+    return machine.steps
+
+
+def check_step(case: Case, n: int, ptx: str) -> int:
+    flags, batch = case.flags, len(SEEDS)
+    rng = np.random.default_rng(n)
+
+    def normal(*shape: int) -> NDArray[np.float32]:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    table = normal(NUM_STAGES, batch if case.per_sample else 1, NUM_COLUMNS)
+    table[..., Column.CLIP] = 0.8
+    copies, channels = 1 + flags.guided, 1 + flags.wide_output
+    state, base, memory, x0 = (normal(batch, 1, n, 1) for _ in range(4))
+    output = as_network(normal(copies * batch, channels, n, 1), case.dtype)
+    if case.checked:
+        state[1, 0, n // 16] = np.nan
+    guidance, strength = np.array([0.0, 1.5, 7.0], np.float32), np.array([0.0, 0.4, 1.0], np.float32)
+    read = as_float32(output, case.dtype)
+    twin_state, twin_x0, twin_input = state.copy(), x0.copy(), np.empty((copies * batch, 1, n, 1), np.float32)
+    twin = NumpyStep(
+        state=twin_state,
+        model_output=read,
+        network_input=twin_input,
+        table=table,
+        flags=[dataclasses.replace(flags, write_base=True, write_memory=True)] * STAGE + [flags],
+        guidance=guidance if flags.guided else None,
+        rescale=strength if flags.rescale else None,
+        thresholding=THRESHOLDING if flags.threshold else None,
+        noise=StageNoise(SEEDS, n, NUM_STAGES) if flags.add_noise else None,
+        x0=twin_x0,
+    )
+    twin.base, twin.memory = base.copy(), memory.copy()
+    factor, bound = _statistics(flags, state, read, table[STAGE], guidance, strength)
+    with np.errstate(all="ignore"):
+        twin(STAGE)
+    network_input = as_network(twin_input * np.float32(np.nan), case.dtype)
+    broken = np.full(batch, 99, np.int32)
+    arrays = {
+        "state": state,
+        "next": state,
+        "output": output,
+        "network_input": network_input,
+        "x0": x0 if case.store_x0 else None,
+        "base": base if flags.read_base or flags.write_base else None,
+        "memory": memory if flags.read_memory or flags.write_memory else None,
+        "table": table,
+        "seeds": SEEDS if flags.add_noise else None,
+        "guidance": guidance if flags.guided else None,
+        "rescale": factor,
+        "bound": bound,
+        "counter": np.array([STAGE], np.int32) if case.counted else None,
+        "broken": broken if case.checked else None,
+    }
+    steps = execute(ptx, arrays, (n, 0 if case.counted else STAGE), case.launch.grid(n, batch))
+    exact = not flags.learned_variance
+    _same("state", state, twin_state, exact)
+    if exact:
+        expected = as_network(twin_input, case.dtype)
+        _same("network input", as_float32(network_input, case.dtype), as_float32(expected, case.dtype), True)
+    if case.store_x0:
+        _same("x0", x0, twin_x0, exact)
+    if flags.write_base:
+        _same("base", base, twin.base, exact)
+    if flags.write_memory:
+        _same("memory", memory, twin.memory, exact)
+    if case.checked:
+        _same("broken", broken, np.array([99, STAGE, 99], np.int32), True)
+    return steps
+
+
+def _statistics(flags: StepFlags, state: Any, out: Any, row: Any, guidance: Any, strength: Any) -> tuple[Any, Any]:
+    """What skipstep.kernels.statistics computes before the step, as the twin does it."""
+    batch, channels = state.shape[:2]
+    out, factor, bound, ones = out[:, :channels], None, None, (-1, 1, 1, 1)
+    conditional = out[:batch]
+    if flags.guided:
+        out = out[batch:] + guidance.reshape(ones) * (conditional - out[batch:])
+    if flags.rescale:
+        factor = rescale_factor_numpy(out, conditional, strength)
+        out = out * factor.reshape(ones)
+    if flags.threshold:
+        x0_x, x0_out = (row[:, column].reshape(ones) for column in (Column.X0_X, Column.X0_OUT))
+        with np.errstate(all="ignore"):
+            bound = threshold_bound_numpy(x0_x * state + x0_out * out, THRESHOLDING)
+    return factor, bound
+
+
+def _same(name: str, ours: NDArray[Any], theirs: NDArray[Any], exact: bool) -> None:
+    if exact:
+        # A NaN is a NaN, whatever its other bits.
+        same = (ours == theirs) | ((ours != ours) & (theirs != theirs))
+        assert same.all(), f"{name}: {(~same).sum()} of {same.size} differ, the first at {np.argwhere(~same)[0]}"
+    else:
+        largest = float(np.nanmax(np.abs(theirs)))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=EXPONENTIAL * largest, err_msg=name)
+
+
+def check_noise(arch: int, n: int, dtype: str, copies: int, launch: StepLaunch) -> int:
+    pointers = {"state_ptr": "*fp32", "network_input_ptr": f"*{dtype}", "seeds_ptr": "*i64", "given_ptr": "*i32"}
+    names = dict(zip(philox_normal_kernel.arg_names, pointers.values(), strict=False))
+    constants = {"STREAM": int(Stream.INITIAL), "COPIES": copies, "CHOOSES": copies == 2}
+    ptx = compile_for(philox_normal_kernel, arch, names, constants, wide=n % 16 == 0, launch=launch).asm["ptx"]
+    batch = len(SEEDS)
+    state = np.zeros((batch, n), np.float32)
+    network_input = np.zeros((copies * batch, n), as_network(state, dtype).dtype)
+    given = np.zeros(1, np.int32) if copies == 2 else None
+    arrays = {"state": state, "network_input": network_input, "seeds": SEEDS, "given": given}
+    steps = execute(ptx, arrays, (n, 0), launch.grid(n, batch))
+    expected = standard_normal(SEEDS, n, stage=0, stream=Stream.INITIAL).reshape(batch, n)
+    _same("noise", state, expected, True)
+    _same("network input", network_input, np.concatenate([as_network(expected, dtype)] * copies), True)
+    return steps
+
+
+def noticed(case: Case, changes: list[str]) -> str:
+    """Make each change, written as "old=new", in one instruction of the kernel at a time; how many are noticed."""
+    ptx, count, missed = case.ptx(), 0, []
+    rng = np.random.default_rng(0)
+    for each in changes:
+        old, _, new = each.partition("=")
+        places = [index for index in range(len(ptx)) if ptx.startswith(old, index)]
+        assert places, f"no {old} in the kernel"
+        for place in rng.choice(places, min(len(places), 6), replace=False):
+            count += 1
+            changed = ptx[:place] + new + ptx[place + len(old) :]
+            try:
+                # A thread has eight elements; the sizes put NaN in each of their places.
+                for n in range(1040, 1168, 16):
+                    check_step(case, n, changed)
+            except (AssertionError, KeyError):
+                continue
+            line = ptx.count("\n", 0, place)
+            missed.append(f"{each}: {ptx.splitlines()[line].strip()}")
+    return f"{count - len(missed)} of {count} changes noticed; " + "; ".join(missed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every set of flags that plans make")
+    parser.add_argument("--architectures", type=int, nargs="+", default=[90, 120], choices=ARCHITECTURES)
+    parser.add_argument("--changes", nargs="+", metavar="OLD=NEW", help="plant these in one kernel, and count")
+    options = parser.parse_args()
+    if options.changes:
+        flags = StepFlags(clip=True, rederive_eps=True, add_noise=True, guided=True)
+        print(noticed(Case(90, flags, "fp16", LAUNCHES[1], wide=True, store_x0=True), options.changes))
+        return
+    started, count, steps = time.perf_counter(), 0, 0
+    for case in cases(options.architectures, every=options.all):
+        ptx = case.ptx()
+        # More than one program a sample, and a last one that is not full.
+        for n in (1040, 16) if case.wide else (1027, 1):
+            try:
+                steps += check_step(case, n, ptx)
+            except AssertionError as error:
+                raise AssertionError(f"{case}, {n} elements: {error}") from error
+            count += 1
+    for arch, n, dtype, copies in itertools.product(options.architectures, (1040, 37), DTYPES[:: 1 + 1], (1, 2)):
+        steps += check_noise(arch, n, dtype, copies, LAUNCHES[copies - 1])
+        count += 1
+    seconds = time.perf_counter() - started
+    names = ", ".join(f"sm_{each}" for each in options.architectures)
+    print(f"Triton {triton.__version__}: {count} launches for {names} have the twin's bits, {seconds:.0f} s")
+    print(f"{steps / 1e6:.0f} million instructions of threads")
+
+
+if __name__ == "__main__":
+    main()
