@@ -115,7 +115,7 @@ bundle: $(VENV)/.dev
 # The attacks, a hundred thousand cases of each kind of file, and how many there were, if none succeeded.
 ATTACKS := tests/test_public_arguments.py tests/test_further_arguments.py tests/test_kills.py \
 	tests/networks/test_hostile_checkpoint.py \
-	$(addprefix tests/bundles/,test_manifest.py test_bundle.py test_hostile_bundle.py)
+	$(addprefix tests/bundles/,test_manifest.py test_harmed_bundle.py test_hostile_bundle.py)
 fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=1 SKIPSTEP_FUZZ=100000 SKIPSTEP_ATTACKS=bench/results/findings/attacks.json \
 		$(BIN)/python -m pytest $(ATTACKS) -m "" -k "any_ or arguments or kill or hostile_checkpoint" --timeout 7200

@@ -71,6 +71,8 @@ class SampleRequest:
 
     def chunk(self, start: int, batch_size: int) -> SampleRequest:
         """Samples start … start + batch_size - 1; past the end the last sample is repeated to fill the batch."""
+        if (start, batch_size) == (0, self.num_samples):
+            return self
         index = np.minimum(np.arange(start, start + batch_size), self.num_samples - 1)
         arrays = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "num_samples"}
         shared = {
@@ -140,7 +142,7 @@ def resolve_request(
         )
 
     seed_array, labels, guidance, rescale = (
-        None if array is None else np.ascontiguousarray(np.broadcast_to(array, num_samples)) for array in given.values()
+        array if array is None or array.ndim else np.full(num_samples, array, array.dtype) for array in given.values()
     )
     if labels is None and network.num_classes is not None:
         assert network.null_label is not None, "_resolve_labels refuses a call without labels otherwise"

@@ -79,7 +79,8 @@ class BatchRunner:
     def draw(self, stages: Stages, request: SampleRequest, samples: Any, *, observers: Observers | None = None) -> None:
         """Walk a request to x_0 in `samples`. Raises NonFiniteError and EngineStateError."""
         self.check()
-        request = request.apart_from(samples)
+        if len(self.split(request.num_samples)) > 1:
+            request = request.apart_from(samples)
         pending: list[tuple[int, Pending]] = []
         for part, part_stages, part_request in self.parts(stages, request):
             out = samples[part]

@@ -1,6 +1,7 @@
 """Everything on the device that a loop of one structure works with, and the launches of one evaluation.
 
-    call block   seeds, guidance, where to begin, which stage comes next, which samples broke    one copy a call
+    call block   seeds, guidance, where to begin, which stage comes next, which samples broke,   one copy a call
+                 and the network's step inputs that all stages share
     plan block   coefficients, and the network's step inputs of each stage                       one copy, if it changed
     state …      the float32 state, and the solver's history
 
@@ -87,6 +88,8 @@ class Workspace:
         self.device, self.denoiser, self.structure = device, denoiser, structure
         self._network, self._launch = network, launch
         count, stages = structure.num_samples, len(structure)
+        inputs = step_input_fields(denoiser, stages)
+        self._shared = [name for name, each in denoiser.step_inputs.items() if not each.per_stage]
         self._call = Block(
             device,
             {
@@ -96,14 +99,21 @@ class Workspace:
                 "given": Field((1,), torch.int32),
                 "counter": Field((1,), torch.int32),
                 "broken": Field((count,), torch.int32),
+                **{name: each for name, each in inputs.items() if name in self._shared},
             },
         )
         table = Field((stages, structure.rows, NUM_COLUMNS), torch.float32)
-        self._plan = Block(device, {"table": table, **step_input_fields(denoiser, stages)})
+        self._plan = Block(
+            device, {"table": table, **{name: each for name, each in inputs.items() if name not in self._shared}}
+        )
         self._table = self._plan.tensors["table"]
-        self._step_inputs = {name: self._plan.tensors[name] for name in denoiser.step_inputs}
-        # What the plan block holds: the stages, and the conditioning's bytes.
-        self._planned: tuple[Stages, tuple[bytes, ...]] | None = None
+        self._step_inputs = {name: {**self._call.tensors, **self._plan.tensors}[name] for name in inputs}
+        # What the step inputs follow from: the stages of the plan block, the conditioning's bytes; and the values that
+        # all stages share. Whether those of a stage follow from the conditioning, too, is seen when they are computed.
+        self._stages: Stages | None = None
+        self._conditioned: tuple[bytes, ...] = ()
+        self._values: dict[str, NDArray[Any]] = {}
+        self._stages_depend = True
         shape = (count, *network.sample_shape)
         num_bytes = 4 * count * network.num_elements
         self._given = Staging(device, num_bytes, floats(shape))
@@ -128,17 +138,21 @@ class Workspace:
     def fill(self, stages: Stages, request: SampleRequest) -> None:
         """Enqueue the copies that a call brings. A device x_T is read on the engine's stream."""
         conditioning = call_conditioning(self._network, request)
-        arrays = (conditioning.index, *conditioning.rows.values())
-        planned = (stages, tuple(array.tobytes() for array in arrays))
-        held, self._planned = self._planned, None
-        if held is None or held[0] is not stages or held[1] != planned[1]:
+        conditioned = tuple(array.tobytes() for array in (conditioning.index, *conditioning.rows.values()))
+        planned = stages is self._stages and (conditioned == self._conditioned or not self._stages_depend)
+        if not planned or conditioned != self._conditioned:
+            self._stages = None
             timesteps = stages.network_timesteps(request.num_copies, request.num_samples)
-            values = self.denoiser.compute(timesteps, conditioning)
-            expanded = {name: values.expanded(name) for name in self._step_inputs}
-            self._plan.fill({"table": stages.table, **expanded})
-        self._planned = planned
+            values = self.denoiser.compute(timesteps[:1] if planned else timesteps, conditioning)
+            if not planned:
+                self._stages_depend = any(name in values.call for name in self._step_inputs)
+                per_stage = [name for name in self._step_inputs if name not in self._shared]
+                self._plan.fill({"table": stages.table, **{name: values.expanded(name) for name in per_stage}})
+            self._values = {name: values.expanded(name) for name in self._shared}
+            self._stages, self._conditioned = stages, conditioned
         self._call.fill(
             {
+                **self._values,
                 # torch has no arithmetic on uint64; the kernels read the same 64 bits.
                 "seeds": None if request.seeds is None else request.seeds.view(np.int64),
                 "guidance": request.guidance,
