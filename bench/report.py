@@ -48,7 +48,7 @@ def sampling_table(results: Path) -> str:
 
 
 def contenders_table(results: Path) -> str:
-    """Every contender that drew one image in STEPS steps, with its error, and why some have no number."""
+    """Every contender that drew one image in STEPS steps, with its error."""
     found, runs = _panels(results)
     rows = []
     for panel in (panel for panel in found if panel.batch_size == 1):
@@ -58,8 +58,6 @@ def contenders_table(results: Path) -> str:
             off = "–" if entry.error is None else f"{entry.error:.1g} of {entry.tolerance or 0:g}"
             ratio = f"{faster[entry.contender]:.2f}×"
             rows.append([panel.subject, entry.contender, f"{entry.median * 1e3:.0f}", ratio, off])
-    absent = [each for run in runs for each in run.absent if (each.steps, each.batch_size) == (STEPS, 1)]
-    rows += [[each.model, each.contender, each.reason.split(":")[0], "–", "–"] for each in absent]
     header = ["network", "contender", "ms", "against textbook", "off by, of at most"]
     return markdown(header, rows) + f"\n\n{STEPS} steps at batch 1. {_where(runs)}."
 
@@ -87,18 +85,18 @@ def agreement_table(results: Path) -> str:
 
 
 def cold_start_table(results: Path) -> str:
-    """Whole processes, from their start to the first image."""
-    result = read_result(results / "cold-start.json")
-    seconds = {name: f"{value * 1e3:.0f}" for name, value in result["median_seconds"].items()}
-    rows = [
-        ["Python alone", seconds["interpreter"], ""],
-        ["skipstep, from the bundle", seconds["bundle"], f"**{result['ratio_to_diffusers']:.1f}×** sooner"],
-        ["diffusers, from the checkpoint", seconds["diffusers"], ""],
-    ]
-    return markdown(["process", "ms", ""], rows) + (
-        f"\n\n{result['steps']} steps at batch 1, medians of {len(result['seconds']['bundle'])} processes each, taking "
-        f"turns. {describe_environment(result['environment'])}."
-    )
+    """Whole processes, from their start to the first image of STEPS steps."""
+    found, runs = _panels(results)
+    rows = []
+    for panel in found:
+        entries = {each.contender: each for each in panel.entries if each.steps == STEPS and each.cold_start_seconds}
+        theirs = entries[DIFFUSERS].cold_start_seconds if DIFFUSERS in entries else None
+        for entry in sorted(entries.values(), key=lambda entry: entry.cold_start_seconds or 0.0):
+            seconds, peak = entry.cold_start_seconds or 0.0, entry.peak_bytes or 0.0
+            sooner = f"{theirs / seconds:.1f}×" if theirs else "–"
+            rows.append([panel.subject, entry.contender, f"{seconds * 1e3:,.0f}", sooner, f"{peak / 2**20:,.0f}"])
+    header = ["network", "contender", "ms to the first image", "sooner than diffusers", "peak memory, MiB"]
+    return markdown(header, rows) + f"\n\n{STEPS} steps at batch 1, medians of processes. {_where(runs)}."
 
 
 def finding_table(path: Path) -> str:

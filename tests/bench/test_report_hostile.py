@@ -96,7 +96,7 @@ def test_a_missing_file_and_no_run_are_refused(tmp_path):
     with pytest.raises(InputError, match="0 files without a benchmark run"):
         write_report([], tmp_path / "out")
     with pytest.raises(InputError, match="1 files without a benchmark run"):
-        write_report([ROOT / "bench" / "results" / "cold-start.json"], tmp_path / "out")
+        write_report([ROOT / "bench" / "results" / "class-agreement.json"], tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ def results(tmp_path):
 
 
 def test_writes_the_page_says_where_and_names_what_it_does_not_use(results, tmp_path, capsys):
-    shutil.copy(ROOT / "bench" / "results" / "cold-start.json", results)
+    shutil.copy(ROOT / "bench" / "results" / "class-agreement.json", results)
     assert main(["report", *sorted(map(str, results.glob("*.json"))), "--out", str(tmp_path / "out")]) == 0
     captured = capsys.readouterr()
     assert captured.out == f"wrote {tmp_path / 'out' / 'report.html'}\n"
-    assert captured.err == f"{results / 'cold-start.json'} is not used: it is no result of skipstep bench\n"
+    assert captured.err == f"{results / 'class-agreement.json'} is not used: it is no result of skipstep bench\n"
     assert list((tmp_path / "out").glob("*.png"))
 
 
