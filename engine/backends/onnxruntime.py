@@ -193,10 +193,15 @@ _NUMPY_TYPES = {
 
 
 def make_session(
-    model: bytes, *, num_threads: int | None = None, before_loop: bool = False
+    model: bytes, *, num_threads: int | None = None, before_loop: bool = False, as_it_stands: bool = False
 ) -> onnxruntime.InferenceSession:
-    """A session on the CPU, for any batch size: fixing it makes no graph faster here. Raises ExportError."""
+    """A session on the CPU, for any batch size: fixing it makes no graph faster here. Raises ExportError.
+
+    `as_it_stands`: every node is computed; otherwise the runtime takes out what it finds needless, roundings included.
+    """
     options = onnxruntime.SessionOptions()
+    if as_it_stands:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = num_threads or 0
     if before_loop:
         # Threads that go on waiting for more would take the cores from the loop's.

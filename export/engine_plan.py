@@ -1,0 +1,31 @@
+"""What a TensorRT-RTX engine launches for one evaluation, read from the engine itself: no GPU is needed.
+
+The library writes its plan as text into an engine: a header, the tensors, and the steps of `main` in order, each of
+which launches a kernel. The format is the library's own and undocumented; a release that changes it is an ExportError.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from skipstep.errors import ExportError
+
+# What a step of the plan is, by the library's names; all else in `main` names memory or runs on the host.
+_LAUNCHES = frozenset({"function", "corrltn", "fully_connected", "runtime_function", "runtime_fusion"})
+_SECTION = re.compile(rb"\nmain \{\n(.*?)\n\}", re.DOTALL)
+_ENTRY = re.compile(rb"^ *([a-z_]+)=\{", re.MULTILINE)
+
+
+def kernels(engine: bytes) -> Counter[str]:
+    """How many kernels of each kind an evaluation launches. Raises ExportError for an engine without a plan in text."""
+    sections = _SECTION.findall(engine)
+    found = Counter(kind.decode() for section in sections[:1] for kind in _ENTRY.findall(section))
+    launched = Counter({kind: count for kind, count in found.items() if kind in _LAUNCHES})
+    if not launched:
+        raise ExportError(
+            got="an engine without the text of its plan",
+            expected="one that TensorRT-RTX 1.7 wrote",
+            remedy="build it with pip install 'skipstep[rtx]', or count in a profiler on the device",
+        )
+    return launched

@@ -1,0 +1,39 @@
+"""How many kernels TensorRT-RTX launches for an evaluation of the shipped network, read from engines that it builds."""
+
+from __future__ import annotations
+
+import pytest
+
+from skipstep.bundles.bundle import open_bundle
+from skipstep.demo import SHIPPED_BUNDLE
+from skipstep.errors import ExportError
+from skipstep.export.engine_plan import kernels
+from skipstep.export.precision import lower_precision
+from skipstep.export.weight_storage import expand_weights
+
+# Of release 1.7; another may do with fewer.
+MOST = {"float32": 185, "float16, norms in float32": 170, "float16": 156}
+
+
+@pytest.fixture(scope="module")
+def step():
+    bundle = open_bundle(SHIPPED_BUNDLE, allow_hard_links=True)
+    return expand_weights(bundle.read_graph(bundle.manifest.graphs["step"]))
+
+
+@pytest.mark.parametrize("form", MOST)
+def test_no_change_adds_a_launch(step, form):
+    pytest.importorskip("tensorrt_rtx")
+    from engine_builds import build
+
+    if form != "float32":
+        step = lower_precision(step, "float16", half_norms=form == "float16")
+    counted = kernels(build(step, 89, batch_sizes=(1,)).engine)
+    assert {"function", "corrltn"} <= set(counted)
+    assert sum(counted.values()) <= MOST[form]
+
+
+@pytest.mark.parametrize("engine", [b"", b"main {\n}", b"\nmain {\n  region={ }\n}"])
+def test_an_engine_without_a_plan_is_refused(engine):
+    with pytest.raises(ExportError, match="without the text of its plan"):
+        kernels(engine)
