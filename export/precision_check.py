@@ -61,7 +61,9 @@ def check_precision(lowered: bytes, exact: bytes, dtype: HalfPrecision) -> float
         make_session(graph, before_loop=True, as_it_stands=True) for graph in (exact, _rounded(lowered))
     )
     name = reference.get_outputs()[0].name
-    expected, found = (run_session(session, [name], given)[name] for session in (reference, candidate))
+    expected, found = (
+        run_session(session, [name], given)[name].astype(np.float32) for session in (reference, candidate)
+    )
     error = float(np.abs(found - expected).max() / np.abs(expected).max())
     if not error <= TOLERANCES[dtype]:
         raise ExportError(

@@ -5,7 +5,7 @@ Scalars apply to every sample, sequences name each one; all sequences of a call 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
@@ -141,9 +141,10 @@ def resolve_request(
             remedy="pass at least one seed" if num_samples == 0 else "draw them in several calls",
         )
 
-    seed_array, labels, guidance, rescale = (
+    vectors: Iterator[NDArray[Any] | None] = (
         array if array is None or array.ndim else np.full(num_samples, array, array.dtype) for array in given.values()
     )
+    seed_array, labels, guidance, rescale = vectors
     if labels is None and network.num_classes is not None:
         assert network.null_label is not None, "_resolve_labels refuses a call without labels otherwise"
         labels = np.full(num_samples, network.null_label)
