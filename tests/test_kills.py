@@ -132,9 +132,11 @@ def test_killed_at_any_moment(name, bundle, tmp_path):
         tried(f"writers killed at a random moment: {name}")
         found = check(path)
         seen[found] += 1
+        # The first may have been slower than the others, or the machine is busier now: kills stay where both are seen.
+        whole *= 0.95 if found == "after" else 1.05
         if found == "after":
             before()
-    assert seen["before"] > KILLS // 10, seen
+    assert min(seen.values()) > KILLS // 10, seen
     assert os.waitpid(fork(write, path), 0)[1] == 0
     assert check(path) == "after"
     leftovers = [each for each in (*tmp_path.rglob("*"),) if "partial" in each.name or "skipstep-" in each.name]
