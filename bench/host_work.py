@@ -2,7 +2,7 @@
 
 The engine is the real one, from `sample` down to the copies and the launch; the device is one that takes work and does
 none: it has a stream, and a graph whose launch is empty. So the time is Python's and torch's own, without a driver's
-part (a few microseconds for each copy and launch). Two threads of the machine are enough; other load is not part of it.
+part (a few microseconds for each copy and launch).
 """
 
 from __future__ import annotations

@@ -17,13 +17,14 @@ from importlib import metadata
 from typing import Any
 
 from skipstep.backends.denoiser import Library
+from skipstep.backends.tensorrt_library import import_library
 from skipstep.bundles.bundle import open_bundle
 from skipstep.bundles.cache import ArtefactCache
 from skipstep.bundles.cache_key import Part, cache_key
 from skipstep.bundles.manifest import EngineEntry
 from skipstep.cuda.probe import cuda_device
 from skipstep.export.bundle_rewriter import rewrite_bundle
-from skipstep.export.tensorrt_engine import EngineTarget, build_engine, library_version
+from skipstep.export.tensorrt_engine import EngineTarget, build_engine
 from skipstep.export.weight_storage import expand_weights
 from skipstep.networks.spec import NetworkSpec, network_batch_sizes
 
@@ -108,7 +109,7 @@ def _file_word(target: EngineTarget, facts: Mapping[str, Any]) -> str:
 def _installed(library: Library) -> tuple[str, ...]:
     """The library's own version, and the packages that it comes in: their names say for which CUDA."""
     names = {str(each.metadata["Name"]).lower().replace("_", "-") for each in metadata.distributions()}
-    return library_version(library), *sorted(name for name in names if name.startswith("tensorrt"))
+    return import_library(library).__version__, *sorted(name for name in names if name.startswith("tensorrt"))
 
 
 def build_engine_cached(

@@ -10,7 +10,6 @@ its standard input: a line of JSON, then the bytes of the graph and of the timin
 from __future__ import annotations
 
 import ctypes
-import importlib
 import json
 import os
 import re
@@ -22,9 +21,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from skipstep.backends.denoiser import Library
+from skipstep.backends.tensorrt_library import EXTRAS, import_library
 from skipstep.cuda.probe import DeviceFacts, cuda_device
 from skipstep.errors import ExportError, InputError, MissingDependencyError, SkipstepError
-from skipstep.export.tensorrt_engine import EXTRAS, Progress
+from skipstep.export.tensorrt_engine import Progress
 from skipstep.export.tensorrt_graph import BATCH, batch_profile, checked_graph, messages
 
 _DTYPE_NAMES: Mapping[str, str] = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
@@ -123,17 +123,12 @@ def _build(
 
 
 def _import_library(library: Library) -> Any:
-    try:
-        trt = importlib.import_module(library)
-    except (ImportError, OSError) as error:
-        found = str(error)
-    else:
-        # Its networks were weakly typed, and became float16 without being asked.
-        if library == "tensorrt_rtx" or int(trt.__version__.split(".")[0]) >= 10:
-            return trt
-        found = f"version {trt.__version__}"
+    trt = import_library(library)
+    # Before 10 its networks were weakly typed, and became float16 without being asked.
+    if library == "tensorrt_rtx" or int(trt.__version__.split(".")[0]) >= 10:
+        return trt
     raise MissingDependencyError(
-        got=f"{library} that cannot be used: {found}",
+        got=f"{library} that cannot be used: version {trt.__version__}",
         expected="an installation that works, TensorRT from version 10 on",
         remedy=f"pip install 'skipstep[{EXTRAS[library]}]'",
     )

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import importlib.util
 import json
 import os
@@ -28,12 +27,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 from skipstep.backends.denoiser import Library
+from skipstep.backends.tensorrt_library import EXTRAS
 from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError, check_integer
 
 Progress = Callable[[str, int, int], None]
 
-# The extra of this package that installs each library.
-EXTRAS: Mapping[str, str] = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
 _ERRORS = {error.__name__: error for error in (DeviceUnavailableError, ExportError, InputError, MissingDependencyError)}
 
 
@@ -108,18 +106,6 @@ class BuiltEngine:
         digest = hashlib.sha256(engine).hexdigest()
         described: dict[str, Any] = json.loads(json.dumps({**facts, "bytes": len(engine), "sha256": digest}))
         return described
-
-
-def library_version(library: Library) -> str:
-    """Of the module itself: it may come in packages of several names. Raises MissingDependencyError."""
-    try:
-        return str(importlib.import_module(library).__version__)
-    except (ImportError, OSError) as error:
-        raise MissingDependencyError(
-            got=f"{library} that cannot be used: {error}",
-            expected="an installation that works",
-            remedy=f"pip install 'skipstep[{EXTRAS[library]}]'",
-        ) from error
 
 
 def build_engine(

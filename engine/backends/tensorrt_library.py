@@ -10,8 +10,6 @@ from dataclasses import astuple, dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, cast, get_args
 
-import torch
-
 from skipstep.backends.denoiser import Keep, KeptBytes, Library
 from skipstep.cuda.probe import cuda_device
 from skipstep.errors import MissingDependencyError
@@ -19,6 +17,7 @@ from skipstep.errors import MissingDependencyError
 if TYPE_CHECKING:
     # The full library has no stubs either; what the type checker reads of this one stands for both.
     import tensorrt_rtx as trt
+    import torch
 
 # The extra that installs each.
 EXTRAS: Final[Mapping[Library, str]] = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
@@ -47,24 +46,31 @@ def choose_library(available: Collection[str], wanted: Library | None) -> Librar
     return (installed or offered[-1:])[0]
 
 
-def load_library(library: Library, device: int = 0) -> TensorRt:
-    """The module. Raises MissingDependencyError, which names the extra; DeviceUnavailableError without the CUDA device
-    of that number, where these libraries may crash."""
+def import_library(library: Library) -> TensorRt:
+    """The module; nothing of it is called. Raises MissingDependencyError, which names the extra."""
     try:
-        module = importlib.import_module(library)
+        return cast(TensorRt, importlib.import_module(library))
     except (ImportError, OSError) as error:
         raise MissingDependencyError(
             got=f"{library} that cannot be used: {error}",
             expected="an installation that works",
             remedy=f"pip install 'skipstep[{EXTRAS[library]}]'",
         ) from error
+
+
+def load_library(library: Library, device: int = 0) -> TensorRt:
+    """The module, to run engines. Raises MissingDependencyError; DeviceUnavailableError without the CUDA device of that
+    number, where these libraries may crash."""
+    module = import_library(library)
     cuda_device(device, remedy="run TensorRT engines on a machine with an NVIDIA GPU and its driver")
     _check_cuda_release(library)
-    return cast(TensorRt, module)
+    return module
 
 
 def _check_cuda_release(library: Library) -> None:
     """The library and torch share a device's context and memory: both have to be for one CUDA release."""
+    import torch
+
     name = library.replace("_", "-")
     packages = (str(each.metadata["Name"]).lower().replace("_", "-") for each in metadata.distributions())
     releases = {found[1] for each in packages if (found := re.fullmatch(rf"{name}-cu(\d+)", each))}

@@ -8,7 +8,7 @@ mixes the samples of its batch shows as well.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -39,11 +39,10 @@ _NUM_SAMPLES, _NUM_STAGES = 2, 3
 class NetworkProbe:
     """Two samples `[2, *sample_shape]`, their timesteps `[E, 2]` and conditioning rows, and predictions `[E, 2, …]`."""
 
-    spec: NetworkSpec
     sample: Array
     timesteps: Any
-    rows: Mapping[str, Any]
-    expected: Array
+    rows: dict[str, Any]
+    expected: Array = field(default_factory=lambda: np.empty(0, np.float32))
 
     @classmethod
     def of(cls, reference: Denoiser, spec: NetworkSpec) -> NetworkProbe:
@@ -56,8 +55,8 @@ class NetworkProbe:
             rows[PROMPTS] = rng.standard_normal((_NUM_SAMPLES, *spec.prompt_shape), dtype=np.float32)
         if spec.num_classes is not None:
             rows[LABELS] = rng.integers(0, spec.num_classes, _NUM_SAMPLES)
-        inputs = cls(spec, sample, timesteps, rows, sample)
-        return cls(spec, sample, timesteps, rows, inputs._predictions(reference, None))
+        inputs = cls(sample, timesteps, rows)
+        return replace(inputs, expected=inputs._predictions(reference, None))
 
     def check(self, denoiser: Denoiser, *, precision: str = "float32", device: Device | None = None) -> float:
         """The largest error relative to the largest output. Raises ExportError beyond the tolerance of `precision`."""
@@ -83,8 +82,7 @@ class NetworkProbe:
 
     def _predictions(self, denoiser: Denoiser, device: Device | None) -> Array:
         index = self._index(denoiser.batch_size)
-        rows = self.rows or {}
-        conditioning = Conditioning(rows, index if rows else np.zeros_like(index))
+        conditioning = Conditioning(self.rows, index if self.rows else np.zeros_like(index))
         values = denoiser.compute(self.timesteps[:, index], conditioning)
         if device is not None:
             return _on_device(denoiser, values, self.sample[index], device)  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setenv("SKIPSTEP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(engines, "build_engine", build)
     monkeypatch.setattr(engines, "cuda_device", lambda index: machine.gpu)
-    monkeypatch.setattr(engines, "library_version", lambda library: machine.version)
+    monkeypatch.setattr(engines, "import_library", lambda library: SimpleNamespace(__version__=machine.version))
     monkeypatch.setattr(engines.metadata, "distributions", packages)
     return machine
 

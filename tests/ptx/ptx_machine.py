@@ -210,7 +210,7 @@ class Machine:
         array = self.special.get(operand.register)
         array = self.registers.get(operand.register) if array is None else array
         if array is None:
-            # Compilers move registers that they never wrote, where nobody looks at the result.
+            # A compiler may move a register that was never written, if the result is not used.
             array = self._unwritten(operand.register)
         if kind == "f32x2" or array.itemsize == dtype.itemsize:
             return array.view(dtype)
@@ -327,6 +327,8 @@ class Machine:
         size, where = int(kind[1:]) // 8, np.flatnonzero(lanes) if lanes is not None else self.thread
         start = self._read(Operand(address.register, symbol=address.symbol), "u64" if space == "global" else "u32")
         places = start[where].astype(np.int64) + address.offset
+        if space == "global" and (places >> SHIFT == SHARED).any():
+            raise AssertionError(f"a global access to no address of a buffer: {each.text}")
         if space == "shared":
             if (places < 0).any() or (places + 16 > SHARED_BYTES).any():
                 raise AssertionError(f"outside of shared memory: {each.text}")

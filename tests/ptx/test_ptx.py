@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from ptx_machine import SHARED_BYTES, Machine, UnknownOpcodeError
-from ptx_memory import AccessError, Memory
+from ptx_machine import SHARED_BYTES, Machine
+from ptx_memory import Memory
 from ptx_parser import parse
 
 from skipstep.export.cubins import ARCHITECTURES
@@ -80,14 +80,14 @@ def test_the_machine_computes():
 
 FAULTS = {
     "behind the buffer": ("\tld.global.b32 %r3, [%rd3+4];\n", "offset 256 of 256 bytes"),
-    "before the buffer": ("\tadd.s64 %rd4, %rd3, -4;\n\tst.global.b32 [%rd4], %r2;\n", "addresses in"),
+    "before the buffer": ("\tadd.s64 %rd4, %rd3, -4;\n\tst.global.b32 [%rd4], %r2;\n", "no address of a buffer"),
     "not aligned": ("\tld.global.v2.b32 {%r3, %r4}, [%rd3];\n", "not aligned"),
     "another's element": (
         DOUBLED + "\txor.b32 %r5, %r2, 1;\n\tmad.wide.u32 %rd4, %r5, 4, %rd1;\n\tld.global.b32 %r6, [%rd4];\n",
         "read what another wrote, without a barrier",
     ),
     "one place for all": ("\tst.global.b32 [%rd1], %r2;\n", "wrote different values at once"),
-    "a number as a pointer": ("\tcvt.u64.u32 %rd4, %r2;\n\tld.global.b32 %r3, [%rd4];\n", "shared memory"),
+    "a number as a pointer": ("\tcvt.u64.u32 %rd4, %r1;\n\tld.global.b32 %r3, [%rd4];\n", "no address of a buffer"),
     "some at a barrier": (
         "\tsetp.lt.u32 %p1, %r2, 9;\n\t@%p1 bra $L__BB0_1;\n\tbar.sync 0;\n$L__BB0_1:\n",
         "a barrier that some threads do not reach",
@@ -100,9 +100,6 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_machine_refuses(fault):
     body, message = FAULTS[fault]
-    if fault == "a number as a pointer":
-        # An address without a buffer's number is that of shared memory, which no global access may mean.
-        body = body.replace("%r2;", "70000;")
     with pytest.raises(AssertionError, match=message):
         launched(body)
 
@@ -111,8 +108,6 @@ def test_a_barrier_orders():
     other = "\txor.b32 %r5, %r2, 1;\n\tmad.wide.u32 %rd4, %r5, 4, %rd1;\n\tld.global.b32 %r6, [%rd4];\n"
     done = launched(DOUBLED + "\tbar.sync 0;\n" + other + "\tbar.sync 0;\n\tst.global.b32 [%rd3], %r6;\n")
     np.testing.assert_array_equal(done, 2.0 * (np.arange(64) ^ 1))
-    assert issubclass(UnknownOpcodeError, AssertionError)
-    assert issubclass(AccessError, AssertionError)
 
 
 CHANGES = [
