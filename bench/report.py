@@ -72,18 +72,6 @@ def _where(runs: Sequence[Run]) -> str:
     return describe_environment(facts | {"commit": ", ".join(dict.fromkeys(run.commit for run in runs))})
 
 
-def agreement_table(results: Path) -> str:
-    """Samples that a separate classifier recognises as the requested class."""
-    runs = read_result(results / "class-agreement.json")["results"]
-    rows = []
-    for run in runs:
-        name, share = min(run["agreement_by_class"].items(), key=lambda item: item[1])
-        rows.append([str(run["steps"]), f"{run['agreement']:.1%}", f"{share:.0%} ({name})"])
-    return markdown(["steps", "recognised", "weakest class"], rows) + (
-        f"\n\n{runs[0]['num_samples']} samples each, the same seeds, guidance scale {runs[0]['guidance_scale']:g}."
-    )
-
-
 def cold_start_table(results: Path) -> str:
     """Whole processes, from their start to the first image of STEPS steps."""
     found, runs = _panels(results)
@@ -109,7 +97,6 @@ def finding_table(path: Path) -> str:
 TABLES: Mapping[str, Callable[[Path], str]] = {
     "sampling": sampling_table,
     "contenders": contenders_table,
-    "agreement": agreement_table,
     "cold-start": cold_start_table,
     "gpu": gpu_tables,
 }
@@ -119,7 +106,7 @@ def fill(page: str, results: Path) -> str:
     """`page` with every marked table made again. Raises InputError for a mark that names no table or has no end."""
 
     def table(match: re.Match[str]) -> str:
-        name, findings = match["name"], {path.stem: path for path in (results / "findings").glob("*.json")}
+        name, findings = match["name"], {path.stem: path for path in results.glob("[fe]*/*.json")}
         if name not in TABLES and name not in findings:
             got, expected = f"a mark for the table {name!r}", f"one of {', '.join([*TABLES, *sorted(findings)])}"
             raise InputError(

@@ -16,7 +16,7 @@ SPEEDS = {
     "textbook": 1.0, "diffusers": 0.95, "diffusers-compile": 1.5, "network": 3.2, "onnxruntime": 2.7, "openvino": 2.9,
     "skipstep-torch": 1.02, "skipstep": 3.1,
 }  # fmt: skip
-# Keys of the committed evaluation's plans with eta 0.
+# Keys of the evaluation's plans with eta 0.
 PLANS = {5: "4eb7f18bdd7e19dd", 10: "ed98c10983d06ce6", 20: "1c1b389fa0152dfe", 50: "60b47ed78e41c33d"}
 MACHINE = "cpu x86_64 avx2, 2 cores"
 
@@ -66,6 +66,25 @@ def a_result(
             "cores": 2, "absent": [{"model": m, "steps": s, "batch_size": b, **absent} for m, s, b in cases],
         },
     }  # fmt: skip
+
+
+def write_evaluation(folder: Path) -> Path:
+    """Rows of skipstep evaluate: DDIM by step count, Heun's method, and a fitted plan."""
+    cases = [(PLANS[steps], "steps and η", "ddim", steps, value) for steps, value in ((5, 15.7), (10, 10.2), (20, 8.1))]
+    cases += [(f"heun {count}", "solvers", "heun", count, value) for count, value in ((9, 8.9), (19, 7.9))]
+    rows: dict[str, Any] = {
+        key: {
+            "table": table, "key": key, "solver": solver, "eta": 0.0, "guidance": 1.0, "evaluations": evaluations,
+            "samples": 2000, "frechet": {"value": distance, "low": distance - 0.2, "high": distance + 0.2},
+            "recognised": {"value": 0.9, "low": 0.88, "high": 0.92},
+        }
+        for key, table, solver, evaluations, distance in cases
+    }  # fmt: skip
+    rows["fitted"] = {**rows["heun 9"], "table": "fitted plans", "solver": "fitted", "guidance": 2.0}
+    rows["spread 0"] = {"eta": 0.0, "variance": {"value": 0.0, "low": 0.0, "high": 0.0}}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rows.json").write_text(json.dumps({"of": {}, "rows": rows}))
+    return folder
 
 
 def write_result(path: Path, result: dict[str, Any]) -> Path:

@@ -11,7 +11,6 @@ from bench_results import a_result
 from skipstep.bench.page.plots import STYLE_SHEET
 
 ROOT = Path(__file__).parents[1]
-EVALUATION = ROOT / "bench" / "results" / "evaluation"
 DARK = dict(re.findall(r"--(\w+):(#\w{6})", STYLE_SHEET.split("@media")[1]))
 
 

@@ -200,14 +200,14 @@ def _deadlines(plans: Sequence[Choice]) -> list[list[str]]:
         fitting = [each for each in plans if each.p99 is not None and 1e3 * each.p99 <= limit]
         if fitting:
             most = max(fitting, key=lambda each: (each.quality.steps, -each.quality.distance))
-            row = [f"{limit:,} ms", str(most.quality.steps), _ms(most.p99), f"{most.quality.distance:.1f}"]
+            row = [f"{limit:,} ms", str(most.quality.steps), _ms(most.p99), f"{most.quality.distance:.2f}"]
             rows += [row] if not rows or rows[-1][1] != row[1] else []
     return rows
 
 
 def _plan_row(choice: Choice) -> list[str]:
     quality, estimated = choice.quality, "≈ " if choice.p99 is None else ""
-    cells = [estimated + _ms(choice.p50), _ms(choice.p99), f"{quality.distance:.1f}", f"{quality.recognised:.0%}"]
+    cells = [estimated + _ms(choice.p50), _ms(choice.p99), f"{quality.distance:.2f}", f"{quality.recognised:.0%}"]
     return [quality.label, str(quality.steps), *cells]
 
 

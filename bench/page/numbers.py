@@ -6,13 +6,13 @@ outside the network = 1 - network / ours     the median over rounds
 
 from __future__ import annotations
 
-import csv
+import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from skipstep.bench.fits import Fit, fit_line
 from skipstep.bench.result_files import REFERENCE, Entry, Run
@@ -30,7 +30,10 @@ _USUAL: Final = ("float32", "ddim", "cpu")
 # Of a fit, as a share of the medians.
 _WORST_FIT: Final = 0.10
 _NAMES: Final = {"heun": "Heun", "rk4": "Runge-Kutta 4", "dpm_solver_2": "DPM-Solver-2",
-                 "dpm_solver_pp_2m": "DPM-Solver++ 2M", "sigma-hat": "DDPM's larger noise (σ̂)"}  # fmt: skip
+                 "dpm_solver_pp_2m": "DPM-Solver++ 2M", "ddpm": "DDPM's larger noise (σ̂)"}  # fmt: skip
+# Of what skipstep evaluate writes: the file, and the tables whose plans have the usual spacing.
+ROWS: Final = "rows.json"
+_TABLES: Final = ("steps and η", "solvers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,29 +119,23 @@ class Quality:
 
 
 def read_quality(folder: Path) -> list[Quality]:
-    """quality.csv (step counts by eta) and, where it exists, solvers.csv of a folder that skipstep evaluate wrote."""
-    points: dict[str, Quality] = {}
-    for path in [folder / "quality.csv", *folder.glob("solvers.csv")]:
-        try:
-            with path.open(newline="", encoding="utf-8") as file:
-                found = [_quality(row) for row in csv.DictReader(file) if row.get("solver") != "ddim"]
-            if not found or not all(math.isfinite(each.distance + each.recognised) for each in found):
-                raise ValueError("no rows, or a number that is not finite")
-        except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
-            got, remedy = (
-                f"{path}, which is no table of an evaluation ({error})",
-                "run it again, or correct --evaluation",
-            )
-            raise InputError(got=got, expected="what skipstep evaluate writes", remedy=remedy) from error
-        points = {each.key: each for each in found} | points
-    return list(points.values())
+    """The plans by step count, eta and solver, without guidance, of a folder that skipstep evaluate wrote."""
+    path = folder / ROWS
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"].values()
+        found = [_quality(row) for row in rows if row.get("table") in _TABLES and row["guidance"] == 1.0]
+        if not found or not all(math.isfinite(each.distance + each.recognised) for each in found):
+            raise ValueError("no rows, or a number that is not finite")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        got, remedy = f"{path}, which is no table of an evaluation ({error})", "run it again, or correct --evaluation"
+        raise InputError(got=got, expected="what skipstep evaluate writes", remedy=remedy) from error
+    return found
 
 
-def _quality(row: dict[str, str]) -> Quality:
-    kind = row.get("solver") or row["eta"]
-    label = _NAMES.get(kind) or (kind if "solver" in row else f"DDIM, η = {float(kind):g}")
-    numbers = int(row.get("steps") or row["evaluations"]), int(row["samples"])
-    return Quality(row["plan_key"], label, *numbers, float(row["proxy_frechet"]), float(row["agreement"]))
+def _quality(row: dict[str, Any]) -> Quality:
+    label = _NAMES.get(row["solver"]) or f"DDIM, η = {row['eta']:g}"
+    recognised = row["recognised"]["value"] if row["recognised"] else 0.0
+    return Quality(row["key"], label, row["evaluations"], row["samples"], row["frechet"]["value"], recognised)
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,9 +110,7 @@ def quality_plot(name: str, title: str, plans: Sequence[Choice]) -> Plot | None:
         steps = [str(each.quality.steps) for each in shown] if label == main else []
         if len(points) > 1:
             lines.append(Line(label, role, marker, points, [each.p99 is None for each in shown], steps))
-    return (
-        Plot(name, f"Quality against latency: {title}", lines, "ms a call", "proxy Fréchet distance") if lines else None
-    )
+    return Plot(name, f"Quality against latency: {title}", lines, "ms a call", "Fréchet distance") if lines else None
 
 
 def _marks(names: Sequence[str], ours: str | None) -> dict[str, tuple[str, str]]:

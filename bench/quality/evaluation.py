@@ -1,52 +1,55 @@
-"""What `skipstep evaluate` measures: how samplers differ in quality, spread, invertibility and time, on one model.
+"""What `skipstep evaluate` measures: how plans differ in quality, spread and invertibility, on one network.
 
-    quality       proxy Fréchet distance and classifier agreement, over step counts and eta, spacings, and solvers at
-                  equal network evaluations
-    spread        how far runs from one initial noise come apart, by eta, beside Gaussian data's closed form
-    inversion     what is lost from image to noise and back
-    ancestral     1000-step DDPM beside DDIM
+A case is a plan under a guidance scale. Its samples have the seeds 0, 1, 2, …, the same in each case, and classes in
+turn where the network knows classes. Its row holds, each with an interval (skipstep.bench.quality.statistics),
 
-The proxy Fréchet distance is that of Gaussians fitted to the features of our own small classifier, and is not
-comparable with any published FID; it is biased upward at few samples, which is why the distance of as many training
-images stands beside it. Samples are judged in chunks of seeds, and every chunk is kept in `cache/`, as the other parts
-are: a stopped evaluation goes on where it was, and a larger one builds on a smaller.
+    frechet, kernel   distances between the samples and the reference images, in the features of a judge
+    rmse              to where the same noises lead in many steps (skipstep.fitting.reference); for plans without noise
+    recognised        the share of samples that the judge takes for the class asked for
+
+The distances are not comparable with any published FID unless the judge is Inception. Rows are kept in OUT/rows.json
+and half-measured ones in OUT/cache: a stopped evaluation goes on where it was.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
 import io
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from skipstep import Engine, Plan
-from skipstep.bench.quality.classifier import NUM_FEATURES, load_classifier
-from skipstep.bench.quality.data import CLASS_NAMES, DEFAULT_FOLDER, load_fashion_mnist
-from skipstep.bench.record import write_json
-from skipstep.errors import InputError, MissingDependencyError, PlanError
-from skipstep.networks.checkpoint import read_checkpoint
+from skipstep.bench.quality.judge import Floats, Judge
+from skipstep.bench.quality.statistics import (
+    Estimate,
+    FrechetDistance,
+    estimate,
+    kernel_distance,
+    root_mean,
+    share,
+)
+from skipstep.bench.record import environment, write_json
+from skipstep.errors import InputError, PlanError
+from skipstep.fitting.reference import Denoiser, conditions_of, grid_of, integrate
+from skipstep.plans.fit import Fit
 from skipstep.plans.solvers import SOLVERS, SolverOptions
 from skipstep.storage.atomic import atomic_write
 
-CHUNK = 32
-# CIFAR-10, FID, S = 10, 20, 50, 100, 1000 (Song, Meng, Ermon 2021, table 1) and reconstruction MSE (table 2): theirs.
-PAPER_STEPS = (10, 20, 50, 100, 1000)
-PAPER_FID: Mapping[float | str, tuple[float, ...]] = {
-    0.0: (13.36, 6.84, 4.67, 4.16, 4.04),
-    0.2: (14.04, 7.11, 4.77, 4.25, 4.09),
-    0.5: (16.66, 8.35, 5.25, 4.46, 4.29),
-    1.0: (41.07, 18.36, 8.01, 5.78, 4.73),
-    "sigma-hat": (367.43, 133.37, 32.72, 9.99, 3.17),
-}
+CHUNK = 100
+NODES = 56  # Timesteps of the trajectories that lead to the converged images.
+MAX_CONVERGED = 1000
+LONG = 100  # Evaluations above which `num_long` samples are drawn.
+
+# Reconstruction MSE on CIFAR-10 (Song, Meng, Ermon 2021, arXiv 2010.02502, table 2): theirs.
 PAPER_RECONSTRUCTION = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004}
 
 Row = dict[str, Any]
@@ -56,269 +59,249 @@ Row = dict[str, Any]
 class Grid:
     """What is measured: the cases of each table. "sigma-hat" is DDPM with the larger of its two fixed variances."""
 
-    steps: tuple[int, ...] = (5, 10, 20, 50, 100, 200, 1000)
-    etas: tuple[float | str, ...] = (0.0, 0.2, 0.5, 1.0, "sigma-hat")
-    evaluations: tuple[int, ...] = (10, 20, 40)
+    fitted_beside: tuple[int, ...] = (10, 20, 50)
+    steps: tuple[int, ...] = (5, 10, 20, 50, 100, 1000)
+    etas: tuple[float | str, ...] = (0.0, 0.5, 1.0, "sigma-hat")
+    spacings: tuple[str, ...] = ("quadratic", "paper_quadratic")
+    spacing_steps: tuple[int, ...] = (5, 10, 20)
+    solvers: tuple[str, ...] = ("dpm_solver_pp_2m", "heun", "dpm_solver_2", "rk4")
+    evaluations: tuple[int, ...] = (10, 20)
     spread_etas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     spread_steps: int = 50
-    inversion_steps: tuple[int, ...] = (10, 20, 50, 100, 200)
+    spread_runs: int = 64
+    inversion_steps: tuple[int, ...] = (10, 20, 50, 100)
+    inversion_images: int = 50
     refinements: int = 3
-    ancestral_steps: int = 1000
-    compared_steps: tuple[int, ...] = (10, 50, 100)
     strip_steps: tuple[int, ...] = (2, 3, 5, 10, 20, 50, 100)
     picture_steps: int = 50
 
 
 @dataclass(frozen=True, slots=True)
-class SampleFeatures:
-    """N samples in the classifier's features: `features` float32 `[N, 128]`, `right` bool `[N]`, seconds in all."""
+class Case:
+    """A plan under a guidance scale, with what names it in its table."""
 
-    features: NDArray[np.float32]
-    right: NDArray[np.bool_]
-    seconds: float
-
-    @property
-    def agreement(self) -> float:
-        return float(self.right.mean())
+    table: str
+    labels: tuple[str, ...]
+    plan: Plan
+    guidance: float = 1.0
 
 
 class Evaluation:
-    """One model on one engine. `num_samples` is per case of the quality tables; the other parts scale with it."""
+    """One engine, judged by `judge` beside `reference` images `[N, C, H, W]`; `folder` keeps what was measured.
+
+    num         samples of a case of up to 100 evaluations, `num_long` of a longer one.
+    prompts     `[M, L, D]` for a network that takes prompts: sample i has the embedding i mod M.
+
+    Raises InputError for numbers that are too small, and for a folder with rows of another network or judge.
+    """
 
     def __init__(
         self,
-        model: Path,
+        engine: Engine,
+        judge: Judge,
+        reference: Floats,
         folder: Path,
         *,
-        num_samples: int,
-        backend: str = "auto",
-        data: Path = DEFAULT_FOLDER,
+        num: int = 2000,
+        num_long: int = 500,
         grid: Grid | None = None,
+        prompts: Floats | None = None,
     ) -> None:
-        if num_samples < 2:
-            raise InputError(got=f"--num {num_samples}", expected="at least 2 samples", remedy="pass --num 64")
-        checkpoint = read_checkpoint(model)
-        if checkpoint.scheduler is None or checkpoint.num_classes != len(CLASS_NAMES):
+        if min(num, num_long) < 2 or num > len(reference):
             raise InputError(
-                got=f"{model} with {checkpoint.num_classes} classes",
-                expected=f"a class-conditional model of Fashion-MNIST's {len(CLASS_NAMES)} classes with its scheduler",
-                remedy="evaluate the shipped model, or one of your own from skipstep.bench.quality.train_unet",
+                got=f"{num} samples, {num_long} of long plans, beside {len(reference)} reference images",
+                expected="from 2 up to as many samples as reference images",
+                remedy=f"pass --num {min(2000, len(reference))} --num-long 500, or more reference images",
             )
-        self.num_samples = num_samples
-        self.grid = grid or Grid()
-        self._options = checkpoint.scheduler.plan_options()
-        self._classifier = load_classifier()
-        self._test = load_fashion_mnist("test", data)
-        self._train = load_fashion_mnist("train", data)
-        # The parts run a whole, a half and a quarter of the samples.
-        sizes = {max(1, min(num_samples, CHUNK) // share) for share in (1, 2, 4)}
-        self.engine = Engine.build(model, plans=[], batch_sizes=sizes, backend=backend, compile_on_miss=True)
-        # Of this very model: results of another model must not be used.
-        self._cache = folder / "cache" / checkpoint.digest()[:16]
-        self._reference = self._features(self._test[0])[0]
+        self.engine, self.folder, self.num, self.num_long = engine, folder, num, num_long
+        self.grid, self.reference, self._prompts = grid or Grid(), reference, prompts
+        self._judge = judge
+        self._features, self._seen = judge(reference)
+        self._frechet = FrechetDistance(self._features)
+        self.identity = {
+            "network": engine.plans.network_digest or "unknown",
+            "judge": judge.digest,
+            "reference": hashlib.sha256(reference.tobytes()).hexdigest(),
+            "samples": [num, num_long],
+        }
+        self._path = folder / "rows.json"
+        self.rows: dict[str, Row] = {}
+        if self._path.exists():
+            kept = json.loads(self._path.read_text(encoding="utf-8"))
+            if kept["of"] != self.identity:
+                raise InputError(
+                    got=f"{folder}, whose rows are of another network, judge, reference or number of samples",
+                    expected="a folder of this evaluation, or a new one",
+                    remedy="pass --out with another folder",
+                )
+            self.rows = kept["rows"]
 
-    def test_images(self, label: int, count: int) -> NDArray[np.float32]:
-        """The first `count` images of a class in the test split."""
-        chosen: NDArray[np.float32] = self._test[0][self._test[1] == label][:count]
-        return chosen
+    @property
+    def num_classes(self) -> int:
+        return self.engine.network.num_classes or 0
 
     def plan(self, **options: Any) -> Plan:
-        return Plan(**{**self._options, **options})
+        return Plan(**{**self.engine.plan_defaults, **options})
 
-    def quality_by_steps_and_eta(self) -> list[Row]:
-        cases = []
-        for steps in self.grid.steps:
-            for eta in self.grid.etas:
-                plan = (
-                    self.plan(steps=steps, solver="ddpm", variance="fixed_large")
-                    if eta == "sigma-hat"
-                    else self.plan(steps=steps, eta=eta)
-                )
-                cases.append(({"steps": steps, "eta": eta}, plan))
-        return self._quality(cases, "steps and eta")
+    def cases(self) -> list[Case]:
+        """All of them, short ones first. Plans that the schedule does not have are left out."""
+        grid, found = self.grid, list(self._fitted())
+        for steps in grid.steps:
+            for eta in grid.etas:
+                options = {"solver": "ddpm", "variance": "fixed_large"} if eta == "sigma-hat" else {"eta": eta}
+                name = "σ̂" if eta == "sigma-hat" else f"{eta:g}"
+                found += self._case("steps and η", (name, str(steps)), steps=steps, **options)
+        for spacing in ("trailing", *grid.spacings):
+            for steps in grid.spacing_steps:
+                found += self._case("spacings", (spacing, str(steps)), steps=steps, spacing=spacing)
+        for solver in ("ddim", *grid.solvers):
+            for budget in grid.evaluations:
+                steps = _steps_within(budget, solver)
+                found += self._case("solvers", (solver, f"at most {budget}"), steps=steps, solver=solver)
+        return sorted(found, key=lambda case: case.plan.num_evaluations > LONG)
 
-    def quality_by_spacing(self) -> list[Row]:
-        cases = []
-        for spacing in ("trailing", "quadratic", "paper_quadratic"):
-            for steps in self.grid.steps:
-                try:
-                    plan = self.plan(steps=steps, spacing=spacing)
-                except PlanError:  # So many distinct indices do not exist; the table leaves the place empty.
-                    continue
-                cases.append(({"spacing": spacing, "steps": steps}, plan))
-        return self._quality(cases, "spacings")
-
-    def quality_by_solver(self) -> list[Row]:
-        cases = []
-        for solver in ("ddim", "dpm_solver_pp_2m", "heun", "dpm_solver_2", "rk4"):
-            for budget in self.grid.evaluations:
-                plan = self.plan(steps=_steps_within(budget, solver), solver=solver)
-                cases.append(({"solver": solver, "budget": budget, "evaluations": plan.num_evaluations}, plan))
-        return self._quality(cases, "solvers")
+    def measure(self, case: Case) -> Row:
+        """The row of a case: as it was measured before, or now."""
+        name = f"{case.plan.key}, guidance {case.guidance:g}"
+        if name not in self.rows:
+            features, right, squares = self._draw(case)
+            row: Row = {
+                "table": case.table,
+                "key": case.plan.key,
+                "solver": case.plan.solver,
+                "eta": case.plan.eta,
+                "guidance": case.guidance,
+                "plan": repr(case.plan),
+                "evaluations": case.plan.num_evaluations,
+                "samples": len(features),
+                "commit": environment()["commit"],
+                "frechet": self._frechet.estimate(features),
+                "kernel": kernel_distance(features, self._features),
+                "rmse": root_mean(squares) if len(squares) else None,
+                "recognised": share(right) if len(right) else None,
+            }
+            self._keep(name, row)
+        return self.rows[name]
 
     def ends_of_the_scale(self) -> list[Row]:
-        """As many training images (the floor), of the same classes, and pure noise."""
-        wanted = np.arange(self.num_samples) % len(CLASS_NAMES)
-        places = [np.flatnonzero(self._train[1] == label) for label in range(len(CLASS_NAMES))]
-        images = self._train[0][[places[label][i // len(CLASS_NAMES)] for i, label in enumerate(wanted)]]
-        noise = np.random.default_rng(0).standard_normal(images.shape).astype(np.float32).clip(-1, 1)
-        rows = []
-        for name, pictures in (("training images", images), ("pure noise", noise)):
-            features, seen = self._features(pictures)
-            agreement = float(np.mean(seen == wanted))
-            rows.append({"what": name, "proxy_frechet": self._frechet(features), "agreement": agreement})
-        return rows
+        """Reference images beside other reference images (the floor), and pure noise."""
+        count = min(self.num, len(self.reference) // 2)
+        noise = np.random.default_rng(0).standard_normal((count, *self.reference.shape[1:])).astype(np.float32)
+        floor = FrechetDistance(self._features[count:])
+        return [
+            {"what": "reference images", "frechet": floor.of(self._features[:count])},
+            {"what": "pure noise", "frechet": self._frechet.of(self._judge(noise.clip(-1, 1))[0])},
+        ]
 
     def spread(self) -> list[Row]:
-        return self._kept("spread", self._spread)
+        """Variance between runs from one x_T, per pixel; beside it the same for Gaussian data, exactly."""
+        shape, runs = self.engine.network.sample_shape, self.grid.spread_runs
+
+        def measured(eta: float) -> Row:
+            plan = self.engine.add_plan(self.plan(steps=self.grid.spread_steps, eta=eta))
+            x_T = np.repeat(np.random.default_rng(0).standard_normal((1, *shape)).astype(np.float32), runs, axis=0)
+            given = self.conditions(np.zeros(runs, np.int64), 1.0)
+            drawn = self.engine.sample(plan=plan, x_T=x_T, seeds=range(runs), **given)
+            pixels = drawn.reshape(runs, -1)
+            variance = estimate(lambda at: float(pixels[at].var(axis=0, ddof=1).mean()), runs)
+            return {"eta": eta, "runs": runs, "variance": variance, "gaussian_data_exact": gaussian_spread(plan, eta)}
+
+        return [self._kept(f"spread {eta:g}", functools.partial(measured, eta)) for eta in self.grid.spread_etas]
 
     def inversion(self) -> list[Row]:
-        return self._kept("inversion", self._inversion)
+        """Mean squared error of reconstructed reference images, pixels in [0, 1]."""
+        count = min(self.grid.inversion_images, len(self.reference))
+        images = self.reference[:count]
+        labels = np.zeros(count, np.int64) if self._seen is None else self._seen[:count]
 
-    def ancestral(self) -> list[Row]:
-        return self._kept("ancestral", self._ancestral)
-
-    def _spread(self) -> list[Row]:
-        """Variance between runs from one x_T, per pixel; beside it the same for Gaussian data, exactly."""
-        runs = max(2, self.num_samples // 2)
-        x_T = np.repeat(np.random.default_rng(0).standard_normal((1, 1, 28, 28)).astype(np.float32), runs, axis=0)
-        rows: list[Row] = []
-        for eta in tqdm(self.grid.spread_etas, desc="spread", unit="eta"):
-            plan = self.plan(steps=self.grid.spread_steps, eta=eta)
-            drawn = self.engine.sample(plan=plan, x_T=x_T, seeds=range(runs), class_labels=8)
-            variance = float(drawn.var(axis=0, ddof=1).mean())
-            exact = gaussian_spread(plan, eta)
-            rows.append({"eta": eta, "runs": runs, "variance": variance, "gaussian_data_exact": exact})
-        return rows
-
-    def _inversion(self) -> list[Row]:
-        """Mean squared error of reconstructed test images, pixels in [0, 1]."""
-        count = max(2, self.num_samples // 2)
-        images, labels = self._test[0][:count], self._test[1][:count]
-        rows = []
-        for steps in tqdm(self.grid.inversion_steps, desc="inversion", unit="plan"):
-            row: Row = {"steps": steps, "images": count}
-            plan = self.plan(steps=steps)
+        def measured(steps: int) -> Row:
+            row: Row = {"steps": steps, "images": count, "paper_cifar10": PAPER_RECONSTRUCTION.get(steps)}
+            plan = self.engine.add_plan(self.plan(steps=steps))
             for name, refinements in (("plain", 0), ("refined", self.grid.refinements)):
-                again = self.engine.reconstruct(
-                    images, plan=plan, class_labels=labels.tolist(), refinements=refinements
-                )
-                row[name] = float(np.mean(((again - images) / 2) ** 2))
-            row["paper_cifar10"] = PAPER_RECONSTRUCTION.get(steps)
-            rows.append(row)
-        return rows
+                given = self.conditions(labels, 1.0)
+                again = self.engine.reconstruct(images, plan=plan, refinements=refinements, **given)
+                squares = np.mean(((again - images) / 2) ** 2, axis=(1, 2, 3))
+                row[name] = estimate(lambda at, squares=squares: float(squares[at].mean()), count)  # type: ignore[misc]
+            return row
 
-    def _ancestral(self) -> list[Row]:
-        """DDPM beside DDIM: time, network evaluations, the difference of two runs from one x_T, quality."""
-        count = max(2, self.num_samples // 4)
-        x_T = np.random.default_rng(1).standard_normal((count, 1, 28, 28)).astype(np.float32)
-        labels = [i % len(CLASS_NAMES) for i in range(count)]
-        most = self.grid.ancestral_steps
-        plans = {f"DDPM, {most} steps": self.plan(steps=most, solver="ddpm")}
-        plans |= {f"DDIM, {steps} steps": self.plan(steps=steps) for steps in self.grid.compared_steps}
-        rows = []
-        for name, plan in tqdm(plans.items(), desc="DDPM and DDIM", unit="plan"):
-            self.engine.add_plan(plan)
-            started = time.perf_counter()
-            runs = [
-                self.engine.sample(plan=plan, x_T=x_T, class_labels=labels, seeds=range(first, first + count))
-                for first in (0, count)
-            ]
-            seconds = (time.perf_counter() - started) / 2
-            judged = self._judge(plan)
-            rows.append(
-                {
-                    "sampler": name,
-                    "evaluations": plan.num_evaluations,
-                    "ms_per_image": seconds / count * 1e3,
-                    "mse_between_two_runs": float(np.mean((runs[0] - runs[1]) ** 2) / 4),
-                    "proxy_frechet": self._frechet(judged.features),
-                    "agreement": judged.agreement,
+        return [self._kept(f"inversion {n}", functools.partial(measured, n)) for n in self.grid.inversion_steps]
+
+    def conditions(self, places: NDArray[np.int64], guidance: float) -> Any:
+        """The arguments of the samples at these places: classes and prompts in turn."""
+        given: Row = {"class_labels": (places % self.num_classes).tolist()} if self.num_classes else {}
+        if self._prompts is not None:
+            given["prompt_embeds"] = self._prompts[places % len(self._prompts)]
+        return given | ({"guidance_scale": guidance} if guidance != 1.0 else {})
+
+    def _case(self, table: str, labels: tuple[str, ...], guidance: float = 1.0, **options: Any) -> list[Case]:
+        try:
+            return [Case(table, labels, self.plan(**options), guidance)]
+        except PlanError:
+            return []
+
+    def _fitted(self) -> Iterator[Case]:
+        """The fitted plans that the engine holds, at their guidance scale, and textbook plans beside them."""
+        held = sorted(self.engine.plans.values(), key=lambda plan: len(plan.timesteps))
+        fitted = [(plan, plan.fit.guidance_scale) for plan in held if isinstance(plan.fit, Fit)]
+        few = [len(plan.timesteps) for plan, _ in fitted]
+        for plan, guidance in fitted:
+            yield Case("fitted plans", ("fitted", str(len(plan.timesteps))), plan, guidance)
+        for guidance in dict.fromkeys(guidance for _, guidance in fitted):
+            for solver, counts in (("dpm_solver_pp_2m", few), ("ddim", (*few, *self.grid.fitted_beside))):
+                for steps in dict.fromkeys(counts):
+                    options: Row = {"steps": steps, "solver": solver, "spacing": "trailing"}
+                    yield from self._case("fitted plans", (solver, str(steps)), guidance, **options)
+
+    def _draw(self, case: Case) -> tuple[Floats, NDArray[np.bool_], Floats]:
+        """Features `[N, F]`; whether each sample is recognised, `[N]` or none; and the squares of its differences from
+        the converged image, `[≤ N]`."""
+        self.engine.add_plan(case.plan)
+        num = self.num if case.plan.num_evaluations <= LONG else self.num_long
+        folder = self.folder / "cache" / f"{case.plan.key}-{case.guidance:g}"
+        parts: list[Mapping[str, NDArray[Any]]] = []
+        for first in tqdm(range(0, num, CHUNK), desc=" ".join((case.table, *case.labels)), leave=False, disable=None):
+            seeds = np.arange(first, min(num, first + CHUNK))
+
+            def drawn(seeds: NDArray[np.int64] = seeds) -> dict[str, NDArray[Any]]:
+                given = self.conditions(seeds, case.guidance)
+                images = self.engine.sample(plan=case.plan, seeds=seeds.tolist(), **given)
+                features, seen = self._judge(images)
+                squares = np.zeros(0, np.float32)
+                if not case.plan.adds_noise and seeds[0] < MAX_CONVERGED:
+                    ends = self._converged(seeds, case.guidance)
+                    squares = np.mean((images - ends) ** 2, axis=tuple(range(1, images.ndim)))
+                right = np.zeros(0, bool)
+                if self.num_classes and seen is not None:
+                    right = np.equal(seen, seeds % self.num_classes)
+                return {
+                    "features": features,
+                    "right": right,
+                    "squares": squares,
                 }
-            )
-        return rows
 
-    def _kept(self, part: str, measure: Callable[[], list[Row]]) -> list[Row]:
-        """The rows of a part as they were measured before with as many samples, or now."""
-        path = self._cache / f"{part}-{self.num_samples}.json"
-        if not path.exists():
-            write_json(path, {"rows": measure()})
-        rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        return rows
+            parts.append(_stored(folder / f"{first}-{len(seeds)}.npz", drawn))
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in ("features", "right", "squares")}
+        return joined["features"], joined["right"], joined["squares"]
 
-    def _quality(self, cases: Sequence[tuple[Row, Plan]], what: str) -> list[Row]:
-        total = sum(plan.num_evaluations for _, plan in cases) * self.num_samples
-        rows = []
-        with tqdm(total=total, desc=what, unit="eval", unit_scale=True, disable=None) as progress:
-            for case, plan in cases:
-                judged = self._judge(plan, progress)
-                quality = {"proxy_frechet": self._frechet(judged.features), "agreement": judged.agreement}
-                rows.append({**case, "samples": len(judged.right), **quality, "plan_key": plan.key})
-        return rows
+    def _converged(self, seeds: NDArray[np.int64], guidance: float) -> Floats:
+        def drawn() -> dict[str, NDArray[Any]]:
+            given = conditions_of(self.engine.network, len(seeds), self.conditions(seeds, guidance))
+            denoiser = Denoiser.of(self.engine, seeds.astype(np.uint64), **given)
+            return {"ends": integrate(denoiser, grid_of(denoiser.schedule, NODES)).ends}
 
-    def _judge(self, plan: Plan, progress: Any = None) -> SampleFeatures:
-        """Samples of seeds 0 … N-1, class i mod 10, without guidance; chunks that were judged before are read."""
-        self.engine.add_plan(plan)
-        parts = []
-        for first, size in self._chunks():
-            path = self._cache / plan.key / f"{first}-{size}.npz"
-            if not path.exists():
-                started = time.perf_counter()
-                labels = np.arange(first, first + size) % len(CLASS_NAMES)
-                images = self.engine.sample(plan=plan, seeds=range(first, first + size), class_labels=labels.tolist())
-                seconds = time.perf_counter() - started
-                features, seen = self._features(images)
-                _save(path, features=features, right=seen == labels, seconds=seconds)
-            with np.load(path, allow_pickle=False) as stored:
-                parts.append(SampleFeatures(stored["features"], stored["right"], float(stored["seconds"])))
-            if progress is not None:
-                progress.update(size * plan.num_evaluations)
-        return SampleFeatures(
-            np.concatenate([part.features for part in parts]),
-            np.concatenate([part.right for part in parts]),
-            sum(part.seconds for part in parts),
-        )
+        path = self.folder / "cache" / f"converged-{guidance:g}" / f"{seeds[0]}-{len(seeds)}.npz"
+        ends: Floats = _stored(path, drawn)["ends"]
+        return ends
 
-    def _chunks(self) -> Iterator[tuple[int, int]]:
-        for first in range(0, self.num_samples, CHUNK):
-            yield first, min(CHUNK, self.num_samples - first)
+    def _kept(self, name: str, measure: Callable[[], Row]) -> Row:
+        if name not in self.rows:
+            self._keep(name, {**measure(), "commit": environment()["commit"]})
+        return self.rows[name]
 
-    def _features(self, images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Features `[N, 128]` and the labels seen `[N]`."""
-        features, seen = [], []
-        with torch.inference_mode():
-            for part in torch.split(torch.from_numpy(images).clamp(-1, 1), 500):
-                features.append(self._classifier.features(part))
-                seen.append(self._classifier.head(features[-1]).argmax(dim=1))
-        return torch.cat(features).numpy(), torch.cat(seen).numpy()
-
-    def _frechet(self, features: NDArray[np.float32]) -> float:
-        return proxy_frechet_distance(features, self._reference)
-
-
-class _Features(nn.Module):
-    """Features are what it is given: torchmetrics calls an extractor on images, and ours ran before."""
-
-    num_features = NUM_FEATURES
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
-
-def proxy_frechet_distance(features: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
-    """Fréchet distance between Gaussians fitted to features `[N, 128]`. Raises MissingDependencyError."""
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-    except ImportError as error:
-        raise MissingDependencyError(
-            got=f"no package {error.name}",
-            expected="torchmetrics, which computes the distance",
-            remedy="pip install 'skipstep[evaluate]'",
-        ) from error
-    metric = FrechetInceptionDistance(feature=_Features())
-    metric.update(torch.from_numpy(reference).double(), real=True)
-    metric.update(torch.from_numpy(features).double(), real=False)
-    return float(metric.compute())
+    def _keep(self, name: str, row: Row) -> None:
+        plain = {k: dataclasses.asdict(v) if isinstance(v, Estimate) else v for k, v in row.items()}
+        self.rows[name] = plain
+        write_json(self._path, {"of": self.identity, "rows": self.rows})
 
 
 def gaussian_spread(plan: Plan, eta: float, *, mean: float = 0.3, deviation: float = 0.7) -> float:
@@ -342,8 +325,12 @@ def _steps_within(evaluations: int, solver: str) -> int:
     return (evaluations - 1) // per_step + 1
 
 
-def _save(path: Path, features: NDArray[np.float32], right: NDArray[np.bool_], seconds: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    np.savez(buffer, features=features, right=right, seconds=seconds)
-    atomic_write(path, buffer.getvalue())
+def _stored(path: Path, make: Callable[[], Mapping[str, NDArray[Any]]]) -> Mapping[str, NDArray[Any]]:
+    """The arrays of the file, which is made where it is not there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        np.savez(buffer, **make())  # type: ignore[arg-type]
+        atomic_write(path, buffer.getvalue())
+    with np.load(path, allow_pickle=False) as stored:
+        return dict(stored)

@@ -1,39 +1,58 @@
-"""skipstep evaluate: measure quality, spread, inversion and time of every sampler."""
+"""skipstep evaluate: measure the quality of every sampler on a network, with intervals."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from skipstep.demo import SHIPPED_MODEL, checked_model
-from skipstep.errors import MissingDependencyError
+from skipstep.demo import SHIPPED_BUNDLE, checked_model
+from skipstep.errors import InputError, MissingDependencyError
 from skipstep.storage.atomic import check_writable
 
-DESCRIPTION = "Measure the samplers on the shipped model and write tables (CSV, Markdown) and plots (PNG)."
+DESCRIPTION = "Measure samplers on a network and write tables, plots and pictures (Markdown, PNG)."
 EPILOG = """\
-needs Fashion-MNIST (apt-get install dataset-fashion-mnist) and skipstep[evaluate].
+examples:
+  skipstep evaluate
+      the shipped bundle, with its classifier, beside Fashion-MNIST (apt-get install dataset-fashion-mnist)
+  skipstep evaluate --model my-ddpm --features inception.onnx --reference my-pictures --num 5000
+      any model, in the features of an ONNX network: float32 [N, C, H, W] in [-1, 1] to features [N, F], and to logits
+      where it knows the model's classes
 
-It takes about 27 seconds a sample (--num) on two CPU cores, most of it for the rows of 1000 steps. Judged samples are
-kept in OUT/cache: interrupt and repeat the command to go on, or repeat it with a larger --num.
+It needs skipstep[evaluate], and takes hours for a thousand samples or more on a CPU. What was measured is kept in OUT:
+interrupt and repeat the command to go on.
 """
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", type=Path, default=SHIPPED_MODEL, help="diffusers folder (default: the shipped model)"
+        "--model", type=Path, default=SHIPPED_BUNDLE, help="bundle or diffusers folder (default: the shipped bundle)"
     )
-    parser.add_argument("--num", type=int, default=64, help="samples a case (default: 64)")
+    parser.add_argument("--features", type=Path, metavar="FILE", help="ONNX network (default: the shipped classifier)")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="PATH",
+        help="folder of pictures, or .npy (default: Fashion-MNIST's test split)",
+    )
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompt embeddings [M, L, D] in a .npy file")
+    parser.add_argument("--num", type=int, default=2000, help="samples a case (default: 2000)")
+    parser.add_argument(
+        "--num-long", type=int, default=500, help="samples of plans of more than 100 evaluations (default: 500)"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("out/evaluation"), help="folder for all of it (default: out/evaluation)"
     )
-    parser.add_argument("--backend", default="auto", help="auto, torch or onnxruntime (default: auto)")
+    parser.add_argument("--backend", default="auto", help="of a folder: auto, torch or onnxruntime (default: auto)")
     parser.add_argument("--data", type=Path, help="folder with Fashion-MNIST's four IDX files")
 
 
 def run(options: argparse.Namespace) -> None:
     try:
+        from skipstep.bench.quality.data import DEFAULT_FOLDER, load_fashion_mnist
         from skipstep.bench.quality.evaluation import Evaluation
         from skipstep.bench.quality.evaluation_report import evaluate
+        from skipstep.bench.quality.judge import OnnxJudge, ShippedJudge, read_images
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("skipstep.bench"):
             raise MissingDependencyError(
@@ -43,13 +62,44 @@ def run(options: argparse.Namespace) -> None:
             ) from error
         raise MissingDependencyError(
             got=f"no package {error.name}",
-            expected="torch, diffusers, torchmetrics and matplotlib",
+            expected="torch, torchmetrics and matplotlib",
             remedy="pip install 'skipstep[cpu,torch,export,diffusers,evaluate]'",
         ) from error
     check_writable(options.out)
-    data = {} if options.data is None else {"data": options.data}
+    engine = _engine(options.model, options.backend)
+    shape = engine.network.sample_shape
+    if (options.features is None or options.reference is None) and shape != (1, 28, 28):
+        raise InputError(
+            got=f"a network of samples {list(shape)} without --features and --reference",
+            expected="both: the shipped classifier and images are of Fashion-MNIST, [1, 28, 28]",
+            remedy="pass --features FILE.onnx and --reference FOLDER",
+        )
+    judge = ShippedJudge() if options.features is None else OnnxJudge(options.features)
+    if options.reference is None:
+        reference = load_fashion_mnist("test", options.data or DEFAULT_FOLDER)[0]
+    else:
+        reference = read_images(options.reference, shape)
+    prompts = None if options.prompts is None else _prompts(options.prompts)
     evaluation = Evaluation(
-        checked_model(options.model), options.out, num_samples=options.num, backend=options.backend, **data
+        engine, judge, reference, options.out, num=options.num, num_long=options.num_long, prompts=prompts
     )
-    command = f"skipstep evaluate --num {options.num}"
-    print(f"wrote {evaluate(evaluation, options.out, command=command)}")
+    print(f"wrote {evaluate(evaluation, command=f'skipstep evaluate --num {options.num}')}")
+
+
+def _engine(model: Path, backend: str) -> Any:
+    from skipstep import Engine, load
+
+    if (model / "manifest.json").exists():
+        return load(model, compile_on_miss=True, allow_hard_links=model == SHIPPED_BUNDLE)
+    return Engine.build(checked_model(model), plans=[], batch_sizes=[20], backend=backend, compile_on_miss=True)
+
+
+def _prompts(path: Path) -> Any:
+    import numpy as np
+
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            got=f"{path} ({error})", expected="prompt embeddings [M, L, D]", remedy="write them with numpy.save"
+        ) from error

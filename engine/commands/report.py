@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
     evaluation = options.evaluation
     if evaluation is None:
         beside = (path.parent / "evaluation" for path in options.results)
-        evaluation = next((folder for folder in beside if (folder / "quality.csv").is_file()), None)
+        evaluation = next((folder for folder in beside if (folder / "rows.json").is_file()), None)
     elif not evaluation.is_dir():
         raise InputError(
             got=f"{evaluation}, which is no folder",

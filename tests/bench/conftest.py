@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench_results import a_result, write_result
-from report_pages import EVALUATION, Page
+from bench_results import a_result, write_evaluation, write_result
+from report_pages import Page
 
 from skipstep.bench.page.document import write_report
 
@@ -28,13 +28,18 @@ def report(tmp_path):
     return make
 
 
+@pytest.fixture
+def evaluation(tmp_path):
+    return write_evaluation(tmp_path / "evaluation")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A page with every section: two commits, and an evaluation."""
     folder = tmp_path_factory.mktemp("whole")
     results = [a_result("a1e2d45"), a_result("011de5f", day=2, slower=1.16)]
     paths = [write_result(folder / f"{number}.json", each) for number, each in enumerate(results)]
-    return write_report(paths, folder / "out", evaluation=EVALUATION)[0]
+    return write_report(paths, folder / "out", evaluation=write_evaluation(folder / "evaluation"))[0]
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,14 @@ from skipstep.bench.record import environment, write_json
 from skipstep.errors import InputError
 
 ROOT = Path(__file__).parents[2]
-PAGE = "before\n<!-- table agreement -->\nold\n<!-- end agreement -->\nafter\n"
+PAGE = "before\n<!-- table guesses -->\nold\n<!-- end guesses -->\nafter\n"
 
 
 @pytest.fixture
 def results(tmp_path):
-    run = {"steps": 10, "agreement": 0.912, "agreement_by_class": {"bag": 0.95, "shirt": 0.7}}
-    write_json(tmp_path / "class-agreement.json", {"results": [{**run, "num_samples": 40, "guidance_scale": 2.0}]})
+    (tmp_path / "findings").mkdir()
+    finding = {"header": ["plan", "recognised"], "rows": [["fitted", "91.2%"]], "note": "Forty samples."}
+    write_json(tmp_path / "findings" / "guesses.json", finding)
     return tmp_path
 
 
@@ -58,7 +59,7 @@ def test_tables_of_benchmarks_compare_medians_of_ratios(tmp_path):
 
 def test_a_table_replaces_what_stood_there(results):
     filled = report.fill(PAGE, results)
-    assert "| 10 | 91.2% | 70% (shirt) |" in filled
+    assert "| fitted | 91.2% |" in filled
     assert filled.startswith("before\n")
     assert filled.endswith("\nafter\n")
     assert "old" not in filled
@@ -76,7 +77,7 @@ def test_check_tells_a_stale_page_and_leaves_it(results, tmp_path):
 
 @pytest.mark.parametrize(
     ("page", "name"),
-    [("<!-- table speed -->\n<!-- end speed -->", "speed"), ("<!-- table agreement -->\n", "1 marks of which 0")],
+    [("<!-- table speed -->\n<!-- end speed -->", "speed"), ("<!-- table guesses -->\n", "1 marks of which 0")],
 )
 def test_marks_that_mean_nothing_are_refused(results, page, name):
     with pytest.raises(InputError, match=name):
@@ -85,7 +86,7 @@ def test_marks_that_mean_nothing_are_refused(results, page, name):
 
 def test_a_missing_result_names_the_command(tmp_path):
     with pytest.raises(InputError, match="make bench"):
-        report.fill(PAGE, tmp_path)
+        report.finding_table(tmp_path / "findings" / "guesses.json")
 
 
 def test_committed_results_say_where_they_come_from_but_not_whose_machine_it_was():

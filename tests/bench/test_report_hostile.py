@@ -96,7 +96,7 @@ def test_a_missing_file_and_no_run_are_refused(tmp_path):
     with pytest.raises(InputError, match="0 files without a benchmark run"):
         write_report([], tmp_path / "out")
     with pytest.raises(InputError, match="1 files without a benchmark run"):
-        write_report([ROOT / "bench" / "results" / "class-agreement.json"], tmp_path / "out")
+        write_report([ROOT / "bench" / "results" / "host-work.json"], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -135,12 +135,10 @@ def test_a_part_of_the_wrong_form_is_refused(tmp_path, part, change, where):
         write_report([write_result(tmp_path / "run.json", result)], tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "rows", ["", "a,b\n1,2\n", "steps,eta,samples,proxy_frechet,agreement,plan_key\n5,0,32,nan,1,k\n"]
-)
+@pytest.mark.parametrize("rows", ["", "[]", '{"rows": {}}', '{"rows": {"a": {"table": "solvers", "guidance": 1.0}}}'])
 def test_a_damaged_evaluation_is_refused(tmp_path, rows):
-    (tmp_path / "quality.csv").write_text(rows)
-    with pytest.raises(InputError, match=r"quality\.csv"):
+    (tmp_path / "rows.json").write_text(rows)
+    with pytest.raises(InputError, match=r"rows\.json"):
         write_report([write_result(tmp_path / "run.json", small())], tmp_path / "out", evaluation=tmp_path)
 
 

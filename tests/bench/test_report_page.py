@@ -8,7 +8,7 @@ import re
 import pytest
 from bench_results import MACHINE, write_result
 from PIL import Image
-from report_pages import DARK, EVALUATION, Page, small
+from report_pages import DARK, Page, small
 
 from skipstep.bench.page.numbers import Panel, panels
 from skipstep.bench.page.plots import LIGHT
@@ -162,8 +162,8 @@ def test_without_ours_or_any_case_it_is_still_a_page(report, contenders):
         assert section not in page.text
 
 
-def test_quality_is_joined_by_plan_key(report):
-    page = report(small(), evaluation=EVALUATION)
+def test_quality_is_joined_by_plan_key(report, evaluation):
+    page = report(small(), evaluation=evaluation)
     label = next(plot["aria-label"] for plot in page.plots if plot["aria-label"].startswith("Quality"))
     assert "DDIM, η = 0: 15.7 at " in label
     rows = {(row[0], row[1]): row for row in page.rows("All plans")}
@@ -176,19 +176,19 @@ def test_quality_is_joined_by_plan_key(report):
     assert best == sorted(best, reverse=True)
 
 
-def test_an_evaluation_of_other_plans_has_no_section(report):
+def test_an_evaluation_of_other_plans_has_no_section(report, evaluation):
     result = small()
     for each in result["benchmarks"]:
         each["extra_info"]["plan"]["key"] = f"another {each['extra_info']['plan']['steps']}"
-    assert "Choose a plan" not in report(result, evaluation=EVALUATION).text
+    assert "Choose a plan" not in report(result, evaluation=evaluation).text
 
 
-def test_for_a_deadline_it_takes_the_most_steps_that_fit(report):
+def test_for_a_deadline_it_takes_the_most_steps_that_fit(report, evaluation):
     result = small(steps=(5, 10))
     times = {5: [0.020, 0.024], 10: [0.040, 0.060]}
     for each in result["benchmarks"]:
         each["stats"]["data"] = times[each["extra_info"]["plan"]["steps"]]
-    rows = report(result, evaluation=EVALUATION).rows("The most steps for each deadline")
+    rows = report(result, evaluation=evaluation).rows("The most steps for each deadline")
     assert [row[:3] for row in rows] == [["25 ms", "5", "24.0"], ["100 ms", "10", "60.0"]]
 
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench_results import a_result, write_result
+from bench_results import a_result, write_evaluation, write_result
 
 from skipstep.commands.main import main
 
@@ -19,16 +19,16 @@ def results(tmp_path):
 
 
 def test_writes_the_page_says_where_and_names_what_it_does_not_use(results, tmp_path, capsys):
-    shutil.copy(ROOT / "bench" / "results" / "class-agreement.json", results)
+    shutil.copy(ROOT / "bench" / "results" / "host-work.json", results)
     assert main(["report", *sorted(map(str, results.glob("*.json"))), "--out", str(tmp_path / "out")]) == 0
     captured = capsys.readouterr()
     assert captured.out == f"wrote {tmp_path / 'out' / 'report.html'}\n"
-    assert captured.err == f"{results / 'class-agreement.json'} is not used: it is no result of skipstep bench\n"
+    assert captured.err == f"{results / 'host-work.json'} is not used: it is no result of skipstep bench\n"
     assert list((tmp_path / "out").glob("*.png"))
 
 
 def test_finds_the_evaluation_beside_the_results(results, tmp_path):
-    shutil.copytree(ROOT / "bench" / "results" / "evaluation", results / "evaluation", ignore=lambda *_: ["cache"])
+    write_evaluation(results / "evaluation")
     assert main(["report", str(results / "run.json"), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "m1-quality.png").exists()
     other = ["--evaluated-model", "another", "--out", str(tmp_path / "other")]
