@@ -34,7 +34,7 @@ Features = Callable[[Array], NDArray[Any]]
 # How far a node is moved, in places of the grid.
 _MOVES: Final = (-3, -1, 1, 3)
 # Trajectories that decide between plans; all of them fit the one that is chosen.
-_DECIDING: Final = 24
+_DECIDING: Final = 16
 _FEWEST_NOISES: Final = 8
 # A grid of twice as many nodes may end no further away, as a share of the images' own spread.
 _CONVERGED: Final = 0.05

@@ -23,7 +23,7 @@ from skipstep.fitting.reference import Denoiser, Reference
 from skipstep.loops.contract import Array
 from skipstep.plans.solvers import FITTED_COLUMNS
 
-_RIDGE: Final = 1e-4
+_RIDGE: Final = 1e-5
 # What a search keeps: each is three times the trajectories' states.
 _MOST_PREFIXES: Final = 256
 
