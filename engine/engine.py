@@ -26,6 +26,7 @@ from skipstep.fitting import tune as fitting
 from skipstep.latency import tuning
 from skipstep.latency.calibration import Calibration, stored_calibration
 from skipstep.latency.description import describe
+from skipstep.latency.pareto import pareto
 from skipstep.loops.observers import Observers
 from skipstep.loops.runner import CompiledNetwork, OutputType, SampleArguments, check_output_type
 from skipstep.plans.plan import Plan
@@ -55,6 +56,7 @@ class Engine:
     calibrate = tuning.calibrate
     autotune = tuning.autotune
     tune = fitting.tune
+    pareto = pareto
     describe = describe
     save = save
 
@@ -165,12 +167,13 @@ class Engine:
         progress: Progress | None = None,
         **conditions: Unpack[Conditions],
     ) -> Any:
-        """Draw samples with the plan of `steps` steps, with `plan`, or with the longest that meets a deadline.
+        """Draw samples with the plan of `steps` steps, with `plan`, or with the best that meets a deadline.
 
         plan            one for all samples, or a list with one for each: of equal structure, but each with its own
                         timesteps and eta (skipstep.plans.stages.Stages).
-        deadline_ms     milliseconds that the call may take: the plan with the most steps whose measured p99 fits, with
-                        a margin (skipstep.latency.deadline). Needs `calibrate`, once on this device.
+        deadline_ms     milliseconds that the call may take: of the plans whose measured p99 fits, with a margin, the
+                        one with the best measured quality, else with the most steps (skipstep.latency.deadline). Needs
+                        `calibrate`, once on this device.
         seeds           an int for every sample, or one each, in [0, 2**64): a sample depends on its seed, not on its
                         place in the batch. They also key the noise that a plan adds.
         x_T             `[B, C, H, W]` NumPy, torch or DLPack, the initial noise instead of that of the seeds. A tensor
@@ -318,7 +321,7 @@ class Engine:
         request = resolve_request(self.network, seeds=seeds, x_T=x_T, device=self.device, **conditions)
         return choose_plan(
             self.calibration,
-            self.plans.values(),
+            [plan for plan in self.plans.values() if self.plans.fits_guidance(plan, request.guidance)],
             self.split(request.num_samples),
             deadline_ms=deadline_ms,
             guided=request.guidance is not None,

@@ -71,7 +71,8 @@ def add_plans(
     digest: str,
     require_signature: str | os.PathLike[str] | None = None,
 ) -> list[Plan]:
-    """Store plans of a bundle's own schedules in the bundle; returns those that it did not hold.
+    """Store plans of a bundle's own schedules in the bundle; returns those that it did not hold. Of a plan that it
+    holds, a quality that was measured is stored.
 
     `digest` is that of the manifest whose network they are for. Raises as `add_calibration`, and BundleError for a plan
     of another schedule.
@@ -97,9 +98,16 @@ def add_plans(
                 remedy="export the model again with this plan",
             )
         arrays |= plan_arrays(plan, early.tables_at(distinct(plan.evaluation_timesteps)[0]))
-    if new:
-        entries = [PlanEntry(plan.key, numbers[plan.schedule], plan.options()) for plan in new]
-        changed = dataclasses.replace(manifest, plans=(*manifest.plans, *entries))
+    qualities = {plan.key: quality for plan in plans if (quality := plan.options().get("quality"))}
+
+    def measured(entry: PlanEntry) -> PlanEntry:
+        quality = qualities.get(entry.key)
+        return entry if quality is None else dataclasses.replace(entry, options={**entry.options, "quality": quality})
+
+    entries = [measured(entry) for entry in manifest.plans]
+    entries += [PlanEntry(plan.key, numbers[plan.schedule], plan.options()) for plan in new]
+    if tuple(entries) != manifest.plans:
+        changed = dataclasses.replace(manifest, plans=tuple(entries))
         rewrite_bundle(bundle, changed, {manifest.tables: save_arrays(arrays)})
     return new
 

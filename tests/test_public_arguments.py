@@ -61,6 +61,7 @@ CALLS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Engine.calibrate": lambda path: {"repeats": 3, "max_seconds": 0.01},
     "Engine.autotune": lambda path: {},
     "Engine.describe": lambda path: {},
+    "Engine.pareto": lambda path: {},
     "Engine.tune": lambda path: {"steps": [2], "noises": 8, "held_out": 8, "nodes": 8, "rounds": 0},
     "Engine.save": lambda path: {"path": path, "license": "none"},  # The folder is there already: nothing is written.
     "Engine.add_plan": lambda path: {"plan": 5},

@@ -24,6 +24,7 @@ from matplotlib.lines import Line2D
 
 from skipstep.bench.page.numbers import Choice, Panel, efficient
 from skipstep.bench.result_files import REFERENCE
+from skipstep.latency.pareto import Pareto
 
 STYLE_SHEET: Final = (importlib.resources.files(__package__) / "style.css").read_text(encoding="utf-8")
 LIGHT: Final = dict(re.findall(r"--(\w+):(#\w{6})", STYLE_SHEET.split("@media")[0]))
@@ -111,6 +112,21 @@ def quality_plot(name: str, title: str, plans: Sequence[Choice]) -> Plot | None:
         if len(points) > 1:
             lines.append(Line(label, role, marker, points, [each.p99 is None for each in shown], steps))
     return Plot(name, f"Quality against latency: {title}", lines, "ms a call", "Fréchet distance") if lines else None
+
+
+def pareto_plot(table: Pareto) -> Plot:
+    """Distance to the converged images by latency: fitted plans, and a line a textbook solver; hollow is dominated."""
+    measured = [each for each in table if each.rmse is not None]
+    solvers = list(dict.fromkeys(each.plan.solver for each in measured))
+    lines = []
+    for label, (role, marker) in _marks(solvers, "fitted").items():
+        shown = [each for each in measured if each.plan.solver == label]
+        if shown:
+            points = [(each.p50_ms, each.rmse or 0.0) for each in shown]
+            steps = [str(each.plan.steps) for each in shown]
+            lines.append(Line(label, role, marker, points, [each.dominated for each in shown], steps))
+    title = f"Quality against latency at batch {table.batch_size}"
+    return Plot("pareto", title, lines, "ms a call", "RMSE to the converged image", log_y=True)
 
 
 def _marks(names: Sequence[str], ours: str | None) -> dict[str, tuple[str, str]]:

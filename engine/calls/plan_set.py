@@ -8,7 +8,7 @@ from typing import Any
 
 from skipstep.errors import InputError, PlanError, PlanNotFoundError, check_flag, check_integer, shown
 from skipstep.networks.spec import NetworkSpec, check_plan_fits
-from skipstep.plans.fit import Fit, check_fit, check_guidance
+from skipstep.plans.fit import Fit, check_fit, check_guidance, fits_guidance
 from skipstep.plans.plan import Plan
 
 
@@ -130,8 +130,12 @@ class PlanSet(Mapping[str, Plan]):
     def check_guidance(self, plans: Sequence[Plan], scales: Any) -> None:
         """Raise InputError where a call's guidance is far from that of a plan's fit."""
         for plan in plans:
-            if plan.fit is not None and plan.key not in self._mismatched:
+            if not self.fits_guidance(plan, scales):
                 check_guidance(plan.fit, scales)
+
+    def fits_guidance(self, plan: Plan, scales: Any) -> bool:
+        """Whether a plan may be used at these scales: one that was fitted at another is added with allow_mismatch."""
+        return plan.fit is None or plan.key in self._mismatched or fits_guidance(plan.fit, scales)
 
     def _miss(self, got: str) -> PlanNotFoundError:
         return PlanNotFoundError(

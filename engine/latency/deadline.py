@@ -1,9 +1,11 @@
-"""The plan for a deadline: the one with the most steps of those whose measured p99 fits, with a margin.
+"""The plan for a deadline: the best of those whose measured p99 fits, with a margin.
 
     (1 + margin) · Σ over the request's runs of p99(plan, batch size of the run, guided)  ≤  deadline
 
-Adding the runs' p99 is cautious: the runs of a call are rarely all slow. Only measured plans are chosen: nothing is
-inferred from other batch sizes, or from plans of other lengths.
+The best is the one whose images are the nearest to the converged ones, where that was measured of every plan that fits
+(skipstep.plans.fit.Quality, which engine.tune measures); else the one with the most steps. Adding the runs' p99 is
+cautious: the runs of a call are rarely all slow. Only plans with latencies are chosen: nothing is inferred from other
+batch sizes, or from plans of other lengths.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from skipstep.errors import DeadlineError, InputError, check_number
 from skipstep.latency.calibration import Calibration, RunKind
 from skipstep.latency.identity import DeviceIdentity
+from skipstep.plans.fit import Quality
 from skipstep.plans.plan import Plan
 from skipstep.plans.solvers import SOLVERS
 
@@ -30,7 +33,7 @@ def choose_plan(
     margin: float = MARGIN,
     identity: DeviceIdentity | None = None,
 ) -> Plan:
-    """The plan with the most steps that meets the deadline; of equally long ones that with the lower p99.
+    """The best plan that meets the deadline; of equally good ones that with the lower p99.
 
     calibration    of this device; None where nothing was measured.
     plans          to choose from. Inversions are left out.
@@ -57,7 +60,7 @@ def choose_plan(
             unmeasured.append(plan)
     fitting = [(plan, total) for plan, total in measured if total * factor <= deadline_ms]
     if fitting:
-        return min(fitting, key=lambda each: (-len(each[0].timesteps), each[1], each[0].key))[0]
+        return min(fitting, key=lambda each: (_rank(each[0], fitting), each[1], each[0].key))[0]
     if not measured:
         raise _not_measured(unmeasured, sizes_of_runs, guided)
     left_out = f"; not measured at these batch sizes: {_names(unmeasured)}" if unmeasured else ""
@@ -67,6 +70,14 @@ def choose_plan(
         f"{margin:.0%}; p99 is {', '.join(f'{total:.4g} ms for {_name(plan)}' for plan, total in measured)}{left_out}",
         remedy="allow more time, add a plan of fewer steps and calibrate it, or draw fewer samples in a call",
     )
+
+
+def _rank(plan: Plan, fitting: Sequence[tuple[Plan, float]]) -> float:
+    """Less is better: the distance to the converged images where all have one, at one scale; else more steps are."""
+    found = [each.quality for each, _ in fitting if isinstance(each.quality, Quality)]
+    if isinstance(plan.quality, Quality) and len(found) == len(fitting) and len({q.guidance_scale for q in found}) == 1:
+        return plan.quality.rmse
+    return -len(plan.timesteps)
 
 
 def _checked(calibration: Calibration | None, identity: DeviceIdentity | None) -> Calibration:

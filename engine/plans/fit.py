@@ -1,10 +1,11 @@
-"""What a fitted plan carries: its weights, and what they were fitted to."""
+"""What a plan carries that was measured: a fitted plan's weights and what they were fitted to, and a quality."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +13,15 @@ from numpy.typing import NDArray
 from skipstep.arrays import number_array
 from skipstep.errors import BundleError, InputError, PlanError, shown
 from skipstep.plans.solvers import FITTED_COLUMNS
-from skipstep.storage.untrusted import Length, Sha256, Within, read_dataclass
+from skipstep.storage.untrusted import ADDED_LATER, Length, Sha256, Within, read_dataclass
 
 # How far a call's guidance scale may be from the one that a plan was fitted at, as a factor.
 _GUIDANCE_FACTOR: Final = 2.0
 _LARGEST_WEIGHT: Final = 1e4
+_Scale = Annotated[float, Within(-1e6, 1e6)]
 _Error = Annotated[float, Within(0.0, 1e6)]
+AnyPlan = TypeVar("AnyPlan")  # skipstep.plans.plan.Plan, which imports this.
+Facts = TypeVar("Facts", bound="Fit | Quality")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +29,7 @@ class Fit:
     """Where a plan's weights come from.
 
     network         sha256 of the network, None where it is unknown, as for a module.
-    guidance_scale  of the trajectories, 1 for none.
+    guidance_scale  of the trajectories, 1 for none; the lowest where there were several, up to the highest.
     noises, seed    how many trajectories there were, and the seed of the first.
     objective       what was made small, in words.
     rmse            root mean square distance to the converged images, of noises that the fit did not see; pixels.
@@ -33,21 +37,56 @@ class Fit:
     """
 
     network: Sha256 | None
-    guidance_scale: Annotated[float, Within(-1e6, 1e6)]
+    guidance_scale: _Scale
     noises: Annotated[int, Within(1)]
     seed: Annotated[int, Within(0, 2**64 - 1)]
     objective: Annotated[str, Length(1, 200)]
     rmse: _Error | None = None
     textbook_rmse: _Error | None = None
+    highest_guidance_scale: Annotated[_Scale | None, ADDED_LATER] = None
+
+    @property
+    def guidance_range(self) -> tuple[float, float]:
+        """The guidance scales that the plan is for."""
+        scales = (self.guidance_scale, self.highest_guidance_scale or self.guidance_scale)
+        reached = [scale * factor for scale in scales for factor in (1 / _GUIDANCE_FACTOR, _GUIDANCE_FACTOR)]
+        return min(reached), max(reached)
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How near a plan's images come to the converged ones: root mean square distance over noises that no fit has seen,
+    in pixels, at a guidance scale. Less is better; what was measured at different scales is not compared."""
+
+    rmse: _Error
+    guidance_scale: _Scale
 
 
 def read_fit(given: Fit | Mapping[str, Any]) -> Fit:
     """A checked Fit, of one or of a mapping such as JSON holds. Raises PlanError."""
+    return _read(Fit, given, "fit")
+
+
+def read_quality(given: Quality | Mapping[str, Any] | None, fit: Fit | Mapping[str, Any] | None) -> Quality | None:
+    """A checked Quality, likewise; that of the fit where none is given. Raises PlanError."""
+    if given is not None:
+        return _read(Quality, given, "quality")
+    return Quality(fit.rmse, fit.guidance_scale) if isinstance(fit, Fit) and fit.rmse is not None else None
+
+
+def with_quality(plan: AnyPlan, quality: Quality | None) -> AnyPlan:
+    """The plan with what was measured of its images; its tables and its key are the same."""
+    measured = copy.copy(plan)
+    object.__setattr__(measured, "quality", quality)
+    return measured
+
+
+def _read(kind: type[Facts], given: Facts | Mapping[str, Any], name: str) -> Facts:
     try:
-        return read_dataclass(Fit, asdict(given) if isinstance(given, Fit) else given, "fit")
+        return read_dataclass(kind, asdict(given) if isinstance(given, Fit | Quality) else given, name)
     except BundleError as error:
         raise PlanError(
-            got=error.got, expected="the facts of skipstep.plans.fit.Fit", remedy="leave fit out"
+            got=error.got, expected=f"the facts of skipstep.plans.fit.{kind.__name__}", remedy=f"leave {name} out"
         ) from error
 
 
@@ -91,15 +130,22 @@ def check_fit(fit: Any, *, networks: Collection[str | None]) -> None:
         )
 
 
+def fits_guidance(fit: Any, scales: NDArray[np.float32] | None) -> bool:
+    """Whether a call's guidance is near that of the fit; of a plan without one it is."""
+    if not isinstance(fit, Fit):
+        return True
+    low, high = fit.guidance_range
+    used = np.ones(1, np.float32) if scales is None else scales
+    return bool(np.all((used >= low) & (used <= high)))
+
+
 def check_guidance(fit: Any, scales: NDArray[np.float32] | None) -> None:
     """Raise InputError where a call's guidance is far from that of the fit."""
-    if not isinstance(fit, Fit):
-        return
-    low, high = sorted((fit.guidance_scale / _GUIDANCE_FACTOR, fit.guidance_scale * _GUIDANCE_FACTOR))
-    used = np.ones(1, np.float32) if scales is None else scales
-    if np.any((used < low) | (used > high)):
+    if not fits_guidance(fit, scales):
+        low, high = fit.guidance_range
+        used = [1.0] if scales is None else scales.tolist()
         raise InputError(
-            got=f"guidance_scale={shown(used.tolist())} with a plan that was fitted at {fit.guidance_scale:g}",
+            got=f"guidance_scale={shown(used)} with a plan that was fitted at {fit.guidance_scale:g}",
             expected=f"a scale from {low:g} to {high:g}",
             remedy="tune at this scale (engine.tune), or add the plan with allow_mismatch=True",
         )

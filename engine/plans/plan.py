@@ -27,7 +27,7 @@ from skipstep.errors import PlanError, check_choice, check_integer, check_number
 from skipstep.kernels.layout import StepFlags
 from skipstep.kernels.statistics import Thresholding
 from skipstep.plans.coefficients import PredictionType, coefficient_table, stage_flags
-from skipstep.plans.fit import Fit, check_weights, read_fit, refuse_fitted
+from skipstep.plans.fit import Fit, Quality, check_weights, read_fit, read_quality, refuse_fitted
 from skipstep.plans.plan_options import check_final_alpha_bar, check_solver_options, resolve_clip, resolve_timesteps
 from skipstep.plans.schedule import NoiseSchedule, check_schedule
 from skipstep.plans.solvers import (
@@ -68,6 +68,7 @@ class Plan:
                     timestep. "diffusers": the timesteps and the stride of its DDIMScheduler, to the last index.
     weights, fit    for fitted: float32 `[S, 5]` (skipstep.plans.solvers.FITTED_COLUMNS), and what they were fitted to
                     (skipstep.plans.fit.Fit). The result is without noise: final_alpha_bar is 1.
+    quality         what was measured of its images (skipstep.plans.fit.Quality), or None; not part of the key.
 
     After construction `timesteps` is a tuple, `steps` its length, `spacing` None if the timesteps were given, `clip` a
     number, "dynamic" or None, and `stride` a number or None. All of the following are read-only:
@@ -101,6 +102,7 @@ class Plan:
     stride: int | Literal["diffusers"] | None = None
     weights: Sequence[Sequence[float]] | None = None
     fit: Fit | Mapping[str, Any] | None = field(default=None, compare=False)
+    quality: Quality | Mapping[str, Any] | None = field(default=None, compare=False)
     alpha_bars: NDArray[np.float64] = field(init=False, compare=False)
     evaluation_timesteps: NDArray[np.float64] = field(init=False, compare=False)
     coefficients: NDArray[np.float32] = field(init=False, compare=False)
@@ -182,6 +184,7 @@ class Plan:
             "stride": stride,
             "weights": None if table is None else tuple(map(tuple, table.tolist())),
             "fit": fit,
+            "quality": read_quality(self.quality, fit),
             "eta": eta,
             "clip": clip,
             # As floats: the key and what is saved do not depend on the type that they were passed in.
@@ -278,7 +281,7 @@ class Plan:
         timesteps = self.timesteps[check_integer("step", step, low=0, high=len(self.timesteps) - 1, error=PlanError) :]
         if step > 0:
             refuse_fitted(self.solver, "a start in the middle")
-        return dataclasses.replace(self, steps=None, timesteps=timesteps)
+        return dataclasses.replace(self, steps=None, timesteps=timesteps, quality=None)
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments that make this plan again, except its schedule, as plain values."""
@@ -289,12 +292,10 @@ class Plan:
         options["timesteps"] = [] if self.spacing is not None else list(downward)
         options["steps"] = self.steps if self.spacing is not None else None
         # Left out where they are not used: the manifests of older bundles, which have none, keep their bytes.
-        for name in ("stride", "weights", "fit"):
-            if options[name] is None:
+        for name in ("stride", "weights", "fit", "quality"):
+            if options[name] is None or (name == "quality" and options[name] == read_quality(None, self.fit)):
                 del options[name]
-        if isinstance(self.fit, Fit):
-            options["fit"] = dataclasses.asdict(self.fit)
-        return options
+        return {name: dataclasses.asdict(v) if isinstance(v, Fit | Quality) else v for name, v in options.items()}
 
     def with_tables(self, coefficients: NDArray[np.float32], evaluation_timesteps: NDArray[np.float64]) -> Plan:
         """This plan with the tables that another machine computed from the same options, and its key.

@@ -7,38 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from engines import SCHEDULE, build
+from engines import SCHEDULE
 from faults import modules_after
-from tiny_networks import Curve, GaussianEps, tiny_unet
+from fitting_cases import DEVIATION, MEAN, SHAPE, WEIGHTS
 from tolerances import FLOAT32_LOOP
 
 from skipstep import NoiseSchedule, Plan, load
-from skipstep.commands.main import main
-from skipstep.errors import BundleError, InputError, NonFiniteError, PlanError, SkipstepError
+from skipstep.errors import BundleError, PlanError
 from skipstep.export.bundle_rewriter import add_plans
 from skipstep.fitting.reference import Denoiser, Reference, grid_of, integrate, multistep_row
 from skipstep.fitting.timesteps import choose_nodes, growth, step_errors
-from skipstep.fitting.tune import frechet
 from skipstep.fitting.weights import WeightFit, least_squares, rmse
-
-MEAN, DEVIATION = 0.3, 0.7
-SHAPE = (1, 4, 4)
-SMALL = {"noises": 16, "held_out": 16, "nodes": 24, "rounds": 1}
-
-
-@pytest.fixture(scope="module")
-def gaussian():
-    """The exact network of normal data, whose trajectories are known."""
-    with build(GaussianEps(SCHEDULE.alpha_bar, mean=MEAN, deviation=DEVIATION), sample_shape=SHAPE) as engine:
-        engine.plans.defaults["clip"] = None
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def curve():
-    with build(Curve(), sample_shape=SHAPE, batch_sizes=[16]) as engine:
-        yield engine
 
 
 def exact_ends(noise, level):
@@ -150,92 +129,6 @@ def test_least_squares_without_information_is_the_textbook():
         least_squares([zero], one, np.array([1.0]))
 
 
-def test_tuned_plans_are_nearer_and_the_same_again(curve):
-    report = curve.tune(steps=[3, 5], **SMALL)
-    for each in report.found:
-        assert each.offered
-        assert each.rmse["fitted"] < 0.8 * min(each.rmse["ddim"], each.rmse["dpm_solver_pp_2m"])
-        assert each.plan.fit.rmse == each.rmse["fitted"]
-    again = curve.tune(steps=[5, 3, 3], **SMALL)
-    assert [plan.key for plan in again.plans] == [plan.key for plan in report.plans]
-    assert "fitted, RMSE" in str(report)
-    assert "16 noises that the fit did not see" in str(report)
-    moved = curve.tune(steps=[5], **{**SMALL, "rounds": 0}).found[0]
-    assert report.found[1].rmse["fitted"] <= moved.rmse["fitted"] * 1.15
-
-
-def test_a_plan_that_is_worse_in_distribution_is_not_offered(curve):
-    converged = curve.tune(steps=[4], **SMALL).found[0]
-    fitted = curve.sample(plan=converged.fitted, seeds=range((1 << 32) + 16, (1 << 32) + 32))
-
-    def features(images):
-        """Far from everything else for what the fitted plan draws."""
-        return np.stack(
-            [images.mean(axis=(1, 2, 3)), 9.0 * np.isclose(images, fitted, atol=1e-6).all(axis=(1, 2, 3))], 1
-        )
-
-    found = curve.tune(steps=[4], features=features, **SMALL).found[0]
-    assert found.distance["fitted"] > found.distance["ddim"]
-    assert not found.offered
-    assert found.plan.solver in ("ddim", "dpm_solver_pp_2m")
-
-
-def test_a_frechet_distance_of_normals():
-    rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((100_000, 2)), rng.standard_normal((100_000, 2)) * [2.0, 1.0] + [3.0, 0.0]
-    assert frechet(a, b) == pytest.approx(9.0 + 1.0, rel=0.02)
-    assert frechet(a, a) < 1e-9
-    with pytest.raises(InputError, match="more samples"):
-        frechet(a[:2], b[:2])
-
-
-class Chaos(torch.nn.Module):
-    def forward(self, x, t):
-        return torch.sin(4000.0 * x) * 3.0
-
-
-class Broken(torch.nn.Module):
-    def forward(self, x, t):
-        return x / (t.view(-1, 1, 1, 1) - t.view(-1, 1, 1, 1))
-
-
-@pytest.mark.parametrize(
-    ("network", "error", "said"), [(Chaos(), PlanError, "end .* apart"), (Broken(), NonFiniteError, "NaN")]
-)
-def test_networks_that_do_not_converge(network, error, said):
-    with build(network, sample_shape=SHAPE, batch_sizes=[16]) as engine:
-        engine.plans.defaults["clip"] = None
-        with pytest.raises(error, match=said):
-            engine.tune(steps=[3], **SMALL)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"steps": [2000]},
-        {"steps": []},
-        {"steps": 5},
-        {"steps": [0]},
-        {"noises": 3},
-        {"held_out": 0},
-        {"nodes": 4},
-        {"seed": -1},
-        {"rounds": -1},
-        {"features": 3},
-        {"progress": "x"},
-        {"guidance_scale": np.nan},
-        {"guidance_scale": 2.0},  # The network cannot be guided.
-    ],
-    ids=str,
-)
-def test_what_cannot_be_tuned_is_refused_at_once(curve, arguments):
-    with pytest.raises(SkipstepError):
-        curve.tune(**{**SMALL, "steps": [3], **arguments})
-
-
-WEIGHTS = [[0.5, 0.5, 0.1, 0.1, 0.0], [0.0, 1.0, 0.0, 0.0, 0.0]]
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -257,37 +150,6 @@ WEIGHTS = [[0.5, 0.5, 0.1, 0.1, 0.0], [0.0, 1.0, 0.0, 0.0, 0.0]]
 def test_what_is_no_fitted_plan(options):
     with pytest.raises(PlanError):
         Plan(**{"schedule": SCHEDULE, "timesteps": [900, 300], "solver": "fitted", "weights": WEIGHTS, **options})
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tuned") / "bundle"
-    unet = tiny_unet(num_class_embeds=4)
-    with build(unet, backend="onnxruntime", plans=[3], batch_sizes=[1, 16], num_classes=3, null_label=3) as engine:
-        engine.save(folder, license="MIT")
-    return folder
-
-
-def test_the_command_stores_what_is_better(bundle, tmp_path, capsys):
-    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
-    options = ["--noises", "8", "--held-out", "8", "--rounds", "0", "--guidance", "1.5", "--nodes", "112"]
-    assert main(["tune", str(copy), "--steps", "2", "4", *options, "--dry-run"]) == 0
-    assert main(["verify", str(copy)]) == 0
-    assert len(load(copy).plans) == 1
-    assert main(["tune", str(copy), "--steps", "2", "4", *options]) == 0
-    out = capsys.readouterr().out
-    assert "stored 2 plans" in out
-    with load(copy) as engine:
-        plan = engine.select_plan(steps=4)
-        assert (plan.solver, plan.fit.guidance_scale, plan.fit.network) == ("fitted", 1.5, engine.plans.network_digest)
-        engine.sample(steps=4, seeds=1, class_labels=0, guidance_scale=1.5)
-        with pytest.raises(InputError, match=r"fitted at 1\.5"):
-            engine.sample(steps=4, seeds=1, class_labels=0, guidance_scale=4.0)
-        engine.add_plan(plan, allow_mismatch=True)
-        engine.sample(steps=4, seeds=1, class_labels=0, guidance_scale=4.0)
-    assert main(["verify", str(copy)]) == 0
-    with load(bundle) as engine, pytest.raises(BundleError, match="replaced meanwhile"):
-        add_plans(bundle, [plan], digest="0" * 64)
 
 
 def test_a_plan_of_another_network_is_refused(bundle):

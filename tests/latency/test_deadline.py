@@ -16,6 +16,7 @@ from skipstep import Plan
 from skipstep.errors import DeadlineError, InputError
 from skipstep.latency.calibration import Calibration, Latency, RunKind
 from skipstep.latency.deadline import choose_plan
+from skipstep.plans.fit import Quality, with_quality
 
 # Two of ten steps, which differ in eta alone.
 PLANS = [
@@ -58,6 +59,19 @@ def test_of_equal_steps_the_lower_p99():
         calibration = measured({RunKind(fast.key, 1, False): 5.0, RunKind(slow.key, 1, False): 6.0})
         for plans in (PLANS, PLANS[::-1]):
             assert choose_plan(calibration, plans, [1], deadline_ms=100, guided=False) is fast
+
+
+def test_the_best_quality_that_fits_where_all_that_fit_have_one():
+    rmse = {1: 0.5, 4: 0.02, 10: 0.3, 20: 0.1, 50: 0.01}
+    plans = [with_quality(plan, Quality(rmse[plan.steps], 2.0)) for plan in PLANS[:5]]
+    calibration = steady()
+    for deadline_ms, steps in ((60, 50), (30, 4), (1.2, 1)):
+        assert choose_plan(calibration, plans, [1], deadline_ms=deadline_ms, guided=False).steps == steps
+    # One that was not measured, or at another guidance scale, is not compared: the most steps.
+    for other in (None, Quality(0.1, 1.0)):
+        mixed = [with_quality(plan, other) if plan.steps == 20 else plan for plan in plans]
+        assert choose_plan(calibration, mixed, [1], deadline_ms=30, guided=False).steps == 20
+        assert choose_plan(calibration, mixed, [1], deadline_ms=12, guided=False).steps == 4
 
 
 def test_a_way_back_to_noise_is_no_sample():

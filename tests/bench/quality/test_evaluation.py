@@ -20,7 +20,7 @@ from skipstep.bench.quality.statistics import Estimate, FrechetDistance, estimat
 from skipstep.commands.main import main
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.errors import InputError
-from skipstep.fitting.tune import frechet
+from skipstep.fitting.report import frechet
 
 SMALL = Grid(
     fitted_beside=(),
