@@ -197,7 +197,7 @@ def compile_for(
     kernel: Any,
     arch: int,
     pointers: Mapping[str, str],
-    constants: Mapping[str, bool],
+    constants: Mapping[str, int],
     *,
     wide: bool,
     launch: StepLaunch = DEFAULT_LAUNCH,

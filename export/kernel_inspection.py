@@ -20,8 +20,9 @@ VARIANTS: Mapping[str, StepFlags] = {
     "plain": StepFlags(),
     "clip": StepFlags(clip=True),
     "everything": StepFlags(clip=True, rederive_eps=True, add_noise=True, guided=True),
-    "multistep": StepFlags(add_state=True, read_memory=True, write_memory=True),
-    "runge_kutta": StepFlags(read_base=True, read_memory=True, write_memory=True),
+    "multistep": StepFlags(add_state=True, read_h0=True, write_h0=True),
+    "runge_kutta": StepFlags(read_h0=True, read_h1=True, write_h1=True),
+    "ring": StepFlags(add_state=True, read_h0=True, read_h1=True, read_h2=True, write_h2=True),
     "learned_variance": StepFlags(clip=True, add_state=True, add_noise=True, learned_variance=True, wide_output=True),
 }
 DTYPES = ("fp16", "fp32")
@@ -62,7 +63,7 @@ def compile_kernel(
     kernel: Any,
     arch: int,
     pointers: Mapping[str, str],
-    constants: Mapping[str, bool],
+    constants: Mapping[str, int],
     *,
     launch: StepLaunch = DEFAULT_LAUNCH,
 ) -> tuple[str, bytes]:

@@ -1,6 +1,6 @@
 """One evaluation and its step in ONNX, and the body of a Loop that repeats them.
 
-    body inputs     stage, the condition to go on, x `[B, n]`, and memory and base where a solver keeps them   n = C·H·W
+    body inputs     stage, the condition to go on, x `[B, n]`, and the history slots that stages write (n = C·H·W)
     read from the graph around
                     table [E, 1 or B, NUM_COLUMNS]                              skipstep.export.onnx_table
                     NAME or NAME/rows for each step input; plan_index and call_index [E, N] say which row each stage and
@@ -85,7 +85,7 @@ def _time(condition: str, parts: Partition) -> Binding:
 
 def carried_states(flags: StepFlags) -> tuple[str, ...]:
     """What one evaluation passes on to the next, the state first."""
-    return ("x", *["memory"] * flags.write_memory, *["base"] * flags.write_base)
+    return ("x", *(f"h{slot}" for slot in flags.written_slots))
 
 
 def loop_body(

@@ -178,8 +178,6 @@ def _write_unrolled(
             noise=writer.add("Gather", "noise/flat", place, axis=0) if flags.add_noise else None,
             thresholding=stages.thresholding,
         )
-        if flags.write_base:
-            after["base"] = state["x"]
         for name, values in kept.items():
             values.append(after[_TRAJECTORY[name]])
         state |= after

@@ -13,8 +13,8 @@ import numpy as np
 from onnx import TensorProto, ValueInfoProto, helper
 
 from skipstep.export.graph_writer import GraphWriter
-from skipstep.export.onnx_table import WRITE_BASE
-from skipstep.kernels.layout import Column, StepFlags
+from skipstep.export.onnx_table import WRITTEN_SLOT
+from skipstep.kernels.layout import SLOT_COLUMNS, Column, StepFlags
 from skipstep.kernels.statistics import Thresholding, rank
 from skipstep.networks.spec import NetworkSpec
 
@@ -32,9 +32,10 @@ def write_step(
     noise: str | None,
     thresholding: Thresholding | None,
 ) -> dict[str, str]:
-    """One step from the network's `output`: the predicted image x0, and the next x, memory and base of `state`.
+    """One step from the network's `output`: the predicted image x0, the next x, and the history slots that are written.
 
-    `row` has a value for each column of this step. With flags.guided the graph around has the values guidance
+    `row` has a value for each column of this step; in a loop, whose `flags` are those of all its stages, also the slot
+    that a stage writes. With flags.guided the graph around has the values guidance
     `[B, 1]`, batch_size and minus_batch_size `[1]`.
     """
     x = state["x"]
@@ -63,25 +64,23 @@ def write_step(
         scaled = writer.add("Add", weighted(Column.LOG_SIGMA_OUT, variance), row[Column.LOG_SIGMA])
         noise = writer.add("Mul", noise, writer.add("Exp", scaled))
 
-    memory = state.get("memory")
     after = {
         "x0": image,
         "x": combined(
             (Column.C_X0, image),
             (Column.C_EPS, eps),
             (Column.C_X, x),
-            (Column.C_BASE, state.get("base")),
-            (Column.C_MEMORY, memory),
+            *((column, state.get(f"h{slot}")) for slot, column in enumerate(SLOT_COLUMNS)),
             (Column.SIGMA, noise),
         ),
     }
-    if Column.M_X in row:
-        after["memory"] = combined(
-            (Column.M_X, x), (Column.M_X0, image), (Column.M_EPS, eps), (Column.M_MEMORY, memory)
-        )
-    if WRITE_BASE in row:
-        written = writer.add("Equal", row[WRITE_BASE], writer.constant(1.0, np.float32))
-        after["base"] = writer.add("Where", written, x, state["base"])
+    for slot in flags.written_slots:
+        name = f"h{slot}"
+        kept = combined((Column.M_X, x), (Column.M_X0, image), (Column.M_EPS, eps), (Column.M_H, state.get(name)))
+        if WRITTEN_SLOT in row:
+            written = writer.add("Equal", row[WRITTEN_SLOT], writer.constant(slot, np.float32))
+            kept = writer.add("Where", written, kept, state[name])
+        after[name] = kept
     return after
 
 

@@ -170,8 +170,7 @@ def step_to_measure(case: LaunchCase, flags: StepFlags, device: str) -> Callable
         "guidance": ones,
         "rescale": ones,
         "bound": ones,
-        "base": torch.zeros_like(state) if flags.read_base or flags.write_base else None,
-        "memory": torch.zeros_like(state) if flags.read_memory or flags.write_memory else None,
+        "history": torch.zeros(flags.num_slots, *shape, device=device),
         "broken": torch.ones(case.batch_size, dtype=torch.int32, device=device),
     }
     return lambda launch: ddim_step(**operands, launch=launch)

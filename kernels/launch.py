@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from skipstep.errors import InputError, check_integer, check_type, shown
-from skipstep.kernels.layout import StepFlags
+from skipstep.kernels.layout import StepFlags, check_slots
 
 # A thread draws its noise four elements at a time, one Philox block; a program's blocks are counted by a 32-bit word.
 MIN_ELEMENTS_PER_THREAD: Final = 4
@@ -156,22 +156,23 @@ def _multiprocessor(compute_capability: int) -> _Multiprocessor:
 
 def step_constants(
     flags: StepFlags, *, per_sample: bool, store_x0: bool, counted: bool = False, checked: bool = False
-) -> dict[str, bool]:
+) -> dict[str, int]:
     """The kernel's compile-time constants except BLOCK, for launching and for compiling ahead of time.
 
     `counted`: the stage is read on the device. `checked`: samples that are not finite are marked.
     """
     check_type("flags", flags, StepFlags, remedy="pass the plan's, of one stage")
+    check_slots(flags)
     return {
         "PER_SAMPLE": per_sample,
         "CLIPPED": flags.clip,
         "THRESHOLDED": flags.threshold,
         "REDERIVED": flags.rederive_eps,
         "ADD_STATE": flags.add_state,
-        "READ_BASE": flags.read_base,
-        "WRITE_BASE": flags.write_base,
-        "READ_MEMORY": flags.read_memory,
-        "WRITE_MEMORY": flags.write_memory,
+        "READ_H0": flags.read_h0,
+        "READ_H1": flags.read_h1,
+        "READ_H2": flags.read_h2,
+        "WRITTEN_SLOT": next(iter(flags.written_slots), -1),
         "NOISY": flags.add_noise,
         "LEARNED_VARIANCE": flags.learned_variance,
         "WIDE": flags.wide_output,

@@ -10,28 +10,31 @@ One row per network evaluation (and per sample, if the samples of a batch follow
     eps    = RE_X·x + RE_X0·x0              if flags.rederive_eps: the noise that agrees with the clipped image
     next   = C_X0·x0 + C_EPS·eps            all that DDIM needs
            + C_X·x                          if flags.add_state
-           + C_BASE·base                    if flags.read_base: the state that the first evaluation of the step read
-           + C_MEMORY·memory                if flags.read_memory: the solver's history
+           + C_H0·h_0, + C_H1·h_1, + C_H2·h_2   if flags.read_h0, read_h1, read_h2: the solver's history
            + SIGMA·z                        if flags.add_noise
                                             flags.learned_variance: SIGMA is exp(LOG_SIGMA + LOG_SIGMA_OUT·v), v being
                                             the second half of the network's channels
-    memory = M_X·x + M_X0·x0 + M_EPS·eps    if flags.write_memory
-           + M_MEMORY·memory                if also flags.read_memory
-    base   = x                              if flags.write_base
+    h_w    = M_X·x + M_X0·x0 + M_EPS·eps    if flags.write_h0, write_h1 or write_h2: one of them at most, w
+           + M_H·h_w                        if the same slot is read; h_w is what it held before
 
 The prediction type is data: epsilon, v and sample prediction differ only in the first four columns, so no
-implementation branches on it. The solver is data in the same way. One history buffer (`memory`) is enough for every
-solver here, because a Runge-Kutta or multistep rule needs only a weighted sum of its earlier evaluations, and the sum
-is stored instead of its terms. Spare columns are zero. A row is 128 bytes, one cache line.
+implementation branches on it. The solver is data in the same way. Its history is NUM_SLOTS vectors, and each evaluation
+writes one of them at most. A Runge-Kutta rule keeps weighted sums of its evaluations there; a multistep rule of k
+earlier evaluations uses k slots as a ring: evaluation i writes slot i mod k. Spare columns are zero. A row is 128
+bytes, one cache line.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import astuple, dataclass
 from enum import IntEnum
 from typing import Final
 
+from skipstep.errors import InputError
+
 NUM_COLUMNS: Final = 32
+NUM_SLOTS: Final = 3
 
 
 class Column(IntEnum):
@@ -45,15 +48,20 @@ class Column(IntEnum):
     C_X0 = 7
     C_EPS = 8
     C_X = 9
-    C_BASE = 10
-    C_MEMORY = 11
+    C_H1 = 10
+    C_H0 = 11
     M_X = 12
     M_X0 = 13
     M_EPS = 14
-    M_MEMORY = 15
+    M_H = 15
     SIGMA = 16
     LOG_SIGMA = 17
     LOG_SIGMA_OUT = 18
+    C_H2 = 19
+
+
+# The weight of each history slot.
+SLOT_COLUMNS: Final = (Column.C_H0, Column.C_H1, Column.C_H2)
 
 
 class Stream(IntEnum):
@@ -77,16 +85,43 @@ class StepFlags:
     threshold: bool = False
     rederive_eps: bool = False
     add_state: bool = False
-    read_base: bool = False
-    write_base: bool = False
-    read_memory: bool = False
-    write_memory: bool = False
+    read_h0: bool = False
+    read_h1: bool = False
+    read_h2: bool = False
+    write_h0: bool = False
+    write_h1: bool = False
+    write_h2: bool = False
     add_noise: bool = False
     learned_variance: bool = False
     wide_output: bool = False
     guided: bool = False
     rescale: bool = False
 
+    @property
+    def read_slots(self) -> tuple[int, ...]:
+        """The history slots that are read."""
+        return tuple(itertools.compress(range(NUM_SLOTS), (self.read_h0, self.read_h1, self.read_h2)))
+
+    @property
+    def written_slots(self) -> tuple[int, ...]:
+        """The history slots that are written; one evaluation writes one at most, a union of several may have more."""
+        return tuple(itertools.compress(range(NUM_SLOTS), (self.write_h0, self.write_h1, self.write_h2)))
+
+    @property
+    def num_slots(self) -> int:
+        """How many history slots there must be: those up to the last that is read or written."""
+        return 1 + max((*self.read_slots, *self.written_slots), default=-1)
+
     def union(self, *others: StepFlags) -> StepFlags:
         """The flags that are set in any of these."""
         return StepFlags(*map(any, zip(*map(astuple, (self, *others)), strict=True)))
+
+
+def check_slots(flags: StepFlags) -> None:
+    """Raise InputError for flags of one evaluation that write more than one history slot."""
+    if len(flags.written_slots) > 1:
+        raise InputError(
+            got="flags that write the history slots " + ", ".join(f"h{slot}" for slot in flags.written_slots),
+            expected="one of them: an evaluation has the weights of one",
+            remedy="write the others in other evaluations, as the solvers do",
+        )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skipstep.kernels.layout import Column, StepFlags
+from skipstep.kernels.layout import SLOT_COLUMNS, Column, StepFlags
 from skipstep.kernels.statistics import Thresholding
 
 
@@ -65,12 +65,11 @@ def ddim_step_reference(
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
-    """float64 `[B, C, H, W]` each: the next state, the predicted image, and the solver's history."""
+    """float64 `[B, C, H, W]`: the next state and the predicted image; `[slots, B, C, H, W]`: the solver's history."""
 
     x_s: Tensor
     x0: Tensor
-    base: Tensor
-    memory: Tensor
+    history: Tensor
 
 
 def general_update_reference(
@@ -79,8 +78,7 @@ def general_update_reference(
     rows: Tensor,
     flags: StepFlags,
     *,
-    base: Tensor,
-    memory: Tensor,
+    history: Tensor,
     guidance: Tensor,
     rescale: Tensor,
     thresholding: Thresholding,
@@ -88,7 +86,7 @@ def general_update_reference(
 ) -> UpdateResult:
     """One evaluation's step for `rows` `[B, NUM_COLUMNS]`; the other shapes are those of `ddim_step`."""
     batch_size, channels = x_t.shape[:2]
-    x, out, base, memory, z = (tensor.double() for tensor in (x_t, model_output, base, memory, z))
+    x, out, history, z = (tensor.double() for tensor in (x_t, model_output, history, z))
     c = {column: rows[:, column].double().view(-1, 1, 1, 1) for column in Column}
     variance = out[:batch_size, channels:]
     conditional, unconditional = out[:batch_size, :channels], out[batch_size:, :channels]
@@ -112,13 +110,14 @@ def general_update_reference(
     kept = c[Column.M_X] * x + c[Column.M_X0] * x0 + c[Column.M_EPS] * eps
     if flags.add_state:
         x_s = x_s + c[Column.C_X] * x
-    if flags.read_base:
-        x_s = x_s + c[Column.C_BASE] * base
-    if flags.read_memory:
-        x_s, kept = x_s + c[Column.C_MEMORY] * memory, kept + c[Column.M_MEMORY] * memory
+    for slot in flags.read_slots:
+        x_s = x_s + c[SLOT_COLUMNS[slot]] * history[slot]
     if flags.add_noise:
         sigma = c[Column.SIGMA]
         if flags.learned_variance:
             sigma = sigma * (c[Column.LOG_SIGMA] + c[Column.LOG_SIGMA_OUT] * variance).exp()
         x_s = x_s + sigma * z
-    return UpdateResult(x_s, x0, base=x if flags.write_base else base, memory=kept if flags.write_memory else memory)
+    after = history.clone()
+    for slot in flags.written_slots:
+        after[slot] = kept + c[Column.M_H] * history[slot] if slot in flags.read_slots else kept
+    return UpdateResult(x_s, x0, after)

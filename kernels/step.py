@@ -41,8 +41,7 @@ def ddim_step(
     guidance: Tensor | None = None,
     rescale: Tensor | None = None,
     bound: Tensor | None = None,
-    base: Tensor | None = None,
-    memory: Tensor | None = None,
+    history: Tensor | None = None,
     x0: Tensor | None = None,
     counter: Tensor | None = None,
     broken: Tensor | None = None,
@@ -59,7 +58,8 @@ def ddim_step(
     guidance      float32 `[B]`, if flags.guided.
     rescale       float32 `[B]`, a factor on the guided prediction, if flags.rescale.
     bound         float32 `[B]`, one bound per sample, if flags.threshold.
-    base, memory  float32 `[B, C, H, W]`, kept between stages, if flags read or write them.
+    history       float32 `[slots, B, C, H, W]`, kept between stages, with as many slots as flags.num_slots or more;
+                  what is read must be finite, also where its weight is zero.
     x0            optional float32 `[B, C, H, W]`, receives the predicted image.
     counter       optional int32 `[1]`, the stage; `stage` is then not read.
     broken        optional int32 `[B]`, lowered to the first stage that leaves NaN or infinity in a sample.
@@ -77,12 +77,6 @@ def ddim_step(
     stages, rows = table.shape[:2] if known else (1, 1)
     _check("table", table, (stages, batch_size if rows == batch_size else 1, NUM_COLUMNS), (torch.float32,), device)
     stage = check_integer("stage", stage, low=0, high=stages - 1, remedy="pass a row of the table")
-    if flags.read_base and flags.write_base:
-        raise InputError(
-            got="flags that read and write the base in one step",
-            expected="one of the two: a lane may overwrite an element before another lane has read it",
-            remedy="write the base in one evaluation and read it in a later one, as the solvers do",
-        )
     if flags.add_noise:
         _check("seeds", seeds, (batch_size,), (torch.int64,), device)
     vectors = {
@@ -94,13 +88,16 @@ def ddim_step(
         if used:
             _check(name, tensor, (batch_size,), (torch.float32,), device)
     images = {
-        "base": (base, flags.read_base or flags.write_base),
-        "memory": (memory, flags.read_memory or flags.write_memory),
+        "history": (history, flags.num_slots > 0),
         "x0": (x0, x0 is not None),
     }
+    slots = flags.num_slots
+    if isinstance(history, Tensor) and unreadable(history) is None and history.ndim > 0:
+        slots = max(slots, len(history))  # Those that the flags do not use are left alone.
     for name, (tensor, used) in images.items():
+        shape = (slots, *state.shape) if name == "history" else tuple(state.shape)
         if used:
-            _check(name, tensor, state.shape, (torch.float32,), device)
+            _check(name, tensor, shape, (torch.float32,), device)
     # The kernel does not touch an operand that the flags leave out; any pointer will do.
     operands = {
         "seeds": (seeds, flags.add_noise),
@@ -121,8 +118,7 @@ def ddim_step(
         model_output,
         network_input,
         pointers["x0"],
-        pointers["base"],
-        pointers["memory"],
+        pointers["history"],
         table,
         *(pointers[name] for name in ("seeds", "guidance", "rescale", "bound", "counter", "broken")),
         num_elements,

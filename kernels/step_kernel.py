@@ -7,16 +7,17 @@
     x0     = clamp(x0, ±CLIP)                       if CLIPPED; NaN stays NaN
     x0     = clamp(x0, ±bound)/bound                if THRESHOLDED, a bound per sample
     eps    = RE_X·x + RE_X0·x0                      if REDERIVED
-    next   = C_X0·x0 + C_EPS·eps                    + C_X·x if ADD_STATE, + C_BASE·base if READ_BASE,
-                                                    + C_MEMORY·memory if READ_MEMORY, + sigma·z if NOISY
-    base   = x                                      if WRITE_BASE
-    memory = M_X·x + M_X0·x0 + M_EPS·eps            if WRITE_MEMORY, + M_MEMORY·memory if READ_MEMORY
+    next   = C_X0·x0 + C_EPS·eps                    + C_X·x if ADD_STATE, + C_Hj·h_j if READ_Hj, + sigma·z if NOISY
+    h_w    = M_X·x + M_X0·x0 + M_EPS·eps            w is WRITTEN_SLOT, if there is one; + M_H·h_w if READ_Hw
 
 z is drawn in registers (Philox). If CHECKED, the first stage that leaves NaN or infinity in a sample is recorded for
 that sample, so the host does not check every step. All arithmetic is float32 without fused multiply-add (compile with
 enable_fp_fusion=False); skipstep.kernels.step_numpy does the same operations in the same order. Coefficients come from
 a float32 table on the device and not as scalar arguments: different launchers round those differently, and a captured
 graph could not change them. skipstep.kernels.layout describes the columns, skipstep.kernels.step has the launcher.
+
+A slot may be read and written in one launch. Threads may store elements that others loaded, but what is stored follows
+from what was loaded (by M_H), so the exchange between threads orders the two. Do not drop that term where M_H is zero.
 """
 
 import triton
@@ -36,12 +37,13 @@ RE_X0 = tl.constexpr(int(Column.RE_X0))
 C_X0 = tl.constexpr(int(Column.C_X0))
 C_EPS = tl.constexpr(int(Column.C_EPS))
 C_X = tl.constexpr(int(Column.C_X))
-C_BASE = tl.constexpr(int(Column.C_BASE))
-C_MEMORY = tl.constexpr(int(Column.C_MEMORY))
+C_H0 = tl.constexpr(int(Column.C_H0))
+C_H1 = tl.constexpr(int(Column.C_H1))
+C_H2 = tl.constexpr(int(Column.C_H2))
 M_X = tl.constexpr(int(Column.M_X))
 M_X0 = tl.constexpr(int(Column.M_X0))
 M_EPS = tl.constexpr(int(Column.M_EPS))
-M_MEMORY = tl.constexpr(int(Column.M_MEMORY))
+M_H = tl.constexpr(int(Column.M_H))
 SIGMA = tl.constexpr(int(Column.SIGMA))
 LOG_SIGMA = tl.constexpr(int(Column.LOG_SIGMA))
 LOG_SIGMA_OUT = tl.constexpr(int(Column.LOG_SIGMA_OUT))
@@ -56,8 +58,7 @@ def ddim_step_kernel(
     output_ptr,  # float16, bfloat16 or float32 [B or 2B, n], the network's output; 2n if WIDE
     network_input_ptr,  # the same dtypes, [B or 2B, n], the network's next input
     x0_ptr,  # float32 [B, n], written if STORE_X0
-    base_ptr,  # float32 [B, n], read if READ_BASE, written if WRITE_BASE
-    memory_ptr,  # float32 [B, n], read if READ_MEMORY, written if WRITE_MEMORY
+    history_ptr,  # float32 [slots, B, n], slot j read if READ_Hj, WRITTEN_SLOT written
     table_ptr,  # float32 [S, B or 1, ROW]
     seeds_ptr,  # int64 [B], read if NOISY
     guidance_ptr,  # float32 [B], read if GUIDED
@@ -72,10 +73,10 @@ def ddim_step_kernel(
     THRESHOLDED: tl.constexpr,
     REDERIVED: tl.constexpr,
     ADD_STATE: tl.constexpr,
-    READ_BASE: tl.constexpr,
-    WRITE_BASE: tl.constexpr,
-    READ_MEMORY: tl.constexpr,
-    WRITE_MEMORY: tl.constexpr,
+    READ_H0: tl.constexpr,
+    READ_H1: tl.constexpr,
+    READ_H2: tl.constexpr,
+    WRITTEN_SLOT: tl.constexpr,  # -1 for none
     NOISY: tl.constexpr,
     LEARNED_VARIANCE: tl.constexpr,  # with WIDE
     WIDE: tl.constexpr,  # the network's output has twice the state's channels
@@ -129,11 +130,15 @@ def ddim_step_kernel(
     x_next = tl.load(row_ptr + C_X0) * x0 + tl.load(row_ptr + C_EPS) * eps
     if ADD_STATE:
         x_next += tl.load(row_ptr + C_X) * x
-    if READ_BASE:
-        x_next += tl.load(row_ptr + C_BASE) * tl.load(base_ptr + elements, mask=mask)
-    if READ_MEMORY:
-        memory = tl.load(memory_ptr + elements, mask=mask)
-        x_next += tl.load(row_ptr + C_MEMORY) * memory
+    if READ_H0:
+        h0 = tl.load(history_ptr + elements, mask=mask)
+        x_next += tl.load(row_ptr + C_H0) * h0
+    if READ_H1:
+        h1 = tl.load(history_ptr + second_half + elements, mask=mask)
+        x_next += tl.load(row_ptr + C_H1) * h1
+    if READ_H2:
+        h2 = tl.load(history_ptr + 2 * second_half + elements, mask=mask)
+        x_next += tl.load(row_ptr + C_H2) * h2
     if NOISY:
         seed = tl.load(seeds_ptr + sample)
         stream = tl.full((), STEP_STREAM, tl.uint32)
@@ -153,12 +158,14 @@ def ddim_step_kernel(
     tl.store(network_input_ptr + elements, network_input, mask=mask)
     if GUIDED:
         tl.store(network_input_ptr + second_half + elements, network_input, mask=mask)
-    if WRITE_BASE:
-        tl.store(base_ptr + elements, x, mask=mask)
-    if WRITE_MEMORY:
+    if WRITTEN_SLOT >= 0:
         kept = tl.load(row_ptr + M_X) * x + tl.load(row_ptr + M_X0) * x0 + tl.load(row_ptr + M_EPS) * eps
-        if READ_MEMORY:
-            kept += tl.load(row_ptr + M_MEMORY) * memory
-        tl.store(memory_ptr + elements, kept, mask=mask)
+        if WRITTEN_SLOT == 0 and READ_H0:
+            kept += tl.load(row_ptr + M_H) * h0
+        if WRITTEN_SLOT == 1 and READ_H1:
+            kept += tl.load(row_ptr + M_H) * h1
+        if WRITTEN_SLOT == 2 and READ_H2:
+            kept += tl.load(row_ptr + M_H) * h2
+        tl.store(history_ptr + WRITTEN_SLOT * second_half + elements, kept, mask=mask)
     if STORE_X0:
         tl.store(x0_ptr + elements, x0, mask=mask)

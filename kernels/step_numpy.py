@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipstep.errors import InputError, check_items, check_type
-from skipstep.kernels.layout import NUM_COLUMNS, Column, StepFlags
+from skipstep.kernels.layout import NUM_COLUMNS, SLOT_COLUMNS, Column, StepFlags, check_slots
 from skipstep.kernels.statistics import Thresholding, rescale_factor_numpy, threshold_bound_numpy
 
 Array = NDArray[np.float32]
@@ -58,6 +58,7 @@ class NumpyStep:
         flags = check_items("flags", flags, expected="StepFlags, one a stage", remedy="pass the plan's")
         for each in flags:
             check_type("flags", each, StepFlags, remedy="pass the plan's, one a stage")
+            check_slots(each)
         copies = 2 if any(each.guided for each in flags) else 1
         wide = 2 if any(each.wide_output for each in flags) else 1
         _check("model_output", model_output, (copies * batch_size, wide * channels, *state.shape[2:]), any_float=True)
@@ -92,14 +93,14 @@ class NumpyStep:
         self._eps = np.empty_like(state)
         self._next = np.empty_like(state)
         self._term = np.empty_like(state)
-        self.base = np.empty_like(state) if any(f.write_base for f in flags) else None
-        remembers = any(f.write_memory for f in flags)
-        self.memory, self._kept = (np.empty_like(state) if remembers else None for _ in range(2))
+        # As on a GPU a slot that nothing has written holds zeros.
+        self.history = [np.zeros_like(state) for _ in range(max(f.num_slots for f in flags))]
+        self._kept = np.empty_like(state) if any(f.written_slots for f in flags) else None
 
     def __call__(self, stage: int) -> None:
         row, flags = self._rows[stage], self._flags[stage]
         x, x0, eps, x_next, term = self._state, self._x0, self._eps, self._next, self._term
-        base, memory = self.base, self.memory
+        history = self.history
         out = self._combined_prediction(flags)
 
         self._combine(row[Column.X0_X], x, row[Column.X0_OUT], out, into=x0)
@@ -121,10 +122,8 @@ class NumpyStep:
         self._combine(row[Column.C_X0], x0, row[Column.C_EPS], eps, into=x_next)
         if flags.add_state:
             x_next += np.multiply(x, row[Column.C_X], out=term)
-        if flags.read_base and base is not None:
-            x_next += np.multiply(base, row[Column.C_BASE], out=term)
-        if flags.read_memory and memory is not None:
-            x_next += np.multiply(memory, row[Column.C_MEMORY], out=term)
+        for slot in flags.read_slots:
+            x_next += np.multiply(history[slot], row[SLOT_COLUMNS[slot]], out=term)
         if flags.add_noise:
             assert self._noise is not None, "flags.add_noise comes with noise"
             z = self._noise(stage).reshape(x.shape)
@@ -132,15 +131,14 @@ class NumpyStep:
                 z = z * np.exp(row[Column.LOG_SIGMA] + row[Column.LOG_SIGMA_OUT] * self._variance)
             x_next += np.multiply(z, row[Column.SIGMA], out=term)
 
-        if flags.write_base and base is not None:
-            base[...] = x
-        if flags.write_memory and memory is not None and self._kept is not None:
+        for slot in flags.written_slots:
+            assert self._kept is not None, "a slot is written"
             kept = self._kept
             self._combine(row[Column.M_X], x, row[Column.M_X0], x0, into=kept)
             kept += np.multiply(eps, row[Column.M_EPS], out=term)
-            if flags.read_memory:
-                kept += np.multiply(memory, row[Column.M_MEMORY], out=term)
-            self.memory, self._kept = kept, memory
+            if slot in flags.read_slots:
+                kept += np.multiply(history[slot], row[Column.M_H], out=term)
+            history[slot], self._kept = kept, history[slot]
         x[...] = x_next
         for half in self._inputs:
             half[...] = x_next

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.integrate import solve_ivp
 from scipy.special import softmax
 
+from skipstep.kernels.layout import NUM_SLOTS
 from skipstep.plans.solvers import SOLVERS, SolverOptions, UpdateWeights
 
 Eps = Callable[[NDArray[np.float64], float], NDArray[np.float64]]
@@ -58,20 +59,19 @@ def walk_table(
     noise: Callable[[int], NDArray[np.float64]] | None = None,
 ) -> NDArray[np.float64]:
     """The equations of skipstep.kernels.layout in float64, without clipping."""
-    base = memory = np.full_like(x, np.nan)
+    history = [np.full_like(x, np.nan)] * NUM_SLOTS
     for e, a in enumerate(weights.level):
         eps = eps_of(x, float(a))
         x0 = (x - np.sqrt(1 - a) * eps) / np.sqrt(a)
         terms = [(weights.c_x[e], x), (weights.c_x0[e], x0), (weights.c_eps[e], eps)]
-        terms += [(weights.c_base[e], base), (weights.c_memory[e], memory)]
+        terms += zip((weights.c_h0[e], weights.c_h1[e], weights.c_h2[e]), history, strict=True)
         if noise is not None:
             terms.append((weights.sigma[e], noise(e)))
         x_next = sum(weight * value for weight, value in terms if weight != 0.0)
-        kept = [(weights.m_x[e], x), (weights.m_x0[e], x0), (weights.m_eps[e], eps), (weights.m_memory[e], memory)]
+        slot = int(weights.slot[e])
+        kept = [(weights.m_x[e], x), (weights.m_x0[e], x0), (weights.m_eps[e], eps), (weights.m_h[e], history[slot])]
         if any(weight != 0.0 for weight, _ in kept):
-            memory = sum(weight * value for weight, value in kept if weight != 0.0)
-        if weights.keep_base[e]:
-            base = x
+            history[slot] = sum(weight * value for weight, value in kept if weight != 0.0)
         x = x_next
     return x
 

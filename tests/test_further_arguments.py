@@ -28,11 +28,11 @@ from skipstep.plans.solvers import SolverOptions
 
 SHAPE = (2, 1, 4, 4)
 # Every operand is used.
-FLAGS = StepFlags(threshold=True, read_memory=True, write_memory=True, add_noise=True, guided=True, rescale=True)
+FLAGS = StepFlags(threshold=True, read_h0=True, write_h0=True, add_noise=True, guided=True, rescale=True)
 TABLE = Plan(schedule=NoiseSchedule.linear(1000), steps=3).coefficients.astype(np.float32).reshape(3, 1, -1)
 BUNDLE = open_bundle(skipstep.__path__[0] + "/demo/fashion-mnist.bundle", allow_hard_links=True)
 GRAPH = BUNDLE.read_graph(BUNDLE.manifest.graphs["plan"])
-BUFFERS = ("state", "model_output", "network_input", "memory", "base", "x0", "broken")
+BUFFERS = ("state", "model_output", "network_input", "history", "x0", "broken")
 
 
 def _step(filled: Callable[..., Any], array: Callable[[Any], Any]) -> dict[str, Any]:
@@ -48,8 +48,8 @@ def _step(filled: Callable[..., Any], array: Callable[[Any], Any]) -> dict[str, 
 
 
 def _kernel() -> dict[str, Any]:
-    seeds, image = torch.arange(2), torch.zeros(SHAPE)
-    given = {"stage": 0, "flags": FLAGS, "seeds": seeds, "memory": image, "bound": torch.ones(2)}
+    seeds, history = torch.arange(2), torch.zeros(1, *SHAPE)
+    given = {"stage": 0, "flags": FLAGS, "seeds": seeds, "history": history, "bound": torch.ones(2)}
     return {**_step(torch.ones, lambda array: torch.from_numpy(array.copy())), **given}
 
 

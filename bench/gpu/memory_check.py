@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from skipstep.bench.gpu.tasks import Verdict
-from skipstep.kernels.layout import NUM_COLUMNS, StepFlags
+from skipstep.kernels.layout import NUM_COLUMNS, NUM_SLOTS, StepFlags
 from skipstep.kernels.step import ddim_step, initial_noise
 
 TOOL: Final = "compute-sanitizer"
@@ -101,9 +101,14 @@ def _all_but(*left_out: str) -> StepFlags:
     return StepFlags(**{each.name: each.name not in left_out for each in fields(StepFlags)})
 
 
+def _others(written: int) -> list[str]:
+    """The flags of a step that writes one slot of the history, which it may not have."""
+    return [f"write_h{slot}" for slot in range(NUM_SLOTS) if slot != written]
+
+
 def run_kernels(device: str) -> None:
     sizes = _SIZES if device == "cuda" else _FEW_SIZES
-    flag_sets = (StepFlags(clip=True), *(_all_but("clip", base) for base in ("read_base", "write_base")))
+    flag_sets = (StepFlags(clip=True), *(_all_but("clip", *_others(slot)) for slot in range(NUM_SLOTS)))
     for n, flags, dtype in itertools.product(sizes, flag_sets, (torch.float16, torch.float32)):
         network_batch, channels = _BATCH_SIZE * (2 if flags.guided else 1), 2 if flags.wide_output else 1
         state = torch.randn(_BATCH_SIZE, 1, n, 1, device=device)
@@ -122,8 +127,7 @@ def run_kernels(device: str) -> None:
             guidance=ones,
             rescale=ones,
             bound=ones,
-            base=torch.zeros_like(state),
-            memory=torch.zeros_like(state),
+            history=torch.zeros(NUM_SLOTS, *state.shape, device=device),
             x0=torch.empty_like(state),
             broken=torch.full((_BATCH_SIZE,), 99, device=device, dtype=torch.int32),
         )

@@ -46,8 +46,7 @@ class StepOperands:
     guidance: DeviceBuffer | None = None
     rescale: DeviceBuffer | None = None
     bound: DeviceBuffer | None = None
-    base: DeviceBuffer | None = None
-    memory: DeviceBuffer | None = None
+    history: DeviceBuffer | None = None
     x0: DeviceBuffer | None = None
 
 
@@ -163,8 +162,7 @@ class StepLauncher:
             "guidance": 4 * batch_size * flags.guided,
             "rescale": 4 * batch_size * flags.rescale,
             "bound": 4 * batch_size * flags.threshold,
-            "base": 4 * image * (flags.read_base or flags.write_base),
-            "memory": 4 * image * (flags.read_memory or flags.write_memory),
+            "history": 4 * image * flags.num_slots,
             "x0": 4 * image * (operands.x0 is not None),
         }
         checked = {

@@ -125,8 +125,9 @@ class Workspace:
 
         self.state = image()
         self.x0 = image() if keep_x0 else None
-        self._base = image() if any(flags.write_base for flags in structure.flags) else None
-        self._memory = image() if any(flags.write_memory for flags in structure.flags) else None
+        # Zeros: what a step reads must be finite, also while graphs are recorded.
+        slots = max(flags.num_slots for flags in structure.flags)
+        self._history = device.zeros((slots, *shape), torch.float32) if slots else None
         # The zeros are the calling thread's; what is launched here must not come before them.
         device.stream.wait(device.caller_stream().record())
 
@@ -211,8 +212,7 @@ class Workspace:
             guidance=call["guidance"],
             rescale=rescale,
             bound=bound,
-            base=self._base,
-            memory=self._memory,
+            history=self._history,
             x0=self.x0,
             counter=counter,
             broken=call["broken"],

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipstep.errors import PlanError, check_choice
-from skipstep.kernels.layout import NUM_COLUMNS, Column, StepFlags
+from skipstep.kernels.layout import NUM_COLUMNS, NUM_SLOTS, Column, StepFlags
 from skipstep.plans.solvers import UPDATE_COLUMNS, UpdateWeights
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
@@ -76,16 +76,18 @@ def stage_flags(
     """What the step does after each of the E evaluations: which columns of its row count."""
     uses = {name: coefficients[:, Column[name.upper()]] != 0.0 for name in UPDATE_COLUMNS}
     adds_noise = bool(np.any(uses["sigma"]))
+    written = np.where(uses["m_x"] | uses["m_x0"] | uses["m_eps"] | uses["m_h"], weights.slot, -1)
+    history = {}
+    for slot in range(NUM_SLOTS):
+        history[f"read_h{slot}"] = uses[f"c_h{slot}"] | (uses["m_h"] & (written == slot))
+        history[f"write_h{slot}"] = written == slot
     return tuple(
         StepFlags(
             clip=isinstance(clip, float),
             threshold=clip == "dynamic",
             rederive_eps=rederives,
             add_state=bool(uses["c_x"][row]),
-            read_base=bool(uses["c_base"][row]),
-            write_base=bool(weights.keep_base[row]),
-            read_memory=bool(uses["c_memory"][row] or uses["m_memory"][row]),
-            write_memory=any(bool(uses[name][row]) for name in ("m_x", "m_x0", "m_eps", "m_memory")),
+            **{name: bool(values[row]) for name, values in history.items()},
             # All rows alike: a last row without noise would be one more kernel to compile, for nothing.
             add_noise=adds_noise,
             learned_variance=learned_variance,

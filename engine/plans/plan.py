@@ -13,7 +13,6 @@ Three conventions differ in what happens to the predicted image x0 and noise eps
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from skipstep.kernels.layout import StepFlags
 from skipstep.kernels.statistics import Thresholding
 from skipstep.plans.coefficients import PredictionType, coefficient_table, stage_flags
 from skipstep.plans.fit import Fit, Quality, check_weights, read_fit, read_quality, refuse_fitted
+from skipstep.plans.key import plan_key
 from skipstep.plans.plan_options import check_final_alpha_bar, check_solver_options, resolve_clip, resolve_timesteps
 from skipstep.plans.schedule import NoiseSchedule, check_schedule
 from skipstep.plans.solvers import (
@@ -320,11 +320,12 @@ class Plan:
         return stored
 
     def _hash(self) -> str:
-        digest = hashlib.sha256(b"skipstep plan 2")
-        digest.update(repr((self.stage_flags, self.thresholding)).encode())
-        digest.update(self.evaluation_timesteps.astype("<f8").tobytes())
-        digest.update(self.coefficients.astype("<f4").tobytes())
-        return digest.hexdigest()[:16]
+        return plan_key(
+            self.stage_flags,
+            self.thresholding,
+            evaluation_timesteps=self.evaluation_timesteps,
+            coefficients=self.coefficients,
+        )
 
     def _evaluations(
         self, weights: UpdateWeights, timesteps: tuple[int, ...]

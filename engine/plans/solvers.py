@@ -56,7 +56,7 @@ class UpdateWeights:
     grid        int `[E]`: which of the plan's levels that is, or BETWEEN.
     c_*, m_*    weights of the next state and of the history (skipstep.kernels.layout).
     sigma       of the fresh noise; exp(log_sigma + log_sigma_out·v) times it where the variance is learned.
-    keep_base   bool `[E]`: this evaluation is the first of a step whose later ones read its state.
+    slot        int `[E]`: which slot of the history an evaluation writes, if one of its m_* is not zero.
     ends_step   bool `[E]`: this evaluation is the last of its step.
     """
 
@@ -66,32 +66,33 @@ class UpdateWeights:
     c_x: Levels = field(init=False)
     c_x0: Levels = field(init=False)
     c_eps: Levels = field(init=False)
-    c_base: Levels = field(init=False)
-    c_memory: Levels = field(init=False)
+    c_h0: Levels = field(init=False)
+    c_h1: Levels = field(init=False)
+    c_h2: Levels = field(init=False)
     m_x: Levels = field(init=False)
     m_x0: Levels = field(init=False)
     m_eps: Levels = field(init=False)
-    m_memory: Levels = field(init=False)
+    m_h: Levels = field(init=False)
     sigma: Levels = field(init=False)
     log_sigma: Levels = field(init=False)
     log_sigma_out: Levels = field(init=False)
-    keep_base: NDArray[np.bool_] = field(init=False)
+    slot: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
         for each in fields(self):
             if not each.init:
-                setattr(self, each.name, np.zeros(len(self.level), bool if each.name == "keep_base" else np.float64))
+                setattr(self, each.name, np.zeros(len(self.level), np.int64 if each.name == "slot" else np.float64))
 
 
 # The arrays of `UpdateWeights` that are columns of the step's table, by the same names in lower case.
 UPDATE_COLUMNS = (
-    *("c_x", "c_x0", "c_eps", "c_base", "c_memory", "m_x", "m_x0", "m_eps", "m_memory"),
+    *("c_x", "c_x0", "c_eps", "c_h0", "c_h1", "c_h2", "m_x", "m_x0", "m_eps", "m_h"),
     *("sigma", "log_sigma", "log_sigma_out"),
 )
 
 
 # The columns of a fitted plan's weights. The history is a sum that the next step takes as it is: its weight there is 1.
-FITTED_COLUMNS = ("c_x", "c_x0", "m_x", "m_x0", "m_memory")
+FITTED_COLUMNS = ("c_x", "c_x0", "m_x", "m_x0", "m_h")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +158,16 @@ def heun(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
             continue
         h = _ratio(p) - _ratio(a)
         weights.m_x[row], weights.m_eps[row] = sqrt(p / a), sqrt(p) * h / 2
-        weights.c_memory[row + 1], weights.c_eps[row + 1] = 1.0, sqrt(p) * h / 2
+        weights.c_h0[row + 1], weights.c_eps[row + 1] = 1.0, sqrt(p) * h / 2
         weights.level[row + 1], weights.grid[row + 1] = p, weights.grid[row] + 1
     return weights
 
 
 def rk4(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
-    """The classical Runge-Kutta rule. The history sums up the result while the inner stages start from the base."""
+    """The classical Runge-Kutta rule. Slot 0 holds x, from which the inner stages start; slot 1 sums up the result.
+
+    The second evaluation's state is √m·(x̄ + h/2·eps_1): a third of it, rescaled, is eps_1's part and a third of x.
+    """
     weights = _rows(4, alpha_bars)
     for row, a, p in _steps(weights, alpha_bars):
         if p == 1.0:
@@ -171,17 +175,17 @@ def rk4(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
             continue
         h, grid = _ratio(p) - _ratio(a), weights.grid[row]
         middle = _level(_ratio(a) + h / 2)
-        # Each inner stage goes from the base along the slope just seen, to where the next evaluation stands.
+        # Each inner stage goes from x along the slope just seen, to where the next evaluation stands.
         weights.c_x[row] = sqrt(middle / a)
-        weights.c_base[row + 1 : row + 3] = sqrt(middle / a), sqrt(p / a)
+        weights.c_h0[row + 1 : row + 4] = sqrt(middle / a), sqrt(p / a), 2 / 3 * sqrt(p / a)
         weights.c_eps[row : row + 3] = sqrt(middle) * h / 2, sqrt(middle) * h / 2, sqrt(p) * h
         weights.level[row + 1 : row + 4] = middle, middle, p
         weights.grid[row + 1 : row + 4] = BETWEEN, BETWEEN, grid + 1
-        weights.keep_base[row] = True
-        weights.m_x[row] = sqrt(p / a)
-        weights.m_memory[row + 1 : row + 3] = 1.0
-        weights.m_eps[row : row + 3] = sqrt(p) * h / 6, sqrt(p) * h / 3, sqrt(p) * h / 3
-        weights.c_memory[row + 3], weights.c_eps[row + 3] = 1.0, sqrt(p) * h / 6
+        weights.slot[row + 1 : row + 3] = 1
+        weights.m_x[row : row + 2] = 1.0, sqrt(p / middle) / 3
+        weights.m_h[row + 2] = 1.0
+        weights.m_eps[row + 1 : row + 3] = sqrt(p) * h / 3
+        weights.c_h1[row + 3], weights.c_eps[row + 3] = 1.0, sqrt(p) * h / 6
     return weights
 
 
@@ -195,7 +199,7 @@ def dpm_solver_2(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
         middle = _level(sqrt(_ratio(a) * _ratio(p)))
         _euler(weights, row, middle)
         weights.m_x[row] = sqrt(p / a)
-        weights.c_memory[row + 1], weights.c_eps[row + 1] = 1.0, sqrt(p) * (_ratio(p) - _ratio(a))
+        weights.c_h0[row + 1], weights.c_eps[row + 1] = 1.0, sqrt(p) * (_ratio(p) - _ratio(a))
         weights.level[row + 1], weights.grid[row + 1] = middle, BETWEEN
     return weights
 
@@ -215,7 +219,7 @@ def dpm_solver_pp_2m(alpha_bars: Levels, options: SolverOptions) -> UpdateWeight
     extrapolated[inner] = ratio[: len(extrapolated[inner])]
     earlier = -now * extrapolated
     weights.c_x0 = now - earlier
-    weights.c_memory = earlier
+    weights.c_h0 = earlier
     weights.m_x0[:-1] = extrapolated[1:] != 0.0
     return weights
 
@@ -235,7 +239,7 @@ def fitted(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
     weights = _one_row_per_step(alpha_bars)
     for name, column in zip(FITTED_COLUMNS, options.weights.astype(np.float64).T, strict=True):
         setattr(weights, name, column.copy())
-    weights.c_memory[1:] = 1.0
+    weights.c_h0[1:] = 1.0
     return weights
 
 

@@ -15,8 +15,8 @@ NUM_ELEMENTS, BATCH_SIZE, STAGE = 1040, 3, 5
 IMAGE = 4 * BATCH_SIZE * NUM_ELEMENTS
 EVERYTHING = StepFlags(
     threshold=True,
-    read_base=True,
-    read_memory=True,
+    read_h1=True,
+    write_h2=True,
     add_noise=True,
     learned_variance=True,
     wide_output=True,
@@ -33,8 +33,7 @@ SIZES = {
     "guidance": 4 * BATCH_SIZE,
     "rescale": 4 * BATCH_SIZE,
     "bound": 4 * BATCH_SIZE,
-    "base": IMAGE,
-    "memory": IMAGE,
+    "history": 3 * IMAGE,
     "x0": IMAGE,
 }
 OPERANDS = {name: DeviceBuffer(0x7000_0000_0000 + 0x10000 * i, size) for i, (name, size) in enumerate(SIZES.items())}

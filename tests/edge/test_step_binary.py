@@ -108,10 +108,20 @@ def test_arguments_must_be_the_kernels(damage):
     elif damage == "twice":
         arguments[3] = arguments[2]
     elif damage == "retyped":
-        arguments[12] = ["num_elements", "*int64"]
+        arguments[arguments.index(["num_elements", "int32"])] = ["num_elements", "*int64"]
     else:
         arguments.append(["more_scratch", "*int8"])
     with pytest.raises(BundleError, match="arguments"):
+        StepBinaryFacts.from_json(value)
+
+
+@pytest.mark.parametrize("flags", [[], ["read_memory"]])
+def test_kernels_of_a_version_with_other_arguments_are_refused(flags):
+    """Before there were three slots the history was two arguments, and so were its flags."""
+    value = step_facts().to_json() | {"flags": flags}
+    place = value["arguments"].index(["history_ptr", "*float32"])
+    value["arguments"][place : place + 1] = [["base_ptr", "*float32"], ["memory_ptr", "*float32"]]
+    with pytest.raises(BundleError, match="flags read_memory" if flags else "arguments = .*base_ptr"):
         StepBinaryFacts.from_json(value)
 
 

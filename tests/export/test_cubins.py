@@ -49,7 +49,7 @@ plain, noisy = StepFlags(), StepFlags(clip=True, add_noise=True)
 keep([75, 87, 89, 90, 120], [plain, noisy], ["float16"], num_elements=784)
 keep([87], [plain], ["bfloat16", "float32"], num_elements=784, per_sample=(False, True))
 keep([87], [plain], ["float16"], num_elements=2700)
-one_each = ["threshold", "read_base", "read_memory", "add_noise", "guided", "rescale"]
+one_each = ["threshold", "read_h2", "write_h0", "add_noise", "guided", "rescale"]
 keep([89], [plain, *(StepFlags(**{name: True}) for name in one_each)], ["float32"], num_elements=784)
 keep([89], [plain], ["float32"], num_elements=784, store_x0=[True])
 """
@@ -122,8 +122,8 @@ def test_arguments_are_the_parameters_that_the_assembly_declares(compiled):
     ("change", "argument"),
     [
         ({"flags": StepFlags(threshold=True)}, "bound_ptr"),
-        ({"flags": StepFlags(read_base=True)}, "base_ptr"),
-        ({"flags": StepFlags(read_memory=True)}, "memory_ptr"),
+        ({"flags": StepFlags(read_h2=True)}, "history_ptr"),
+        ({"flags": StepFlags(write_h0=True)}, "history_ptr"),
         ({"flags": StepFlags(add_noise=True)}, "seeds_ptr"),
         ({"flags": StepFlags(guided=True)}, "guidance_ptr"),
         ({"flags": StepFlags(rescale=True)}, "rescale_ptr"),
@@ -159,7 +159,7 @@ def test_a_launch_packs_what_the_assembly_declares(compiled):
         [launch] = driver.launches
         assert launch["arguments"] == [
             *(state, state, output, network_input),
-            *(state, state, state),
+            *(state, state),
             *(table, seeds),
             *(state, state, state, state, state),
             *(784, 9, 0, 0),

@@ -223,7 +223,7 @@ def test_a_learned_variance_scales_the_noise(form):
 
 
 def test_an_unrolled_stage_does_what_its_flags_say_and_no_more(labelled):
-    """Of DPM-Solver++ 2M the first step has no memory to read and the last writes none."""
+    """Of DPM-Solver++ 2M the first step has no history to read and the last writes none."""
     plan = PLANS["dpm_solver_pp_2m"]
     graph = build_sampler(labelled.source.partition(), labelled.network, plan, form="unrolled")
     model = onnx.load_from_string(graph).graph
@@ -233,9 +233,9 @@ def test_an_unrolled_stage_does_what_its_flags_say_and_no_more(labelled):
     lean = build_sampler(labelled.source.partition(), labelled.network, PLANS["ddim"], form="unrolled")
     added = len(model.node) - len(onnx.load_from_string(lean).graph.node)
     flags = plan.stage_flags
-    reads, writes = sum(f.read_memory for f in flags), sum(f.write_memory for f in flags)
+    reads, writes = sum(f.read_h0 for f in flags), sum(f.write_h0 for f in flags)
     assert writes < len(flags)
-    both = sum(f.read_memory and f.write_memory for f in flags)
+    both = sum(f.read_h0 and f.write_h0 for f in flags)
     assert added == 2 * (reads + sum(f.add_state for f in flags)) + 5 * writes + 2 * both
 
 

@@ -25,9 +25,9 @@ STAGES = (0, 1, 7)
 FLAGS = (
     StepFlags(),
     StepFlags(clip=True, rederive_eps=True, add_noise=True, guided=True, rescale=True),
-    StepFlags(threshold=True, add_state=True, read_memory=True, write_memory=True),
-    StepFlags(read_base=True, read_memory=True, write_memory=True),
-    StepFlags(add_state=True, write_base=True, write_memory=True),
+    StepFlags(threshold=True, add_state=True, read_h0=True, write_h0=True),
+    StepFlags(read_h0=True, read_h1=True, read_h2=True, write_h1=True),
+    StepFlags(add_state=True, read_h1=True, write_h2=True),
     StepFlags(clip=True, add_state=True, add_noise=True, learned_variance=True, wide_output=True, guided=True),
 )
 TARGET = GPUTarget("cuda", 90, 32)
@@ -73,7 +73,7 @@ def launches():
         options = step_constants(
             flags, per_sample=index % 2 == 1, store_x0=index % 3 == 1, counted=index == 4, checked=index % 4 != 3
         )
-        state = (f32, f32, network, network, f32, f32, f32, f32, i64, f32, f32, f32, i32, i32, size, stage)
+        state = (f32, f32, network, network, f32, f32, f32, i64, f32, f32, f32, i32, i32, size, stage)
         yield ddim_step_kernel, state, options, launch
 
 

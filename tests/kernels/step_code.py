@@ -55,7 +55,7 @@ def operand_bytes(global_accesses: Mapping[str, int]) -> int:
 
 def least_bytes(flags: StepFlags, dtype: str) -> int:
     """Each operand read once, each result written once; for an element of the state."""
-    float32 = 2 + flags.read_base + flags.write_base + flags.read_memory + flags.write_memory
+    float32 = 2 + len(flags.read_slots) + len(flags.written_slots)
     network = 2 * (1 + flags.guided) + flags.learned_variance * (1 + flags.guided)
     return 4 * float32 + _ITEM_SIZES[dtype] * network
 

@@ -46,6 +46,7 @@ TRAFFIC = {
     "everything": Traffic(1, 1, 2, 2, scalars=9, seeds=1),
     "multistep": Traffic(2, 2, 1, 1, scalars=12),
     "runge_kutta": Traffic(3, 2, 1, 1, scalars=12),
+    "ring": Traffic(4, 2, 1, 1, scalars=14),
     "learned_variance": Traffic(1, 1, 2, 1, scalars=11, seeds=1),
 }
 
@@ -99,7 +100,7 @@ def test_generated_code(arch):
         for absent in ("spill_instructions", "local_bytes", "stack_bytes", "fused_multiply_adds"):
             assert kernel[absent] == 0, (case, absent)
         # By 128 threads: with 64 registers eight blocks fit on every one of these architectures, with 72 seven.
-        assert kernel["registers"] <= (72 if variant == "learned_variance" else 64), case
+        assert kernel["registers"] <= (72 if variant in ("learned_variance", "ring") else 64), case
 
 
 @pytest.mark.slow

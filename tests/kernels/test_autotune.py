@@ -129,7 +129,7 @@ def test_the_step_that_is_measured_can_be_repeated(dtype, kernel_device, monkeyp
         states.append(operands["state"].cpu().clone())
 
     monkeypatch.setattr(step, "ddim_step", remember)
-    flags = StepFlags(clip=True, rederive_eps=True, add_noise=True, guided=True, read_base=True, write_memory=True)
+    flags = StepFlags(clip=True, rederive_eps=True, add_noise=True, guided=True, read_h2=True, write_h0=True)
     run = step_to_measure(LaunchCase(40, 2, dtype), flags, kernel_device)
     for _ in range(5):
         run(StepLaunch(256, 1))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from step_cases import everything
 
 from skipstep.errors import InputError
 from skipstep.kernels.autotune import LaunchCase, candidates
 from skipstep.kernels.launch import DEFAULT_LAUNCH, StepLaunch, choose_launch
-from skipstep.kernels.layout import NUM_COLUMNS, Column, StepFlags
+from skipstep.kernels.layout import NUM_COLUMNS, NUM_SLOTS, Column
 from skipstep.kernels.step import ddim_step, initial_noise
 
 ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
@@ -34,10 +33,10 @@ def run_step(n: int, launch: StepLaunch, device: str, *, dtype: torch.dtype) -> 
     def normal(*shape: int) -> torch.Tensor:
         return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(device)
 
-    left_out = ("clip", "learned_variance", "read_base")
-    flags = StepFlags(**{each.name: each.name not in left_out for each in fields(StepFlags)})
+    flags = everything(written=2, without=("clip", "learned_variance"))
     table = normal(2, batch_size, NUM_COLUMNS)
-    written = {name: normal(batch_size, 1, n, 1) for name in ("state", "base", "memory", "x0")}
+    written = {name: normal(batch_size, 1, n, 1) for name in ("state", "x0")}
+    written["history"] = normal(NUM_SLOTS, batch_size, 1, n, 1)
     network_input = torch.full((2 * batch_size, 1, n, 1), float("nan"), dtype=dtype, device=device)
     broken = torch.full((batch_size,), 99, dtype=torch.int32, device=device)
     table[1, 1, Column.C_X] = float("inf")  # The second sample breaks, in every program.

@@ -84,6 +84,7 @@ def valid_arguments():
     }
 
 
+HISTORY = torch.zeros(3, 2, 1, 4, 4)
 NARROW = {"model_output": torch.zeros(2, 1, 4, 4), "network_input": torch.zeros(2, 1, 4, 4)}
 
 
@@ -109,13 +110,14 @@ NARROW = {"model_output": torch.zeros(2, 1, 4, 4), "network_input": torch.zeros(
         ({"x0": torch.zeros(1, 1, 4, 4)}, "x0 [1, 1, 4, 4]"),
         ({"counter": torch.zeros(2, dtype=torch.int32)}, "counter [2]"),
         ({"broken": torch.zeros(2)}, "broken [2] torch.float32"),
-        ({"flags": StepFlags(read_memory=True), **NARROW}, "no memory"),
-        ({"flags": StepFlags(write_base=True), **NARROW}, "no base"),
-        ({"flags": StepFlags(read_base=True, write_base=True), **NARROW}, "read and write the base"),
+        ({"flags": StepFlags(read_h0=True), **NARROW}, "no history"),
+        ({"flags": StepFlags(write_h2=True), **NARROW}, "no history"),
+        ({"flags": StepFlags(write_h0=True, write_h2=True), **NARROW, "history": HISTORY}, "history slots h0, h2"),
+        ({"flags": StepFlags(read_h2=True), **NARROW, "history": HISTORY[:2]}, "history [2, 2, 1, 4, 4]"),
         ({"flags": StepFlags(threshold=True), **NARROW}, "no bound"),
         ({"flags": StepFlags(guided=True, rescale=True)}, "no rescale"),
         ({"flags": StepFlags(wide_output=True, learned_variance=True), **NARROW}, "model_output [2, 1, 4, 4]"),
-        ({"flags": StepFlags(read_memory=True), **NARROW, "memory": torch.zeros(2, 16)}, "memory [2, 16]"),
+        ({"flags": StepFlags(read_h0=True), **NARROW, "history": torch.zeros(1, 2, 16)}, "history [1, 2, 16]"),
     ],
 )
 def test_refuses_wrong_tensors(change, names):

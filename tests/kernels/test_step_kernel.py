@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from engines import SCHEDULE
-from step_cases import SEEDS, random_case, seeds_tensor
+from step_cases import SEEDS, everything, random_case, seeds_tensor
 from tolerances import BFLOAT16_ULP, GENERAL_UPDATE, STEP_RELATIVE
 
 from skipstep import Plan
 from skipstep.calls.noise import StageNoise, standard_normal
-from skipstep.kernels.layout import NUM_COLUMNS, Column, StepFlags, Stream
+from skipstep.kernels.layout import NUM_COLUMNS, NUM_SLOTS, Column, StepFlags, Stream
 from skipstep.kernels.reference import ddim_step_reference, general_update_reference
 from skipstep.kernels.statistics import Thresholding, sample_statistics
 from skipstep.kernels.step import ddim_step, initial_noise
@@ -128,22 +128,15 @@ def test_has_the_bits_of_the_numpy_step(n, batch_size, guided, per_sample, kerne
 # Each part of the general update by itself, all together, and the combinations that solvers make.
 GENERAL = {
     "state": StepFlags(add_state=True),
-    "base": StepFlags(read_base=True),
-    "base kept": StepFlags(write_base=True),
-    "memory": StepFlags(read_memory=True),
-    "memory begun": StepFlags(write_memory=True),
-    "memory carried on": StepFlags(read_memory=True, write_memory=True),
+    **{f"slot {j} read": StepFlags(**{f"read_h{j}": True}) for j in range(NUM_SLOTS)},
+    **{f"slot {j} written": StepFlags(**{f"write_h{j}": True}) for j in range(NUM_SLOTS)},
+    **{f"slot {j} added to": StepFlags(**{f"read_h{j}": True, f"write_h{j}": True}) for j in range(NUM_SLOTS)},
+    "runge kutta": StepFlags(read_h0=True, read_h1=True, write_h1=True),
     "threshold": StepFlags(threshold=True, rederive_eps=True),
     "rescaled": StepFlags(guided=True, rescale=True),
     "wide": StepFlags(wide_output=True, guided=True),
     "learned variance": StepFlags(wide_output=True, learned_variance=True, add_noise=True, add_state=True, clip=True),
-    # But for the two ways to clip, of which a plan has one; the base is read or written.
-    **{
-        f"everything, {left_out} left out": StepFlags(
-            **{each.name: each.name not in ("clip", left_out) for each in fields(StepFlags)}
-        )
-        for left_out in ("read_base", "write_base")
-    },
+    **{f"everything, slot {j} written": everything(written=j) for j in range(NUM_SLOTS)},
 }
 
 
@@ -181,7 +174,7 @@ def test_the_general_update(name, n, per_sample, kernel_device):
     table = normal(2, batch_size if per_sample else 1, NUM_COLUMNS)
     table[..., Column.CLIP] = 0.8
     copies, channels = 1 + flags.guided, 1 + flags.wide_output
-    state, base, memory = normal(3, 1, n, 1), normal(3, 1, n, 1), normal(3, 1, n, 1)
+    state, history = normal(3, 1, n, 1), normal(NUM_SLOTS, 3, 1, n, 1)
     output = normal(copies * batch_size, channels, n, 1)
     strength = np.array([0.0, 0.4, 1.0], np.float32)
     thresholding = Thresholding(0.9, 1.5)
@@ -192,21 +185,21 @@ def test_the_general_update(name, n, per_sample, kernel_device):
         model_output=output,
         network_input=twin_input,
         table=table,
-        flags=[StepFlags(write_base=True, write_memory=True), flags],
+        flags=[StepFlags(write_h2=True), flags],
         guidance=GUIDANCE if flags.guided else None,
         rescale=strength,
         thresholding=thresholding,
         noise=StageNoise(SEEDS, n, 2),
         x0=twin_x0,
     )
-    twin.base, twin.memory = base.copy(), memory.copy()
+    twin.history[:] = history.copy()
     twin(1)
 
     def upload(array):
         return torch.tensor(array, device=kernel_device)
 
     ours, network_input, x0 = upload(state), upload(twin_input * np.nan), upload(twin_x0 * np.nan)
-    ours_base, ours_memory = upload(base), upload(memory)
+    ours_history = upload(history)
     factor, bound = sample_statistics(
         ours,
         upload(output),
@@ -227,8 +220,7 @@ def test_the_general_update(name, n, per_sample, kernel_device):
         guidance=upload(GUIDANCE),
         rescale=factor,
         bound=bound,
-        base=ours_base,
-        memory=ours_memory,
+        history=ours_history,
         x0=x0,
     )
     # The exponential is each library's own, and so is the order in which a standard deviation is summed.
@@ -238,8 +230,7 @@ def test_the_general_update(name, n, per_sample, kernel_device):
         torch.from_numpy(output),
         torch.from_numpy(np.broadcast_to(table[1], (batch_size, NUM_COLUMNS)).copy()),
         flags,
-        base=torch.from_numpy(base),
-        memory=torch.from_numpy(memory),
+        history=torch.from_numpy(history),
         guidance=torch.from_numpy(GUIDANCE),
         rescale=torch.from_numpy(strength),
         thresholding=thresholding,
@@ -248,8 +239,7 @@ def test_the_general_update(name, n, per_sample, kernel_device):
     for kernel, numpy, truth in (
         (ours, twin_state, exact.x_s),
         (x0, twin_x0, exact.x0),
-        (ours_base, twin.base, exact.base),
-        (ours_memory, twin.memory, exact.memory),
+        (ours_history, np.stack(twin.history), exact.history),
     ):
         np.testing.assert_allclose(kernel.cpu().numpy(), numpy, rtol=0, atol=atol)
         largest = 30 * truth.abs().max().item() + 30

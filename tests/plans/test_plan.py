@@ -8,7 +8,8 @@ from tolerances import FLOAT64
 
 from skipstep import NoiseSchedule, Plan
 from skipstep.errors import PlanError
-from skipstep.kernels.layout import NUM_COLUMNS, Column, StepFlags
+from skipstep.kernels.layout import NUM_COLUMNS, SLOT_COLUMNS, Column, StepFlags
+from skipstep.plans.key import plan_key
 from skipstep.plans.solvers import SOLVERS
 from skipstep.plans.spacing import SPACINGS
 
@@ -150,6 +151,32 @@ def test_whatever_changes_the_result_changes_the_key(change):
     assert Plan(**{**base, **change}).key != Plan(**base).key
 
 
+FITTED = [[0.5, 0.5, 0.1, 0.2, 0.0], [0.5, 0.4, 0.1, 0.3, 0.7], [0.1, 0.9, 0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"steps": 1}, "a6cf9dd79e52c942"),
+        ({"steps": 5}, "b7db6b90c163d0fb"),
+        ({"steps": 5, "solver": "heun"}, "471e0a1625133eb3"),
+        ({"timesteps": [900, 500, 100], "solver": "fitted", "weights": FITTED}, "b961b26973d24b79"),
+    ],
+)
+def test_a_plan_keeps_its_key_from_version_to_version(options, key):
+    """Bundles hold keys. Of these plans nothing depends on a library's logarithms."""
+    assert Plan(schedule=LINEAR, **options).key == key
+
+
+def test_every_flag_of_a_stage_is_in_the_key():
+    def key_of(flags: StepFlags) -> str:
+        tables = {"evaluation_timesteps": np.zeros(1), "coefficients": np.zeros((1, NUM_COLUMNS), np.float32)}
+        return plan_key((flags,), None, **tables)
+
+    flags = [StepFlags(), *(StepFlags(**{each.name: True}) for each in dataclasses.fields(StepFlags))]
+    assert len({key_of(each) for each in flags}) == len(flags)
+
+
 def test_a_plan_may_end_at_the_first_level_of_the_schedule():
     first = float(LINEAR.alpha_bar[0])
     plan = Plan(schedule=LINEAR, steps=10, spacing="leading", final_alpha_bar=first)
@@ -273,10 +300,10 @@ def test_every_solver_ends_where_its_plan_says_on_every_grid(solver, spacing, st
     last = plan.coefficients[-1].astype(np.float64)
     # At alpha_bar = 1 the predicted image is the result, but for a multistep rule's rounding.
     assert last[Column.C_X0] == pytest.approx(1.0, abs=1e-6)
-    assert abs(last[[Column.C_EPS, Column.C_X, Column.C_BASE, Column.C_MEMORY, Column.SIGMA]]).max() < 1e-6
+    assert abs(last[[Column.C_EPS, Column.C_X, *SLOT_COLUMNS, Column.SIGMA]]).max() < 1e-6
     # What is kept is written before it is read.
-    has_memory = has_base = False
+    written: set[int] = set()
     for flags in plan.stage_flags:
-        assert has_memory or not flags.read_memory
-        assert has_base or not flags.read_base
-        has_memory, has_base = has_memory or flags.write_memory, has_base or flags.write_base
+        assert written.issuperset(flags.read_slots)
+        assert len(flags.written_slots) <= 1
+        written.update(flags.written_slots)

@@ -149,7 +149,8 @@ def check_step(case: Case, n: int, ptx: str) -> int:
     table = normal(NUM_STAGES, batch if case.per_sample else 1, NUM_COLUMNS)
     table[..., Column.CLIP] = 0.8
     copies, channels = 1 + flags.guided, 1 + flags.wide_output
-    state, base, memory, x0 = (normal(batch, 1, n, 1) for _ in range(4))
+    state, x0 = (normal(batch, 1, n, 1) for _ in range(2))
+    history = normal(max(1, flags.num_slots), batch, 1, n, 1)
     output = as_network(normal(copies * batch, channels, n, 1), case.dtype)
     if case.checked:
         state[1, 0, n // 16] = np.nan
@@ -161,14 +162,14 @@ def check_step(case: Case, n: int, ptx: str) -> int:
         model_output=read,
         network_input=twin_input,
         table=table,
-        flags=[dataclasses.replace(flags, write_base=True, write_memory=True)] * STAGE + [flags],
+        flags=[flags] * NUM_STAGES,
         guidance=guidance if flags.guided else None,
         rescale=strength if flags.rescale else None,
         thresholding=THRESHOLDING if flags.threshold else None,
         noise=StageNoise(SEEDS, n, NUM_STAGES) if flags.add_noise else None,
         x0=twin_x0,
     )
-    twin.base, twin.memory = base.copy(), memory.copy()
+    twin.history[:] = history[: flags.num_slots].copy()
     factor, bound = _statistics(flags, state, read, table[STAGE], guidance, strength)
     with np.errstate(all="ignore"):
         twin(STAGE)
@@ -180,8 +181,7 @@ def check_step(case: Case, n: int, ptx: str) -> int:
         "output": output,
         "network_input": network_input,
         "x0": x0 if case.store_x0 else None,
-        "base": base if flags.read_base or flags.write_base else None,
-        "memory": memory if flags.read_memory or flags.write_memory else None,
+        "history": history if flags.num_slots else None,
         "table": table,
         "seeds": SEEDS if flags.add_noise else None,
         "guidance": guidance if flags.guided else None,
@@ -198,10 +198,8 @@ def check_step(case: Case, n: int, ptx: str) -> int:
         _same("network input", as_float32(network_input, case.dtype), as_float32(expected, case.dtype), True)
     if case.store_x0:
         _same("x0", x0, twin_x0, exact)
-    if flags.write_base:
-        _same("base", base, twin.base, exact)
-    if flags.write_memory:
-        _same("memory", memory, twin.memory, exact)
+    for slot, (ours, theirs) in enumerate(zip(history, twin.history, strict=False)):
+        _same(f"history slot {slot}", ours, theirs, exact)
     if case.checked:
         _same("broken", broken, np.array([99, STAGE, 99], np.int32), True)
     return steps
