@@ -16,7 +16,8 @@ from scipy.integrate import solve_ivp
 from scipy.special import softmax
 
 from skipstep.kernels.layout import NUM_SLOTS
-from skipstep.plans.solvers import SOLVERS, SolverOptions, UpdateWeights
+from skipstep.plans.solvers import SOLVERS
+from skipstep.plans.update_weights import SolverOptions, UpdateWeights
 
 Eps = Callable[[NDArray[np.float64], float], NDArray[np.float64]]
 

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 PLANS = {
-    name: Plan(schedule=SCHEDULE, steps=4, **options)
+    name: Plan(schedule=SCHEDULE, **{"steps": 4, **options})
     for name, options in {
         "ddim": {},
         "eta": {"eta": 0.7, "convention": "guided"},
@@ -29,6 +29,8 @@ PLANS = {
         "rk4": {"solver": "rk4", "midpoints": "nearest"},
         "dpm_solver_2": {"solver": "dpm_solver_2", "midpoints": "nearest"},
         "dpm_solver_pp_2m": {"solver": "dpm_solver_pp_2m"},
+        "unipc_2": {"solver": "unipc_2", "steps": 5},
+        "lms": {"solver": "lms", "steps": 6},  # Its fourth step reads three slots, one of which it overwrites.
         "dynamic": {"clip": "dynamic", "dynamic_quantile": 0.7},
     }.items()
 }

@@ -24,7 +24,7 @@ from skipstep.kernels.statistics import Thresholding
 from skipstep.kernels.step import ddim_step, initial_noise
 from skipstep.kernels.step_numpy import NumpyStep
 from skipstep.networks.checkpoint import read_checkpoint
-from skipstep.plans.solvers import SolverOptions
+from skipstep.plans.update_weights import SolverOptions
 
 SHAPE = (2, 1, 4, 4)
 # Every operand is used.

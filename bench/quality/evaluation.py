@@ -41,7 +41,8 @@ from skipstep.bench.record import environment, write_json
 from skipstep.errors import InputError, PlanError
 from skipstep.fitting.reference import Denoiser, conditions_of, grid_of, integrate
 from skipstep.plans.fit import Fit
-from skipstep.plans.solvers import SOLVERS, SolverOptions
+from skipstep.plans.solvers import SOLVERS
+from skipstep.plans.update_weights import SolverOptions
 from skipstep.storage.atomic import atomic_write
 
 CHUNK = 100
@@ -64,7 +65,7 @@ class Grid:
     etas: tuple[float | str, ...] = (0.0, 0.5, 1.0, "sigma-hat")
     spacings: tuple[str, ...] = ("quadratic", "paper_quadratic")
     spacing_steps: tuple[int, ...] = (5, 10, 20)
-    solvers: tuple[str, ...] = ("dpm_solver_pp_2m", "heun", "dpm_solver_2", "rk4")
+    solvers: tuple[str, ...] = ("dpm_solver_pp_2m", "unipc_2", "ipndm", "heun", "dpm_solver_2", "rk4")
     evaluations: tuple[int, ...] = (10, 20)
     spread_etas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     spread_steps: int = 50
@@ -247,7 +248,11 @@ class Evaluation:
         for plan, guidance in fitted:
             yield Case("fitted plans", ("fitted", str(len(plan.timesteps))), plan, guidance)
         for guidance in dict.fromkeys(guidance for _, guidance in fitted):
-            for solver, counts in (("dpm_solver_pp_2m", few), ("ddim", (*few, *self.grid.fitted_beside))):
+            for solver, counts in (
+                ("unipc_2", few),
+                ("dpm_solver_pp_2m", few),
+                ("ddim", (*few, *self.grid.fitted_beside)),
+            ):
                 for steps in dict.fromkeys(counts):
                     options: Row = {"steps": steps, "solver": solver, "spacing": "trailing"}
                     yield from self._case("fitted plans", (solver, str(steps)), guidance, **options)

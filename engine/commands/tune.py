@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Fit timesteps and weights to many-step trajectories of a bundle's network, for each number of steps; draw with them for
-noises that the fit did not see, beside DDIM and DPM-Solver++ 2M, and add the fitted plans that are better."""
+noises that the fit did not see, beside DDIM, DPM-Solver++ 2M and UniPC-2, and add the fitted plans that are better."""
 EPILOG = """\
 examples:
   skipstep tune my-bundle --guidance 2

@@ -20,7 +20,7 @@ from skipstep.plans.solvers import SOLVERS
 from skipstep.plans.stages import Stages
 
 Features = Callable[[Array], NDArray[Any]]
-TEXTBOOK: Final = ("ddim", "dpm_solver_pp_2m")
+TEXTBOOK: Final = ("ddim", "dpm_solver_pp_2m", "unipc_2")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from skipstep.errors import PlanError, check_choice
 from skipstep.kernels.layout import NUM_COLUMNS, NUM_SLOTS, Column, StepFlags
-from skipstep.plans.solvers import UPDATE_COLUMNS, UpdateWeights
+from skipstep.plans.update_weights import UPDATE_COLUMNS, UpdateWeights
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)

@@ -30,16 +30,9 @@ from skipstep.plans.fit import Fit, Quality, check_weights, read_fit, read_quali
 from skipstep.plans.key import plan_key
 from skipstep.plans.plan_options import check_final_alpha_bar, check_solver_options, resolve_clip, resolve_timesteps
 from skipstep.plans.schedule import NoiseSchedule, check_schedule
-from skipstep.plans.solvers import (
-    BETWEEN,
-    SOLVERS,
-    VARIANCES,
-    SolverOptions,
-    UpdateWeights,
-    Variance,
-    one_step_at_a_time,
-)
+from skipstep.plans.solvers import SOLVERS, one_step_at_a_time
 from skipstep.plans.spacing import Spacing
+from skipstep.plans.update_weights import BETWEEN, VARIANCES, SolverOptions, UpdateWeights, Variance
 
 Convention = Literal["diffusers", "guided", "paper"]
 CONVENTIONS: tuple[str, ...] = get_args(Convention)

@@ -8,7 +8,8 @@ probability-flow ODE is dx̄/ds = eps, so the classical rules apply as they stan
     heun            x̄_p = x̄ + h·(eps_1 + eps_2)/2, eps_2 where Euler's rule leads                order 2, 2S - 1
     rk4             the classical weights 1/6, 1/3, 1/3, 1/6                                      order 4, 4S - 3
     dpm_solver_2    the midpoint rule, exponential in ln s (algorithm 1 there)                    order 2, 2S - 1
-    dpm_solver_pp_2m  two-step rule on x0 (Lu et al. 2022, arXiv 2211.01095, algorithm 2)         order 2, S
+    dpm_solver_pp_2m, dpm_solver_pp_3m, unipc_2, unipc_3, deis_2, deis_3, ipndm, lms
+                    what earlier evaluations predicted counts too (skipstep.plans.multistep)      S
     ddpm            the posterior mean and a variance (Ho et al. 2020, arXiv 2006.11239, eq. 7)   stochastic, S
     ddim_inversion  Euler's rule from the image up to the noise                                   order 1, S
     fitted          weights that were fitted to a network's own trajectories (skipstep.fitting)   S
@@ -24,72 +25,21 @@ not know its name. To add one, write such a function and enter it in `SOLVERS`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
+from functools import partial
 from math import sqrt
-from typing import Final, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
-Levels = NDArray[np.float64]
-Variance = Literal["fixed_small", "fixed_large", "learned_range"]
-VARIANCES: tuple[str, ...] = get_args(Variance)
-
-# In `UpdateWeights.grid`: an evaluation at a level between those of the plan.
-BETWEEN: Final = -1
-
-
-@dataclass(frozen=True, slots=True)
-class SolverOptions:
-    """The options of a plan for its solver. A plan refuses options that its solver does not support."""
-
-    eta: float = 0.0
-    variance: Variance = "fixed_small"
-    weights: NDArray[np.float32] | None = None
-
-
-@dataclass(slots=True)
-class UpdateWeights:
-    """One row per network evaluation, E of them; each array is float64 `[E]`, zero where a solver does not set it.
-
-    level       alpha_bar of the state that the network reads.
-    grid        int `[E]`: which of the plan's levels that is, or BETWEEN.
-    c_*, m_*    weights of the next state and of the history (skipstep.kernels.layout).
-    sigma       of the fresh noise; exp(log_sigma + log_sigma_out·v) times it where the variance is learned.
-    slot        int `[E]`: which slot of the history an evaluation writes, if one of its m_* is not zero.
-    ends_step   bool `[E]`: this evaluation is the last of its step.
-    """
-
-    level: Levels
-    grid: NDArray[np.int64]
-    ends_step: NDArray[np.bool_]
-    c_x: Levels = field(init=False)
-    c_x0: Levels = field(init=False)
-    c_eps: Levels = field(init=False)
-    c_h0: Levels = field(init=False)
-    c_h1: Levels = field(init=False)
-    c_h2: Levels = field(init=False)
-    m_x: Levels = field(init=False)
-    m_x0: Levels = field(init=False)
-    m_eps: Levels = field(init=False)
-    m_h: Levels = field(init=False)
-    sigma: Levels = field(init=False)
-    log_sigma: Levels = field(init=False)
-    log_sigma_out: Levels = field(init=False)
-    slot: NDArray[np.int64] = field(init=False)
-
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            if not each.init:
-                setattr(self, each.name, np.zeros(len(self.level), np.int64 if each.name == "slot" else np.float64))
-
-
-# The arrays of `UpdateWeights` that are columns of the step's table, by the same names in lower case.
-UPDATE_COLUMNS = (
-    *("c_x", "c_x0", "c_eps", "c_h0", "c_h1", "c_h2", "m_x", "m_x0", "m_eps", "m_h"),
-    *("sigma", "log_sigma", "log_sigma_out"),
+from skipstep.plans.multistep import deis, dpm_solver_pp, ipndm, lms, unipc
+from skipstep.plans.update_weights import (
+    BETWEEN,
+    UPDATE_COLUMNS,
+    Levels,
+    SolverOptions,
+    UpdateWeights,
+    one_row_per_step,
 )
-
 
 # The columns of a fitted plan's weights. The history is a sum that the next step takes as it is: its weight there is 1.
 FITTED_COLUMNS = ("c_x", "c_x0", "m_x", "m_x0", "m_h")
@@ -114,7 +64,7 @@ class Solver:
 
 def ddim(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
     """DDIM over `alpha_bars` float64 `[S+1]`; eta = 0 is deterministic, eta = 1 has DDPM's posterior variance."""
-    weights = _one_row_per_step(alpha_bars)
+    weights = one_row_per_step(alpha_bars)
     a, p = alpha_bars[:-1], alpha_bars[1:]
     # sigma² and 1-p-sigma² share the factor 1-p; taking it out keeps the second from cancelling, and makes both
     # exactly zero at p = 1, so the last step adds no noise and leaves none.
@@ -131,7 +81,7 @@ def ddpm(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
     fixed_small has the posterior's own variance, fixed_large beta (the DDIM paper's sigma-hat), and learned_range lets
     the network interpolate between their logarithms (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15).
     """
-    weights = _one_row_per_step(alpha_bars)
+    weights = one_row_per_step(alpha_bars)
     a, p = alpha_bars[:-1], alpha_bars[1:]
     beta = (p - a) / p
     posterior = (1.0 - p) / (1.0 - a) * beta
@@ -204,29 +154,9 @@ def dpm_solver_2(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
     return weights
 
 
-def dpm_solver_pp_2m(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
-    """DPM-Solver++(2M): the line through the last two predicted images. The history holds the earlier one."""
-    weights = _one_row_per_step(alpha_bars)
-    a, p = alpha_bars[:-1], alpha_bars[1:]
-    weights.c_x = np.sqrt((1.0 - p) / (1.0 - a))
-    now = np.sqrt(p) - np.sqrt(a) * weights.c_x
-    # lambda = -ln s; steps in it are finite but for one that ends at p = 1, which is of first order like the first.
-    with np.errstate(divide="ignore"):
-        lam = (np.log(alpha_bars) - np.log1p(-np.minimum(alpha_bars, np.nextafter(1.0, 0.0)))) / 2
-    inner = slice(1, len(a) - 1 if p[-1] == 1.0 else None)
-    ratio = np.diff(lam)[1:] / np.diff(lam)[:-1] / 2
-    extrapolated = np.zeros_like(now)
-    extrapolated[inner] = ratio[: len(extrapolated[inner])]
-    earlier = -now * extrapolated
-    weights.c_x0 = now - earlier
-    weights.c_h0 = earlier
-    weights.m_x0[:-1] = extrapolated[1:] != 0.0
-    return weights
-
-
 def ddim_inversion(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
     """DDIM upward in noise, over `alpha_bars` that decrease: the first is the image's."""
-    weights = _one_row_per_step(alpha_bars)
+    weights = one_row_per_step(alpha_bars)
     a, p = alpha_bars[:-1], alpha_bars[1:]
     weights.c_x = np.sqrt(p / a)
     weights.c_eps = np.sqrt(1.0 - p) - np.sqrt(p / a * (1.0 - a))
@@ -236,7 +166,7 @@ def ddim_inversion(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
 def fitted(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
     """Weights float32 `[S, 5]` as they are (FITTED_COLUMNS). The first step has no history, and the last keeps none."""
     assert options.weights is not None, "the plan has checked"
-    weights = _one_row_per_step(alpha_bars)
+    weights = one_row_per_step(alpha_bars)
     for name, column in zip(FITTED_COLUMNS, options.weights.astype(np.float64).T, strict=True):
         setattr(weights, name, column.copy())
     weights.c_h0[1:] = 1.0
@@ -255,7 +185,14 @@ SOLVERS: Mapping[str, Solver] = {
     "rk4": Solver(rk4, takes=frozenset({"midpoints"}), sees_clip_in_eps=True, diverges_at_zero=True),
     "dpm_solver_1": Solver(dpm_solver_1),
     "dpm_solver_2": Solver(dpm_solver_2, takes=frozenset({"midpoints"}), sees_clip_in_eps=True, diverges_at_zero=True),
-    "dpm_solver_pp_2m": Solver(dpm_solver_pp_2m),
+    "dpm_solver_pp_2m": Solver(partial(dpm_solver_pp, order=2)),
+    "dpm_solver_pp_3m": Solver(partial(dpm_solver_pp, order=3), diverges_at_zero=True),
+    "unipc_2": Solver(partial(unipc, order=2), diverges_at_zero=True),
+    "unipc_3": Solver(partial(unipc, order=3), diverges_at_zero=True),
+    "deis_2": Solver(partial(deis, order=2), sees_clip_in_eps=True, diverges_at_zero=True),
+    "deis_3": Solver(partial(deis, order=3), sees_clip_in_eps=True, diverges_at_zero=True),
+    "ipndm": Solver(ipndm, sees_clip_in_eps=True, diverges_at_zero=True),
+    "lms": Solver(lms, sees_clip_in_eps=True, diverges_at_zero=True),
     "fitted": Solver(fitted, takes=frozenset({"weights", "fit"})),
     "ddim_inversion": Solver(ddim_inversion, takes=frozenset({"evaluate_at"}), diverges_at_zero=True, upward=True),
 }
@@ -264,7 +201,7 @@ SOLVERS: Mapping[str, Solver] = {
 def one_step_at_a_time(solver: Solver, starts: Levels, ends: Levels, options: SolverOptions) -> UpdateWeights:
     """Each step on its own, from `starts` to `ends` `[S]`, for a solver of one evaluation a step: a step need not begin
     at the level where the one before ended."""
-    weights = _one_row_per_step(np.append(starts, ends[-1:]))
+    weights = one_row_per_step(np.append(starts, ends[-1:]))
     for row, pair in enumerate(zip(starts, ends, strict=True)):
         alone = solver.weights(np.array(pair), options)
         for name in UPDATE_COLUMNS:
@@ -280,11 +217,6 @@ def _ratio(alpha_bar: float) -> float:
 def _level(ratio: float) -> float:
     """The alpha_bar at which noise to signal is `ratio`."""
     return 1.0 / (1.0 + ratio**2)
-
-
-def _one_row_per_step(alpha_bars: Levels) -> UpdateWeights:
-    num_steps = len(alpha_bars) - 1
-    return UpdateWeights(alpha_bars[:-1].copy(), np.arange(num_steps), np.ones(num_steps, bool))
 
 
 def _rows(evaluations: int, alpha_bars: Levels) -> UpdateWeights:

@@ -3,6 +3,11 @@
 DDPMScheduler                 leading spacing with T divisible by S (its stride arithmetic), the same noise
 HeunDiscreteScheduler         the plan's timesteps; it walks x/√alpha_bar, and clips as plans of Heun do
 DPMSolverMultistepScheduler   the plan's timesteps, dpmsolver++, midpoint, final sigma 0, first order at both ends
+UniPCMultistepScheduler       trailing spacing, bh2 on x0, lower_order_final, final sigma 0: all as it comes
+DEISMultistepScheduler        trailing spacing; it ends at the level of timestep 0, as the plan does here, so neither
+                              lowers its order there; its sigmas in float64
+LMSDiscreteScheduler          trailing spacing; its last step is asked for at order 1, with which plans end
+IPNDMScheduler                the plan's levels in place of its own; its past is dropped before the last step
 DDIMInverseScheduler          leading spacing, no clipping, epsilon prediction; it evaluates at the target
 """
 
@@ -39,6 +44,17 @@ def initial(seed: int = 0) -> torch.Tensor:
 
 def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
+
+
+def assert_same_loop(scheduler, plan: Plan) -> None:
+    """Both from the same x_T, over the same timesteps, with the same network."""
+    assert scheduler.timesteps.tolist() == list(plan.timesteps)
+    x = x_T = initial()
+    curve = Curve()
+    for t in scheduler.timesteps:
+        x = scheduler.step(curve(x, t.expand(2)), t, x).prev_sample
+    ours = engine_for(curve, plan).sample(plan=plan, x_T=x_T, output_type="pt")
+    assert distance(ours, x) < DIFFUSERS_SIGMA_LOOP
 
 
 @pytest.mark.parametrize("steps", [10, 50, 250])
@@ -93,21 +109,91 @@ def test_heun(prediction_type, clip, steps):
 
 @pytest.mark.parametrize("steps", [2, 5, 20, 100])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_dpm_solver_multistep(prediction_type, steps):
-    options = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
+@pytest.mark.parametrize("order", [2, 3])
+def test_dpm_solver_multistep(order, prediction_type, steps):
+    options = {"algorithm_type": "dpmsolver++", "solver_order": order, "solver_type": "midpoint"}
     scheduler = diffusers.DPMSolverMultistepScheduler(prediction_type=prediction_type, **options)
     plan = Plan(
         schedule=schedule_of(scheduler),
         steps=steps,
-        solver="dpm_solver_pp_2m",
+        solver=f"dpm_solver_pp_{order}m",
         prediction_type=prediction_type,
         clip=None,
     )
     scheduler.set_timesteps(timesteps=list(plan.timesteps))
+    assert_same_loop(scheduler, plan)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 20, 100])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_unipc(order, prediction_type, steps):
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type=prediction_type, solver_order=order, timestep_spacing="trailing"
+    )
+    solver = f"unipc_{order}"
+    plan = Plan(schedule=schedule_of(scheduler), steps=steps, solver=solver, prediction_type=prediction_type, clip=None)
+    scheduler.set_timesteps(steps)
+    assert_same_loop(scheduler, plan)
+
+
+@pytest.mark.parametrize("steps", [2, 5, 20, 100])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_deis(order, prediction_type, steps):
+    scheduler = diffusers.DEISMultistepScheduler(
+        prediction_type=prediction_type, solver_order=order, timestep_spacing="trailing", lower_order_final=False
+    )
+    schedule = schedule_of(scheduler)
+    plan = Plan(
+        schedule=schedule,
+        steps=steps,
+        solver=f"deis_{order}",
+        prediction_type=prediction_type,
+        clip=None,
+        final_alpha_bar=float(schedule.alpha_bar[0]),
+    )
+    scheduler.set_timesteps(steps)
+    # At 100 steps its integrals cancel in float32, so that its loop is off by up to 2e-3.
+    scheduler.sigmas = torch.from_numpy(np.sqrt((1.0 - plan.alpha_bars) / plan.alpha_bars))
+    assert_same_loop(scheduler, plan)
+
+
+@pytest.mark.parametrize("steps", [2, 5, 20, 100])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_lms(prediction_type, steps):
+    scheduler = diffusers.LMSDiscreteScheduler(
+        beta_start=1e-4, beta_end=0.02, prediction_type=prediction_type, timestep_spacing="trailing"
+    )
+    plan = Plan(schedule=schedule_of(scheduler), steps=steps, solver="lms", prediction_type=prediction_type, clip=None)
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == list(plan.timesteps)
+    x_T, curve = initial(), Curve()
+    x = x_T / np.sqrt(plan.alpha_bars[0])
+    for stage, t in enumerate(scheduler.timesteps):
+        output = curve(scheduler.scale_model_input(x, t).float(), t.expand(2))
+        x = scheduler.step(output, t, x, order=4 if stage < steps - 1 else 1).prev_sample
+    ours = engine_for(curve, plan).sample(plan=plan, x_T=x_T, output_type="pt")
+    assert distance(ours, x) < DIFFUSERS_SIGMA_LOOP
+
+
+@pytest.mark.parametrize("steps", [2, 5, 20, 100])
+def test_ipndm(steps):
+    """The scheduler takes v and has levels of its own, which trained_betas replaces: they are √(1 - alpha_bar).
+
+    In float32 they do not say the noisiest levels, so the plan begins below.
+    """
+    timesteps = np.linspace(499, 20, steps).round().astype(int).tolist()
+    options = {"solver": "ipndm", "prediction_type": "v_prediction", "clip": None}
+    plan = Plan(schedule=NoiseSchedule.linear(1000), timesteps=timesteps, **options)
+    scheduler = diffusers.IPNDMScheduler(trained_betas=np.sqrt(1.0 - plan.alpha_bars).tolist())
+    scheduler.set_timesteps(steps)
     x = x_T = initial()
     curve = Curve()
-    for t in scheduler.timesteps:
-        x = scheduler.step(curve(x, t.expand(2)), t, x).prev_sample
+    for stage, (t, own) in enumerate(zip(plan.timesteps, scheduler.timesteps, strict=True)):
+        if stage == steps - 1:
+            scheduler.ets = []
+        x = scheduler.step(curve(x, torch.full((2,), t)), own, x).prev_sample
     ours = engine_for(curve, plan).sample(plan=plan, x_T=x_T, output_type="pt")
     assert distance(ours, x) < DIFFUSERS_SIGMA_LOOP
 

@@ -29,11 +29,17 @@ OPTIONS = {
     "rk4": {"solver": "rk4"},
     "dpm_solver_2": {"solver": "dpm_solver_2"},
     "dpm_solver_pp_2m": {"solver": "dpm_solver_pp_2m"},
+    "unipc_3": {"solver": "unipc_3"},
+    "lms": {"solver": "lms"},
     "dynamic": {"clip": "dynamic", "dynamic_quantile": 0.93, "dynamic_maximum": 1.5},
     "inversion": {"solver": "ddim_inversion"},
 }
 # Below the noisiest timesteps, where x0 = x/sqrt(a) - ... magnifies any rounding of the network by up to 157.
-PLANS = {name: Plan(schedule=SCHEDULE, timesteps=[599, 399, 199, 49], **given) for name, given in OPTIONS.items()}
+TIMESTEPS = {"lms": [699, 599, 449, 299, 199, 49]}  # Enough for it to overwrite a slot that it reads.
+PLANS = {
+    name: Plan(schedule=SCHEDULE, timesteps=TIMESTEPS.get(name, [599, 399, 199, 49]), **given)
+    for name, given in OPTIONS.items()
+}
 SEEDS = [0, 7, 2**64 - 1]
 LABELS = [0, 2, 1]
 SCALES = [2.0, 3.0, 1.5]

@@ -14,7 +14,8 @@ from skipstep import Engine, NoiseSchedule, Plan
 from skipstep.calls.noise import standard_normal
 from skipstep.errors import InputError, PlanError
 from skipstep.kernels.layout import Stream
-from skipstep.plans.solvers import SOLVERS, SolverOptions
+from skipstep.plans.solvers import SOLVERS
+from skipstep.plans.update_weights import SolverOptions
 
 SAMPLERS = [name for name in SOLVERS if name not in ("ddim_inversion", "fitted")]
 
@@ -91,7 +92,8 @@ def test_evaluations_are_counted_and_stated():
         "rk4": 37,
         "dpm_solver_1": 10,
         "dpm_solver_2": 19,
-        "dpm_solver_pp_2m": 10,
+        **dict.fromkeys(("dpm_solver_pp_2m", "dpm_solver_pp_3m", "unipc_2", "unipc_3"), 10),
+        **dict.fromkeys(("deis_2", "deis_3", "ipndm", "lms"), 10),
     }
     assert "37 evaluations" in repr(Plan(schedule=SCHEDULE, steps=10, solver="rk4"))
 
@@ -191,6 +193,7 @@ def test_a_plan_each_is_exact_where_the_network_is(gaussian):
         Plan(schedule=SCHEDULE, steps=6, clip=None),
         Plan(schedule=SCHEDULE, steps=6, convention="guided"),
         Plan(schedule=SCHEDULE, steps=6, solver="dpm_solver_pp_2m"),
+        Plan(schedule=SCHEDULE, steps=6, solver="unipc_3"),
         Plan(schedule=SCHEDULE, steps=6, clip="dynamic", dynamic_quantile=0.9),
     ],
     ids=repr,
@@ -198,6 +201,18 @@ def test_a_plan_each_is_exact_where_the_network_is(gaussian):
 def test_plans_of_unequal_structure_do_not_share_a_batch(gaussian, other):
     with pytest.raises(PlanError, match="unequal structure"):
         gaussian.sample(plan=[MIXED[0], other], seeds=[1, 2])
+
+
+@pytest.mark.parametrize("solver", ["unipc_3", "lms"])
+def test_plans_with_a_ring_share_a_batch(gaussian, solver):
+    """Each sample has weights of its own for the same slots."""
+    plans = [
+        Plan(schedule=SCHEDULE, steps=7, spacing=each, solver=solver) for each in ("trailing", "leading", "karras")
+    ]
+    together = gaussian.sample(plan=plans, seeds=[0, 1, 2])
+    for i, plan in enumerate(plans):
+        np.testing.assert_array_equal(together[i], gaussian.sample(plan=plan, seeds=[i])[0])
+    assert not np.array_equal(together[0], gaussian.sample(plan=plans[1], seeds=[0])[0])
 
 
 def test_a_history_of_unequal_structure_does_not_share_a_batch(gaussian):
@@ -253,7 +268,7 @@ def test_rescaling_by_hand(engines):
 # Looking on.
 
 
-@pytest.mark.parametrize("solver", ["ddim", "heun", "dpm_solver_pp_2m"])
+@pytest.mark.parametrize("solver", ["ddim", "heun", "dpm_solver_pp_2m", "unipc_3"])
 def test_trajectories_are_the_states_and_images_of_every_step(gaussian, solver):
     plan = Plan(schedule=SCHEDULE, steps=7, solver=solver, clip=None)
     samples, whole = gaussian.sample(plan=plan, seeds=range(6), trajectory=True)

@@ -74,10 +74,12 @@ def plan_flags() -> tuple[StepFlags, ...]:
         for solver in ({}, {"eta": 0.5}, {"solver": "ddpm"}, {"solver": "heun"}, {"solver": "dpm_solver_pp_2m"})
     ]
     options.append({"solver": "rk4", "midpoints": "nearest", "clip": None, "convention": "paper"})
+    # Two and three slots as a ring, over x0 and over eps.
+    options += [{"solver": solver, "clip": 1.0, "convention": "diffusers"} for solver in ("unipc_2", "unipc_3", "lms")]
     made: dict[StepFlags, None] = {}
     for each in options:
         dynamic = {"dynamic_quantile": 0.9} if each["clip"] == "dynamic" else {}
-        flags = Plan(schedule=schedule, steps=6, **each, **dynamic).stage_flags
+        flags = Plan(schedule=schedule, steps=8, **each, **dynamic).stage_flags
         for wide in (False, True):
             made |= dict.fromkeys(needed_variants(flags, guided=True, wide_output=wide, rescale=True))
     learned = Plan(schedule=schedule, steps=6, solver="ddpm", variance="learned_range")
