@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
@@ -94,7 +94,7 @@ def needed_variants(
     if guided:
         calls += [(True, False)] + [(True, True)] * rescale
     variants = {
-        replace(flags, guided=with_guidance, rescale=with_rescale, wide_output=wide_output): None
+        flags.in_call(guided=with_guidance, rescale=with_rescale, wide_output=wide_output): None
         for flags in stage_flags
         for with_guidance, with_rescale in calls
     }

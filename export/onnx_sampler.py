@@ -73,7 +73,8 @@ def build_sampler(
     # The graph's inputs are called like the network's own.
     step = StepNetwork.of(model.graph, parts, prefix="network/")
     stages = Stages.of([plan])
-    stages = replace(stages, flags=tuple(replace(each, guided=guided) for each in stages.flags))
+    called = (each.in_call(guided=guided, rescale=False, wide_output=False) for each in stages.flags)
+    stages = replace(stages, flags=tuple(called))
     flags = stages.flags[0].union(*stages.flags[1:])
     image = list(network.sample_shape)
 
@@ -197,3 +198,9 @@ def _check(network: NetworkSpec, plan: Plan, *, guided: bool, form: str) -> None
             remedy="build with null_label=, or leave guided out",
         )
     check_plan_fits(plan, network)
+    if guided and any(flags.unguided or flags.scale_guidance for flags in plan.stage_flags):
+        raise InputError(
+            got=f"guided=True with {plan!r}, whose guidance differs from step to step",
+            expected="one guidance scale in all steps of an exported loop",
+            remedy="make the plan without guidance_interval and guidance_weights, or leave guided out",
+        )

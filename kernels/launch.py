@@ -177,6 +177,8 @@ def step_constants(
         "LEARNED_VARIANCE": flags.learned_variance,
         "WIDE": flags.wide_output,
         "GUIDED": flags.guided,
+        "DOUBLED": flags.input_copies == 2,
+        "SCALED": flags.guided and flags.scale_guidance,
         "RESCALED": flags.rescale,
         "STORE_X0": store_x0,
         "COUNTED": counted,

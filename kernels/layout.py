@@ -3,6 +3,8 @@
 One row per network evaluation (and per sample, if the samples of a batch follow different plans), float32,
 `NUM_COLUMNS` wide:
 
+    out    = u + g·(c - u)                  if flags.guided: g is the call's guidance scale of the sample,
+                                            or 1 + GUIDANCE·(scale - 1) if flags.scale_guidance
     x0     = X0_X·x + X0_OUT·out            the predicted image
     eps    = EPS_X·x + EPS_OUT·out          the predicted noise
     x0     = clamp(x0, ±CLIP)               if flags.clip
@@ -27,7 +29,7 @@ bytes, one cache line.
 from __future__ import annotations
 
 import itertools
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from enum import IntEnum
 from typing import Final
 
@@ -58,6 +60,7 @@ class Column(IntEnum):
     LOG_SIGMA = 17
     LOG_SIGMA_OUT = 18
     C_H2 = 19
+    GUIDANCE = 20
 
 
 # The weight of each history slot.
@@ -76,9 +79,11 @@ class Stream(IntEnum):
 class StepFlags:
     """What one step does beyond DDIM's two terms. These are compile-time constants: an unused one costs nothing.
 
-    The last three do not come from the plan. wide_output: the network has 2C output channels, the second half for a
-    learned variance. guided: classifier-free guidance, which doubles the network's batch. rescale: the guided
-    prediction is multiplied by a factor per sample.
+    unguided: the network is evaluated without guidance, also in a guided call; the step itself does not read it. The
+    following do not come from the plan. wide_output: the network has 2C output channels, the second half for a learned
+    variance. guided: classifier-free guidance, which doubles the network's batch. rescale: the guided prediction is
+    multiplied by a factor per sample. doubled: an evaluation without guidance in a guided call, which leaves the next
+    input for a doubled batch.
     """
 
     clip: bool = False
@@ -96,6 +101,9 @@ class StepFlags:
     wide_output: bool = False
     guided: bool = False
     rescale: bool = False
+    doubled: bool = False
+    unguided: bool = False
+    scale_guidance: bool = False
 
     @property
     def read_slots(self) -> tuple[int, ...]:
@@ -111,6 +119,19 @@ class StepFlags:
     def num_slots(self) -> int:
         """How many history slots there must be: those up to the last that is read or written."""
         return 1 + max((*self.read_slots, *self.written_slots), default=-1)
+
+    @property
+    def input_copies(self) -> int:
+        """How often the next state is written into the network's input."""
+        return 2 if self.guided or self.doubled else 1
+
+    def in_call(self, *, guided: bool, rescale: bool, wide_output: bool) -> StepFlags:
+        """What the step of a plan does in a call, guided or not, with guidance rescale or not."""
+        if not guided:
+            return replace(self, wide_output=wide_output, unguided=False, scale_guidance=False)
+        if self.unguided:
+            return replace(self, wide_output=wide_output, unguided=False, scale_guidance=False, doubled=True)
+        return replace(self, wide_output=wide_output, guided=True, rescale=rescale)
 
     def union(self, *others: StepFlags) -> StepFlags:
         """The flags that are set in any of these."""

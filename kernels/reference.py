@@ -92,7 +92,10 @@ def general_update_reference(
     conditional, unconditional = out[:batch_size, :channels], out[batch_size:, :channels]
     out = conditional
     if flags.guided:
-        out = unconditional + guidance.double().view(-1, 1, 1, 1) * (conditional - unconditional)
+        scale = guidance.double().view(-1, 1, 1, 1)
+        if flags.scale_guidance:
+            scale = 1.0 + c[Column.GUIDANCE] * (scale - 1.0)
+        out = unconditional + scale * (conditional - unconditional)
     if flags.rescale:
         phi = rescale.double().view(-1, 1, 1, 1)
         spreads = [tensor.std(dim=(1, 2, 3), correction=0, keepdim=True) for tensor in (conditional, out)]

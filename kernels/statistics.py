@@ -99,7 +99,8 @@ def sample_statistics(
     out = conditional = model_output[:batch_size, :channels].float()
     if flags.guided and guidance is not None:
         unconditional = model_output[batch_size:, :channels].float()
-        out = unconditional + guidance.view(-1, *ones) * (conditional - unconditional)
+        scale = guidance if not flags.scale_guidance else rows[:, Column.GUIDANCE] * (guidance - 1.0) + 1.0
+        out = unconditional + scale.view(-1, *ones) * (conditional - unconditional)
     factor = bound = None
     if flags.rescale and rescale is not None:
         factor = rescale_factor(out, conditional, rescale)

@@ -68,9 +68,9 @@ def ddim_step(
     """
     check_type("flags", flags, StepFlags, remedy="pass the plan's, of this stage")
     batch_size, device = _check_state(state, launch)
-    network_shape = (2 * batch_size if flags.guided else batch_size, *state.shape[1:])
+    network_shape = (flags.input_copies * batch_size, *state.shape[1:])
     channels = (2 if flags.wide_output else 1) * state.shape[1]
-    output_shape = (network_shape[0], channels, *state.shape[2:])
+    output_shape = (2 * batch_size if flags.guided else batch_size, channels, *state.shape[2:])
     _check("model_output", model_output, output_shape, NETWORK_DTYPES, device)
     _check("network_input", network_input, network_shape, NETWORK_DTYPES, device)
     known = isinstance(table, Tensor) and unreadable(table) is None and table.ndim == 3

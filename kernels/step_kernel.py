@@ -1,6 +1,7 @@
 """The step of the sampling loop: one launch per network evaluation, each operand read once, each result written once.
 
-    out    = u + guidance·(c - u)                   if GUIDED: predictions with and without the condition
+    out    = u + guidance·(c - u)                   if GUIDED: predictions with and without the condition;
+                                                    guidance is 1 + GUIDANCE·(guidance - 1) if SCALED
     out    = rescale·out                            if RESCALED: guidance rescale, a factor per sample
     x0     = X0_X·x + X0_OUT·out
     eps    = EPS_X·x + EPS_OUT·out
@@ -40,6 +41,7 @@ C_X = tl.constexpr(int(Column.C_X))
 C_H0 = tl.constexpr(int(Column.C_H0))
 C_H1 = tl.constexpr(int(Column.C_H1))
 C_H2 = tl.constexpr(int(Column.C_H2))
+GUIDANCE = tl.constexpr(int(Column.GUIDANCE))
 M_X = tl.constexpr(int(Column.M_X))
 M_X0 = tl.constexpr(int(Column.M_X0))
 M_EPS = tl.constexpr(int(Column.M_EPS))
@@ -56,7 +58,7 @@ def ddim_step_kernel(
     state_ptr,  # float32 [B, n], x_t; may be next_ptr
     next_ptr,  # float32 [B, n], x_s
     output_ptr,  # float16, bfloat16 or float32 [B or 2B, n], the network's output; 2n if WIDE
-    network_input_ptr,  # the same dtypes, [B or 2B, n], the network's next input
+    network_input_ptr,  # the same dtypes, [B or 2B, n], the network's next input, 2B if DOUBLED
     x0_ptr,  # float32 [B, n], written if STORE_X0
     history_ptr,  # float32 [slots, B, n], slot j read if READ_Hj, WRITTEN_SLOT written
     table_ptr,  # float32 [S, B or 1, ROW]
@@ -81,6 +83,8 @@ def ddim_step_kernel(
     LEARNED_VARIANCE: tl.constexpr,  # with WIDE
     WIDE: tl.constexpr,  # the network's output has twice the state's channels
     GUIDED: tl.constexpr,
+    DOUBLED: tl.constexpr,
+    SCALED: tl.constexpr,
     RESCALED: tl.constexpr,
     STORE_X0: tl.constexpr,
     COUNTED: tl.constexpr,
@@ -109,7 +113,10 @@ def ddim_step_kernel(
     out = tl.load(output_ptr + predicted, mask=mask).to(tl.float32)
     if GUIDED:
         unconditional = tl.load(output_ptr + predicted_half + predicted, mask=mask).to(tl.float32)
-        out = unconditional + tl.load(guidance_ptr + sample) * (out - unconditional)
+        guidance = tl.load(guidance_ptr + sample)
+        if SCALED:
+            guidance = tl.load(row_ptr + GUIDANCE) * (guidance - 1.0) + 1.0
+        out = unconditional + guidance * (out - unconditional)
     if RESCALED:
         out = out * tl.load(rescale_ptr + sample)
 
@@ -156,7 +163,7 @@ def ddim_step_kernel(
             tl.atomic_min(broken_ptr + sample, tl.cast(stage, tl.int32), sem="relaxed")
     network_input = x_next.to(network_input_ptr.dtype.element_ty)
     tl.store(network_input_ptr + elements, network_input, mask=mask)
-    if GUIDED:
+    if DOUBLED:
         tl.store(network_input_ptr + second_half + elements, network_input, mask=mask)
     if WRITTEN_SLOT >= 0:
         kept = tl.load(row_ptr + M_X) * x + tl.load(row_ptr + M_X0) * x0 + tl.load(row_ptr + M_EPS) * eps

@@ -25,7 +25,8 @@ class NumpyStep:
 
     state           float32 `[B, C, H, W]`, x_t before and x_s after.
     model_output    `[B, C, H, W]`, or `[2B, C, H, W]` when guided: predictions with the condition, then without. With a
-                    learned variance it has 2C channels, the second half for the variance.
+                    learned variance it has 2C channels, the second half for the variance. Of a stage without guidance
+                    the first half is read.
     network_input   `[B or 2B, C, H, W]`; receives the next state, in its dtype, once or twice.
     table           float32 `[S, 1 or B, NUM_COLUMNS]`.
     flags           one per row of the table.
@@ -62,7 +63,8 @@ class NumpyStep:
         copies = 2 if any(each.guided for each in flags) else 1
         wide = 2 if any(each.wide_output for each in flags) else 1
         _check("model_output", model_output, (copies * batch_size, wide * channels, *state.shape[2:]), any_float=True)
-        _check("network_input", network_input, (copies * batch_size, *state.shape[1:]), any_float=True, written=True)
+        input_shape = (max(each.input_copies for each in flags) * batch_size, *state.shape[1:])
+        _check("network_input", network_input, input_shape, any_float=True, written=True)
         rows = table.shape[1] if isinstance(table, np.ndarray) and table.ndim == 3 else 1
         _check("table", table, (len(flags), batch_size if rows == batch_size else 1, NUM_COLUMNS))
         for name, array, used in (
@@ -101,7 +103,7 @@ class NumpyStep:
         row, flags = self._rows[stage], self._flags[stage]
         x, x0, eps, x_next, term = self._state, self._x0, self._eps, self._next, self._term
         history = self.history
-        out = self._combined_prediction(flags)
+        out = self._combined_prediction(flags, row)
 
         self._combine(row[Column.X0_X], x, row[Column.X0_OUT], out, into=x0)
         if flags.clip:
@@ -143,7 +145,7 @@ class NumpyStep:
         for half in self._inputs:
             half[...] = x_next
 
-    def _combined_prediction(self, flags: StepFlags) -> NDArray[Any]:
+    def _combined_prediction(self, flags: StepFlags, row: Any) -> NDArray[Any]:
         """The prediction after guidance and rescaling; without them a view of the network's output."""
         batch_size = len(self._state)
         conditional = self._prediction[:batch_size]
@@ -152,7 +154,10 @@ class NumpyStep:
         out, unconditional = self._out, self._prediction[batch_size:]
         # In float32, as the kernel does: of two float16 arrays NumPy would compute the difference in float16.
         np.subtract(conditional, unconditional, out=out, dtype=np.float32)
-        out *= self._guidance
+        scale = self._guidance
+        if flags.scale_guidance:
+            scale = row[Column.GUIDANCE] * (scale - np.float32(1.0)) + np.float32(1.0)
+        out *= scale
         np.add(unconditional, out, out=out)
         if flags.rescale:
             assert self._rescale is not None, "flags.rescale comes with its strength"

@@ -32,6 +32,8 @@ PLANS = {
         "unipc_2": {"solver": "unipc_2", "steps": 5},
         "lms": {"solver": "lms", "steps": 6},  # Its fourth step reads three slots, one of which it overwrites.
         "dynamic": {"clip": "dynamic", "dynamic_quantile": 0.7},
+        "interval": {"steps": 6, "guidance_interval": (0.3, 20.0), "clip": None},
+        "weights": {"solver": "dpm_solver_pp_2m", "eta": 0.0, "guidance_weights": [1.0, 0.0, 0.3, 0.0]},
     }.items()
 }
 
@@ -39,13 +41,16 @@ PLANS = {
 SPEC = NetworkSpec((1, 5, 7), num_classes=10, null_label=10)
 
 
-def loops(device, network=None, spec=SPEC, *, batch_size=3, **options):
-    """The loop on the device, and the one in host memory."""
+def loops(device, network=None, spec=SPEC, *, batch_size=3, half=False, **options):
+    """The loop on the device, and the one in host memory. `half`: with a denoiser of half the batch too."""
     module, spec = prepare_module(Labelled() if network is None else network, spec)
-    denoiser = TorchDeviceDenoiser(module, spec, batch_size=batch_size, device=CPU, dtype=torch.float32)
+    denoisers = {
+        size: TorchDeviceDenoiser(module, spec, batch_size=size, device=CPU, dtype=torch.float32)
+        for size in (batch_size, batch_size // 2)[: 1 + half]
+    }
     host = HostLoop(lambda size: TorchDenoiser(module, spec, batch_size=size), spec)
     sizes = [batch_size, batch_size // 2] if spec.can_guide else [batch_size]
-    return CudaLoop({batch_size: denoiser}, spec, device, Lifecycle(), batch_sizes=sizes, **options), host
+    return CudaLoop(denoisers, spec, device, Lifecycle(), batch_sizes=sizes, **options), host
 
 
 def request_of(stages, spec=SPEC, **arguments):

@@ -151,12 +151,13 @@ class StepLauncher:
     ) -> dict[str, int]:
         """Address by argument, each checked to be aligned and to hold what the kernel will touch."""
         image = batch_size * self._num_elements
-        network = image * self._item_size * (2 if flags.guided else 1)
+        network = image * self._item_size
+        halves = 2 if flags.guided else 1
         rows = (stage + 1) * (batch_size if per_sample else 1)
         needed = {
             "state": 4 * image,
-            "model_output": network * (2 if flags.wide_output else 1),
-            "network_input": network,
+            "model_output": network * halves * (2 if flags.wide_output else 1),
+            "network_input": network * flags.input_copies,
             "table": 4 * NUM_COLUMNS * rows,
             "seeds": 8 * batch_size * flags.add_noise,
             "guidance": 4 * batch_size * flags.guided,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -166,7 +166,7 @@ def call_flags(network: NetworkSpec, stages: Stages, request: SampleRequest) -> 
 
 @lru_cache
 def _call_flags(flags: StepFlags, guided: bool, rescale: bool, wide_output: bool) -> StepFlags:
-    return replace(flags, guided=guided, rescale=rescale, wide_output=wide_output)
+    return flags.in_call(guided=guided, rescale=rescale, wide_output=wide_output)
 
 
 def replicate(state: Any, network_input: Any) -> None:

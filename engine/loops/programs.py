@@ -19,12 +19,12 @@ from typing import Final, Literal, Protocol
 
 import torch
 
-from skipstep.backends.denoiser import DeviceDenoiser, Enqueue
+from skipstep.backends.denoiser import DeviceDenoiser
 from skipstep.cuda.device import Graph, Work
 from skipstep.errors import CaptureError, DeviceMemoryError
 from skipstep.kernels.layout import StepFlags
 from skipstep.loops.contract import LoopReport
-from skipstep.loops.workspace import Structure, Workspace
+from skipstep.loops.workspace import Contexts, Structure, Workspace
 
 DeviceLoopName = Literal["captured", "step_graph", "stepwise"]
 LADDER: Final[tuple[DeviceLoopName, ...]] = ("captured", "step_graph", "stepwise")
@@ -50,16 +50,16 @@ class Program(Protocol):
 @dataclass(slots=True)
 class Stepwise:
     workspace: Workspace
-    _evaluate: Enqueue = field(init=False)
+    _contexts: Contexts = field(init=False)
 
     def __post_init__(self) -> None:
-        self._evaluate = self.workspace.denoiser.new_context()
+        self._contexts = self.workspace.new_contexts()
 
     def begin(self) -> None:
         self.workspace.device.stream.run(self.workspace.begin)
 
     def advance(self, stage: int) -> None:
-        self.workspace.device.stream.run(lambda: self.workspace.advance(self._evaluate, stage))
+        self.workspace.device.stream.run(lambda: self.workspace.advance(self._contexts, stage))
 
     def launch(self) -> None:
         self.begin()
@@ -75,7 +75,7 @@ class StepGraphs:
     begin: Graph
     steps: dict[StepFlags, Graph]
     # Graphs use it as long as they live.
-    evaluate: Enqueue
+    contexts: Contexts
 
     def launch(self) -> None:
         run = self.workspace.device.stream.run
@@ -98,7 +98,7 @@ class StepGraphs:
 class WholeGraph:
     workspace: Workspace
     graph: Graph
-    evaluate: Enqueue
+    contexts: Contexts
 
     def launch(self) -> None:
         self.workspace.device.stream.run(self.graph.replay)
@@ -135,7 +135,7 @@ def compile_program(
 
     with device.range(f"skipstep warm up {len(structure)}x{structure.num_samples}"):
         try:
-            peaks[denoiser.batch_size] = device.warm_up(_each_step(workspace, plain._evaluate, counted=False))
+            peaks[denoiser.batch_size] = device.warm_up(_each_step(workspace, plain._contexts, counted=False))
         except torch.OutOfMemoryError as error:
             device.release_memory()
             raise too_little_memory(denoiser, structure, free, peaks) from error
@@ -186,38 +186,38 @@ def _settle(program: Program, report: LoopReport, wanted: DeviceLoopName, requir
 
 
 def _capture_steps(workspace: Workspace) -> StepGraphs:
-    evaluate = workspace.denoiser.new_context()
-    workspace.device.warm_up(_each_step(workspace, evaluate, counted=True))
+    contexts = workspace.new_contexts()
+    workspace.device.warm_up(_each_step(workspace, contexts, counted=True))
     steps = {
-        flags: workspace.device.capture(_step(workspace, evaluate, stage))
+        flags: workspace.device.capture(_step(workspace, contexts, stage))
         for flags, stage in _first_of_each(workspace.structure.flags).items()
     }
-    return StepGraphs(workspace, workspace.device.capture(workspace.begin), steps, evaluate)
+    return StepGraphs(workspace, workspace.device.capture(workspace.begin), steps, contexts)
 
 
-def _step(workspace: Workspace, evaluate: Enqueue, stage: int) -> Work:
-    return lambda: workspace.advance(evaluate, stage, counted=True)
+def _step(workspace: Workspace, contexts: Contexts, stage: int) -> Work:
+    return lambda: workspace.advance(contexts, stage, counted=True)
 
 
 def _capture_whole(workspace: Workspace) -> WholeGraph:
-    evaluate = workspace.denoiser.new_context()
-    workspace.device.warm_up(_each_step(workspace, evaluate, counted=False))
+    contexts = workspace.new_contexts()
+    workspace.device.warm_up(_each_step(workspace, contexts, counted=False))
 
     def everything() -> None:
         workspace.begin()
         for stage in range(len(workspace.structure)):
-            workspace.advance(evaluate, stage)
+            workspace.advance(contexts, stage)
 
-    return WholeGraph(workspace, workspace.device.capture(everything), evaluate)
+    return WholeGraph(workspace, workspace.device.capture(everything), contexts)
 
 
-def _each_step(workspace: Workspace, evaluate: Enqueue, *, counted: bool) -> Work:
+def _each_step(workspace: Workspace, contexts: Contexts, *, counted: bool) -> Work:
     """Every kernel that a loop will launch: nothing may be compiled or loaded while it is recorded."""
 
     def work() -> None:
         workspace.begin()
         for stage in _first_of_each(workspace.structure.flags).values():
-            workspace.advance(evaluate, stage, counted=counted)
+            workspace.advance(contexts, stage, counted=counted)
             if counted:
                 workspace.counter.zero_()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from skipstep.calls.noise import StageNoise, initial_state
 from skipstep.calls.request import SampleRequest
 from skipstep.errors import InputError
 from skipstep.kernels.launch import StepLaunch
+from skipstep.kernels.layout import StepFlags
 from skipstep.kernels.step_numpy import NumpyStep
 from skipstep.loops.contract import Array, LoopReport, Pending, Run, call_flags, replicate, run_observed
 from skipstep.networks.spec import NetworkSpec
@@ -56,8 +58,13 @@ class HostLoop:
 
     @contextlib.contextmanager
     def start(self, stages: Stages, request: SampleRequest, *, keep_x0: bool = False) -> Iterator[Run]:
-        with self._buffers(request.num_copies * request.num_samples) as denoiser:
-            yield HostRun(denoiser, self._network, stages, request)
+        with contextlib.ExitStack() as held:
+            denoiser = held.enter_context(self._buffers(request.num_copies * request.num_samples))
+            flags = call_flags(self._network, stages, request)
+            alone = None
+            if request.num_copies > 1 and any(each.doubled for each in flags):
+                alone = held.enter_context(self._buffers(request.num_samples))
+            yield HostRun(denoiser, alone, self._network, stages, request, flags)
 
     @contextlib.contextmanager
     def _buffers(self, batch_size: int) -> Iterator[Denoiser]:
@@ -92,10 +99,19 @@ class HostLoop:
 
 
 class HostRun:
-    """A call under way on one set of buffers (skipstep.loops.contract.Run)."""
+    """A call under way on one set of buffers (skipstep.loops.contract.Run); stages that a guided call makes without
+    guidance are evaluated on those of `alone`, for half the batch."""
 
-    def __init__(self, denoiser: Denoiser, network: NetworkSpec, stages: Stages, request: SampleRequest) -> None:
-        self._input = denoiser.input
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        alone: Denoiser | None,
+        network: NetworkSpec,
+        stages: Stages,
+        request: SampleRequest,
+        flags: tuple[StepFlags, ...],
+    ) -> None:
+        self._input, self._output, self._alone, self._flags = denoiser.input, denoiser.output, alone, flags
         self._state: Array = initial_state(network, request)
         self._x0 = np.empty_like(self._state)
         self._step = NumpyStep(
@@ -103,7 +119,7 @@ class HostRun:
             model_output=denoiser.output,
             network_input=denoiser.input,
             table=stages.table,
-            flags=call_flags(network, stages, request),
+            flags=flags,
             guidance=request.guidance,
             rescale=request.rescale,
             thresholding=stages.thresholding,
@@ -115,10 +131,20 @@ class HostRun:
         timesteps = stages.network_timesteps(request.num_copies, request.num_samples)
         self._values: Any = denoiser.compute(timesteps, call_conditioning(network, request))
         self._enqueue = denoiser.new_context()
+        if alone is not None:
+            once = replace(request, guidance=None, rescale=None, negative_prompts=None)
+            timesteps = stages.network_timesteps(1, request.num_samples)
+            self._values_alone: Any = alone.compute(timesteps, call_conditioning(network, once))
+            self._enqueue_alone = alone.new_context()
         replicate(self._state, self._input)
 
     def advance(self, stage: int) -> None:
-        self._enqueue(self._values, stage)
+        if self._alone is not None and self._flags[stage].doubled:
+            self._alone.input[...] = self._state
+            self._enqueue_alone(self._values_alone, stage)
+            self._output[: len(self._state)] = self._alone.output
+        else:
+            self._enqueue(self._values, stage)
         self._step(stage)
 
     def state(self) -> Array:

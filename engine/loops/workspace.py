@@ -66,14 +66,31 @@ class Structure:
 
     @property
     def guided(self) -> bool:
-        return self.flags[0].guided
+        """Whether the call is: single stages may be made without guidance."""
+        return self.flags[0].guided or self.flags[0].doubled
+
+    @property
+    def needs_half(self) -> bool:
+        """Whether some stage of a guided call is made without guidance."""
+        return any(flags.doubled for flags in self.flags)
 
     def __len__(self) -> int:
         return len(self.flags)
 
 
+@dataclass(frozen=True, slots=True)
+class Contexts:
+    """How to evaluate the network on the whole batch, and on half of it where a stage is made without guidance."""
+
+    whole: Enqueue
+    alone: Enqueue | None
+
+
 class Workspace:
-    """Memory for `structure`, and what is launched on it. All methods want the engine's lock held."""
+    """Memory for `structure`, and what is launched on it. All methods want the engine's lock held.
+
+    `alone`: a denoiser of half the batch, for the stages that a guided call makes without guidance.
+    """
 
     def __init__(
         self,
@@ -82,10 +99,11 @@ class Workspace:
         network: NetworkSpec,
         structure: Structure,
         *,
+        alone: DeviceDenoiser | None = None,
         keep_x0: bool = False,
         launch: StepLaunch = DEFAULT_LAUNCH,
     ) -> None:
-        self.device, self.denoiser, self.structure = device, denoiser, structure
+        self.device, self.denoiser, self.structure, self._alone = device, denoiser, structure, alone
         self._network, self._launch = network, launch
         count, stages = structure.num_samples, len(structure)
         inputs = step_input_fields(denoiser, stages)
@@ -108,6 +126,10 @@ class Workspace:
         )
         self._table = self._plan.tensors["table"]
         self._step_inputs = {name: {**self._call.tensors, **self._plan.tensors}[name] for name in inputs}
+        # The first half of the batch has the condition; the rows of a stage begin where they did.
+        self._half_inputs = {
+            name: each[:count] if name in self._shared else each[:, :count] for name, each in self._step_inputs.items()
+        }
         # What the step inputs follow from: the stages of the plan block, the conditioning's bytes; and the values that
         # all stages share. Whether those of a stage follow from the conditioning, too, is seen when they are computed.
         self._stages: Stages | None = None
@@ -184,17 +206,29 @@ class Workspace:
             launch=self._launch,
         )
 
-    def advance(self, evaluate: Enqueue, stage: int, *, counted: bool = False) -> None:
+    def new_contexts(self) -> Contexts:
+        """What a program evaluates the network with; it keeps them as long as its graphs live."""
+        return Contexts(self.denoiser.new_context(), None if self._alone is None else self._alone.new_context())
+
+    def advance(self, contexts: Contexts, stage: int, *, counted: bool = False) -> None:
         """Launch one evaluation and its step. `counted`: the stage is read on the device, and counted up; `stage` only
         says which flags."""
         flags = self.structure.flags[stage]
         call, counter = self._call.tensors, self.counter if counted else None
-        evaluate(self._step_inputs, stage if counter is None else counter)
+        place, output = stage if counter is None else counter, self.denoiser.output
+        if flags.doubled:
+            assert self._alone is not None, "a workspace of such a structure has it"
+            assert contexts.alone is not None, "and so have its contexts"
+            self._alone.input.copy_(self.state)
+            contexts.alone(self._half_inputs, place)
+            output = self._alone.output
+        else:
+            contexts.whole(self._step_inputs, place)
         rescale = bound = None
         if flags.rescale or flags.threshold:
             rescale, bound = sample_statistics(
                 self.state,
-                self.denoiser.output,
+                output,
                 self._table[stage] if counter is None else self._table.index_select(0, counter)[0],
                 flags,
                 guidance=call["guidance"],
@@ -203,7 +237,7 @@ class Workspace:
             )
         ddim_step(
             state=self.state,
-            model_output=self.denoiser.output,
+            model_output=output,
             network_input=self.denoiser.input,
             table=self._table,
             stage=stage,

@@ -26,10 +26,16 @@ PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 
 
 def coefficient_table(
-    alpha_bar: NDArray[np.float64], weights: UpdateWeights, *, prediction_type: str, clip: float | None
+    alpha_bar: NDArray[np.float64],
+    weights: UpdateWeights,
+    *,
+    prediction_type: str,
+    clip: float | None,
+    guidance: NDArray[np.float64],
 ) -> NDArray[np.float32]:
     """Return float32 `[E, NUM_COLUMNS]` for the E noise levels `alpha_bar` of the network's timestep inputs.
 
+    `guidance` `[E]`: the weights of guidance (skipstep.plans.plan_options.resolve_guidance).
     Raises PlanError for epsilon prediction at alpha_bar = 0, where the predicted image is 1/0.
     """
     remedy = "pass what the network was trained to predict; a diffusers scheduler_config.json names it"
@@ -58,6 +64,8 @@ def coefficient_table(
             table[:, Column.EPS_X] = 1.0 / root_noise
             table[:, Column.EPS_OUT] = -root_a / root_noise
     table[:, Column.CLIP] = 0.0 if clip is None else clip
+    # Zero where the scale is the call's own: the tables, and so the keys, of most plans have no such column.
+    table[:, Column.GUIDANCE] = np.where(guidance == 1.0, 0.0, guidance)
     table[:, Column.RE_X] = 1.0 / root_noise
     table[:, Column.RE_X0] = -root_a / root_noise
     for name in UPDATE_COLUMNS:
@@ -72,6 +80,7 @@ def stage_flags(
     clip: float | str | None,
     rederives: bool,
     learned_variance: bool,
+    guidance: NDArray[np.float64],
 ) -> tuple[StepFlags, ...]:
     """What the step does after each of the E evaluations: which columns of its row count."""
     uses = {name: coefficients[:, Column[name.upper()]] != 0.0 for name in UPDATE_COLUMNS}
@@ -91,6 +100,8 @@ def stage_flags(
             # All rows alike: a last row without noise would be one more kernel to compile, for nothing.
             add_noise=adds_noise,
             learned_variance=learned_variance,
+            unguided=bool(guidance[row] == 0.0),
+            scale_guidance=bool(guidance[row] not in (0.0, 1.0)),
         )
         for row in range(len(coefficients))
     )

@@ -28,11 +28,18 @@ from skipstep.kernels.statistics import Thresholding
 from skipstep.plans.coefficients import PredictionType, coefficient_table, stage_flags
 from skipstep.plans.fit import Fit, Quality, check_weights, read_fit, read_quality, refuse_fitted
 from skipstep.plans.key import plan_key
-from skipstep.plans.plan_options import check_final_alpha_bar, check_solver_options, resolve_clip, resolve_timesteps
+from skipstep.plans.plan_options import (
+    check_final_alpha_bar,
+    check_solver_options,
+    network_inputs,
+    resolve_clip,
+    resolve_guidance,
+    resolve_timesteps,
+)
 from skipstep.plans.schedule import NoiseSchedule, check_schedule
 from skipstep.plans.solvers import SOLVERS, one_step_at_a_time
 from skipstep.plans.spacing import Spacing
-from skipstep.plans.update_weights import BETWEEN, VARIANCES, SolverOptions, UpdateWeights, Variance
+from skipstep.plans.update_weights import VARIANCES, SolverOptions, Variance
 
 Convention = Literal["diffusers", "guided", "paper"]
 CONVENTIONS: tuple[str, ...] = get_args(Convention)
@@ -61,6 +68,9 @@ class Plan:
                     timestep. "diffusers": the timesteps and the stride of its DDIMScheduler, to the last index.
     weights, fit    for fitted: float32 `[S, 5]` (skipstep.plans.solvers.FITTED_COLUMNS), and what they were fitted to
                     (skipstep.plans.fit.Fit). The result is without noise: final_alpha_bar is 1.
+    guidance_interval  (low, high) in noise to signal, √((1-alpha_bar)/alpha_bar): evaluations outside are made
+                    without guidance, on half the batch (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+    guidance_weights  instead, a weight for each step: a call's scale g counts as 1 + weight·(g - 1), 0 as outside.
     quality         what was measured of its images (skipstep.plans.fit.Quality), or None; not part of the key.
 
     After construction `timesteps` is a tuple, `steps` its length, `spacing` None if the timesteps were given, `clip` a
@@ -95,6 +105,8 @@ class Plan:
     stride: int | Literal["diffusers"] | None = None
     weights: Sequence[Sequence[float]] | None = None
     fit: Fit | Mapping[str, Any] | None = field(default=None, compare=False)
+    guidance_interval: tuple[float, float] | None = None
+    guidance_weights: Sequence[float] | None = None
     quality: Quality | Mapping[str, Any] | None = field(default=None, compare=False)
     alpha_bars: NDArray[np.float64] = field(init=False, compare=False)
     evaluation_timesteps: NDArray[np.float64] = field(init=False, compare=False)
@@ -161,12 +173,19 @@ class Plan:
             below = [t - stride for t in timesteps]
             ends = [self.schedule.alpha_bar[t] if t >= 0 else final_alpha_bar for t in below]
             weights = one_step_at_a_time(solver, alpha_bars[:-1], np.array(ends), options)
-        inputs, input_levels = self._evaluations(weights, timesteps)
+        # An inversion's first level is the image's, which no timestep has; its others follow.
+        shift = {"target": 0, "source": -1}[self.evaluate_at] if solver.upward else 0
+        nearest = self.midpoints == "nearest"
+        inputs, input_levels = network_inputs(weights, timesteps, self.schedule, shift=shift, nearest=nearest)
+        steps = np.append(0, np.cumsum(weights.ends_step)[:-1])
+        interval, given_weights = self.guidance_interval, self.guidance_weights
+        guidance = resolve_guidance(interval, given_weights, input_levels, steps, solver=self.solver)
         coefficients = coefficient_table(
             input_levels,
             weights,
             prediction_type=self.prediction_type,
             clip=clip if isinstance(clip, float) else None,
+            guidance=guidance,
         )
         for array in (alpha_bars, inputs, coefficients):
             array.setflags(write=False)
@@ -177,6 +196,8 @@ class Plan:
             "stride": stride,
             "weights": None if table is None else tuple(map(tuple, table.tolist())),
             "fit": fit,
+            "guidance_interval": None if interval is None else tuple(map(float, interval)),
+            "guidance_weights": None if given_weights is None else tuple(map(float, given_weights)),
             "quality": read_quality(self.quality, fit),
             "eta": eta,
             "clip": clip,
@@ -196,6 +217,7 @@ class Plan:
                 # Unclipped, the noise derived again is the noise that was there.
                 rederives=clip is not None and (self.convention == "guided" or solver.sees_clip_in_eps),
                 learned_variance=self.variance == "learned_range",
+                guidance=guidance,
             ),
         }.items():
             object.__setattr__(self, name, value)
@@ -274,7 +296,8 @@ class Plan:
         timesteps = self.timesteps[check_integer("step", step, low=0, high=len(self.timesteps) - 1, error=PlanError) :]
         if step > 0:
             refuse_fitted(self.solver, "a start in the middle")
-        return dataclasses.replace(self, steps=None, timesteps=timesteps, quality=None)
+        kept = None if self.guidance_weights is None else self.guidance_weights[step:]
+        return dataclasses.replace(self, steps=None, timesteps=timesteps, quality=None, guidance_weights=kept)
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments that make this plan again, except its schedule, as plain values."""
@@ -285,7 +308,7 @@ class Plan:
         options["timesteps"] = [] if self.spacing is not None else list(downward)
         options["steps"] = self.steps if self.spacing is not None else None
         # Left out where they are not used: the manifests of older bundles, which have none, keep their bytes.
-        for name in ("stride", "weights", "fit", "quality"):
+        for name in ("stride", "weights", "fit", "guidance_interval", "guidance_weights", "quality"):
             if options[name] is None or (name == "quality" and options[name] == read_quality(None, self.fit)):
                 del options[name]
         return {name: dataclasses.asdict(v) if isinstance(v, Fit | Quality) else v for name, v in options.items()}
@@ -319,21 +342,3 @@ class Plan:
             evaluation_timesteps=self.evaluation_timesteps,
             coefficients=self.coefficients,
         )
-
-    def _evaluations(
-        self, weights: UpdateWeights, timesteps: tuple[int, ...]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The network's timestep inputs `[E]`, and the levels `[E]` that they stand for."""
-        inputs, levels = np.empty(len(weights.level)), weights.level.copy()
-        # An inversion's first level is the image's, which no timestep has; its others follow.
-        shift = {"target": 0, "source": -1}[self.evaluate_at] if SOLVERS[self.solver].upward else 0
-        for row, place in enumerate(weights.grid + shift):
-            if 0 <= place < len(timesteps) and weights.grid[row] != BETWEEN:
-                inputs[row] = timesteps[place]
-            else:
-                inputs[row] = self.schedule.timestep_at(float(weights.level[row]))
-                if self.midpoints == "nearest" or weights.grid[row] != BETWEEN:
-                    inputs[row] = round(inputs[row])
-            if inputs[row] % 1.0 == 0.0:
-                levels[row] = self.schedule.alpha_bar[int(inputs[row])]
-        return inputs, levels

@@ -1,4 +1,4 @@
-"""Checking and completing the options of a plan, before any number is computed. Everything here raises PlanError."""
+"""Checking and completing the options of a plan. Everything here raises PlanError."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from typing import Final, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
+from skipstep.arrays import number_array
 from skipstep.errors import PlanError, check_choice, check_integer, check_items, check_number, shown
 from skipstep.plans.schedule import NoiseSchedule
 from skipstep.plans.solvers import SOLVERS
 from skipstep.plans.spacing import Spacing, diffusers_timesteps, space_timesteps
+from skipstep.plans.update_weights import BETWEEN, UpdateWeights
 
 # The coefficient table is float32.
 LARGEST: Final = float(np.finfo(np.float32).max)
@@ -27,6 +30,61 @@ def check_solver_options(solver: str, **options: object) -> None:
                 expected=f"an option that this solver supports; {name} is supported by {supporting}",
                 remedy=f"leave {name} out, or change the solver",
             )
+
+
+def resolve_guidance(
+    interval: tuple[float, float] | None,
+    weights: Sequence[float] | None,
+    levels: NDArray[np.float64],
+    steps: NDArray[np.int64],
+    *,
+    solver: str,
+) -> NDArray[np.float64]:
+    """The weight of guidance `[E]` for evaluations at these `levels` of alpha_bar, which belong to these `steps`: the
+    call's guidance scale g counts as 1 + weight·(g - 1), and where the weight is 0 the network is evaluated once."""
+    if interval is None and weights is None:
+        return np.ones(len(levels))
+    name, given = ("guidance_interval", interval) if weights is None else ("guidance_weights", weights)
+    array, count = number_array(given), 2 if weights is None else int(steps[-1]) + 1
+    fits = array is not None and array.shape == (count,) and bool(np.all((array >= 0.0) & (array <= LARGEST)))
+    found: NDArray[np.float64] = np.zeros(len(levels))
+    if fits and array is not None and weights is None:
+        low, high = array
+        # Noise to signal is infinite at alpha_bar = 0.
+        ratios = np.sqrt((1.0 - levels) / np.maximum(levels, np.finfo(np.float64).tiny))
+        found = ((ratios >= low) & (ratios <= high)).astype(np.float64)
+    elif fits and array is not None:
+        found = array.astype(np.float64)[steps]
+    if not fits or (interval is not None and weights is not None) or not np.any(found) or SOLVERS[solver].upward:
+        raise PlanError(
+            got=f"{name}={shown(given)}" + (" of an inversion" if SOLVERS[solver].upward else ""),
+            expected="(low, high) in noise to signal, with an evaluation inside"
+            if weights is None
+            else f"{count} numbers, one for each step, of at least 0 and not all 0, without guidance_interval",
+            remedy="pass guidance_interval=(0.2, 5.0), or leave it out",
+        )
+    return found
+
+
+def network_inputs(
+    weights: UpdateWeights, timesteps: Sequence[int], schedule: NoiseSchedule, *, shift: int, nearest: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The network's timestep inputs `[E]`, and the levels `[E]` that they stand for.
+
+    `shift`: how many timesteps later than its level an evaluation's input stands. `nearest`: of a level between the
+    training's timesteps the nearest of them, else a fractional one.
+    """
+    inputs, levels = np.empty(len(weights.level)), weights.level.copy()
+    for row, place in enumerate(weights.grid + shift):
+        if 0 <= place < len(timesteps) and weights.grid[row] != BETWEEN:
+            inputs[row] = timesteps[place]
+        else:
+            inputs[row] = schedule.timestep_at(float(weights.level[row]))
+            if nearest or weights.grid[row] != BETWEEN:
+                inputs[row] = round(inputs[row])
+        if inputs[row] % 1.0 == 0.0:
+            levels[row] = schedule.alpha_bar[int(inputs[row])]
+    return inputs, levels
 
 
 def resolve_timesteps(

@@ -46,7 +46,7 @@ def run(code, *, libraries, log, init=0):
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "STUB_LOG": str(log),
         "STUB_INIT": str(init),
-        "STUB_SIZES": "8" * 14 + "44" + "88",
+        "STUB_SIZES": "8" * 13 + "44" + "88",
     }
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
@@ -55,8 +55,9 @@ def test_a_launch_reaches_the_driver_with_every_argument_in_place(stub, tmp_path
     log = tmp_path / "log"
     result = run(LAUNCH, libraries=stub, log=log)
     assert result.returncode == 0, result.stderr
+    # x0 and history; guidance, rescale and bound.
     unused = ["10000"] * 3
-    pointers = ["10000", "10000", "20000", "30000", *unused, "40000", "10000", *unused, "10000", "10000"]
+    pointers = ["10000", "10000", "20000", "30000", *unused[:2], "40000", "10000", *unused, "10000", "10000"]
     launch = "launch (2 2 1) (128 1 1) 4096 5ea " + " ".join([*pointers, f"{1040:x}", "7", "0", "0"])
     assert log.read_text().splitlines() == [
         "retain",

@@ -268,3 +268,12 @@ def test_what_does_not_fit_is_refused():
         build_sampler(parts, network, PLANS["rk4"])
     with pytest.raises(PlanError, match="output channels"):
         build_sampler(parts, network, Plan(schedule=SCHEDULE, steps=3, solver="ddpm", variance="learned_range"))
+
+
+def test_an_exported_loop_has_one_guidance_scale(labelled):
+    plan = Plan(schedule=SCHEDULE, timesteps=[599, 399, 199, 49], guidance_weights=[0.0, 1.0, 1.0, 1.0])
+    with pytest.raises(InputError, match="differs from step to step"):
+        build_sampler(labelled.source.partition(), labelled.network, plan, guided=True)
+    # Without guidance it is a plan like any other.
+    plain = build_sampler(labelled.source.partition(), labelled.network, PLANS["ddim"], form="unrolled")
+    assert build_sampler(labelled.source.partition(), labelled.network, plan, form="unrolled") == plain

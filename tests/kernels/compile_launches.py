@@ -28,6 +28,8 @@ FLAGS = (
     StepFlags(threshold=True, add_state=True, read_h0=True, write_h0=True),
     StepFlags(read_h0=True, read_h1=True, read_h2=True, write_h1=True),
     StepFlags(add_state=True, read_h1=True, write_h2=True),
+    StepFlags(clip=True, scale_guidance=True, guided=True),
+    StepFlags(doubled=True),
     StepFlags(clip=True, add_state=True, add_noise=True, learned_variance=True, wide_output=True, guided=True),
 )
 TARGET = GPUTarget("cuda", 90, 32)

@@ -134,6 +134,9 @@ GENERAL = {
     "runge kutta": StepFlags(read_h0=True, read_h1=True, write_h1=True),
     "threshold": StepFlags(threshold=True, rederive_eps=True),
     "rescaled": StepFlags(guided=True, rescale=True),
+    "guided by a step's weight": StepFlags(guided=True, scale_guidance=True),
+    "a weight, rescaled, threshold": StepFlags(guided=True, scale_guidance=True, rescale=True, threshold=True),
+    "not guided in a guided call": StepFlags(doubled=True, scale_guidance=True),
     "wide": StepFlags(wide_output=True, guided=True),
     "learned variance": StepFlags(wide_output=True, learned_variance=True, add_noise=True, add_state=True, clip=True),
     **{f"everything, slot {j} written": everything(written=j) for j in range(NUM_SLOTS)},
@@ -179,7 +182,8 @@ def test_the_general_update(name, n, per_sample, kernel_device):
     strength = np.array([0.0, 0.4, 1.0], np.float32)
     thresholding = Thresholding(0.9, 1.5)
 
-    twin_state, twin_input, twin_x0 = state.copy(), normal(copies * batch_size, 1, n, 1), normal(3, 1, n, 1)
+    twin_input = normal(flags.input_copies * batch_size, 1, n, 1)
+    twin_state, twin_x0 = state.copy(), normal(3, 1, n, 1)
     twin = NumpyStep(
         state=twin_state,
         model_output=output,
@@ -244,7 +248,7 @@ def test_the_general_update(name, n, per_sample, kernel_device):
         np.testing.assert_allclose(kernel.cpu().numpy(), numpy, rtol=0, atol=atol)
         largest = 30 * truth.abs().max().item() + 30
         assert (kernel.cpu() - truth).abs().max() <= GENERAL_UPDATE * largest
-    for half in network_input.chunk(copies):
+    for half in network_input.chunk(flags.input_copies):
         assert torch.equal(half, ours)
 
 

@@ -47,6 +47,20 @@ def test_every_form_has_the_bits_of_the_loop_in_host_memory(device, name, guidan
     assert report.loop == wanted
 
 
+@pytest.mark.parametrize("name", ["interval", "weights"])
+@pytest.mark.parametrize("wanted", LADDER)
+def test_steps_without_guidance_are_evaluated_on_half_the_batch(device, name, wanted):
+    stages = Stages.of([PLANS[name]])
+    loop, host = loops(device, batch_size=6, half=True, wanted=wanted, required=True)
+    request = request_of(stages, **GUIDED)
+    expected = drawn(host, stages, request)
+    for _ in range(2):
+        np.testing.assert_array_equal(drawn(loop, stages, request), expected)
+    assert [report.loop for report in loop.reports] == [wanted]
+    always = Stages.of([dataclasses.replace(PLANS[name], guidance_interval=None, guidance_weights=None)])
+    assert not np.array_equal(drawn(host, always, request), expected)
+
+
 def test_plans_per_sample_latents_and_a_learned_variance(device):
     spec = NetworkSpec((1, 5, 7))
     loop, host = loops(device, LearnedVariance(), spec, required=True)

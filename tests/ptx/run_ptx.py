@@ -74,6 +74,7 @@ def plan_flags() -> tuple[StepFlags, ...]:
         for solver in ({}, {"eta": 0.5}, {"solver": "ddpm"}, {"solver": "heun"}, {"solver": "dpm_solver_pp_2m"})
     ]
     options.append({"solver": "rk4", "midpoints": "nearest", "clip": None, "convention": "paper"})
+    options.append({"guidance_weights": [0.0, *[0.5] * 6, 1.0], "clip": 1.0, "convention": "guided"})
     # Two and three slots as a ring, over x0 and over eps.
     options += [{"solver": solver, "clip": 1.0, "convention": "diffusers"} for solver in ("unipc_2", "unipc_3", "lms")]
     made: dict[StepFlags, None] = {}
@@ -158,7 +159,8 @@ def check_step(case: Case, n: int, ptx: str) -> int:
         state[1, 0, n // 16] = np.nan
     guidance, strength = np.array([0.0, 1.5, 7.0], np.float32), np.array([0.0, 0.4, 1.0], np.float32)
     read = as_float32(output, case.dtype)
-    twin_state, twin_x0, twin_input = state.copy(), x0.copy(), np.empty((copies * batch, 1, n, 1), np.float32)
+    twin_state, twin_x0 = state.copy(), x0.copy()
+    twin_input = np.empty((flags.input_copies * batch, 1, n, 1), np.float32)
     twin = NumpyStep(
         state=twin_state,
         model_output=read,
@@ -213,7 +215,10 @@ def _statistics(flags: StepFlags, state: Any, out: Any, row: Any, guidance: Any,
     out, factor, bound, ones = out[:, :channels], None, None, (-1, 1, 1, 1)
     conditional = out[:batch]
     if flags.guided:
-        out = out[batch:] + guidance.reshape(ones) * (conditional - out[batch:])
+        scale = guidance.reshape(ones)
+        if flags.scale_guidance:
+            scale = row[:, Column.GUIDANCE].reshape(ones) * (scale - np.float32(1.0)) + np.float32(1.0)
+        out = out[batch:] + scale * (conditional - out[batch:])
     if flags.rescale:
         factor = rescale_factor_numpy(out, conditional, strength)
         out = out * factor.reshape(ones)
