@@ -48,6 +48,7 @@ from skipstep.storage.atomic import atomic_write
 CHUNK = 100
 NODES = 56  # Timesteps of the trajectories that lead to the converged images.
 MAX_CONVERGED = 1000
+SHORT = 20  # Evaluations; cases of more are measured after everything else.
 LONG = 100  # Evaluations above which `num_long` samples are drawn.
 
 # Reconstruction MSE on CIFAR-10 (Song, Meng, Ermon 2021, arXiv 2010.02502, table 2): theirs.
@@ -145,7 +146,7 @@ class Evaluation:
         return Plan(**{**self.engine.plan_defaults, **options})
 
     def cases(self) -> list[Case]:
-        """All of them, short ones first. Plans that the schedule does not have are left out."""
+        """All of them, table by table. Plans that the schedule does not have are left out."""
         grid, found = self.grid, list(self._fitted())
         for steps in grid.steps:
             for eta in grid.etas:
@@ -159,7 +160,7 @@ class Evaluation:
             for budget in grid.evaluations:
                 steps = _steps_within(budget, solver)
                 found += self._case("solvers", (solver, f"at most {budget}"), steps=steps, solver=solver)
-        return sorted(found, key=lambda case: case.plan.num_evaluations > LONG)
+        return found
 
     def measure(self, case: Case) -> Row:
         """The row of a case: as it was measured before, or now."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from skipstep.bench.markdown import describe_environment, markdown
-from skipstep.bench.quality.evaluation import LONG, Case, Evaluation, Row
+from skipstep.bench.quality.evaluation import LONG, SHORT, Case, Evaluation, Row
 from skipstep.bench.quality.judge import needs
 from skipstep.bench.quality.pictures import draw_pictures
 from skipstep.bench.quality.statistics import BLOCK, Estimate
@@ -31,20 +31,28 @@ _TABLES = {
 
 
 def evaluate(evaluation: Evaluation, *, command: str) -> Path:
-    """Measure everything and write the page, again after every table. Measured cases are not measured again."""
+    """Measure everything and write the page, again after every case. Measured cases are not measured again.
+
+    What takes long comes last: an evaluation that is stopped has all the rest.
+    """
     cases, page = evaluation.cases(), evaluation.folder / PAGE
     evaluation.folder.mkdir(parents=True, exist_ok=True)
-    head = _introduction(evaluation, command)
-    measured: list[tuple[Case, Row]] = []
+    sections, head = [""], _introduction(evaluation, command)
+    measured: dict[Case, Row] = {}
 
-    def write(*more: str) -> None:
-        tables = [_section(evaluation, name, measured, command) for name in _TABLES]
-        atomic_write(page, ("\n\n".join(each for each in (head, *tables, *more) if each) + "\n").encode())
+    def write() -> None:
+        rows = [(case, measured[case]) for case in cases if case in measured]
+        tables = [_section(evaluation, name, rows, command) for name in _TABLES]
+        atomic_write(page, ("\n\n".join(each for each in (head, *tables, *sections) if each) + "\n").encode())
 
-    for case in cases:
-        measured.append((case, evaluation.measure(case)))
+    for case in sorted(cases, key=lambda case: case.plan.num_evaluations):
+        if case.plan.num_evaluations > SHORT and len(sections) == 1:
+            sections += [_spread(evaluation), _inversion(evaluation), _pictures(evaluation)]
+        measured[case] = evaluation.measure(case)
         write()
-    write(_spread(evaluation), _inversion(evaluation), _pictures(evaluation))
+    if len(sections) == 1:
+        sections += [_spread(evaluation), _inversion(evaluation), _pictures(evaluation)]
+        write()
     return page
 
 
