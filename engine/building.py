@@ -138,7 +138,9 @@ def build_network(
     check_flag("compile_network", compile_network)
     check_flag("require_captured", require_captured)
     target = Target("cpu", cast(Precision, precision), num_threads, compile_network, library=check_library(library))
-    checkpoint = read_checkpoint(model) if isinstance(model, str | os.PathLike) else None
+    checkpoint = None
+    if isinstance(model, str | os.PathLike):
+        checkpoint = read_checkpoint(model, scheduler=request.schedule is None)
     if checkpoint is None and not is_module(model):
         raise InputError(
             got=f"a model of type {type(model).__name__}",

@@ -97,7 +97,8 @@ class Engine:
                         a module is put into eval mode.
         plans           step counts, made into DDIM plans with what the folder's scheduler configuration says, or Plans.
         batch_sizes     the numbers of samples to compile for; requests of any size are split over them.
-        schedule        overrides the folder's; needed for step counts where there is no scheduler configuration.
+        schedule        instead of the folder's scheduler configuration, which is then not read: prediction_type= and
+                        clipping come from the arguments. Needed for step counts where there is no configuration.
         prediction_type overrides the folder's; "epsilon" where neither says.
         compile_on_miss compile a plan that is requested and not held, instead of raising PlanNotFoundError.
         compatibility   "diffusers": step counts visit exactly the noise levels that its DDIMScheduler visits, also

@@ -5,8 +5,8 @@
     unet/*.safetensors      its weights, in one file or in shards with an index
     scheduler/scheduler_config.json
 
-A folder that holds config.json itself is taken as the unet folder alone. Weights are safetensors or nothing: a pickle
-runs code when it is loaded, so it is refused unread.
+A folder that holds config.json itself is taken as the unet folder alone; scheduler_config.json may lie beside it.
+Weights are safetensors or nothing: a pickle runs code when it is loaded, so it is refused unread.
 """
 
 from __future__ import annotations
@@ -80,9 +80,10 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+def read_checkpoint(folder: str | os.PathLike[str], *, scheduler: bool = True) -> Checkpoint:
     """Read and check a folder; neither torch nor diffusers is needed, and no weight is loaded.
 
+    Without `scheduler` the scheduler's configuration is not read.
     Raises ModelFormatError, UnsafeCheckpointError (only a pickle is there) and ScheduleError.
     """
     root = Path(check_path("folder", folder))
@@ -110,7 +111,8 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     weights = _find_weights(unet)
     for path in weights:
         _header(path)
-    scheduler = root / "scheduler" / "scheduler_config.json"
+    places = (root / "scheduler" / "scheduler_config.json", root / "scheduler_config.json")
+    configuration = next((path for path in places if scheduler and path.exists()), None)
     names = _class_names(root / "model_index.json")
     num_classes, null_label = _classes(config, names)
     return Checkpoint(
@@ -118,7 +120,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         class_name=str(class_name),
         unet_config=config,
         weights=weights,
-        scheduler=read_scheduler_config(scheduler) if unet != root and scheduler.exists() else None,
+        scheduler=None if configuration is None else read_scheduler_config(configuration),
         sample_shape=_sample_shape(config, unet / "config.json"),
         num_classes=num_classes,
         null_label=null_label,

@@ -1,11 +1,13 @@
 """diffusers' `scheduler_config.json` as checked values, before a schedule or a plan is made of them.
 
-Every key is supported or refused by name. A key that is missing has the default of the scheduler class that the file
-names, as in diffusers; a key that no supported class has is refused, since ignoring it would draw other images.
+Every key is supported, refused by name, or named in the log where it concerns the inner workings of another sampler
+than DDIM. A key that is missing has the default of the scheduler class that the file names, as in diffusers; a key that
+this class does not have is refused, since ignoring it would draw other images.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, Final, Literal
 
 from skipstep.errors import ScheduleError, check_integer, check_number, check_path, shown
 from skipstep.plans.coefficients import PREDICTION_TYPES
+from skipstep.reporting import LOGGER
 from skipstep.storage.untrusted import read_json_object
 
 FILE_NAME = "scheduler_config.json"
@@ -47,9 +50,124 @@ _DDPM: Mapping[str, Any] = {
 }
 # Stable Diffusion's files name PNDM, which never clips; its Runge-Kutta warm-up is not part of a schedule.
 _PNDM: Mapping[str, Any] = {**_SHARED, "skip_prk_steps": False, "set_alpha_to_one": False}
+_SIGMAS: Mapping[str, Any] = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+_FLOW: Mapping[str, Any] = {
+    "use_flow_sigmas": False,
+    "flow_shift": 1.0,
+    "use_dynamic_shifting": False,
+    "time_shift_type": "exponential",
+}
+_EULER_ANCESTRAL: Mapping[str, Any] = {**_SHARED, "timestep_spacing": "linspace", "rescale_betas_zero_snr": False}
+_EULER: Mapping[str, Any] = {
+    **_EULER_ANCESTRAL,
+    **_SIGMAS,
+    "interpolation_type": "linear",
+    "sigma_min": None,
+    "sigma_max": None,
+    "timestep_type": "discrete",
+    "final_sigmas_type": "zero",
+}
+_LMS: Mapping[str, Any] = {**_SHARED, **_SIGMAS, "timestep_spacing": "linspace"}
+_KDPM2: Mapping[str, Any] = {**_LMS, "beta_start": 0.00085, "beta_end": 0.012}
+_DEIS: Mapping[str, Any] = {
+    **_LMS,
+    **_THRESHOLDING,
+    **_FLOW,
+    "solver_order": 2,
+    "algorithm_type": "deis",
+    "solver_type": "logrho",
+    "lower_order_final": True,
+}
+_UNIPC: Mapping[str, Any] = {
+    **_LMS,
+    **_THRESHOLDING,
+    **_FLOW,
+    "rescale_betas_zero_snr": False,
+    "solver_order": 2,
+    "predict_x0": True,
+    "solver_type": "bh2",
+    "lower_order_final": True,
+    "disable_corrector": [],
+    "solver_p": None,
+    "final_sigmas_type": "zero",
+    "sigma_min": None,
+    "sigma_max": None,
+    "shift_terminal": None,
+}
+_SINGLESTEP: Mapping[str, Any] = {
+    **{key: value for key, value in _SHARED.items() if key not in ("timestep_spacing", "steps_offset")},
+    **_THRESHOLDING,
+    **_SIGMAS,
+    **_FLOW,
+    "solver_order": 2,
+    "algorithm_type": "dpmsolver++",
+    "solver_type": "midpoint",
+    "lower_order_final": False,
+    "final_sigmas_type": "zero",
+    "lambda_min_clipped": -math.inf,
+    "variance_type": None,
+}
+_MULTISTEP: Mapping[str, Any] = {
+    **_SHARED,
+    **_SINGLESTEP,
+    "timestep_spacing": "linspace",
+    "lower_order_final": True,
+    "euler_at_final": False,
+    "use_lu_lambdas": False,
+    "rescale_betas_zero_snr": False,
+}
+_LCM: Mapping[str, Any] = {
+    **_DDIM,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "original_inference_steps": 50,
+    "timestep_scaling": 10.0,
+}
 
-# The keys and defaults of each scheduler class.
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"DDIMScheduler": _DDIM, "DDPMScheduler": _DDPM, "PNDMScheduler": _PNDM}
+# The keys and defaults of each scheduler class whose process is that of a NoiseSchedule. Whatever class a file names,
+# step counts become plans of DDIM on its schedule.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "DDIMScheduler": _DDIM,
+    "DDPMScheduler": _DDPM,
+    "PNDMScheduler": _PNDM,
+    "EulerDiscreteScheduler": _EULER,
+    "EulerAncestralDiscreteScheduler": _EULER_ANCESTRAL,
+    "HeunDiscreteScheduler": {**_KDPM2, **_CLIPPING, "clip_sample": False},
+    "KDPM2DiscreteScheduler": _KDPM2,
+    "KDPM2AncestralDiscreteScheduler": _KDPM2,
+    "LMSDiscreteScheduler": _LMS,
+    "DEISMultistepScheduler": _DEIS,
+    "UniPCMultistepScheduler": _UNIPC,
+    "DPMSolverMultistepScheduler": _MULTISTEP,
+    "DPMSolverSinglestepScheduler": _SINGLESTEP,
+    "DPMSolverSDEScheduler": {**_KDPM2, "noise_sampler_seed": None},
+    "LCMScheduler": _LCM,
+    "TCDScheduler": _LCM,
+}
+# Of other classes, why there is no such schedule.
+_OTHER_PROCESSES: Mapping[str, str] = {
+    "EDM": "the network reads sigma and a scaled state (EDM)",
+    "FlowMatch": "the state is (1 - s)·image + s·noise (flow matching)",
+    "ScoreSdeVe": "noise is added and the image is not made smaller (variance exploding)",
+    "KarrasVe": "noise is added and the image is not made smaller (variance exploding)",
+    "CMStochasticIterative": "the network leads to the image in one step (a consistency model)",
+    "IPNDM": "it has noise levels of its own, which its file does not hold",
+}
+# What says how another sampler works: its order, which timesteps it visits, how it ends. A value other than the default
+# is named in the log and has no effect.
+_INNER: Final = frozenset(
+    {
+        *("skip_prk_steps", "variance_type", "interpolation_type", "sigma_min", "sigma_max", "final_sigmas_type"),
+        *("solver_order", "algorithm_type", "solver_type", "lower_order_final", "euler_at_final", "use_lu_lambdas"),
+        *("lambda_min_clipped", "predict_x0", "disable_corrector", "solver_p", "shift_terminal", "noise_sampler_seed"),
+        *("original_inference_steps", "timestep_scaling", *_SIGMAS),
+        *(key for key in _FLOW if key != "use_flow_sigmas"),
+    }
+)
+# Named once in a process.
+_NAMED: set[str] = set()
 
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 _CORRECT = "correct the scheduler configuration"
@@ -87,21 +205,28 @@ def read_diffusers_config(source: str | Path | Mapping[str, Any]) -> DiffusersCo
     contents = source if isinstance(source, Mapping) else _read_file(Path(check_path("config", source)))
     class_name = contents.get("_class_name", "DDIMScheduler")
     if not isinstance(class_name, str) or class_name not in _DEFAULTS:
+        other = next((why for start, why in _OTHER_PROCESSES.items() if str(class_name).startswith(start)), None)
         raise ScheduleError(
-            got=f"_class_name={shown(class_name)}",
+            got=f"_class_name={shown(class_name)}" + ("" if other is None else f": {other}"),
             expected=f"one of {', '.join(_DEFAULTS)}",
-            remedy="convert it with DDIMScheduler.from_config(scheduler.config), or pass schedule= yourself",
+            remedy="pass schedule= yourself, if the network predicts for √alpha_bar·image + √(1-alpha_bar)·noise",
         )
     # Names that start with an underscore are diffusers' own notes: its version, the keys it filled in by default.
     keys = {key: value for key, value in contents.items() if not str(key).startswith("_")}
     unknown = sorted(set(keys) - set(_DEFAULTS[class_name]), key=str)
     if unknown:
         raise _refused(unknown[0], keys[unknown[0]], f"a key of {class_name}", "remove it if the sampler may ignore it")
-    return _interpret({**_DEFAULTS[class_name], **keys})
+    return _interpret(class_name, {**_DEFAULTS[class_name], **keys})
 
 
-def _interpret(config: Mapping[str, Any]) -> DiffusersConfig:
-    if config.get("variance_type") == "learned":
+def _interpret(class_name: str, config: Mapping[str, Any]) -> DiffusersConfig:
+    if _boolean(config, "use_flow_sigmas", default=False):
+        raise _refused("use_flow_sigmas", True, "false", "pass schedule= yourself: flow matching has another process")
+    if config.get("timestep_type", "discrete") != "discrete":
+        raise _refused("timestep_type", config["timestep_type"], "'discrete'", "use a network that takes timesteps")
+    if class_name not in ("DDIMScheduler", "DDPMScheduler"):
+        _name_unused(class_name, config)
+    if class_name == "DDPMScheduler" and config["variance_type"] == "learned":
         raise _refused(
             "variance_type",
             config["variance_type"],
@@ -123,13 +248,23 @@ def _interpret(config: Mapping[str, Any]) -> DiffusersConfig:
         trained_betas=_trained_betas(config["trained_betas"], length),
         rescale_betas_zero_snr=_boolean(config, "rescale_betas_zero_snr", default=False),
         prediction_type=_choice(config, "prediction_type", PREDICTION_TYPES),
-        timestep_spacing=_choice(config, "timestep_spacing", _SPACINGS),
-        steps_offset=_integer(config, "steps_offset", low=0, high=length),
+        # One class has no choice of its timesteps: they are those of linspace.
+        timestep_spacing=_choice({"timestep_spacing": "linspace", **config}, "timestep_spacing", _SPACINGS),
+        steps_offset=_integer({"steps_offset": 0, **config}, "steps_offset", low=0, high=length),
         set_alpha_to_one=_boolean(config, "set_alpha_to_one", default=True),
         clip=clip,
         dynamic_quantile=quantile,
         dynamic_maximum=maximum,
     )
+
+
+def _name_unused(class_name: str, config: Mapping[str, Any]) -> None:
+    defaults = _DEFAULTS[class_name]
+    unused = [f"{key}={shown(config[key])}" for key in sorted(_INNER & set(defaults)) if config[key] != defaults[key]]
+    told = f"{class_name}: {', '.join(unused)} concern its own sampler, and plans of step counts do not use them"
+    if unused and told not in _NAMED:
+        _NAMED.add(told)
+        LOGGER.warning("%s", told)
 
 
 def _trained_betas(betas: Any, length: int) -> tuple[float, ...] | None:

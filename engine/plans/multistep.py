@@ -11,8 +11,10 @@ evaluations i, i-1, …, in s for lms and in ln s for deis. Past
 predictions are kept in the history slots as a ring: evaluation i writes slot i mod k, where k is how many a step reads.
 A step that reads k of them reads the slot that it overwrites.
 
-A rule begins at order 1 and gains one with each step. Where the last step lands at p = 1 it is Euler's, as for other
-solvers, and rules on the way there fall in order where diffusers' do.
+A rule begins at order 1 and gains one with each step. A last step that lands at p = 1 is Euler's, as for other solvers,
+so the result is a predicted image, clipped if the plan clips. Schedulers of diffusers end so with final_sigmas_type
+"zero" and lower_order_final, where they have these options; its LMS and iPNDM keep their order. The step before the
+last is of order 2 at most where diffusers' is. A plan that ends above the level without noise keeps its order.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from skipstep.plans.update_weights import Levels, SolverOptions, UpdateWeights, 
 
 # Below as many steps the step before the last is of order 2 at most, as in diffusers.
 _FEW_STEPS: Final = 15
+# What UniPC takes for 0 in a schedule with zero terminal SNR, as in diffusers.
+_LEAST_ALPHA_BAR: Final = 2.0**-24
 _ADAMS_BASHFORTH: Final = (
     (1.0,),
     (3 / 2, -1 / 2),
@@ -93,6 +97,8 @@ def unipc(alpha_bars: Levels, options: SolverOptions, *, order: int) -> UpdateWe
     corrected state before, so it is the predicted one and a sum of predictions: a row corrects, then predicts.
     """
     weights = one_row_per_step(alpha_bars)
+    if alpha_bars[0] == 0.0:
+        alpha_bars = np.append(min(_LEAST_ALPHA_BAR, alpha_bars[1] / 4), alpha_bars[1:])
     weights.c_x = np.sqrt((1.0 - alpha_bars[1:]) / (1.0 - alpha_bars[:-1]))
     lam, past = _log_snr(alpha_bars), []
     orders = _orders(order, alpha_bars, falling=True, always=True)
@@ -137,8 +143,8 @@ def _lms_weights(nodes: Levels, end: float) -> NDArray[np.float64]:
 
 
 def _ipndm_weights(nodes: Levels, end: float) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = (end - nodes[0]) * np.array(_ADAMS_BASHFORTH[len(nodes) - 1])
-    return found
+    weights: NDArray[np.float64] = (end - nodes[0]) * np.array(_ADAMS_BASHFORTH[len(nodes) - 1])
+    return weights
 
 
 def _deis_weights(nodes: Levels, end: float) -> NDArray[np.float64]:
@@ -160,8 +166,8 @@ def _exponential_moment(n: int, u: float) -> float:
 
 def _exact_for_powers(nodes: Levels, integrals: Sequence[float]) -> NDArray[np.float64]:
     """Weights w with Σ_j w_j·v_j^n = integrals[n] for every n: the integrals of the Lagrange polynomials."""
-    found: NDArray[np.float64] = np.linalg.solve(np.vander(nodes, increasing=True).T, np.array(integrals))
-    return found
+    weights: NDArray[np.float64] = np.linalg.solve(np.vander(nodes, increasing=True).T, np.array(integrals))
+    return weights
 
 
 def _on_eps(alpha_bars: Levels, rule: Rule, *, order: int, falling: bool = False) -> UpdateWeights:

@@ -8,15 +8,21 @@ probability-flow ODE is dx̄/ds = eps, so the classical rules apply as they stan
     heun            x̄_p = x̄ + h·(eps_1 + eps_2)/2, eps_2 where Euler's rule leads                order 2, 2S - 1
     rk4             the classical weights 1/6, 1/3, 1/3, 1/6                                      order 4, 4S - 3
     dpm_solver_2    the midpoint rule, exponential in ln s (algorithm 1 there)                    order 2, 2S - 1
-    dpm_solver_pp_2m, dpm_solver_pp_3m, unipc_2, unipc_3, deis_2, deis_3, ipndm, lms
-                    what earlier evaluations predicted counts too (skipstep.plans.multistep)      S
+    rules of several steps (skipstep.plans.multistep):
+    dpm_solver_pp_2m, _3m  on x0 (Lu et al. 2022, arXiv 2211.01095, algorithm 2; its authors' code)  order 2, 2; S
+    unipc_2, unipc_3  on x0, predictor and corrector (Zhao et al. 2023, arXiv 2302.04867)         order 3, 4; S
+    deis_2, deis_3  on eps, polynomials in ln s (Zhang & Chen 2022, arXiv 2204.13902)             order 2, 3; S
+    lms             on eps, Adams-Bashforth for unequal steps in s                                order 4, S
+    ipndm           on eps, with its weights for equal steps (Liu et al. 2022, arXiv 2202.09778)  order 2, S
+    and:
     ddpm            the posterior mean and a variance (Ho et al. 2020, arXiv 2006.11239, eq. 7)   stochastic, S
     ddim_inversion  Euler's rule from the image up to the noise                                   order 1, S
     fitted          weights that were fitted to a network's own trajectories (skipstep.fitting)   S
 
-A rule of order above 1 would need the network at the level without noise, or has no finite weight for it, so the last
-step, where p = 1, is Euler's. DDIM's variance (Song, Meng, Ermon 2021, arXiv 2010.02502, eq. 12 and 16; their alpha is
-our alpha_bar) is sigma² = eta²·(1-p)/(1-a)·(1-a/p).
+A rule of several steps begins at order 1. Where the first steps are as long as the others, their error is of order 2,
+whatever the rule; UniPC corrects it. Most rules of order above 1 would need the network at the level without noise, or
+have no finite weight for it, so the last step, where p = 1, is Euler's. DDIM's variance (Song, Meng, Ermon 2021, arXiv
+2010.02502, eq. 12 and 16; their alpha is our alpha_bar) is sigma² = eta²·(1-p)/(1-a)·(1-a/p).
 
 A solver is a function from levels to `UpdateWeights` in float64, one row per evaluation; the loop and the kernel do
 not know its name. To add one, write such a function and enter it in `SOLVERS`.
@@ -187,8 +193,8 @@ SOLVERS: Mapping[str, Solver] = {
     "dpm_solver_2": Solver(dpm_solver_2, takes=frozenset({"midpoints"}), sees_clip_in_eps=True, diverges_at_zero=True),
     "dpm_solver_pp_2m": Solver(partial(dpm_solver_pp, order=2)),
     "dpm_solver_pp_3m": Solver(partial(dpm_solver_pp, order=3), diverges_at_zero=True),
-    "unipc_2": Solver(partial(unipc, order=2), diverges_at_zero=True),
-    "unipc_3": Solver(partial(unipc, order=3), diverges_at_zero=True),
+    "unipc_2": Solver(partial(unipc, order=2)),
+    "unipc_3": Solver(partial(unipc, order=3)),
     "deis_2": Solver(partial(deis, order=2), sees_clip_in_eps=True, diverges_at_zero=True),
     "deis_3": Solver(partial(deis, order=3), sees_clip_in_eps=True, diverges_at_zero=True),
     "ipndm": Solver(ipndm, sees_clip_in_eps=True, diverges_at_zero=True),

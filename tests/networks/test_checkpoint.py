@@ -3,11 +3,13 @@ import os
 import shutil
 import struct
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_networks import tiny_unet
 
+from skipstep import Engine, NoiseSchedule
 from skipstep.errors import ModelFormatError, ScheduleError, UnsafeCheckpointError
 from skipstep.networks.checkpoint import load_unet, read_checkpoint
 
@@ -39,6 +41,29 @@ def test_reads_a_pipeline_folder(folder):
         torch.testing.assert_close(network(x, t).sample, tiny_unet()(x, t).sample, rtol=0, atol=0)
     assert not network.training
     assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_reads_a_flat_folder(folder, tmp_path):
+    """The network's and the scheduler's files side by side."""
+    flat = tmp_path / "flat"
+    shutil.copytree(folder / "unet", flat)
+    shutil.copy(folder / "scheduler" / "scheduler_config.json", flat)
+    assert read_checkpoint(flat).scheduler.prediction_type == "v_prediction"
+    with (
+        Engine.build(flat, plans=[3], backend="torch") as engine,
+        Engine.build(folder, plans=[3], backend="torch") as same,
+    ):
+        np.testing.assert_array_equal(engine.sample(steps=3, seeds=1), same.sample(steps=3, seeds=1))
+
+
+def test_with_a_schedule_the_schedulers_file_is_not_read(folder):
+    (folder / "scheduler/scheduler_config.json").write_text("{")
+    with pytest.raises(ModelFormatError, match=r"scheduler_config\.json"):
+        Engine.build(folder, plans=[3], backend="torch")
+    schedule = NoiseSchedule.linear(1000)
+    with Engine.build(folder, plans=[3], backend="torch", schedule=schedule, prediction_type="v_prediction") as engine:
+        (plan,) = engine.plans.values()
+    assert (plan.schedule, plan.prediction_type, plan.clip) == (schedule, "v_prediction", 1.0)
 
 
 def test_reads_a_bare_unet_folder(folder):

@@ -12,6 +12,7 @@ from skipstep.kernels.layout import NUM_COLUMNS, SLOT_COLUMNS, Column, StepFlags
 from skipstep.plans.key import plan_key
 from skipstep.plans.solvers import SOLVERS
 from skipstep.plans.spacing import SPACINGS
+from skipstep.plans.update_weights import SolverOptions
 
 LINEAR = NoiseSchedule.linear(1000)
 ZERO_SNR = LINEAR.rescaled_to_zero_terminal_snr()
@@ -151,6 +152,18 @@ def test_whatever_changes_the_result_changes_the_key(change):
     assert Plan(**{**base, **change}).key != Plan(**base).key
 
 
+@pytest.mark.parametrize("solver", ["unipc_2", "unipc_3"])
+def test_unipc_takes_zero_terminal_snr_as_diffusers_does(solver):
+    """Its scheduler has 2**-24 in place of 0."""
+    levels = np.array([0.0, 0.1, 0.3, 0.6, 0.9, 1.0])
+    ours, theirs = (SOLVERS[solver].weights(each, SolverOptions()) for each in (levels, np.maximum(levels, 2.0**-24)))
+    for column in ("c_x", "c_x0", "c_h0", "c_h1", "c_h2"):
+        np.testing.assert_allclose(getattr(ours, column), getattr(theirs, column), rtol=1e-6)
+    # The level above 0 may itself be lower than that.
+    every = Plan(schedule=ZERO_SNR, steps=1000, solver=solver, prediction_type="v_prediction")
+    assert np.all(np.isfinite(every.coefficients))
+
+
 FITTED = [[0.5, 0.5, 0.1, 0.2, 0.0], [0.5, 0.4, 0.1, 0.3, 0.7], [0.1, 0.9, 0.0, 0.0, 0.0]]
 
 
@@ -236,7 +249,16 @@ def test_zero_terminal_snr_is_for_networks_that_can_see_the_image_in_their_outpu
         ({"steps": 10, "clip": "static"}, "clip='static'"),
         *(
             ({"steps": 10, "schedule": ZERO_SNR, "prediction_type": "v_prediction", "solver": solver}, "zero terminal")
-            for solver in ("heun", "rk4", "dpm_solver_2", "ddim_inversion")
+            for solver in (
+                "heun",
+                "rk4",
+                "dpm_solver_2",
+                "ddim_inversion",
+                "dpm_solver_pp_3m",
+                "deis_2",
+                "ipndm",
+                "lms",
+            )
         ),
     ],
 )

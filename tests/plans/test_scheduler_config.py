@@ -2,11 +2,15 @@ import json
 
 import numpy as np
 import pytest
-from tolerances import FLOAT32_SCHEDULE
+import torch
+from engines import build
+from tiny_networks import Curve
+from tolerances import DIFFUSERS_LOOP, FLOAT32_SCHEDULE
 
 from skipstep import NoiseSchedule, Plan
 from skipstep.errors import ModelFormatError, ScheduleError
 from skipstep.kernels.statistics import Thresholding
+from skipstep.plans.diffusers_config import DiffusersConfig
 from skipstep.plans.scheduler_config import read_scheduler_config
 
 diffusers = pytest.importorskip("diffusers")
@@ -26,6 +30,18 @@ diffusers = pytest.importorskip("diffusers")
         diffusers.DDIMScheduler(timestep_spacing="trailing", clip_sample=False, steps_offset=1),
         diffusers.DDPMScheduler(variance_type="fixed_large", beta_schedule="sigmoid"),
         diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1),
+        diffusers.EulerDiscreteScheduler(prediction_type="v_prediction", timestep_spacing="trailing"),
+        diffusers.EulerAncestralDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1),
+        diffusers.HeunDiscreteScheduler(clip_sample=True),
+        diffusers.KDPM2DiscreteScheduler(),
+        diffusers.KDPM2AncestralDiscreteScheduler(),
+        diffusers.LMSDiscreteScheduler(beta_schedule="squaredcos_cap_v2"),
+        diffusers.DEISMultistepScheduler(solver_order=3),
+        diffusers.UniPCMultistepScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+        diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True, algorithm_type="sde-dpmsolver++"),
+        diffusers.DPMSolverSinglestepScheduler(),
+        diffusers.LCMScheduler(),
+        diffusers.TCDScheduler(),
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
@@ -37,8 +53,8 @@ def test_reads_what_diffusers_writes(scheduler, tmp_path):
         ours.schedule.alpha_bar, scheduler.alphas_cumprod.numpy(), rtol=FLOAT32_SCHEDULE, atol=FLOAT32_SCHEDULE
     )
     assert ours.prediction_type == theirs.prediction_type
-    assert ours.spacing == theirs.timestep_spacing
-    assert ours.steps_offset == theirs.steps_offset
+    assert ours.spacing == theirs.get("timestep_spacing", "linspace")
+    assert ours.steps_offset == theirs.get("steps_offset", 0)
     clips = theirs.get("clip_sample", False)
     assert ours.clip == (theirs.clip_sample_range if clips else None)
     to_one = theirs.get("set_alpha_to_one", True)
@@ -51,12 +67,61 @@ def test_every_key_of_a_supported_scheduler_is_known():
     """A key that diffusers adds later must be looked at, not ignored."""
     import inspect
 
-    from skipstep.plans.diffusers_config import _DEFAULTS
+    from skipstep.plans.diffusers_config import _DEFAULTS, _INNER
 
+    used = set(inspect.get_annotations(DiffusersConfig)) - {"clip", "dynamic_quantile", "dynamic_maximum"}
+    used |= {"clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value"}
     for name, defaults in _DEFAULTS.items():
+        # What is neither used nor named in the log is refused where it is not the default.
+        assert set(defaults) - used - _INNER <= {"use_flow_sigmas", "timestep_type"}
+        if name == "DPMSolverSDEScheduler":  # Without torchsde diffusers has only its name.
+            continue
         parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
         theirs = {key: parameter.default for key, parameter in parameters.items() if key != "self"}
         assert dict(defaults) == theirs
+
+
+def written(scheduler):
+    """What its file holds."""
+    return json.loads(scheduler.to_json_string())
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.EulerDiscreteScheduler(timestep_spacing="trailing"),
+        diffusers.DPMSolverMultistepScheduler(timestep_spacing="leading", beta_schedule="scaled_linear"),
+        diffusers.UniPCMultistepScheduler(timestep_spacing="trailing", prediction_type="v_prediction"),
+        # What is not said is another class's own default to diffusers.
+        diffusers.HeunDiscreteScheduler(
+            beta_start=0.0009, beta_end=0.013, timestep_spacing="leading", clip_sample=True, clip_sample_range=1.5
+        ),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_step_counts_become_ddim_on_the_folders_schedule(scheduler):
+    """The loop of diffusers' DDIMScheduler, made from the same configuration, over a network in closed form."""
+    plan = Plan(**read_scheduler_config(written(scheduler)).plan_options(), steps=20)
+    clips = scheduler.config.get("clip_sample", False)  # A scheduler without the key does not clip.
+    ddim = diffusers.DDIMScheduler.from_config(scheduler.config, clip_sample=clips)
+    ddim.set_timesteps(20)
+    assert plan.timesteps == tuple(ddim.timesteps.tolist())
+    x = x_T = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for t in ddim.timesteps:
+        x = ddim.step(Curve()(x, t.expand(2)), t, x).prev_sample
+    with build(Curve(), plans=[plan], sample_shape=(1, 4, 4), prediction_type=plan.prediction_type) as engine:
+        drawn = engine.sample(plan=plan, x_T=x_T, output_type="pt")
+    assert (drawn - x).norm() < DIFFUSERS_LOOP * x.norm()
+
+
+def test_what_concerns_another_sampler_is_named_once(caplog):
+    scheduler = diffusers.DPMSolverMultistepScheduler(solver_order=3, use_lu_lambdas=True)
+    with caplog.at_level("WARNING", logger="skipstep"):
+        for _ in range(3):
+            read_scheduler_config(written(scheduler))
+            read_scheduler_config(written(diffusers.DPMSolverMultistepScheduler()))
+    (record,) = caplog.records
+    assert "DPMSolverMultistepScheduler: solver_order=3, use_lu_lambdas=True concern" in record.message
 
 
 @pytest.mark.parametrize(
@@ -64,7 +129,13 @@ def test_every_key_of_a_supported_scheduler_is_known():
     [
         ({"thresholding": "yes"}, "thresholding='yes'"),
         ({"use_karras_sigmas": True}, "use_karras_sigmas=True"),
-        ({"_class_name": "EulerDiscreteScheduler"}, "EulerDiscreteScheduler"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "flow matching"),
+        ({"_class_name": "EDMEulerScheduler"}, "EDM"),
+        ({"_class_name": "ScoreSdeVeScheduler"}, "variance exploding"),
+        ({"_class_name": "MyScheduler"}, "MyScheduler"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas=True"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type='continuous'"),
+        ({"_class_name": "EulerDiscreteScheduler", "solver_order": 2}, "solver_order=2"),
         ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, "variance_type='learned'"),
         ({"prediction_type": "flow"}, "prediction_type='flow'"),
         ({"timestep_spacing": "karras"}, "timestep_spacing='karras'"),
