@@ -1,4 +1,4 @@
-"""Numbers known before a call: schedules, spacings, solvers and plans. ADD A SOLVER in solvers.py.
+"""Numbers known before a call: schedules, spacings, solvers and plans. ADD A SOLVER in solvers.py or multistep.py.
 
 Everything above may import it; it imports skipstep.errors, storage and kernels.
 """

@@ -160,7 +160,7 @@ class Plan:
             raise PlanError(
                 got=f"solver={self.solver!r} on a schedule with zero terminal SNR",
                 expected="a finite noise-to-signal ratio at every timestep visited",
-                remedy="use ddim, ddpm or dpm_solver_pp_2m, or leave the last timestep out",
+                remedy="use ddim, ddpm, dpm_solver_pp_2m or unipc_2, or leave the last timestep out",
             )
         table = fit = None
         if self.solver == "fitted":

@@ -15,7 +15,7 @@ from skipstep.commands.main import main
 from skipstep.errors import BundleError, InputError, NonFiniteError, PlanError, SkipstepError
 from skipstep.export.bundle_rewriter import add_plans
 from skipstep.fitting import tune
-from skipstep.fitting.report import frechet
+from skipstep.fitting.report import TEXTBOOK, frechet
 from skipstep.latency.calibration import Calibration, Latency, RunKind
 from skipstep.plans.fit import Fit, Quality, with_quality
 
@@ -200,3 +200,10 @@ def test_the_command_stores_what_is_better(bundle, tmp_path, capsys):
     assert main(["verify", str(copy)]) == 0
     with load(bundle) as engine, pytest.raises(BundleError, match="replaced meanwhile"):
         add_plans(bundle, [plan], digest="0" * 64)
+
+
+def test_a_network_of_zero_terminal_snr_has_textbook_plans_to_compare_with():
+    schedule = SCHEDULE.rescaled_to_zero_terminal_snr()
+    for solver in TEXTBOOK:
+        plan = Plan(schedule=schedule, steps=4, solver=solver, prediction_type="v_prediction")
+        assert np.all(np.isfinite(plan.coefficients))
