@@ -4,7 +4,9 @@ May import calls, networks and cuda; loops, the engine and everything above may 
 
 denoiser     the protocol, and what a backend is given: a network source and a target
 registry     the table of backends
-onnxruntime  the CPU's default; also what computes step inputs before any loop
+early        what of a network is computed before the loop, whatever computes it
+onnxruntime  the CPU's default
 torch        the reference, on the CPU;  torch_cuda  on a GPU
-device_step  what compiled step networks on a GPU share;  onnxruntime_cuda, tensorrt  two of them
+torch_split  a module as a step on the GPU and earlier parts on the host;  torch_graph  how it gets there
+device_step  what step networks on a GPU share;  onnxruntime_cuda, tensorrt  those that were compiled elsewhere
 """

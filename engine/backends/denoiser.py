@@ -81,11 +81,13 @@ class DeviceDenoiser(Denoiser, Protocol):
     """A denoiser on a GPU, with what a loop must know to give it memory and to capture it.
 
     `step_inputs` by name: the loop allocates them. `capture_refusal`: why the network cannot be recorded into a CUDA
-    graph of ours, None where it can.
+    graph of ours, None where it can. `fallback`: why a stage computes more of the network than it has to, None where it
+    does not.
     """
 
     step_inputs: Mapping[str, StepInput]
     capture_refusal: str | None
+    fallback: str | None
 
 
 MakeDenoiser = Callable[[int], Denoiser]

@@ -1,6 +1,6 @@
-"""What compiled step networks on a GPU have in common: their tensors and their step inputs.
+"""What step networks on a GPU have in common: their tensors and their step inputs.
 
-ONNX Runtime computes the step inputs on the host before the loop (skipstep.backends.onnxruntime.EarlyGraphs).
+The step inputs are computed on the host before the loop (skipstep.backends.early).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from skipstep.backends.denoiser import StepInput
-from skipstep.backends.onnxruntime import EarlyGraphs
+from skipstep.backends.early import EarlyParts
 from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
 from skipstep.errors import ExportError
 from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs
@@ -27,6 +27,7 @@ from skipstep.networks.spec import NetworkSpec
 _KEPT_RESULTS, _KEPT_BYTES = 8, 256 << 20
 # NumPy has no bfloat16; the copy to the device rounds.
 HOST_DTYPES: Mapping[torch.dtype, type[np.generic]] = {
+    torch.float64: np.float64,
     torch.float32: np.float32,
     torch.float16: np.float16,
     torch.bfloat16: np.float32,
@@ -75,14 +76,14 @@ def check_step_tensors(
 
 
 class HostInputs:
-    """The step inputs of a compiled step network: which it reads, and what they are for a call, in host memory.
+    """The step inputs of a step network: which it reads, and what they are for a call, in host memory.
 
     `inputs` are the network's own but for the sample. Raises ExportError where the parts before the loop do not give
     what they ask for.
     """
 
     def __init__(
-        self, source: EarlyGraphs, spec: NetworkSpec, inputs: Mapping[str, StepTensor], *, batch_size: int
+        self, source: EarlyParts, spec: NetworkSpec, inputs: Mapping[str, StepTensor], *, batch_size: int
     ) -> None:
         self._source = source
         self._kept: OrderedDict[bytes, StepInputs] = OrderedDict()

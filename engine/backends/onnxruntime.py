@@ -18,7 +18,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, Target
-from skipstep.calls.conditioning import Conditioning, distinct
+from skipstep.backends.early import EarlyParts
+from skipstep.calls.conditioning import Conditioning
 from skipstep.errors import ExportError
 from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs, Values
 from skipstep.networks.spec import MAX_ELEMENTS, NetworkSpec
@@ -26,54 +27,13 @@ from skipstep.networks.spec import MAX_ELEMENTS, NetworkSpec
 # Some builds write usage events to the user's cache folder; a library that is embedded in products sends nothing.
 onnxruntime.disable_telemetry_events()
 
-_MAX_TABLES = 32
-
 
 @dataclass(slots=True)
-class EarlyGraphs:
-    """A network's parts that run before the loop: they compute StepInputs.
+class EarlyGraphs(EarlyParts):
+    """A network's parts that run before the loop, serialised, by binding time (skipstep.backends.early)."""
 
-    What follows from timesteps alone is kept, and may be given as `tables` beforehand.
-
-    `graphs` are serialised, by binding time; `tables` maps the bytes of sorted distinct timesteps float64 to
-    values, as a bundle holds them.
-    """
-
-    graphs: Mapping[str, bytes]
-    spec: NetworkSpec
     num_threads: int | None = None
-    tables: dict[bytes, Values] = field(default_factory=dict)
     _sessions: dict[str, onnxruntime.InferenceSession] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> StepInputs:
-        """For `timesteps` `[E, N]` and the conditioning of N samples."""
-        each_timestep, index = distinct(timesteps)
-        plan = self.tables_at(each_timestep)
-        rows = dict(conditioning.rows)
-        prompt: Values = {**rows, **self._run("prompt", rows)}
-        call: Values = {}
-        pair_index = index
-        if "call" in self.graphs:
-            # Pairs of timestep and conditioning as numbers, so that each is computed once.
-            numbers = index * conditioning.num_rows + conditioning.index
-            pairs, pair_index = distinct(numbers)
-            of_time, of_prompt = np.divmod(pairs, conditioning.num_rows)
-            given = {name: values[of_time] for name, values in plan.items()}
-            given |= {name: values[of_prompt] for name, values in rows.items()}
-            call = self._run("call", given)
-        return StepInputs(plan, call, prompt, index, pair_index, conditioning.index)
-
-    def tables_at(self, timesteps: NDArray[np.float64]) -> Values:
-        """Values `[len(timesteps), …]` that follow from distinct sorted timesteps, these among them."""
-        key = timesteps.tobytes()
-        with self._lock:
-            if key not in self.tables:
-                while len(self.tables) >= _MAX_TABLES:
-                    self.tables.pop(next(iter(self.tables)))
-                given: Values = {"timestep": timesteps.astype(self.spec.timestep_dtype)}
-                self.tables[key] = {**given, **self._run("plan", given)}
-            return self.tables[key]
 
     def _run(self, name: str, given: Mapping[str, NDArray[np.generic]]) -> Values:
         if name not in self.graphs:

@@ -128,6 +128,7 @@ class OnnxRuntimeCudaDenoiser:
     """
 
     name = "onnxruntime"
+    fallback: str | None = None
     capture_refusal: str | None = (
         "ONNX Runtime's CUDA provider captures its own graphs, and takes memory while others would record"
     )

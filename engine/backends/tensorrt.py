@@ -58,6 +58,8 @@ class TensorRtDenoiser:
     or that is not this network's.
     """
 
+    fallback: str | None = None
+
     def __init__(
         self,
         engine: bytes,

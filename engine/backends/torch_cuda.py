@@ -1,4 +1,8 @@
-"""The torch backend on a GPU: the module itself in the network's dtype, or what torch.compile makes of it."""
+"""The torch backend on a GPU: a network's step as a graph in the network's dtype, or what torch.compile makes of it.
+
+What follows from timesteps and conditioning alone is computed before the loop (skipstep.backends.torch_split). A module
+that torch.export cannot trace runs as it is, all of it at every stage, and `fallback` says why.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,23 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, StepInput, Target
-from skipstep.backends.torch import DenoisingModule, module_on, plain_inputs, zero_conditioning
+from skipstep.backends.device_step import HostInputs
+from skipstep.backends.torch import module_on, plain_inputs, zero_conditioning
+from skipstep.backends.torch_graph import NotTraceableError
+from skipstep.backends.torch_split import SplitNetworks
 from skipstep.calls.conditioning import Conditioning
 from skipstep.networks.graphs import StepInputs
 from skipstep.networks.spec import NetworkSpec
 
 
 class TorchDeviceDenoiser:
-    """A module on a GPU (skipstep.backends.denoiser.DeviceDenoiser).
+    """A network on a GPU (skipstep.backends.denoiser.DeviceDenoiser).
 
-    `forward` runs it: the module itself, or what torch.compile made of it.
+    `forward` takes the sample and the step inputs, in the order of `inputs`; without `inputs` it is the module itself,
+    or what torch.compile made of it, and takes timestep and conditioning.
     """
 
     name = "torch"
@@ -36,35 +44,45 @@ class TorchDeviceDenoiser:
         device: torch.device,
         dtype: torch.dtype,
         tf32: bool = False,
+        inputs: HostInputs | None = None,
+        fallback: str | None = None,
     ) -> None:
         self._forward, self._tf32 = forward, tf32
-        self.batch_size = batch_size
+        self.batch_size, self.fallback = batch_size, fallback
         self.input = torch.zeros(batch_size, *spec.sample_shape, device=device, dtype=dtype)
         self.output = torch.zeros(batch_size, *spec.output_shape, device=device, dtype=dtype)
-        self._spec = spec
-        self._names = tuple(zero_conditioning(spec, 1))
-        network_dtype = str(dtype).removeprefix("torch.")
-        self.step_inputs: Mapping[str, StepInput] = {
-            "timestep": StepInput((), "float32" if spec.fractional_timesteps else "int64", per_stage=True),
-            # Embeddings are read in the network's own dtype, labels as they are.
-            **{
-                name: StepInput(tuple(each.shape[1:]), network_dtype if each.is_floating_point() else "int64", False)
-                for name, each in zero_conditioning(spec, 1).items()
-            },
-        }
+        self._spec, self._inputs = spec, inputs
+        self.step_inputs: Mapping[str, StepInput] = _plain(spec, dtype) if inputs is None else inputs.step_inputs
 
     def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> StepInputs:
-        return plain_inputs(self._spec, timesteps, conditioning)
+        if self._inputs is None:
+            return plain_inputs(self._spec, timesteps, conditioning)
+        return self._inputs.compute(timesteps, conditioning)
 
     def new_context(self) -> Enqueue:
         return self._enqueue
 
     def _enqueue(self, values: Mapping[str, Tensor], stage: Any) -> None:
-        timesteps = values["timestep"]
         with torch.inference_mode(), library_settings(tf32=self._tf32):
-            timestep = timesteps[stage] if isinstance(stage, int) else timesteps.index_select(0, stage)[0]
-            conditioning = [values[name] for name in self._names]
-            self.output.copy_(self._forward(self.input, timestep, *conditioning))
+            given = []
+            for name, each in self.step_inputs.items():
+                value = values[name]
+                if each.per_stage:
+                    value = value[stage] if isinstance(stage, int) else value.index_select(0, stage)[0]
+                given.append(value)
+            self.output.copy_(self._forward(self.input, *given))
+
+
+def _plain(spec: NetworkSpec, dtype: torch.dtype) -> dict[str, StepInput]:
+    """What a module takes after its sample. Embeddings are read in the network's own dtype, labels as they are."""
+    name = str(dtype).removeprefix("torch.")
+    return {
+        "timestep": StepInput((), "float32" if spec.fractional_timesteps else "int64", per_stage=True),
+        **{
+            each: StepInput(tuple(value.shape[1:]), name if value.is_floating_point() else "int64", False)
+            for each, value in zero_conditioning(spec, 1).items()
+        },
+    }
 
 
 @contextlib.contextmanager
@@ -93,20 +111,43 @@ def library_settings(*, tf32: bool) -> Iterator[None]:
             each.fp32_precision = precision
 
 
-def device_forward(module: DenoisingModule, *, compiled: bool) -> Callable[..., Tensor]:
-    """How to run a module on a GPU: convolutions in channels-last order, which tensor cores read; `compiled` by
-    torch.compile, without torch's own CUDA graphs. Only the memory layout of the module's weights changes."""
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if not compiled:
-        return module
+def _compiled(module: nn.Module) -> Callable[..., Tensor]:
+    """By torch.compile, without torch's own CUDA graphs."""
     forward: Callable[..., Tensor] = torch.compile(module, mode="max-autotune-no-cudagraphs", dynamic=False)
     return forward
 
 
 def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:
-    """Denoisers of a copy of the source's module on the GPU, in the target's precision."""
+    """Denoisers of a copy of the source's module on the GPU, in the target's precision.
+
+    Convolutions are in channels-last order, which tensor cores read; of the module's weights only the order in memory
+    changes.
+    """
     device, dtype = torch.device(target.device), getattr(torch, target.dtype)
-    forward = device_forward(module_on(source.module(), device, dtype), compiled=target.compiled)
-    return lambda batch_size: TorchDeviceDenoiser(
-        forward, source.spec, batch_size=batch_size, device=device, dtype=dtype, tf32=target.precision == "tf32"
-    )
+    host = source.module()
+    module = module_on(host, device, dtype)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    networks = SplitNetworks(module, host, source.spec)
+    run: Callable[[nn.Module], Callable[..., Tensor]] = _compiled if target.compiled else lambda module: module
+
+    def make(batch_size: int) -> TorchDeviceDenoiser:
+        inputs, fallback, forward = None, None, module
+        try:
+            network = networks.at(batch_size)
+        except NotTraceableError as refusal:
+            fallback = f"the whole network runs at every stage: {refusal}"
+        else:
+            forward = network.step
+            inputs = HostInputs(network.early, source.spec, network.step_tensors(batch_size), batch_size=batch_size)
+        return TorchDeviceDenoiser(
+            run(forward),
+            source.spec,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            tf32=target.precision == "tf32",
+            inputs=inputs,
+            fallback=fallback,
+        )
+
+    return make

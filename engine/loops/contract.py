@@ -62,9 +62,9 @@ class Pending(Protocol):
 class LoopReport:
     """How a loop runs one structure of plans, and what making it took.
 
-    `loop` is the form that was chosen, and `reason` why a faster form was not possible, empty where nothing prevented
-    it. `num_nodes` of the CUDA graph, None where the driver does not say. `seconds` to warm up and record; `num_bytes`
-    of device memory beside the network's buffers.
+    `loop` is the form that was chosen, and `reason` why a faster form, or less work a stage, was not possible, empty
+    where nothing prevented it. `num_nodes` of the CUDA graph, None where the driver does not say. `seconds` to warm up
+    and record; `num_bytes` of device memory beside the network's buffers.
     """
 
     loop: str

@@ -128,7 +128,7 @@ def compile_program(
             None if not graphs or None in counts else sum(n or 0 for n in counts),
             time.perf_counter() - started,
             sum(graph.num_bytes for graph in graphs),
-            "; ".join(reasons),
+            "; ".join([*reasons, *([] if denoiser.fallback is None else [denoiser.fallback])]),
         )
 
     plain = Stepwise(workspace)

@@ -11,10 +11,13 @@ import pytest
 import torch
 from engines import SCHEDULE
 from fake_cuda import FakeDevice, install
-from tiny_networks import Curve, Labelled
+from tiny_networks import Curve, Labelled, tiny_unet
+from tolerances import BACKENDS_AGREE
 
 from skipstep import Engine, Plan
 from skipstep.backends.torch_cuda import TorchDeviceDenoiser
+from skipstep.backends.torch_graph import NotTraceableError
+from skipstep.backends.torch_split import SplitNetworks
 from skipstep.cuda.device import CAPTURE_LOCK
 from skipstep.errors import (
     CaptureError,
@@ -200,6 +203,40 @@ def test_a_network_that_the_device_computes_wrongly_is_refused(device, monkeypat
     monkeypatch.setattr(TorchDeviceDenoiser, "_enqueue", wrong)
     with pytest.raises(ExportError, match=r"torch computes in float32 at batch size \d, off by .*at most 0.0001"):
         build(batch_sizes=[2, 4])
+
+
+def test_what_follows_from_time_and_label_is_in_no_graph(device, monkeypatch):
+    """The images are the module's, from fewer operations than it has."""
+    unet, options = tiny_unet(num_class_embeds=5), {"num_classes": 4, "null_label": 4, "sample_shape": (1, 8, 8)}
+    call = {"steps": 2, "seeds": [1, 2, 3, 4], "class_labels": [0, 1, 2, 3], "guidance_scale": 2.0}
+    with build(unet, **options) as engine:
+        images, [nodes] = (
+            engine.sample(**call),
+            {r.num_nodes for r in engine.captures if r.guided and r.batch_size == 4},
+        )
+        assert {report.reason for report in engine.captures} == {""}
+    with on_the_cpu(unet, **options) as reference:
+        np.testing.assert_allclose(images, reference.sample(**call), rtol=0, atol=BACKENDS_AGREE)
+
+    def refuse(self, batch_size):
+        raise NotTraceableError("a test says so")
+
+    monkeypatch.setattr(SplitNetworks, "at", refuse)
+    with build(unet, **options) as whole:
+        [more] = {r.num_nodes for r in whole.captures if r.guided and r.batch_size == 4}
+        assert {report.reason for report in whole.captures} == {"the whole network runs at every stage: a test says so"}
+    assert nodes < more
+
+
+def test_why_a_network_is_no_graph_is_said(device):
+    class Branching(Curve):
+        def forward(self, x, t):
+            return super().forward(x, t) if t[0] > 500 else x
+
+    with build(Branching()) as engine:
+        assert len(engine.captures) == 2
+        for report in engine.captures:
+            assert "runs at every stage: torch.export cannot trace it" in report.reason
 
 
 def test_the_first_calls_allocate_no_host_memory(device, monkeypatch):

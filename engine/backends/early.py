@@ -1,0 +1,68 @@
+"""What of a network is computed before the loop: its step inputs, once for each distinct timestep, each distinct
+conditioning and each distinct pair of them. How the parts are run is a backend's own."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstep.calls.conditioning import Conditioning, distinct
+from skipstep.networks.graphs import StepInputs, Values
+from skipstep.networks.spec import NetworkSpec
+
+_MAX_TABLES = 32
+
+
+@dataclass(slots=True)
+class EarlyParts(ABC):
+    """A network's parts that run before the loop: they compute StepInputs.
+
+    `graphs` by binding time ("plan", "prompt", "call"), as the backend has them. What follows from timesteps alone is
+    kept, and may be given as `tables` beforehand: the bytes of sorted distinct timesteps float64 to values, as a bundle
+    holds them.
+    """
+
+    graphs: Mapping[str, Any]
+    spec: NetworkSpec
+    tables: dict[bytes, Values] = field(default_factory=dict, kw_only=True)
+    _lock: threading.Lock = field(default_factory=threading.Lock, kw_only=True)
+
+    def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> StepInputs:
+        """For `timesteps` `[E, N]` and the conditioning of N samples."""
+        each_timestep, index = distinct(timesteps)
+        plan = self.tables_at(each_timestep)
+        rows = dict(conditioning.rows)
+        prompt: Values = {**rows, **self._run("prompt", rows)}
+        call: Values = {}
+        pair_index = index
+        if "call" in self.graphs:
+            # Pairs of timestep and conditioning as numbers, so that each is computed once.
+            numbers = index * conditioning.num_rows + conditioning.index
+            pairs, pair_index = distinct(numbers)
+            of_time, of_prompt = np.divmod(pairs, conditioning.num_rows)
+            given = {name: values[of_time] for name, values in plan.items()}
+            given |= {name: values[of_prompt] for name, values in rows.items()}
+            call = self._run("call", given)
+        return StepInputs(plan, call, prompt, index, pair_index, conditioning.index)
+
+    def tables_at(self, timesteps: NDArray[np.float64]) -> Values:
+        """Values `[len(timesteps), …]` that follow from distinct sorted timesteps, these among them."""
+        key = timesteps.tobytes()
+        with self._lock:
+            if key not in self.tables:
+                while len(self.tables) >= _MAX_TABLES:
+                    self.tables.pop(next(iter(self.tables)))
+                given: Values = {"timestep": timesteps.astype(self.spec.timestep_dtype)}
+                self.tables[key] = {**given, **self._run("plan", given)}
+            return self.tables[key]
+
+    @abstractmethod
+    def _run(self, name: str, given: Mapping[str, NDArray[np.generic]]) -> Values:
+        """The outputs of the part of that name, a row for each of the `given` rows; nothing where there is no such
+        part."""
