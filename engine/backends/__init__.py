@@ -7,6 +7,6 @@ registry     the table of backends
 early        what of a network is computed before the loop, whatever computes it
 onnxruntime  the CPU's default
 torch        the reference, on the CPU;  torch_cuda  on a GPU
-torch_split  a module as a step on the GPU and earlier parts on the host;  torch_graph  how it gets there
+torch_split  a module as a step on the GPU and earlier parts on the host;  torch_graph, torch_rules  how it gets there
 device_step  what step networks on a GPU share;  onnxruntime_cuda, tensorrt  those that were compiled elsewhere
 """

@@ -28,6 +28,7 @@ from skipstep.backends.torch_graph import (
     split,
     trace,
 )
+from skipstep.backends.torch_rules import simplify
 from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
 from skipstep.networks.graphs import SAMPLE, Values
 from skipstep.networks.spec import NetworkSpec
@@ -85,6 +86,7 @@ class SplitNetworks:
         traced = trace(self._module, self._spec, batch_size=batch_size)
         if not traced.holds_for(batch_size):
             raise NotTraceableError(f"torch.export traces it for batch sizes from {traced.low} to {traced.high} only")
+        simplify(traced.graph)
         parts = split(traced.graph)
         network = SplitNetwork(runnable(parts.step, traced.tensors), self._early(traced, parts), _inputs(parts.step))
         self._made.append((traced, network))
