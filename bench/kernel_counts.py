@@ -51,11 +51,11 @@ _FREE = frozenset(
 _WHOLE = frozenset({_ATEN.upsample_nearest2d.vec, _ATEN.dropout.default})
 
 
-class KernelCount(TorchDispatchMode):
+class KernelCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """`operations` that are dispatched while it is entered, by name, and the `kernels` that they launch by the rule."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: Counter[str] = Counter()
         self.kernels: Counter[str] = Counter()
 
@@ -93,7 +93,8 @@ def count(denoiser: TorchDeviceDenoiser) -> KernelCount:
     enqueue, values = denoiser.new_context(), {n: _zeros(denoiser, each) for n, each in denoiser.step_inputs.items()}
     # torch lays out convolutions anew when it first meets them.
     enqueue(values, 0)
-    with KernelCount() as counted:
+    counted = KernelCount()
+    with counted:
         enqueue(values, 0)
     return counted
 

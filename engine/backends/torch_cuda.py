@@ -131,7 +131,8 @@ def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:
     run: Callable[[nn.Module], Callable[..., Tensor]] = _compiled if target.compiled else lambda module: module
 
     def make(batch_size: int) -> TorchDeviceDenoiser:
-        inputs, fallback, forward = None, None, module
+        inputs, fallback = None, None
+        forward: nn.Module = module
         try:
             network = networks.at(batch_size)
         except NotTraceableError as refusal:

@@ -102,7 +102,8 @@ def _read(program: torch.export.ExportedProgram, inputs: Sequence[str]) -> Trace
             raise NotTraceableError(f"its graph has a part of its own, {node.target}")
         copies[node].meta = dict(node.meta)
     output = graph.output_node()
-    output.args = (output.args[0][0],)
+    results: Any = output.args[0]
+    output.args = (results[0],)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     # What no operation brings together, a module's mean over its timesteps, has a symbol of its own.
     symbols = {_batch_symbol(node) for node in graph.find_nodes(op="placeholder")}
@@ -186,7 +187,7 @@ def _bindings(graph: fx.Graph) -> dict[fx.Node, Binding]:
 
 
 def _is_batch_size(node: fx.Node) -> bool:
-    return node.target is _BATCH_SIZE and node.args[1] == 0 and _batch_symbol(node.all_input_nodes[0]) is not None
+    return bool(node.target is _BATCH_SIZE and node.args[1] == 0 and _batch_symbol(node.all_input_nodes[0]) is not None)
 
 
 def _is_random(node: fx.Node) -> bool:
