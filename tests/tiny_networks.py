@@ -77,3 +77,27 @@ class LearnedVariance(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         ramp = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device)
         return torch.cat([self.curve(x, t), ramp.expand_as(x)], dim=1)
+
+
+class Wide(nn.Module):
+    """Takes the timestep's mean over the batch: a number that no row of a batch has for itself."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x * (1.0 + t.to(x.dtype).mean() / 1000)
+
+
+class Timeless(nn.Module):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+
+class Running(nn.Module):
+    """Mixes the rows of a batch without a trace in any shape."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x + t.to(x.dtype).cumsum(0).view(-1, 1, 1, 1) / 1000
+
+
+class Blind(nn.Module):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.zeros(1, 4, 4) + t.to(torch.float32).view(-1, 1, 1, 1)

@@ -114,7 +114,7 @@ def main() -> None:
     for batch in seconds:
         header += [f"ms at batch {batch}", f"times as fast as {BASE}"]
     facts = environment()
-    command = f"python -m skipstep.bench.quality.equal_quality --rounds {options.rounds} --out {options.out}"
+    command = f"python -m skipstep.bench.quality.equal_quality --rounds {options.rounds}"
     note = f"Guidance {GUIDANCE:g}, {options.rounds} rounds. Machine class: {facts['machine_class']}."
     write_json(
         options.out, {"commit": facts["commit"], "command": command, "header": header, "rows": rows, "note": note}

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib as mpl
+from matplotlib import ticker
+from matplotlib.figure import Figure
+
 from skipstep.bench.markdown import describe_environment, markdown
+from skipstep.bench.page.plots import LIGHT, plot_settings
 from skipstep.bench.quality.evaluation import LONG, SHORT, Case, Evaluation, Row
-from skipstep.bench.quality.judge import needs
 from skipstep.bench.quality.pictures import draw_pictures
 from skipstep.bench.quality.statistics import BLOCK, Estimate
 from skipstep.bench.record import environment, write_json
@@ -158,14 +162,6 @@ def _pictures(evaluation: Evaluation) -> str:
 
 
 def _plot(path: Path, points: Sequence[tuple[str, int, Estimate | None]]) -> None:
-    try:
-        import matplotlib as mpl
-        from matplotlib import ticker
-        from matplotlib.figure import Figure
-
-        from skipstep.bench.page.plots import LIGHT, plot_settings
-    except ImportError as error:
-        raise needs(error.name) from error
     with mpl.rc_context(plot_settings(LIGHT)):
         figure = Figure(figsize=(6, 3.6), layout="constrained")
         axes = figure.add_subplot()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from skipstep.bench.quality.classifier import SHIPPED_CLASSIFIER, load_classifier
-from skipstep.errors import InputError, MissingDependencyError
+from skipstep.errors import InputError
 
 _PART = 500
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -121,12 +121,4 @@ def _no_images(got: str, shape: tuple[int, ...]) -> InputError:
         expected=f"pictures of {width}x{height} pixels, or .npy: uint8 [N, {height}, {width}, {channels}] or finite "
         f"float32 [N, {channels}, {height}, {width}] in [-1, 1]",
         remedy="convert them first, and pass --reference FOLDER or FILE.npy",
-    )
-
-
-def needs(package: str | None) -> MissingDependencyError:
-    return MissingDependencyError(
-        got=f"no package {package}",
-        expected="torch, torchmetrics and matplotlib, which evaluate uses",
-        remedy="pip install 'skipstep[cpu,torch,export,diffusers,evaluate]'",
     )

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
 
-from skipstep.bench.quality.judge import Floats, needs
+from skipstep.bench.quality.judge import Floats
 
 RESAMPLED = 200
 # Kernel distances are of blocks: each block of samples with its own block of reference images.
@@ -72,10 +74,6 @@ class FrechetDistance:
     1706.08500)."""
 
     def __init__(self, reference: Floats) -> None:
-        try:
-            from torchmetrics.image.fid import FrechetInceptionDistance
-        except ImportError as error:
-            raise needs(error.name) from error
         self._metric = FrechetInceptionDistance(feature=_Features(reference.shape[1]), reset_real_features=False)
         self._metric.update(torch.from_numpy(reference).double(), real=True)
 
@@ -91,8 +89,6 @@ class FrechetDistance:
 def kernel_distance(features: Floats, reference: Floats, *, block: int = BLOCK) -> Estimate | None:
     """The unbiased squared maximum mean discrepancy with the cubic kernel (Binkowski et al. 2018, arXiv 1801.01401),
     a mean over blocks; None where there are fewer than two."""
-    from torchmetrics.image.kid import KernelInceptionDistance
-
     count = min(len(features), len(reference)) // block
     if count < 2:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,16 @@ def run(options: argparse.Namespace) -> None:
     evaluation = Evaluation(
         engine, judge, reference, options.out, num=options.num, num_long=options.num_long, prompts=prompts
     )
-    print(f"wrote {evaluate(evaluation, command=f'skipstep evaluate --num {options.num}')}")
+    print(f"wrote {evaluate(evaluation, command=_command(options))}")
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command that made the page: what was asked for, but where it was written and where data lie."""
+    given = {"model": options.model if options.model != SHIPPED_BUNDLE else None}
+    given |= {name: getattr(options, name) for name in ("features", "reference", "prompts")}
+    given |= {"num": options.num, "num-long": options.num_long}
+    said = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
+    return shlex.join(["skipstep", "evaluate", *said])
 
 
 def _engine(model: Path, backend: str) -> Any:

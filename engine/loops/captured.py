@@ -183,7 +183,7 @@ class CudaLoop:
             self._denoisers[copies * structure.num_samples],
             self._network,
             structure,
-            alone=self._denoisers[structure.num_samples] if structure.needs_half else None,
+            alone=self._denoisers.get(structure.num_samples) if structure.needs_half else None,
             keep_x0=keep_x0,
             launch=self._launch(structure.num_samples, copies),
         )

@@ -89,7 +89,8 @@ class Contexts:
 class Workspace:
     """Memory for `structure`, and what is launched on it. All methods want the engine's lock held.
 
-    `alone`: a denoiser of half the batch, for the stages that a guided call makes without guidance.
+    `alone`: a denoiser of half the batch, for the stages that a guided call makes without guidance. They run the whole
+    batch where there is none, or where it reads other step inputs: a module may be another graph at another size.
     """
 
     def __init__(
@@ -103,7 +104,8 @@ class Workspace:
         keep_x0: bool = False,
         launch: StepLaunch = DEFAULT_LAUNCH,
     ) -> None:
-        self.device, self.denoiser, self.structure, self._alone = device, denoiser, structure, alone
+        self.device, self.denoiser, self.structure = device, denoiser, structure
+        self._alone = None if alone is None or alone.step_inputs != denoiser.step_inputs else alone
         self._network, self._launch = network, launch
         count, stages = structure.num_samples, len(structure)
         inputs = step_input_fields(denoiser, stages)
@@ -216,14 +218,14 @@ class Workspace:
         flags = self.structure.flags[stage]
         call, counter = self._call.tensors, self.counter if counted else None
         place, output = stage if counter is None else counter, self.denoiser.output
-        if flags.doubled:
-            assert self._alone is not None, "a workspace of such a structure has it"
-            assert contexts.alone is not None, "and so have its contexts"
+        if flags.doubled and self._alone is not None and contexts.alone is not None:
             self._alone.input.copy_(self.state)
             contexts.alone(self._half_inputs, place)
             output = self._alone.output
         else:
             contexts.whole(self._step_inputs, place)
+            if flags.doubled:  # Of the predictions with the condition, which come first.
+                output = output[: self.structure.num_samples]
         rescale = bound = None
         if flags.rescale or flags.threshold:
             rescale, bound = sample_statistics(

@@ -48,7 +48,8 @@ class Fit:
     @property
     def guidance_range(self) -> tuple[float, float]:
         """The guidance scales that the plan is for."""
-        scales = (self.guidance_scale, self.highest_guidance_scale or self.guidance_scale)
+        highest = self.guidance_scale if self.highest_guidance_scale is None else self.highest_guidance_scale
+        scales = (self.guidance_scale, highest)
         reached = [scale * factor for scale in scales for factor in (1 / _GUIDANCE_FACTOR, _GUIDANCE_FACTOR)]
         return min(reached), max(reached)
 

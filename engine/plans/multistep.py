@@ -7,9 +7,9 @@ variables of skipstep.plans.solvers, s = √((1-alpha_bar)/alpha_bar) and lambda
     on x0       x_p = √((1-p)/(1-a))·x + √p·Σ_j w_j·m_{i-j}     Σ_j w_j = 1 - exp(-h)
 
 For lms and deis w_j = ∫ L_j ds from s_a to s_p, exactly: L_j are the Lagrange polynomials through the levels of
-evaluations i, i-1, …, in s for lms and in ln s for deis. Past
-predictions are kept in the history slots as a ring: evaluation i writes slot i mod k, where k is how many a step reads.
-A step that reads k of them reads the slot that it overwrites.
+evaluations i, i-1, …, in s for lms and in ln s for deis. Past predictions are kept in the history slots as a ring:
+evaluation i writes slot i mod k, where k is how many a step reads. A step that reads k of them reads the slot that it
+overwrites.
 
 A rule begins at order 1 and gains one with each step. A last step that lands at p = 1 is Euler's, as for other solvers,
 so the result is a predicted image, clipped if the plan clips. Schedulers of diffusers end so with final_sigmas_type

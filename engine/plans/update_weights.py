@@ -62,10 +62,7 @@ class UpdateWeights:
 
 
 # The arrays of `UpdateWeights` that are columns of the step's table, by the same names in lower case.
-UPDATE_COLUMNS = (
-    *("c_x", "c_x0", "c_eps", "c_h0", "c_h1", "c_h2", "m_x", "m_x0", "m_eps", "m_h"),
-    *("sigma", "log_sigma", "log_sigma_out"),
-)
+UPDATE_COLUMNS = tuple(each.name for each in fields(UpdateWeights) if not each.init and each.name != "slot")
 
 
 def one_row_per_step(alpha_bars: Levels) -> UpdateWeights:

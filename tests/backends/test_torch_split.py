@@ -7,7 +7,7 @@ import pytest
 import step_networks
 import torch
 from step_networks import EveryTime, assert_predicts, tables
-from tiny_networks import Curve, GaussianEps, Labelled, tiny_unet
+from tiny_networks import Blind, Curve, GaussianEps, Labelled, Running, Timeless, Wide, tiny_unet
 from tolerances import BFLOAT16_NETWORK, FLOAT16_NETWORK, FLOAT32_NETWORK
 from torch import Tensor, nn
 
@@ -21,18 +21,6 @@ from skipstep.networks.spec import NetworkSpec
 
 UNET = NetworkSpec((1, 8, 8), fractional_timesteps=True)
 SMALL = NetworkSpec((1, 4, 4))
-
-
-class Wide(nn.Module):
-    """Takes the timestep's mean over the batch: a number that no row of a batch has for itself."""
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return x * (1.0 + t.to(x.dtype).mean() / 1000)
-
-
-class Timeless(nn.Module):
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return torch.tanh(x)
 
 
 class InPlace(nn.Module):
@@ -64,13 +52,6 @@ class Pieces(nn.Module):
         return x * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
 
 
-class Running(nn.Module):
-    """Mixes the rows of a batch without a trace in any shape."""
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return x + t.to(x.dtype).cumsum(0).view(-1, 1, 1, 1) / 1000
-
-
 class Branching(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return x * 2 if t[0] > 500 else x
@@ -86,11 +67,6 @@ class Counting(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         self.calls += 1
         return x * 0.5
-
-
-class Blind(nn.Module):
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return torch.zeros(1, 4, 4) + t.to(torch.float32).view(-1, 1, 1, 1)
 
 
 class OneSize(nn.Module):

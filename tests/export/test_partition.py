@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-import torch
 from engines import build, exported
-from tiny_networks import Curve, Labelled, tiny_unet
+from tiny_networks import Blind, Curve, Labelled, Running, Timeless, Wide, tiny_unet
 from tolerances import FLOAT32_NETWORK
-from torch import Tensor, nn
+from torch import nn
 
 from skipstep.backends.onnxruntime import EarlyGraphs, LazySession, OnnxRuntimeDenoiser, make_session
 from skipstep.backends.torch import prepare_module
@@ -22,30 +21,6 @@ from skipstep.networks.spec import NetworkSpec
 # Per stage and sample, some of them repeated: what is computed once must reach every place that it belongs to.
 TIMESTEPS = np.array([[999, 999, 999], [500, 20, 999], [0, 1, 500], [20, 20, 20]], np.float64)
 LABELS = np.array([2, 0, 2])
-
-
-class Wide(nn.Module):
-    """Takes the timestep's mean over the batch: a number that no row of a batch has for itself."""
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return x * (1.0 + t.to(x.dtype).mean() / 1000)
-
-
-class Timeless(nn.Module):
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return torch.tanh(x)
-
-
-class Running(nn.Module):
-    """Mixes the rows of a batch without a trace in any shape."""
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return x + t.to(x.dtype).cumsum(0).view(-1, 1, 1, 1) / 1000
-
-
-class Blind(nn.Module):
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return torch.zeros(1, 4, 4) + t.to(torch.float32).view(-1, 1, 1, 1)
 
 
 def export(network: nn.Module, spec: NetworkSpec) -> tuple[bytes, NetworkSpec]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from device_cases import PLANS, drawn, loops, request_of
 from engines import SCHEDULE
-from tiny_networks import LearnedVariance
+from tiny_networks import Labelled, LearnedVariance
 from tolerances import FLOAT32_LOOP
 
 from skipstep import NoiseSchedule, Plan
@@ -47,12 +47,31 @@ def test_every_form_has_the_bits_of_the_loop_in_host_memory(device, name, guidan
     assert report.loop == wanted
 
 
+class Sized(Labelled):
+    """Keeps how large its batches were."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = set()
+
+    def forward(self, x, t, labels):
+        self.batches.add(len(x))
+        return super().forward(x, t, labels)
+
+
+@pytest.mark.parametrize("half", [True, False, "another graph"])
 @pytest.mark.parametrize("name", ["interval", "weights"])
 @pytest.mark.parametrize("wanted", LADDER)
-def test_steps_without_guidance_are_evaluated_on_half_the_batch(device, name, wanted):
-    stages = Stages.of([PLANS[name]])
-    loop, host = loops(device, batch_size=6, half=True, wanted=wanted, required=True)
+def test_steps_without_guidance_are_evaluated_on_half_the_batch(device, name, wanted, half):
+    """Where there is a denoiser for it, of the same step inputs; else on the whole batch, with the same bits."""
+    network, stages = Sized(), Stages.of([PLANS[name]])
+    loop, host = loops(device, network, batch_size=6, half=bool(half), wanted=wanted, required=True)
+    if half == "another graph":
+        loop._denoisers[3].step_inputs = {}
     request = request_of(stages, **GUIDED)
+    network.batches.clear()
+    drawn(loop, stages, request)
+    assert network.batches == ({3, 6} if half is True else {6})
     expected = drawn(host, stages, request)
     for _ in range(2):
         np.testing.assert_array_equal(drawn(loop, stages, request), expected)

@@ -37,7 +37,6 @@ def network():
 @pytest.fixture
 def engine(network):
     with build(network, sample_shape=(1, 4, 4), num_classes=4, null_label=3, batch_sizes=[3]) as engine:
-        engine.plans._compile_on_miss = True
         yield engine
 
 

@@ -18,16 +18,8 @@ from ptx_parser import Instruction, Kernel, Operand
 Lanes = NDArray[Any]
 WARP = 32
 SHARED_BYTES = 1 << 16
-_DTYPES = {
-    **{
-        f"{kind}{8 * size}": f"{code}{size}"
-        for kind, code in (("s", "i"), ("u", "u"), ("b", "u"))
-        for size in (1, 2, 4, 8)
-    },
-    "f16": "f2",
-    "f32": "f4",
-    "f32x2": "f4",
-}
+_DTYPES = {f"{kind}{8 * size}": f"{code}{size}" for kind, code in ("si", "uu", "bu") for size in (1, 2, 4, 8)}
+_DTYPES |= {"f16": "f2", "f32": "f4", "f32x2": "f4"}
 _COMPARE: Mapping[str, Any] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
 }  # fmt: skip
