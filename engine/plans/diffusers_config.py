@@ -1,8 +1,9 @@
 """diffusers' `scheduler_config.json` as checked values, before a schedule or a plan is made of them.
 
 Every key is supported, refused by name, or named in the log where it concerns the inner workings of another sampler
-than DDIM. A key that is missing has the default of the scheduler class that the file names, as in diffusers; a key that
-this class does not have is refused, since ignoring it would draw other images.
+than DDIM. A key that is missing has the default of the scheduler class that the file names, as in diffusers. Files
+carry keys of other classes from one conversion to the next, and DDIMScheduler.from_config takes what it knows of them:
+so does this. A key that no class has is refused, since ignoring it could draw other images.
 """
 
 from __future__ import annotations
@@ -146,6 +147,16 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "LCMScheduler": _LCM,
     "TCDScheduler": _LCM,
 }
+# What a class does not say: it never clips, and one has no choice of its timesteps, which are those of linspace.
+_UNSAID: Final[Mapping[str, Any]] = {
+    **_DDIM,
+    "clip_sample": False,
+    "timestep_spacing": "linspace",
+    "timestep_type": "discrete",
+    "final_sigmas_type": "zero",
+    "use_flow_sigmas": False,
+}
+_KNOWN: Final[Mapping[str, Any]] = {key: value for each in _DEFAULTS.values() for key, value in each.items()}
 # Of other classes, why there is no such schedule.
 _OTHER_PROCESSES: Mapping[str, str] = {
     "EDM": "the network reads sigma and a scaled state (EDM)",
@@ -159,8 +170,8 @@ _OTHER_PROCESSES: Mapping[str, str] = {
 # is named in the log and has no effect.
 _INNER: Final = frozenset(
     {
-        *("skip_prk_steps", "variance_type", "interpolation_type", "sigma_min", "sigma_max", "final_sigmas_type"),
-        *("solver_order", "algorithm_type", "solver_type", "lower_order_final", "euler_at_final", "use_lu_lambdas"),
+        *("skip_prk_steps", "variance_type", "interpolation_type", "sigma_min", "sigma_max", "use_lu_lambdas"),
+        *("solver_order", "algorithm_type", "solver_type", "lower_order_final", "euler_at_final"),
         *("lambda_min_clipped", "predict_x0", "disable_corrector", "solver_p", "shift_terminal", "noise_sampler_seed"),
         *("original_inference_steps", "timestep_scaling", *_SIGMAS),
         *(key for key in _FLOW if key != "use_flow_sigmas"),
@@ -213,19 +224,20 @@ def read_diffusers_config(source: str | Path | Mapping[str, Any]) -> DiffusersCo
         )
     # Names that start with an underscore are diffusers' own notes: its version, the keys it filled in by default.
     keys = {key: value for key, value in contents.items() if not str(key).startswith("_")}
-    unknown = sorted(set(keys) - set(_DEFAULTS[class_name]), key=str)
+    unknown = sorted(set(keys) - set(_KNOWN), key=str)
     if unknown:
-        raise _refused(unknown[0], keys[unknown[0]], f"a key of {class_name}", "remove it if the sampler may ignore it")
-    return _interpret(class_name, {**_DEFAULTS[class_name], **keys})
+        raise _refused(
+            unknown[0], keys[unknown[0]], "a key of the supported schedulers", "remove it if the sampler may ignore it"
+        )
+    return _interpret(class_name, {**_UNSAID, **_DEFAULTS[class_name], **keys})
 
 
 def _interpret(class_name: str, config: Mapping[str, Any]) -> DiffusersConfig:
-    if _boolean(config, "use_flow_sigmas", default=False):
+    if _boolean(config, "use_flow_sigmas"):
         raise _refused("use_flow_sigmas", True, "false", "pass schedule= yourself: flow matching has another process")
-    if config.get("timestep_type", "discrete") != "discrete":
+    if config["timestep_type"] != "discrete":
         raise _refused("timestep_type", config["timestep_type"], "'discrete'", "use a network that takes timesteps")
-    if class_name not in ("DDIMScheduler", "DDPMScheduler"):
-        _name_unused(class_name, config)
+    _name_unused(class_name, config)
     if class_name == "DDPMScheduler" and config["variance_type"] == "learned":
         raise _refused(
             "variance_type",
@@ -233,25 +245,26 @@ def _interpret(class_name: str, config: Mapping[str, Any]) -> DiffusersConfig:
             "a fixed or a learned_range variance",
             "use a deterministic plan with the module itself, which ignores the variance",
         )
-    clips = _boolean(config, "clip_sample", default=False)
+    clips = _boolean(config, "clip_sample")
     clip: float | Literal["dynamic"] | None = _number(config, "clip_sample_range") if clips else None
     quantile = maximum = None
-    if _boolean(config, "thresholding", default=False):  # This goes before clipping, as in diffusers.
+    if _boolean(config, "thresholding"):  # This goes before clipping, as in diffusers.
         clip = "dynamic"
         quantile, maximum = _number(config, "dynamic_thresholding_ratio"), _number(config, "sample_max_value")
     length = _integer(config, "num_train_timesteps", low=1, high=MAX_TIMESTEPS)
+    # What others call DDIM's set_alpha_to_one.
+    ends_at_timestep_0 = _choice(config, "final_sigmas_type", ("zero", "sigma_min")) == "sigma_min"
     return DiffusersConfig(
         num_train_timesteps=length,
         beta_schedule=_choice(config, "beta_schedule", _BETA_SCHEDULES),
         beta_start=_number(config, "beta_start"),
         beta_end=_number(config, "beta_end"),
         trained_betas=_trained_betas(config["trained_betas"], length),
-        rescale_betas_zero_snr=_boolean(config, "rescale_betas_zero_snr", default=False),
+        rescale_betas_zero_snr=_boolean(config, "rescale_betas_zero_snr"),
         prediction_type=_choice(config, "prediction_type", PREDICTION_TYPES),
-        # One class has no choice of its timesteps: they are those of linspace.
-        timestep_spacing=_choice({"timestep_spacing": "linspace", **config}, "timestep_spacing", _SPACINGS),
-        steps_offset=_integer({"steps_offset": 0, **config}, "steps_offset", low=0, high=length),
-        set_alpha_to_one=_boolean(config, "set_alpha_to_one", default=True),
+        timestep_spacing=_choice(config, "timestep_spacing", _SPACINGS),
+        steps_offset=_integer(config, "steps_offset", low=0, high=length),
+        set_alpha_to_one=_boolean(config, "set_alpha_to_one") and not ends_at_timestep_0,
         clip=clip,
         dynamic_quantile=quantile,
         dynamic_maximum=maximum,
@@ -259,9 +272,10 @@ def _interpret(class_name: str, config: Mapping[str, Any]) -> DiffusersConfig:
 
 
 def _name_unused(class_name: str, config: Mapping[str, Any]) -> None:
-    defaults = _DEFAULTS[class_name]
-    unused = [f"{key}={shown(config[key])}" for key in sorted(_INNER & set(defaults)) if config[key] != defaults[key]]
-    told = f"{class_name}: {', '.join(unused)} concern its own sampler, and plans of step counts do not use them"
+    defaults = {**_KNOWN, **_DEFAULTS[class_name]}
+    inner = sorted((_INNER - {"variance_type"} if class_name == "DDPMScheduler" else _INNER) & set(config))
+    unused = [f"{key}={shown(config[key])}" for key in inner if config[key] != defaults[key]]
+    told = f"{class_name}: {', '.join(unused)} concern another sampler, and plans of step counts do not use them"
     if unused and told not in _NAMED:
         _NAMED.add(told)
         LOGGER.warning("%s", told)
@@ -306,8 +320,8 @@ def _number(config: Mapping[str, Any], key: str) -> float:
     return check_number(key, config[key], low=0.0, above=True, remedy=_CORRECT, error=ScheduleError)
 
 
-def _boolean(config: Mapping[str, Any], key: str, *, default: bool) -> bool:
-    value = config.get(key, default)
+def _boolean(config: Mapping[str, Any], key: str) -> bool:
+    value = config[key]
     if not isinstance(value, bool):
         raise _refused(key, value, "true or false", _CORRECT)
     return value

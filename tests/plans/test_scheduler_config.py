@@ -73,7 +73,7 @@ def test_every_key_of_a_supported_scheduler_is_known():
     used |= {"clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value"}
     for name, defaults in _DEFAULTS.items():
         # What is neither used nor named in the log is refused where it is not the default.
-        assert set(defaults) - used - _INNER <= {"use_flow_sigmas", "timestep_type"}
+        assert set(defaults) - used - _INNER <= {"use_flow_sigmas", "timestep_type", "final_sigmas_type"}
         if name == "DPMSolverSDEScheduler":  # Without torchsde diffusers has only its name.
             continue
         parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
@@ -114,6 +114,47 @@ def test_step_counts_become_ddim_on_the_folders_schedule(scheduler):
     assert (drawn - x).norm() < DIFFUSERS_LOOP * x.norm()
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        # As the files of Stable Diffusion 1.5, 2.1 and XL hold them: keys of several classes beside each other.
+        {"_class_name": "PNDMScheduler", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1},
+        {"_class_name": "DDIMScheduler", "skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False},
+        {
+            "_class_name": "EulerDiscreteScheduler",
+            "clip_sample": False,
+            "interpolation_type": "linear",
+            "sample_max_value": 1.0,
+            "set_alpha_to_one": False,
+            "skip_prk_steps": True,
+            "steps_offset": 1,
+            "timestep_spacing": "leading",
+            "use_karras_sigmas": False,
+        },
+        {"_class_name": "PNDMScheduler", "clip_sample": True, "set_alpha_to_one": True},
+        {"_class_name": "LMSDiscreteScheduler", "rescale_betas_zero_snr": True, "clip_sample": True},
+    ],
+    ids=lambda config: config["_class_name"],
+)
+def test_keys_of_several_classes_mean_what_they_mean_to_ddim(config):
+    ours = read_scheduler_config(config)
+    ddim = diffusers.DDIMScheduler.from_config(config)
+    np.testing.assert_allclose(ours.schedule.alpha_bar, ddim.alphas_cumprod, atol=FLOAT32_SCHEDULE)
+    np.testing.assert_allclose(ours.final_alpha_bar, ddim.final_alpha_cumprod, atol=FLOAT32_SCHEDULE)
+    assert ours.clip == (ddim.config.clip_sample_range if ddim.config.clip_sample else None)
+    if "timestep_spacing" in config:  # Where a file says nothing, it is the default of the class that it names.
+        assert (ours.spacing, ours.steps_offset) == (ddim.config.timestep_spacing, ddim.config.steps_offset)
+
+
+def test_where_the_last_step_ends():
+    """final_sigmas_type says of a sigma what set_alpha_to_one says of alpha_bar."""
+    scheduler = diffusers.DPMSolverMultistepScheduler(final_sigmas_type="sigma_min")
+    scheduler.set_timesteps(10)
+    ours = read_scheduler_config(written(scheduler))
+    np.testing.assert_allclose(ours.final_alpha_bar, 1 / (1 + scheduler.sigmas[-1] ** 2), rtol=1e-7)
+    assert ours.final_alpha_bar < 0.99991
+
+
 def test_what_concerns_another_sampler_is_named_once(caplog):
     scheduler = diffusers.DPMSolverMultistepScheduler(solver_order=3, use_lu_lambdas=True)
     with caplog.at_level("WARNING", logger="skipstep"):
@@ -128,14 +169,15 @@ def test_what_concerns_another_sampler_is_named_once(caplog):
     ("config", "names"),
     [
         ({"thresholding": "yes"}, "thresholding='yes'"),
-        ({"use_karras_sigmas": True}, "use_karras_sigmas=True"),
+        ({"karras_rho": 7.0}, "karras_rho=7.0"),
+        ({"final_sigmas_type": "one"}, "final_sigmas_type='one'"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "flow matching"),
         ({"_class_name": "EDMEulerScheduler"}, "EDM"),
         ({"_class_name": "ScoreSdeVeScheduler"}, "variance exploding"),
         ({"_class_name": "MyScheduler"}, "MyScheduler"),
         ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas=True"),
         ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type='continuous'"),
-        ({"_class_name": "EulerDiscreteScheduler", "solver_order": 2}, "solver_order=2"),
+        ({"_class_name": "EulerDiscreteScheduler", "use_flow_sigmas": True}, "use_flow_sigmas=True"),
         ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, "variance_type='learned'"),
         ({"prediction_type": "flow"}, "prediction_type='flow'"),
         ({"timestep_spacing": "karras"}, "timestep_spacing='karras'"),
