@@ -57,10 +57,15 @@ PAPER_RECONSTRUCTION = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0
 Row = dict[str, Any]
 
 
+TABLES = ("fitted-plans", "steps", "spacings", "solvers", "spread", "inversion", "pictures")
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """What is measured: the cases of each table. "sigma-hat" is DDPM with the larger of its two fixed variances."""
+    """What is measured: which of TABLES, and the cases of each. "sigma-hat" is DDPM with the larger of its two fixed
+    variances."""
 
+    tables: tuple[str, ...] = TABLES
     fitted_beside: tuple[int, ...] = (10, 20, 50)
     steps: tuple[int, ...] = (5, 10, 20, 50, 100, 1000)
     etas: tuple[float | str, ...] = (0.0, 0.5, 1.0, "sigma-hat")
@@ -152,7 +157,7 @@ class Evaluation:
             for eta in grid.etas:
                 options = {"solver": "ddpm", "variance": "fixed_large"} if eta == "sigma-hat" else {"eta": eta}
                 name = "σ̂" if eta == "sigma-hat" else f"{eta:g}"
-                found += self._case("steps and η", (name, str(steps)), steps=steps, **options)
+                found += self._case("steps", (name, str(steps)), steps=steps, **options)
         for spacing in ("trailing", *grid.spacings):
             for steps in grid.spacing_steps:
                 found += self._case("spacings", (spacing, str(steps)), steps=steps, spacing=spacing)
@@ -160,7 +165,7 @@ class Evaluation:
             for budget in grid.evaluations:
                 steps = _steps_within(budget, solver)
                 found += self._case("solvers", (solver, f"at most {budget}"), steps=steps, solver=solver)
-        return found
+        return [case for case in found if case.table in grid.tables]
 
     def measure(self, case: Case) -> Row:
         """The row of a case: as it was measured before, or now."""
@@ -247,7 +252,7 @@ class Evaluation:
         fitted = [(plan, plan.fit.guidance_scale) for plan in held if isinstance(plan.fit, Fit)]
         few = [len(plan.timesteps) for plan, _ in fitted]
         for plan, guidance in fitted:
-            yield Case("fitted plans", ("fitted", str(len(plan.timesteps))), plan, guidance)
+            yield Case("fitted-plans", ("fitted", str(len(plan.timesteps))), plan, guidance)
         for guidance in dict.fromkeys(guidance for _, guidance in fitted):
             for solver, counts in (
                 ("unipc_2", few),
@@ -256,7 +261,7 @@ class Evaluation:
             ):
                 for steps in dict.fromkeys(counts):
                     options: Row = {"steps": steps, "solver": solver, "spacing": "trailing"}
-                    yield from self._case("fitted plans", (solver, str(steps)), guidance, **options)
+                    yield from self._case("fitted-plans", (solver, str(steps)), guidance, **options)
 
     def _draw(self, case: Case) -> tuple[Floats, NDArray[np.bool_], Floats]:
         """Features `[N, F]`; whether each sample is recognised, `[N]` or none; and the squares of its differences from

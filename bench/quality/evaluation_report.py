@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import matplotlib as mpl
 from matplotlib import ticker
@@ -25,12 +26,12 @@ _COLUMNS = (
     ("rmse", "RMSE to the converged image", "{:.4f}", 1.0, True),
     ("recognised", "recognised, %", "{:.1f}", 100.0, False),
 )
-# Of each table: its file, its title, the names of its first two columns.
-_TABLES = {
-    "fitted plans": ("fitted-plans", "Fitted plans beside textbook solvers", ("plan", "steps")),
-    "steps and η": ("steps", "Steps and η", ("η", "steps")),
-    "spacings": ("spacings", "Spacings", ("spacing", "steps")),
-    "solvers": ("solvers", "Solvers at equal network evaluations", ("solver", "budget")),
+# Of each table of cases: its title, and the names of its first two columns.
+_TITLES = {
+    "fitted-plans": ("Fitted plans beside textbook solvers", ("plan", "steps")),
+    "steps": ("Steps and η", ("η", "steps")),
+    "spacings": ("Spacings", ("spacing", "steps")),
+    "solvers": ("Solvers at equal network evaluations", ("solver", "budget")),
 }
 
 
@@ -41,21 +42,24 @@ def evaluate(evaluation: Evaluation, *, command: str) -> Path:
     """
     cases, page = evaluation.cases(), evaluation.folder / PAGE
     evaluation.folder.mkdir(parents=True, exist_ok=True)
-    sections, head = [""], _introduction(evaluation, command)
+    head, sections = _introduction(evaluation, command), list[str]()
+    others = [draw for name, draw in _OTHERS.items() if name in evaluation.grid.tables]
     measured: dict[Case, Row] = {}
 
     def write() -> None:
         rows = [(case, measured[case]) for case in cases if case in measured]
-        tables = [_section(evaluation, name, rows, command) for name in _TABLES]
+        tables = [_section(evaluation, name, rows, command) for name in _TITLES]
         atomic_write(page, ("\n\n".join(each for each in (head, *tables, *sections) if each) + "\n").encode())
 
-    for case in sorted(cases, key=lambda case: case.plan.num_evaluations):
-        if case.plan.num_evaluations > SHORT and len(sections) == 1:
-            sections += [_spread(evaluation), _inversion(evaluation), _pictures(evaluation)]
+    ordered = sorted(cases, key=lambda case: case.plan.num_evaluations)
+    short = [case for case in ordered if case.plan.num_evaluations <= SHORT]
+    for case in short:
         measured[case] = evaluation.measure(case)
         write()
-    if len(sections) == 1:
-        sections += [_spread(evaluation), _inversion(evaluation), _pictures(evaluation)]
+    sections += [draw(evaluation) for draw in others]
+    write()
+    for case in ordered[len(short) :]:
+        measured[case] = evaluation.measure(case)
         write()
     return page
 
@@ -89,17 +93,17 @@ def _section(evaluation: Evaluation, name: str, measured: Sequence[tuple[Case, R
         [*case.labels, str(row["evaluations"]), str(row["samples"]), *(column[i] for column in cells)]
         for i, (case, row) in enumerate(rows)
     ]
-    file, title, first = _TABLES[name]
+    title, first = _TITLES[name]
     header = [*first, "evaluations", "samples", *(title for _, title, *_ in shown)]
     note = "In brackets 95 % of resampled sets of noises; bold is what does not differ from the best."
-    if name == "fitted plans":
+    if name == "fitted-plans":
         note = f"Guidance {rows[0][0].guidance:g}, trailing spacing, noises that no fit has seen. {note}"
     commit = ", ".join(dict.fromkeys(row["commit"] for _, row in rows))
     finding = {"commit": commit, "command": command, "header": header, "rows": lines, "note": note}
-    write_json(evaluation.folder / f"{file}.json", finding)
+    write_json(evaluation.folder / f"{name}.json", finding)
     points = [(case.labels[0], row["evaluations"], _read(row["frechet"])) for case, row in rows]
-    _plot(evaluation.folder / f"{file}.png", points)
-    return f"## {title}\n\n{note}\n\n{markdown(header, lines)}\n\n![{title}: distance by evaluations]({file}.png)"
+    _plot(evaluation.folder / f"{name}.png", points)
+    return f"## {title}\n\n{note}\n\n{markdown(header, lines)}\n\n![{title}: distance by evaluations]({name}.png)"
 
 
 def _read(kept: Row | None) -> Estimate | None:
@@ -159,6 +163,13 @@ def _inversion(evaluation: Evaluation) -> str:
 def _pictures(evaluation: Evaluation) -> str:
     captions = draw_pictures(evaluation, evaluation.folder)
     return "## Pictures\n\n" + "\n\n".join(f"{caption}\n\n![{name}]({name}.png)" for name, caption in captions.items())
+
+
+_OTHERS: Final[Mapping[str, Callable[[Evaluation], str]]] = {
+    "spread": _spread,
+    "inversion": _inversion,
+    "pictures": _pictures,
+}
 
 
 def _plot(path: Path, points: Sequence[tuple[str, int, Estimate | None]]) -> None:

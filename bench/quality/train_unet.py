@@ -1,11 +1,14 @@
-"""Train the demonstration model: a class-conditional pixel-space UNet on Fashion-MNIST.
+"""Train a pixel-space UNet on Fashion-MNIST, by one of two recipes.
 
-    x_t = sqrt(a)·x0 + sqrt(1-a)·eps,      v = sqrt(a)·eps - sqrt(1-a)·x0,      loss = |net(x_t, t, label) - v|²
+    x_t = sqrt(a)·x0 + sqrt(1-a)·eps,      v = sqrt(a)·eps - sqrt(1-a)·x0
 
-(v-prediction: Salimans & Ho 2022, arXiv 2202.00512, section 4). It is chosen over eps-prediction because the
-image that v implies stays bounded at high noise, where eps divides the network's error by sqrt(a): a small
-network trained for an hour then draws clean images in ten steps. A tenth of the labels is replaced by the null
-label, so that one network serves both halves of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
+fashion-mnist   the demonstration model, with classes: loss = |net(x_t, t, label) - v|² (v-prediction: Salimans & Ho
+                2022, arXiv 2202.00512, section 4). The image that v implies stays bounded at high noise, where eps
+                divides the network's error by sqrt(a): a small network trained for an hour then draws clean images in
+                ten steps. A tenth of the labels is replaced by the null label, so that one network serves both halves
+                of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
+unconditional   as most published DDPM networks are: no classes, loss = |net(x_t, t) - eps|², the predicted image
+                clipped. Fitted plans are measured on it too.
 
 Run it with `python -m skipstep.bench.quality.train_unet --out runs/fashion`; interrupt and repeat the command to
 resume. Every random number is a function of (--seed, step), so a resumed run equals an uninterrupted one.
@@ -18,7 +21,9 @@ import copy
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final, Literal
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
@@ -33,36 +38,48 @@ NULL_LABEL = len(CLASS_NAMES)
 NUM_TIMESTEPS = 1000
 
 
-def build_unet() -> UNet2DModel:
-    """2.5 M parameters at 28² → 14² → 7², attention where it is cheap (7²)."""
-    return UNet2DModel(
-        sample_size=28,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(24, 48, 128),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
-        attention_head_dim=32,
-        num_class_embeds=NULL_LABEL + 1,
-    )
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A network of three resolutions, 28² → 14² → 7², with attention where it is cheap (7²), and what it learns."""
+
+    channels: tuple[int, int, int]
+    prediction_type: Literal["v_prediction", "epsilon"]
+    has_classes: bool
+
+    def unet(self) -> UNet2DModel:
+        return UNet2DModel(
+            sample_size=28,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=self.channels,
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+            norm_num_groups=8,
+            attention_head_dim=32,
+            num_class_embeds=NULL_LABEL + 1 if self.has_classes else None,
+        )
+
+    def scheduler(self) -> DDIMScheduler:
+        """What the samplers of this model should do.
+
+        Guided samples are not clipped: where the predicted image is clipped and the noise is not derived from it again
+        (DDIMScheduler's way), they fall apart as steps are added, and v-prediction keeps the image in range without it.
+        """
+        return DDIMScheduler(
+            num_train_timesteps=NUM_TIMESTEPS,
+            beta_schedule="linear",
+            prediction_type=self.prediction_type,
+            timestep_spacing="trailing",
+            clip_sample=not self.has_classes,
+            set_alpha_to_one=True,
+        )
 
 
-def build_scheduler() -> DDIMScheduler:
-    """What the samplers of this model should do.
-
-    No clipping: where the predicted image is clipped and the noise is not derived from it again (DDIMScheduler's way),
-    guided samples fall apart as steps are added, and v-prediction keeps the image in range without it.
-    """
-    return DDIMScheduler(
-        num_train_timesteps=NUM_TIMESTEPS,
-        beta_schedule="linear",
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=True,
-    )
+RECIPES: Final = {
+    "fashion-mnist": Recipe((24, 48, 128), "v_prediction", has_classes=True),  # 2.5 M parameters.
+    "unconditional": Recipe((16, 32, 64), "epsilon", has_classes=False),  # 0.7 M.
+}
 
 
 def learning_rate(step: int, *, num_steps: int, peak: float, warmup: int = 200) -> float:
@@ -82,8 +99,12 @@ def training_batch(
     batch_size: int,
     seed: int,
     label_dropout: float,
+    prediction_type: str = "v_prediction",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(x_t, t, label, v) of one step, a pure function of (seed, step): an epoch is one permutation of the data."""
+    """(x_t, t, label, target) of one step, where the target is v or eps.
+
+    A pure function of (seed, step): an epoch is one permutation of the data.
+    """
     steps_per_epoch = len(images) // batch_size
     epoch, position = divmod(step, steps_per_epoch)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
@@ -97,7 +118,8 @@ def training_batch(
     dropped = torch.rand(batch_size, generator=rng) < label_dropout
     label = torch.where(dropped, NULL_LABEL, labels[index])
     a = alpha_bar[t].view(-1, 1, 1, 1)
-    return a.sqrt() * x0 + (1 - a).sqrt() * eps, t, label, a.sqrt() * eps - (1 - a).sqrt() * x0
+    target = eps if prediction_type == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * x0
+    return a.sqrt() * x0 + (1 - a).sqrt() * eps, t, label, target
 
 
 class Checkpoint:
@@ -136,28 +158,29 @@ class Checkpoint:
         return step
 
 
-def write_diffusers_folder(unet: UNet2DModel, folder: Path) -> None:
+def write_diffusers_folder(unet: UNet2DModel, recipe: Recipe, folder: Path) -> None:
     """Write float16 weights and both configs in diffusers' layout; `id2label` follows its DiTPipeline."""
     half = copy.deepcopy(unet).half()
     half.save_pretrained(folder / "unet", safe_serialization=True)
-    build_scheduler().save_pretrained(folder / "scheduler")
-    index = {
+    recipe.scheduler().save_pretrained(folder / "scheduler")
+    index: dict[str, object] = {
         "_class_name": "DDIMPipeline",
         "unet": ["diffusers", "UNet2DModel"],
         "scheduler": ["diffusers", "DDIMScheduler"],
-        "id2label": {str(i): name for i, name in enumerate(CLASS_NAMES)},
     }
+    if recipe.has_classes:
+        index["id2label"] = {str(i): name for i, name in enumerate(CLASS_NAMES)}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def train(options: argparse.Namespace) -> None:
-    device = torch.device(options.device)
+    recipe, device = RECIPES[options.recipe], torch.device(options.device)
     torch.manual_seed(options.seed)
     images_np, labels_np = load_fashion_mnist("train", options.data)
     images, labels = torch.from_numpy(images_np), torch.from_numpy(labels_np)
-    alpha_bar = build_scheduler().alphas_cumprod
+    alpha_bar = recipe.scheduler().alphas_cumprod
 
-    unet = build_unet().to(device)
+    unet = recipe.unet().to(device)
     ema = copy.deepcopy(unet).requires_grad_(False)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01)
     checkpoint = Checkpoint(options.out / "checkpoint.safetensors")
@@ -170,7 +193,7 @@ def train(options: argparse.Namespace) -> None:
     running_loss, started = 0.0, time.monotonic()
     progress = tqdm(range(start, stop), initial=start, total=num_steps, unit="step", mininterval=5.0)
     for step in progress:
-        x_t, t, label, v = (
+        x_t, t, label, target = (
             tensor.to(device)
             for tensor in training_batch(
                 images,
@@ -180,11 +203,13 @@ def train(options: argparse.Namespace) -> None:
                 batch_size=options.batch_size,
                 seed=options.seed,
                 label_dropout=options.label_dropout,
+                prediction_type=recipe.prediction_type,
             )
         )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, num_steps=num_steps, peak=options.lr)
-        loss = (unet(x_t, t, label).sample - v).square().mean()
+        predicted = unet(x_t, t, label if recipe.has_classes else None).sample
+        loss = (predicted - target).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
@@ -204,7 +229,7 @@ def train(options: argparse.Namespace) -> None:
     if stop < num_steps:
         print(f"stopped at step {stop} of {num_steps}; repeat the command to go on")
         return
-    write_diffusers_folder(ema, options.out / "model")
+    write_diffusers_folder(ema, recipe, options.out / "model")
     print(f"wrote {options.out / 'model'}")
 
 
@@ -214,6 +239,7 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder for the checkpoint, the log and the finished model/"
     )
     parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER, help="folder with the four IDX files")
+    parser.add_argument("--recipe", choices=RECIPES, default="fashion-mnist")
     parser.add_argument("--epochs", type=float, default=6.0)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from skipstep.demo import SHIPPED_BUNDLE, checked_model
-from skipstep.errors import InputError, MissingDependencyError
+from skipstep.errors import InputError, MissingDependencyError, check_choice
 from skipstep.storage.atomic import check_writable
 
 DESCRIPTION = "Measure samplers on a network and write tables, plots and pictures (Markdown, PNG)."
@@ -42,6 +42,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--num-long", type=int, default=500, help="samples of plans of more than 100 evaluations (default: 500)"
     )
     parser.add_argument(
+        "--tables",
+        nargs="+",
+        metavar="NAME",
+        help="what to measure: fitted-plans, steps, spacings, solvers, spread, inversion, pictures (default: all)",
+    )
+    parser.add_argument(
         "--out", type=Path, default=Path("out/evaluation"), help="folder for all of it (default: out/evaluation)"
     )
     parser.add_argument("--backend", default="auto", help="of a folder: auto, torch or onnxruntime (default: auto)")
@@ -51,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     try:
         from skipstep.bench.quality.data import DEFAULT_FOLDER, load_fashion_mnist
-        from skipstep.bench.quality.evaluation import Evaluation
+        from skipstep.bench.quality.evaluation import TABLES, Evaluation, Grid
         from skipstep.bench.quality.evaluation_report import evaluate
         from skipstep.bench.quality.judge import OnnxJudge, ShippedJudge, read_images
     except ModuleNotFoundError as error:
@@ -66,6 +72,9 @@ def run(options: argparse.Namespace) -> None:
             expected="torch, torchmetrics and matplotlib",
             remedy="pip install 'skipstep[cpu,torch,export,diffusers,evaluate]'",
         ) from error
+    tables = options.tables or TABLES
+    for name in tables:
+        check_choice("--tables", name, TABLES, remedy="leave it out for all of them")
     check_writable(options.out)
     engine = _engine(options.model, options.backend)
     shape = engine.network.sample_shape
@@ -82,7 +91,14 @@ def run(options: argparse.Namespace) -> None:
         reference = read_images(options.reference, shape)
     prompts = None if options.prompts is None else _prompts(options.prompts)
     evaluation = Evaluation(
-        engine, judge, reference, options.out, num=options.num, num_long=options.num_long, prompts=prompts
+        engine,
+        judge,
+        reference,
+        options.out,
+        num=options.num,
+        num_long=options.num_long,
+        grid=Grid(tables=tuple(tables)),
+        prompts=prompts,
     )
     print(f"wrote {evaluate(evaluation, command=_command(options))}")
 
@@ -93,6 +109,8 @@ def _command(options: argparse.Namespace) -> str:
     given |= {name: getattr(options, name) for name in ("features", "reference", "prompts")}
     given |= {"num": options.num, "num-long": options.num_long}
     said = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
+    if options.tables is not None:
+        said += ["--tables", *options.tables]
     return shlex.join(["skipstep", "evaluate", *said])
 
 

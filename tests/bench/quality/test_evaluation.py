@@ -153,13 +153,16 @@ def test_any_network_is_judged_by_any_feature_network(tmp_path):
         network, plans=[], batch_sizes=[3], schedule=NoiseSchedule.linear(1000), compile_on_miss=True, backend="torch",
         sample_shape=shape,
     )  # fmt: skip
-    small = Grid(steps=(2,), etas=(0.0,), spacings=(), spacing_steps=(), solvers=(), evaluations=())
+    small = Grid(tables=("steps",), steps=(2,), etas=(0.0,))
     evaluation = Evaluation(engine, without_classes, images, tmp_path / "out", num=6, num_long=2, grid=small)
     (case,) = evaluation.cases()
     row = evaluation.measure(case)
     assert row["recognised"] is None
     assert row["kernel"] is None
     assert row["frechet"]["value"] > 0.0 < row["rmse"]["value"]
+    text = evaluate(evaluation, command="skipstep evaluate --tables steps").read_text()
+    assert "## Steps and η" in text
+    assert not any(title in text for title in ("## Spacings", "## Inversion", "## Pictures"))
 
 
 def test_reference_images_are_pictures_or_an_array(tmp_path):
@@ -216,6 +219,7 @@ def test_bad_input(tmp_path, data, capsys):
 
     assert "beside 100 reference images" in refused("--num", 101)
     assert "got 1 samples" in refused("--num", 1)
+    assert "one of fitted-plans, steps, spacings" in refused("--tables", "stepps")
     assert "dataset-fashion-mnist" in refused("--data", tmp_path)
     (tmp_path / "judge.onnx").write_bytes(b"not onnx")
     assert "a feature network" in refused("--features", tmp_path / "judge.onnx")

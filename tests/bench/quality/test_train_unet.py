@@ -13,7 +13,7 @@ from demo_data import write_fashion_mnist
 from safetensors.numpy import load_file
 
 from skipstep import NoiseSchedule
-from skipstep.bench.quality.train_unet import NULL_LABEL, learning_rate, training_batch
+from skipstep.bench.quality.train_unet import NULL_LABEL, RECIPES, learning_rate, training_batch
 from skipstep.networks.checkpoint import read_checkpoint
 
 SCHEDULE = torch.tensor(NoiseSchedule.linear(1000).alpha_bar, dtype=torch.float32)
@@ -64,6 +64,16 @@ def test_a_batch_is_what_the_loss_says():
         assert torch.equal(label, index % 10)
         seen += index.tolist()
     assert sorted(seen) == list(range(64))
+
+
+def test_a_recipe_of_epsilon_learns_the_noise():
+    images, labels = torch.zeros(64, 1, 2, 2), torch.zeros(64, dtype=torch.int64)
+    options = {"step": 0, "batch_size": 16, "seed": 0, "label_dropout": 0.0}
+    x_t, t, _, eps = training_batch(images, labels, SCHEDULE, **options, prediction_type="epsilon")
+    torch.testing.assert_close(x_t, (1 - SCHEDULE[t].view(-1, 1, 1, 1)).sqrt() * eps)
+    scheduler = RECIPES["unconditional"].scheduler()
+    assert (scheduler.config.prediction_type, scheduler.config.clip_sample) == ("epsilon", True)
+    assert RECIPES["unconditional"].unet().config.num_class_embeds is None
 
 
 def test_labels_are_dropped_at_their_rate():
