@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from skipstep import Engine, Plan
-from skipstep.bench.quality.judge import Floats, Judge
 from skipstep.bench.quality.statistics import (
     Estimate,
     FrechetDistance,
@@ -39,6 +38,7 @@ from skipstep.bench.quality.statistics import (
 )
 from skipstep.bench.record import environment, write_json
 from skipstep.errors import InputError, PlanError
+from skipstep.fitting.judge import Floats, Judge
 from skipstep.fitting.reference import Denoiser, conditions_of, grid_of, integrate
 from skipstep.plans.fit import Fit
 from skipstep.plans.solvers import SOLVERS

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from skipstep.bench.quality.judge import Floats
+from skipstep.fitting.judge import Floats
 
 RESAMPLED = 200
 # Kernel distances are of blocks: each block of samples with its own block of reference images.

@@ -59,7 +59,8 @@ def run(options: argparse.Namespace) -> None:
         from skipstep.bench.quality.data import DEFAULT_FOLDER, load_fashion_mnist
         from skipstep.bench.quality.evaluation import TABLES, Evaluation, Grid
         from skipstep.bench.quality.evaluation_report import evaluate
-        from skipstep.bench.quality.judge import OnnxJudge, ShippedJudge, read_images
+        from skipstep.bench.quality.judge import ShippedJudge, read_images
+        from skipstep.fitting.judge import OnnxJudge
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("skipstep.bench"):
             raise MissingDependencyError(

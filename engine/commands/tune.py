@@ -25,6 +25,8 @@ examples:
       plans for this whole range of guidance scales
   skipstep tune my-bundle --steps 5 10 --noises 128 --dry-run
       print the comparison and leave the bundle as it is
+  skipstep tune my-bundle --features inception.onnx --held-out 4096
+      offer only what is no further from the converged images in the features of this network
   skipstep tune my-bundle --report out/tuned
       and time all plans here, and show quality against milliseconds
 
@@ -48,6 +50,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held-out", type=int, default=64, metavar="N", help="others to compare on (default: 64)")
     parser.add_argument("--nodes", type=int, default=56, metavar="J", help="timesteps of a trajectory (default: 56)")
     parser.add_argument("--rounds", type=int, default=2, help="of moving each timestep (default: 2)")
+    parser.add_argument(
+        "--features",
+        type=Path,
+        metavar="FILE",
+        help="ONNX network of features [N, F], F below --held-out, and perhaps logits: also compare distributions",
+    )
     parser.add_argument("--dry-run", action="store_true", help="compare and print, and change nothing")
     parser.add_argument(
         "--report", type=Path, metavar="FOLDER", help="also time the plans at batch 1; write pareto.txt and pareto.png"
@@ -64,9 +72,11 @@ def run(options: argparse.Namespace) -> None:
     from skipstep.bundles.bundle import open_bundle
     from skipstep.bundles.kept import CacheSlot
     from skipstep.export.bundle_rewriter import add_plans
+    from skipstep.fitting.judge import OnnxJudge
 
     if options.report is not None:
         check_writable(options.report)
+    judge = None if options.features is None else OnnxJudge(options.features)
     bundle = open_bundle(options.bundle, require_signature=options.require_signature)
     with (
         load(options.bundle, require_signature=options.require_signature) as engine,
@@ -84,6 +94,7 @@ def run(options: argparse.Namespace) -> None:
             held_out=options.held_out,
             nodes=options.nodes,
             rounds=options.rounds,
+            features=judge,
             progress=progress,
             keep=CacheSlot,
         )

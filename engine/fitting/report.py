@@ -19,7 +19,8 @@ from skipstep.plans.plan import Plan
 from skipstep.plans.solvers import SOLVERS
 from skipstep.plans.stages import Stages
 
-Features = Callable[[Array], NDArray[Any]]
+# Images [N, *sample_shape] to features [N, F], or to these and the class seen in each image [N].
+Features = Callable[[Array], Any]
 TEXTBOOK: Final = ("ddim", "dpm_solver_pp_2m", "unipc_2")
 
 
@@ -28,8 +29,9 @@ class TunedPlan:
     """What was found for one number of steps.
 
     `rmse` by the name of the solver, "fitted" among them, on noises held out; `distance` likewise, where features were
-    given. `plan` is the one that is offered: the fitted plan where it is nearer to the converged images and no further
-    from them in distribution, else the best textbook plan.
+    given, and `recognised`, the share of images of the class asked for, where these name classes. `plan` is the one
+    that is offered: the fitted plan where it is nearer to the converged images and no further from them in
+    distribution, else the best textbook plan.
     """
 
     steps: int
@@ -37,6 +39,7 @@ class TunedPlan:
     fitted: Plan
     rmse: Mapping[str, float]
     distance: Mapping[str, float]
+    recognised: Mapping[str, float]
     seconds: float
 
     @property
@@ -63,14 +66,13 @@ class TuneReport:
         return [each.plan for each in self.found]
 
     def __str__(self) -> str:
-        names = list(self.found[0].rmse)
-        distances = list(self.found[0].distance)
-        header = ("steps", *(f"{name}, RMSE" for name in names), *(f"{name}, distance" for name in distances))
+        columns = (("rmse", "RMSE", ".4f"), ("distance", "distance", ".3g"), ("recognised", "recognised", ".1%"))
+        shown = [(kind, name, *form) for kind, *form in columns for name in getattr(self.found[0], kind)]
+        header = ("steps", *(f"{name}, {title}" for _, name, title, _ in shown))
         rows = [
             (
                 str(each.steps),
-                *(f"{each.rmse[name]:.4f}" for name in names),
-                *(f"{each.distance[name]:.3g}" for name in distances),
+                *(format(getattr(each, kind)[name], form) for kind, name, _, form in shown),
                 "fitted" if each.offered else each.plan.solver,
                 f"{each.seconds:.0f}",
             )
@@ -104,10 +106,7 @@ class HeldOut:
             candidates[solver] = Plan(**self.denoiser.options, **options)
         drawn = {name: self.draw(plan) for name, plan in candidates.items()}
         errors = {name: rmse(images, self.ends) for name, images in drawn.items()}
-        distances: dict[str, float] = {}
-        if self.features is not None:
-            wanted = np.asarray(self.features(self.ends), np.float64)
-            distances = {n: frechet(np.asarray(self.features(x), np.float64), wanted) for n, x in drawn.items()}
+        distances, recognised = self._judged(drawn)
         best = min(TEXTBOOK, key=lambda name: errors[name])
         offered = errors["fitted"] < errors[best] and not distances.get("fitted", 0.0) > distances.get(best, 0.0)
         assert isinstance(fitted.fit, Fit), "it was made with one"
@@ -115,7 +114,19 @@ class HeldOut:
         fitted = replace(fitted, steps=None, fit=fit)
         textbook = with_quality(candidates[best], Quality(errors[best], fit.guidance_scale))
         plan = fitted if offered else textbook
-        return TunedPlan(len(fitted.timesteps), plan, fitted, errors, distances, seconds)
+        return TunedPlan(len(fitted.timesteps), plan, fitted, errors, distances, recognised, seconds)
+
+    def _judged(self, drawn: Mapping[str, Array]) -> tuple[dict[str, float], dict[str, float]]:
+        """The distance of each, and the share that is recognised; nothing where there is no judge of it."""
+        if self.features is None:
+            return {}, {}
+        wanted, _ = _judgement(self.features, self.ends)
+        found = {name: _judgement(self.features, images) for name, images in drawn.items()}
+        labels, recognised = self.denoiser.request.class_labels, dict[str, float]()
+        for name, (_, seen) in found.items():
+            if seen is not None and labels is not None:
+                recognised[name] = float(np.mean(seen == labels))
+        return {name: frechet(features, wanted) for name, (features, _) in found.items()}, recognised
 
     def measured(self, plans: Iterable[Plan], guidance_scale: float) -> tuple[Plan, ...]:
         """Those of the plans that have a converged image, and are for these scales, with their quality."""
@@ -124,6 +135,20 @@ class HeldOut:
             for plan in plans
             if not plan.adds_noise and not SOLVERS[plan.solver].upward
         )
+
+
+def _judgement(features: Features, images: Array) -> tuple[NDArray[np.float64], NDArray[Any] | None]:
+    """Features, and the classes seen. Raises InputError for what is neither."""
+    given = features(images)
+    found, seen = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+    found, seen = np.asarray(found, np.float64), None if seen is None else np.asarray(seen)
+    if found.shape[:1] != (len(images),) or (seen is not None and seen.shape != (len(images),)):
+        raise InputError(
+            got=f"features {list(found.shape)}" + ("" if seen is None else f" and classes {list(seen.shape)}"),
+            expected=f"[N, F], and [N] where it names classes, for N = {len(images)} images",
+            remedy="return one row, and one class, for each image",
+        )
+    return found, seen
 
 
 def frechet(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

@@ -68,7 +68,9 @@ def tune(
     nodes           timesteps of a trajectory. The report says how far twice as many are.
     rounds          of moving each timestep; 0 keeps those of the dynamic programme.
     features        images `[N, C, H, W]` to features `[N, F]`, for a Fréchet distance to the converged images: a plan
-                    is then offered only if it is no further than the best textbook plan. It takes F below the noises.
+                    is then offered only if it is no further than the best textbook plan. It takes F below `held_out`.
+                    Where it returns the classes that it sees too, `[N]`, the report says how many are those asked for.
+                    skipstep.fitting.judge.OnnxJudge makes one of an ONNX file.
     progress        called as progress(done, total), in units of about equal time.
     keep            where what was computed is kept, such as skipstep.bundles.kept.CacheSlot: an interrupted call goes
                     on where it was. It takes a network whose digest is known.

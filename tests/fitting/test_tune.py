@@ -9,6 +9,7 @@ import pytest
 import torch
 from engines import SCHEDULE, build
 from fitting_cases import SHAPE, SMALL, WEIGHTS
+from onnx import TensorProto, helper
 
 from skipstep import Plan, load
 from skipstep.commands.main import main
@@ -124,6 +125,23 @@ def test_a_plan_that_is_worse_in_distribution_is_not_offered(curve):
     assert found.plan.solver in ("ddim", "dpm_solver_pp_2m", "unipc_2")
 
 
+def test_a_judge_that_names_classes_says_how_many_it_recognises(bundle):
+    with load(bundle) as engine:
+
+        def judge(images):
+            """Sees class 0 everywhere."""
+            return images.mean(axis=(2, 3)), np.zeros(len(images), np.int64)
+
+        options = {**SMALL, "nodes": 112, "guidance_scale": 1.5, "features": judge}
+        report = engine.tune(steps=[3], class_labels=[0, 1] * (SMALL["noises"] // 2), **options)
+        assert report.found[0].recognised == dict.fromkeys(("fitted", *TEXTBOOK), 0.5)
+        assert "50.0%" in str(report)
+        assert "fitted, recognised" in str(report)
+        for wrong in (lambda images: images.mean(axis=(2, 3))[1:], lambda images: (images.mean(axis=(2, 3)), [0])):
+            with pytest.raises(InputError, match="for each image"):
+                engine.tune(steps=[3], **{**options, "features": wrong})
+
+
 def test_a_frechet_distance_of_normals():
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((100_000, 2)), rng.standard_normal((100_000, 2)) * [2.0, 1.0] + [3.0, 0.0]
@@ -177,10 +195,31 @@ def test_what_cannot_be_tuned_is_refused_at_once(curve, arguments):
         curve.tune(**{**SMALL, "steps": [3], **arguments})
 
 
+def feature_network(path):
+    """Each channel's mean, as an ONNX file."""
+    images, features = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("images", ["n", "c", "h", "w"]), ("features", ["n", "c"]))
+    )
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["images"], ["means"]),
+        helper.make_node("Flatten", ["means"], ["features"]),
+    ]
+    graph = helper.make_graph(nodes, "means", [images], [features])
+    path.write_bytes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9).SerializeToString()
+    )
+    return str(path)
+
+
 def test_the_command_stores_what_is_better(bundle, tmp_path, capsys):
     copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     options = ["--noises", "8", "--held-out", "8", "--rounds", "0", "--guidance", "1.5", "--nodes", "112"]
-    assert main(["tune", str(copy), "--steps", "2", "4", *options, "--dry-run"]) == 0
+    judge = ["--features", feature_network(tmp_path / "means.onnx")]
+    assert main(["tune", str(copy), "--steps", "2", "4", *options, *judge, "--dry-run"]) == 0
+    assert "fitted, distance" in capsys.readouterr().out
+    assert main(["tune", str(copy), "--features", str(tmp_path)]) == 2
+    assert "--features FILE.onnx" in capsys.readouterr().err
     assert main(["verify", str(copy)]) == 0
     assert len(load(copy).plans) == 1
     assert main(["tune", str(copy), "--steps", "2", "4", *options]) == 0

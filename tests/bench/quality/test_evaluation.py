@@ -15,11 +15,12 @@ from skipstep import Engine, NoiseSchedule, Plan, load
 from skipstep.bench.quality.data import load_fashion_mnist
 from skipstep.bench.quality.evaluation import Evaluation, Grid, gaussian_spread
 from skipstep.bench.quality.evaluation_report import evaluate
-from skipstep.bench.quality.judge import OnnxJudge, ShippedJudge, read_images
+from skipstep.bench.quality.judge import ShippedJudge, read_images
 from skipstep.bench.quality.statistics import Estimate, FrechetDistance, estimate, kernel_distance, share
 from skipstep.commands.main import main
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.errors import InputError
+from skipstep.fitting.judge import OnnxJudge
 from skipstep.fitting.report import frechet
 
 SMALL = Grid(
