@@ -1,8 +1,8 @@
 """What fitted plans save in time: `python -m skipstep.bench.quality.equal_quality --out FILE`.
 
 Whole guided calls on the shipped model, ours and diffusers' (eager, float32), taking turns in one process; medians of
-the rounds, and of the ratios within a round. The quality beside them is the distance to the converged images that
-skipstep evaluate measured for the plan; diffusers' DDIM and UniPC walk the same plans.
+the rounds, and of the ratios within a round. The quality beside them is what skipstep evaluate measured for the plan,
+with its intervals; diffusers' DDIM and UniPC walk the same plans.
 """
 
 from __future__ import annotations
@@ -87,11 +87,17 @@ def measure(batch: int, rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def qualities(evaluation: Path) -> dict[str, str]:
-    """The distance to the converged images that was measured of each plan at this guidance scale, by key."""
+def qualities(evaluation: Path) -> dict[str, tuple[str, str]]:
+    """The Fréchet distance, and that to the converged images, of each plan that was measured at this guidance scale, by
+    key."""
     rows = json.loads((evaluation / "rows.json").read_text(encoding="utf-8"))["rows"].values()
     kept = [row for row in rows if row.get("guidance") == GUIDANCE and row.get("rmse")]
-    return {row["key"]: f"{row['rmse']['value']:.4f}" for row in kept}
+    return {row["key"]: (interval(row["frechet"], ".2f"), interval(row["rmse"], ".3f")) for row in kept}
+
+
+def interval(estimate: dict[str, float], form: str) -> str:
+    value, low, high = (format(estimate[name], form) for name in ("value", "low", "high"))
+    return f"{value} ({low} … {high})"
 
 
 def main() -> None:
@@ -104,18 +110,19 @@ def main() -> None:
     seconds = {batch: measure(batch, options.rounds) for batch in (1, 16)}
     rows = []
     for name, (_, evaluations, key) in contenders(1).items():
-        cells = [name, str(evaluations), known.get(key or "", "–")]
+        cells = [name, str(evaluations), *known.get(key or "", ("–", "–"))]
         for measured in seconds.values():
             ratios = np.array(measured[BASE]) / np.array(measured[name])
-            cells += [f"{1e3 * statistics.median(measured[name]):.0f}", f"{np.median(ratios):.2f}×"]
+            cells.append(f"{1e3 * statistics.median(measured[name]):.0f} ({np.median(ratios):.1f}×)")
         rows.append(cells)
         print(*cells, sep="  ")
-    header = ["call", "evaluations", "RMSE to the converged image"]
-    for batch in seconds:
-        header += [f"ms at batch {batch}", f"times as fast as {BASE}"]
+    header = ["call", "NFE", "Fréchet distance", "RMSE to the converged image", *(f"ms at batch {n}" for n in seconds)]
     facts = environment()
     command = f"python -m skipstep.bench.quality.equal_quality --rounds {options.rounds}"
-    note = f"Guidance {GUIDANCE:g}, {options.rounds} rounds. Machine class: {facts['machine_class']}."
+    note = (
+        f"Whole calls at guidance {GUIDANCE:g}, medians of {options.rounds} rounds; in brackets, times as fast as "
+        f"{BASE}, and intervals of 95 % of resampled noises."
+    )
     write_json(
         options.out, {"commit": facts["commit"], "command": command, "header": header, "rows": rows, "note": note}
     )
