@@ -28,7 +28,7 @@ from skipstep.loops.runner import BatchRunner, CompiledNetwork
 from skipstep.model_source import ModelOptions, is_module, read_model, specification
 from skipstep.networks.checkpoint import Checkpoint, read_checkpoint
 from skipstep.networks.spec import MAX_BATCH_SIZE
-from skipstep.plans.coefficients import PREDICTION_TYPES
+from skipstep.plans.parameterization import PREDICTION_TYPES
 from skipstep.plans.plan import Plan
 from skipstep.plans.schedule import NoiseSchedule, check_schedule
 from skipstep.reporting import LOGGER, Report, reporter

@@ -17,6 +17,7 @@ from skipstep.bundles.manifest import Manifest, PlanEntry
 from skipstep.errors import BundleError, PlanError, ScheduleError
 from skipstep.plans.plan import Plan
 from skipstep.plans.schedule import NoiseSchedule
+from skipstep.plans.stored import with_tables
 
 FILE_NAME: Final = "tables.safetensors"
 Arrays = Mapping[str, NDArray[Any]]
@@ -71,7 +72,7 @@ def _read_schedule(number: int, arrays: Arrays) -> NoiseSchedule:
 def _read_plan(entry: PlanEntry, arrays: Arrays) -> Plan:
     try:
         plan = Plan(schedule=_read_schedule(entry.schedule, arrays), **entry.options)
-        stored = plan.with_tables(arrays[f"{entry.key}/coefficients"], arrays[f"{entry.key}/timesteps"])
+        stored = with_tables(plan, arrays[f"{entry.key}/coefficients"], arrays[f"{entry.key}/timesteps"])
     except (PlanError, TypeError, KeyError) as error:
         raise _mismatch(f"plan {entry.key}: {error}") from error
     if stored.key != entry.key:

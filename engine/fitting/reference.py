@@ -84,7 +84,16 @@ class Denoiser:
 
 def network_options(engine: Sampler) -> dict[str, Any]:
     """What all plans of this engine's network have in common. Raises PlanError where it has no schedule."""
-    kept = ("schedule", "prediction_type", "clip", "dynamic_quantile", "dynamic_maximum", "convention")
+    kept = (
+        "schedule",
+        "prediction_type",
+        "time_input",
+        "sigma_data",
+        "clip",
+        "dynamic_quantile",
+        "dynamic_maximum",
+        "convention",
+    )
     if "schedule" not in engine.plan_defaults:
         raise PlanError(
             got="an engine without a schedule",

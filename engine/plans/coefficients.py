@@ -6,23 +6,24 @@ columns and not a branch:
     epsilon        x0 = x/√a - √(1-a)/√a·out          eps = out
     v_prediction   x0 = √a·x - √(1-a)·out             eps = √(1-a)·x + √a·out      (arXiv 2202.00512, section 4)
     sample         x0 = out                           eps = x/√(1-a) - √a/√(1-a)·out
+    flow           x0 = n·x - s·out                   eps = n·x + (1-s)·out            (out: noise less image)
+    edm            x0 = c_skip/√a·x + c_out·out       eps from x and x0, as for sample (arXiv 2206.00364, table 1)
+
+with sigma, s and d as in skipstep.plans.parameterization, n = √((1-s)²+s²), c_skip = d²/(sigma²+d²) and
+c_out = sigma·d/√(sigma²+d²).
 
 Everything is computed in float64 and cast once: in float16 alpha_bar itself would round to 1.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.errors import PlanError, check_choice
+from skipstep.errors import PlanError
 from skipstep.kernels.layout import NUM_COLUMNS, NUM_SLOTS, Column, StepFlags
+from skipstep.plans.parameterization import flow_scale, flow_time
 from skipstep.plans.update_weights import UPDATE_COLUMNS, UpdateWeights
-
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
-PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 
 
 def coefficient_table(
@@ -30,6 +31,7 @@ def coefficient_table(
     weights: UpdateWeights,
     *,
     prediction_type: str,
+    sigma_data: float | None,
     clip: float | None,
     guidance: NDArray[np.float64],
 ) -> NDArray[np.float32]:
@@ -38,8 +40,6 @@ def coefficient_table(
     `guidance` `[E]`: the weights of guidance (skipstep.plans.plan_options.resolve_guidance).
     Raises PlanError for epsilon prediction at alpha_bar = 0, where the predicted image is 1/0.
     """
-    remedy = "pass what the network was trained to predict; a diffusers scheduler_config.json names it"
-    check_choice("prediction_type", prediction_type, PREDICTION_TYPES, remedy=remedy, error=PlanError)
     a, noise = alpha_bar, 1.0 - alpha_bar
     root_a, root_noise = np.sqrt(a), np.sqrt(noise)
     table = np.zeros((len(a), NUM_COLUMNS), np.float64)
@@ -63,6 +63,19 @@ def coefficient_table(
             table[:, Column.X0_OUT] = 1.0
             table[:, Column.EPS_X] = 1.0 / root_noise
             table[:, Column.EPS_OUT] = -root_a / root_noise
+        case "flow":
+            share = flow_time(a)
+            table[:, Column.X0_X] = table[:, Column.EPS_X] = flow_scale(a)
+            table[:, Column.X0_OUT] = -share
+            table[:, Column.EPS_OUT] = 1.0 - share
+        case "edm":
+            assert sigma_data is not None, "the plan has checked"
+            # sigma²+d² times a: finite at a = 0, where sigma is not.
+            spread = noise + a * sigma_data**2
+            table[:, Column.X0_X] = root_a * sigma_data**2 / spread
+            table[:, Column.X0_OUT] = root_noise * sigma_data / np.sqrt(spread)
+            table[:, Column.EPS_X] = (1.0 - root_a * table[:, Column.X0_X]) / root_noise
+            table[:, Column.EPS_OUT] = -root_a * sigma_data / np.sqrt(spread)
     table[:, Column.CLIP] = 0.0 if clip is None else clip
     # Zero where the scale is the call's own: the tables, and so the keys, of most plans have no such column.
     table[:, Column.GUIDANCE] = np.where(guidance == 1.0, 0.0, guidance)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from skipstep.errors import ScheduleError, check_integer, check_number, check_path, shown
-from skipstep.plans.coefficients import PREDICTION_TYPES
+from skipstep.plans.parameterization import PREDICTION_TYPES
 from skipstep.reporting import LOGGER
 from skipstep.storage.untrusted import read_json_object
 

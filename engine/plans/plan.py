@@ -25,15 +25,17 @@ from numpy.typing import NDArray
 from skipstep.errors import PlanError, check_choice, check_integer, check_number
 from skipstep.kernels.layout import StepFlags
 from skipstep.kernels.statistics import Thresholding
-from skipstep.plans.coefficients import PredictionType, coefficient_table, stage_flags
+from skipstep.plans.coefficients import coefficient_table, stage_flags
 from skipstep.plans.fit import Fit, Quality, check_weights, read_fit, read_quality, refuse_fitted
 from skipstep.plans.key import plan_key
+from skipstep.plans.parameterization import PredictionType, TimeInput
 from skipstep.plans.plan_options import (
     check_final_alpha_bar,
     check_solver_options,
     network_inputs,
     resolve_clip,
     resolve_guidance,
+    resolve_parameterization,
     resolve_timesteps,
 )
 from skipstep.plans.schedule import NoiseSchedule, check_schedule
@@ -57,6 +59,8 @@ class Plan:
     evaluate_at     for ddim_inversion: the network's timestep input is that of the "target" of each step, as in
                     sampling, or of its "source".
     prediction_type what the network was trained to predict.
+    prediction_type what the network predicts, and time_input what it is told of a noise level, both as in
+                    skipstep.plans.parameterization; sigma_data is EDM's, 0.5 where it is left out.
     clip            bound on the predicted image, None for none; "auto" is 1.0 where the convention and the solver clip;
                     "dynamic" thresholds at the quantile `dynamic_quantile` of each sample's absolute values, at least 1
                     and at most `dynamic_maximum` (skipstep.kernels.statistics).
@@ -96,6 +100,8 @@ class Plan:
     midpoints: Literal["fractional", "nearest"] = "fractional"
     evaluate_at: Literal["target", "source"] = "target"
     prediction_type: PredictionType = "epsilon"
+    time_input: TimeInput = "timestep"
+    sigma_data: float | None = None
     clip: float | Literal["auto", "dynamic"] | None = "auto"
     dynamic_quantile: float | None = None
     dynamic_maximum: float | None = None
@@ -125,6 +131,7 @@ class Plan:
             ("variance", VARIANCES[0] if self.variance is None else self.variance, VARIANCES),
         ):
             check_choice(option, chosen, choices, error=PlanError)
+        sigma_data = resolve_parameterization(self.prediction_type, self.time_input, self.sigma_data)
         solver = SOLVERS[self.solver]
         eta = check_number("eta", self.eta, low=0.0, high=1.0, error=PlanError)
         check_solver_options(
@@ -166,7 +173,7 @@ class Plan:
         if self.solver == "fitted":
             table = check_weights(self.weights, len(timesteps), final_alpha_bar)
             fit = None if self.fit is None else read_fit(self.fit)
-        options = SolverOptions(eta, self.variance or "fixed_small", table)
+        options = SolverOptions(eta, self.variance or "fixed_small", table, np.array(timesteps, np.float64))
         if stride is None:
             weights = solver.weights(alpha_bars, options)
         else:
@@ -176,7 +183,9 @@ class Plan:
         # An inversion's first level is the image's, which no timestep has; its others follow.
         shift = {"target": 0, "source": -1}[self.evaluate_at] if solver.upward else 0
         nearest = self.midpoints == "nearest"
-        inputs, input_levels = network_inputs(weights, timesteps, self.schedule, shift=shift, nearest=nearest)
+        inputs, input_levels = network_inputs(
+            weights, timesteps, self.schedule, time_input=self.time_input, shift=shift, nearest=nearest
+        )
         steps = np.append(0, np.cumsum(weights.ends_step)[:-1])
         interval, given_weights = self.guidance_interval, self.guidance_weights
         guidance = resolve_guidance(interval, given_weights, input_levels, steps, solver=self.solver)
@@ -184,6 +193,7 @@ class Plan:
             input_levels,
             weights,
             prediction_type=self.prediction_type,
+            sigma_data=sigma_data,
             clip=clip if isinstance(clip, float) else None,
             guidance=guidance,
         )
@@ -200,6 +210,7 @@ class Plan:
             "guidance_weights": None if given_weights is None else tuple(map(float, given_weights)),
             "quality": read_quality(self.quality, fit),
             "eta": eta,
+            "sigma_data": sigma_data,
             "clip": clip,
             # As floats: the key and what is saved do not depend on the type that they were passed in.
             "dynamic_quantile": None if self.dynamic_quantile is None else float(self.dynamic_quantile),
@@ -239,7 +250,7 @@ class Plan:
     @property
     def is_fractional(self) -> bool:
         """Whether the network's timestep inputs include some between those of its training."""
-        return bool(np.any(self.evaluation_timesteps % 1.0))
+        return self.time_input == "timestep" and bool(np.any(self.evaluation_timesteps % 1.0))
 
     @property
     def adds_noise(self) -> bool:
@@ -278,6 +289,8 @@ class Plan:
             solver="ddim_inversion",
             evaluate_at=evaluate_at,
             prediction_type=self.prediction_type,
+            time_input=self.time_input,
+            sigma_data=self.sigma_data,
             final_alpha_bar=self.final_alpha_bar,
         )
 
@@ -308,32 +321,12 @@ class Plan:
         options["timesteps"] = [] if self.spacing is not None else list(downward)
         options["steps"] = self.steps if self.spacing is not None else None
         # Left out where they are not used: the manifests of older bundles, which have none, keep their bytes.
-        for name in ("stride", "weights", "fit", "guidance_interval", "guidance_weights", "quality"):
+        for name in ("stride", "weights", "fit", "guidance_interval", "guidance_weights", "quality", "sigma_data"):
             if options[name] is None or (name == "quality" and options[name] == read_quality(None, self.fit)):
                 del options[name]
+        if self.time_input == "timestep":
+            del options["time_input"]
         return {name: dataclasses.asdict(v) if isinstance(v, Fit | Quality) else v for name, v in options.items()}
-
-    def with_tables(self, coefficients: NDArray[np.float32], evaluation_timesteps: NDArray[np.float64]) -> Plan:
-        """This plan with the tables that another machine computed from the same options, and its key.
-
-        Logarithms may differ in their last bit from one mathematical library to the next; keys and samples must not.
-        Raises PlanError for tables that are not this plan's.
-        """
-        stored = dataclasses.replace(self, **self.options())
-        for name, array in (("coefficients", coefficients), ("evaluation_timesteps", evaluation_timesteps)):
-            own = getattr(self, name)
-            same = isinstance(array, np.ndarray) and array.shape == own.shape and array.dtype == own.dtype
-            if not same or not np.allclose(array, own, 1e-5, 1e-7):
-                raise PlanError(
-                    got=f"{name} that are not those of {self!r}",
-                    expected="the tables that these options give",
-                    remedy="export the bundle again with this version of skipstep",
-                )
-            array = array.copy()
-            array.setflags(write=False)
-            object.__setattr__(stored, name, array)
-        object.__setattr__(stored, "key", stored._hash())
-        return stored
 
     def _hash(self) -> str:
         return plan_key(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from skipstep.arrays import number_array
 from skipstep.errors import PlanError, check_choice, check_integer, check_items, check_number, shown
+from skipstep.plans.parameterization import PREDICTION_TYPES, TIME_INPUTS, time_inputs
 from skipstep.plans.schedule import NoiseSchedule
 from skipstep.plans.solvers import SOLVERS
 from skipstep.plans.spacing import Spacing, diffusers_timesteps, space_timesteps
@@ -67,9 +68,15 @@ def resolve_guidance(
 
 
 def network_inputs(
-    weights: UpdateWeights, timesteps: Sequence[int], schedule: NoiseSchedule, *, shift: int, nearest: bool
+    weights: UpdateWeights,
+    timesteps: Sequence[int],
+    schedule: NoiseSchedule,
+    *,
+    time_input: str,
+    shift: int,
+    nearest: bool,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The network's timestep inputs `[E]`, and the levels `[E]` that they stand for.
+    """The network's time inputs `[E]`, and the levels `[E]` that they stand for.
 
     `shift`: how many timesteps later than its level an evaluation's input stands. `nearest`: of a level between the
     training's timesteps the nearest of them, else a fractional one.
@@ -84,6 +91,14 @@ def network_inputs(
                 inputs[row] = round(inputs[row])
         if inputs[row] % 1.0 == 0.0:
             levels[row] = schedule.alpha_bar[int(inputs[row])]
+    if time_input != "timestep":
+        inputs = time_inputs(time_input, levels)
+    if not np.all(np.isfinite(inputs)):
+        raise PlanError(
+            got=f"time_input={time_input!r} at a timestep with alpha_bar = 0 (zero terminal SNR)",
+            expected=f"a noise level with some image left, where {time_input} is finite",
+            remedy="leave the last timestep out, or use a schedule that ends with some image left",
+        )
     return inputs, levels
 
 
@@ -144,6 +159,25 @@ def resolve_timesteps(
         remedy = "pass a number of timesteps, or steps and a spacing instead of timesteps"
         stride = check_integer("stride", stride, low=1, high=last + 1, remedy=remedy, error=PlanError)
     return timesteps, True, stride
+
+
+def resolve_parameterization(prediction_type: str, time_input: str, sigma_data: float | None) -> float | None:
+    """`sigma_data` of a network that takes one, 0.5 where none is given."""
+    remedy = "pass what the network was trained to predict; a diffusers scheduler_config.json names it"
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES, remedy=remedy, error=PlanError)
+    check_choice(
+        "time_input", time_input, TIME_INPUTS, remedy="pass what the network was trained with", error=PlanError
+    )
+    if prediction_type == "edm":
+        given = 0.5 if sigma_data is None else sigma_data
+        return check_number("sigma_data", given, low=0.0, high=LARGEST, above=True, error=PlanError)
+    if sigma_data is not None:
+        raise PlanError(
+            got=f"sigma_data={shown(sigma_data)} with prediction_type={prediction_type!r}",
+            expected="prediction_type='edm' beside it",
+            remedy="leave sigma_data out",
+        )
+    return None
 
 
 def resolve_clip(

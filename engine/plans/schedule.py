@@ -101,6 +101,44 @@ class NoiseSchedule:
         return cls.from_betas(curve * (last - first) + first, name=f"sigmoid {first:g} to {last:g}")
 
     @classmethod
+    def karras(
+        cls, num_timesteps: int = 1000, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+    ) -> NoiseSchedule:
+        """Noise to signal between its bounds, at equal distances of sigma^(1/rho) (arXiv 2206.00364, eq. 5).
+
+        A plan over all T timesteps visits exactly these levels.
+        """
+        low = check_number("sigma_min", sigma_min, low=0.0, above=True, error=ScheduleError)
+        high = check_number("sigma_max", sigma_max, low=low, above=True, error=ScheduleError)
+        root = 1.0 / check_number("rho", rho, low=0.0, above=True, error=ScheduleError)
+        sigmas = np.linspace(high**root, low**root, _checked_length(num_timesteps)) ** (1.0 / root)
+        return cls.from_sigmas(sigmas, name=f"karras {low:g} to {high:g}")
+
+    @classmethod
+    def flow(cls, num_timesteps: int = 1000, *, shift: float = 1.0) -> NoiseSchedule:
+        """Flow matching, (1-s)·x0 + s·eps with s from 1/T to 1, shifted towards noise: shift·s/(1+(shift-1)·s).
+
+        The shift is that of Stable Diffusion 3 (arXiv 2403.03206, eq. 23).
+        """
+        shift = check_number("shift", shift, low=0.0, above=True, error=ScheduleError)
+        share = np.linspace(1.0, 0.0, _checked_length(num_timesteps), endpoint=False)
+        share = shift * share / (1.0 + (shift - 1.0) * share)
+        image, noise = (1.0 - share) ** 2, share**2
+        return cls((image / (image + noise))[::-1], name=f"flow, shift {shift:g}")
+
+    @classmethod
+    def from_sigmas(cls, sigmas: ArrayLike, *, name: str = "sigmas") -> NoiseSchedule:
+        """From noise to signal `[T]`, decreasing, the noisiest first: alpha_bar is 1/(1+sigma²)."""
+        sigma = _float64_vector(sigmas, what="sigmas")
+        if not (np.all(sigma > 0.0) and np.all(np.diff(sigma) < 0.0)):
+            raise ScheduleError(
+                got=f"sigmas between {sigma.min():.6g} and {sigma.max():.6g}",
+                expected="positive numbers that decrease, the noisiest first",
+                remedy="leave the last 0 of diffusers' scheduler.sigmas out: a plan ends without noise by itself",
+            )
+        return cls(1.0 / (1.0 + sigma[::-1] ** 2), name=name)
+
+    @classmethod
     def from_betas(cls, betas: ArrayLike, *, name: str = "betas") -> NoiseSchedule:
         """From beta_t `[T]`, each in (0, 1)."""
         beta = _float64_vector(betas, what="betas")

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from skipstep.plans.coefficients import PredictionType
 from skipstep.plans.diffusers_config import read_diffusers_config
+from skipstep.plans.parameterization import PredictionType
 from skipstep.plans.schedule import NoiseSchedule
 from skipstep.plans.spacing import Spacing
 

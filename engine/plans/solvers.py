@@ -15,6 +15,8 @@ probability-flow ODE is dx̄/ds = eps, so the classical rules apply as they stan
     lms             on eps, Adams-Bashforth for unequal steps in s                                order 4, S
     ipndm           on eps, with its weights for equal steps (Liu et al. 2022, arXiv 2202.09778)  order 2, S
     and:
+    flow_heun       Heun's rule in s of flow matching: the slope is eps - x0                      order 2, 2S - 1
+    lcm             x0 of a consistency model, and fresh noise (arXiv 2310.04378, algorithm 3)    stochastic, S
     ddpm            the posterior mean and a variance (Ho et al. 2020, arXiv 2006.11239, eq. 7)   stochastic, S
     ddim_inversion  Euler's rule from the image up to the noise                                   order 1, S
     fitted          weights that were fitted to a network's own trajectories (skipstep.fitting)   S
@@ -38,6 +40,7 @@ from math import sqrt
 import numpy as np
 
 from skipstep.plans.multistep import deis, dpm_solver_pp, ipndm, lms, unipc
+from skipstep.plans.parameterization import flow_scale, flow_time
 from skipstep.plans.update_weights import (
     BETWEEN,
     UPDATE_COLUMNS,
@@ -160,6 +163,33 @@ def dpm_solver_2(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
     return weights
 
 
+def flow_heun(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
+    """Heun's rule for y = (1-s)·x0 + s·eps, dy/ds = eps - x0 (skipstep.plans.parameterization). The history holds y and
+    half the step along the first slope."""
+    weights = _rows(2, alpha_bars)
+    for row, a, p in _steps(weights, alpha_bars):
+        _euler(weights, row, p)
+        if p == 1.0:
+            continue
+        (s, scale), (s_p, scale_p) = ((float(flow_time(level)), float(flow_scale(level))) for level in (a, p))
+        half = (s_p - s) / 2
+        weights.m_x[row], weights.m_x0[row], weights.m_eps[row] = scale / scale_p, -half / scale_p, half / scale_p
+        weights.c_h0[row + 1], weights.c_x0[row + 1], weights.c_eps[row + 1] = 1.0, -half / scale_p, half / scale_p
+        weights.level[row + 1], weights.grid[row + 1] = p, weights.grid[row] + 1
+    return weights
+
+
+def lcm(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
+    """The image of a consistency model, c_skip·x + c_out·x0, and noise for the next level; sigma_data is 0.5, and the
+    time that scales them ten times the timestep, as it was trained."""
+    weights = one_row_per_step(alpha_bars)
+    p, time = alpha_bars[1:], 10.0 * options.timesteps
+    weights.c_x = np.sqrt(p) * 0.25 / (time**2 + 0.25)
+    weights.c_x0 = np.sqrt(p) * time / np.sqrt(time**2 + 0.25)
+    weights.sigma = np.sqrt(1.0 - p)
+    return weights
+
+
 def ddim_inversion(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
     """DDIM upward in noise, over `alpha_bars` that decrease: the first is the image's."""
     weights = one_row_per_step(alpha_bars)
@@ -191,6 +221,8 @@ SOLVERS: Mapping[str, Solver] = {
     "rk4": Solver(rk4, takes=frozenset({"midpoints"}), sees_clip_in_eps=True, diverges_at_zero=True),
     "dpm_solver_1": Solver(dpm_solver_1),
     "dpm_solver_2": Solver(dpm_solver_2, takes=frozenset({"midpoints"}), sees_clip_in_eps=True, diverges_at_zero=True),
+    "flow_heun": Solver(flow_heun, sees_clip_in_eps=True),
+    "lcm": Solver(lcm),
     "dpm_solver_pp_2m": Solver(partial(dpm_solver_pp, order=2)),
     "dpm_solver_pp_3m": Solver(partial(dpm_solver_pp, order=3), diverges_at_zero=True),
     "unipc_2": Solver(partial(unipc, order=2)),

@@ -8,12 +8,14 @@
     log              t_i = round(T^(i/(S-1))) - 1          denser still
     logsnr           nearest to ln(snr) at equal distances
     karras           nearest to s^(1/7) at equal distances, s² = 1/snr
+    lcm              50 timesteps of trailing spacing, of which t_i is number 50 - ⌊50·j/S⌋ for j = S-1-i
 
 for i = 0 … S-1 and snr = alpha_bar/(1 - alpha_bar). The first three are those of Lin et al. 2024 (arXiv 2305.08891,
 table 2) and give the indices that diffusers gives; quadratic is the DDIM paper's (arXiv 2010.02502, appendix D.2);
-karras is Karras et al. 2022 (arXiv 2206.00364, eq. 5). With S = 1 all but `leading` visit their noisiest index. Every
-result has exactly S strictly decreasing indices in [0, T-1]. Where rounding would merge two of them the request is
-refused, since the plan would run fewer steps than requested.
+karras is Karras et al. 2022 (arXiv 2206.00364, eq. 5); lcm's are of the timesteps that a latent consistency model was
+distilled on (Luo et al. 2023, arXiv 2310.04378), as its scheduler takes them. With S = 1 all but `leading` visit their
+noisiest index. Every result has exactly S strictly decreasing indices in [0, T-1]. Where rounding would merge two of
+them the request is refused, since the plan would run fewer steps than requested.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ from numpy.typing import NDArray
 from skipstep.errors import PlanError, check_choice, check_integer
 from skipstep.plans.schedule import NoiseSchedule
 
-Spacing = Literal["leading", "trailing", "linspace", "quadratic", "paper_quadratic", "log", "logsnr", "karras"]
+Spacing = Literal["leading", "trailing", "linspace", "quadratic", "paper_quadratic", "log", "logsnr", "karras", "lcm"]
 SPACINGS: tuple[str, ...] = get_args(Spacing)
+_LCM_STEPS = 50
 
 
 def space_timesteps(spacing: str, schedule: NoiseSchedule, *, steps: int, offset: int = 0) -> tuple[int, ...]:
@@ -104,6 +107,9 @@ def _ascending(spacing: str, schedule: NoiseSchedule, steps: int, offset: int) -
         return np.arange(steps) * (num_timesteps // steps) + offset
     if spacing == "trailing":
         return _rounded_ratio(num_timesteps * np.arange(1, steps + 1), steps) - 1
+    if spacing == "lcm":
+        numbers = _LCM_STEPS - _LCM_STEPS * np.arange(steps)[::-1] // steps
+        return numbers * (num_timesteps // _LCM_STEPS) - 1
     # i of S-1: with S = 1 the whole way.
     i, whole = (np.arange(steps), steps - 1) if steps > 1 else (np.ones(1, np.int64), 1)
     return _BY_SHARE[spacing](schedule, i, whole)

@@ -18,11 +18,15 @@ BETWEEN: Final = -1
 
 @dataclass(frozen=True, slots=True)
 class SolverOptions:
-    """The options of a plan for its solver. A plan refuses options that its solver does not support."""
+    """The options of a plan for its solver. A plan refuses options that its solver does not support.
+
+    `timesteps` float64 `[S]` are those of the steps' starts, for a solver whose weights depend on them.
+    """
 
     eta: float = 0.0
     variance: Variance = "fixed_small"
     weights: NDArray[np.float32] | None = None
+    timesteps: Levels = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(slots=True)

@@ -74,7 +74,7 @@ def test_the_engine_walks_the_solvers_table(solver, gaussian):
     seeds = np.arange(3, dtype=np.uint64)
     x_T = np.random.default_rng(0).standard_normal((3, 1, 3, 5)).astype(np.float32)
     ours = gaussian.sample(plan=plan, x_T=x_T, seeds=seeds.tolist())
-    weights = SOLVERS[solver].weights(plan.alpha_bars, SolverOptions())
+    weights = SOLVERS[solver].weights(plan.alpha_bars, SolverOptions(timesteps=np.array(plan.timesteps, float)))
 
     def noise(stage: int) -> np.ndarray:
         return standard_normal(seeds, 15, stage=stage, stream=Stream.STEP).ravel()
@@ -89,6 +89,8 @@ def test_evaluations_are_counted_and_stated():
         "ddim": 10,
         "ddpm": 10,
         "heun": 19,
+        "flow_heun": 19,
+        "lcm": 10,
         "rk4": 37,
         "dpm_solver_1": 10,
         "dpm_solver_2": 19,
