@@ -32,7 +32,7 @@ class ModelOptions(TypedDict, total=False):
                           does if its time embedding is smooth, any other module does not.
     """
 
-    sample_shape: tuple[int, int, int] | None
+    sample_shape: tuple[int, ...] | None
     num_classes: int | None
     null_label: int | None
     prompt_shape: tuple[int, int] | None
@@ -108,7 +108,7 @@ def specification(
     model: Any,
     checkpoint: Checkpoint | None,
     *,
-    sample_shape: tuple[int, int, int] | None = None,
+    sample_shape: tuple[int, ...] | None = None,
     num_classes: int | None = None,
     null_label: int | None = None,
     prompt_shape: tuple[int, int] | None = None,

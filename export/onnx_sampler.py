@@ -1,17 +1,17 @@
 """One plan as one self-contained ONNX graph, for any ONNX runtime, with nothing of skipstep around it.
 
-    inputs    x_T [B, C, H, W]
-              noise [E, B, C, H, W]                       if the plan adds noise: standard normals for each evaluation
+    inputs    x_T [B, *sample_shape]
+              noise [E, B, *sample_shape]                 if the plan adds noise: standard normals for each evaluation
               class_labels int64 [B]                      if the network has classes
               encoder_hidden_states [B, L, D]             if it attends to prompts; guided, also
               negative_encoder_hidden_states [B, L, D]
               guidance_scale [B]                          if guided
-    outputs   x_0 [B, C, H, W]; with a trajectory also x_t and x0 [E, B, C, H, W], the state after each evaluation and
-              the image predicted at it
+    outputs   x_0 [B, *sample_shape]; with a trajectory also x_t and x0 [E, B, *sample_shape], the state after each
+              evaluation and the image predicted at it
 
 Coefficients and values that follow from the timesteps are constants; values that follow from the conditioning are
 computed before the loop, once for all stages (skipstep.export.onnx_prologue). Seeds are not in the graph: the noise of
-skipstep's samples is skipstep.calls.noise.standard_normal(seeds, C·H·W, stage=range(E), stream=Stream.STEP).
+skipstep's samples is skipstep.calls.noise.standard_normal(seeds, n, stage=range(E), stream=Stream.STEP).
 
 The loop form holds the network's nodes once. The unrolled form is for runtimes without Loop: it has E times the nodes,
 the weights once, and at each stage only the operations that its flags ask for. Use it for fixed batch sizes and few

@@ -24,7 +24,7 @@ NETWORK_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class DenoisingModule(nn.Module):
     """One calling convention over what networks return: a tensor, a tuple, or diffusers' output with `.sample`.
 
-    forward(sample [N, C, H, W], timestep int64 or float32 [N], conditioning [N, …], each) -> [N, C or 2C, H, W].
+    forward(sample [N, C, …], timestep int64 or float32 [N], conditioning [N, …], each) -> [N, C or 2C, …].
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -76,8 +76,7 @@ def prepare_module(network: nn.Module, spec: NetworkSpec) -> tuple[DenoisingModu
                 remedy="check sample_shape, prompt_shape and num_classes, or wrap the network in a module with this "
                 "signature",
             ) from error
-    channels, height, width = spec.sample_shape
-    learns_variance = output.shape == (1, 2 * channels, height, width)
+    learns_variance = output.shape == (1, *replace(spec, learns_variance=True).output_shape)
     if output.shape != sample.shape and not learns_variance:
         raise InputError(
             got=f"a network that returns {list(output.shape)} for {list(sample.shape)}",

@@ -120,13 +120,14 @@ def _compiled(module: nn.Module) -> Callable[..., Tensor]:
 def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:
     """Denoisers of a copy of the source's module on the GPU, in the target's precision.
 
-    Convolutions are in channels-last order, which tensor cores read; of the module's weights only the order in memory
-    changes.
+    Convolutions over images are in channels-last order, which tensor cores read; of the module's weights only the
+    order in memory changes.
     """
     device, dtype = torch.device(target.device), getattr(torch, target.dtype)
     host = source.module()
     module = module_on(host, device, dtype)
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if len(source.spec.sample_shape) == 3 and all(weight.ndim < 5 for weight in module.parameters()):
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     networks = SplitNetworks(module, host, source.spec)
     run: Callable[[nn.Module], Callable[..., Tensor]] = _compiled if target.compiled else lambda module: module
 

@@ -41,7 +41,7 @@ class Conditions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """B samples: `seeds` uint64 `[B]`, `x_T` float32 `[B, C, H, W]`, `class_labels` int64 `[B]`; `guidance` and
+    """B samples: `seeds` uint64 `[B]`, `x_T` float32 `[B, *sample_shape]`, `class_labels` int64 `[B]`; `guidance` and
     `rescale` float32 `[B]`; `prompts` and `negative_prompts` float32 `[B, L, D]`, or `[1, L, D]` for all samples.
 
     What a call does not use is None; at least one of `seeds` and `x_T` is given. x_T is a NumPy array, or a tensor of
@@ -292,7 +292,7 @@ def _int_vector(
 
 
 def resolve_latents(x_T: Any, network: NetworkSpec, *, name: str = "x_T", device: str = "cpu") -> Any:
-    """Float32 `[B, C, H, W]`, contiguous, from NumPy, torch or DLPack. Raises InputError, which calls it `name`.
+    """Float32 `[B, *sample_shape]`, contiguous, from NumPy, torch or DLPack. Raises InputError, which calls it `name`.
 
     A tensor on `device`, where that is a GPU, stays there without synchronizing; NaN in it appears in the samples.
     """
@@ -306,17 +306,17 @@ def resolve_latents(x_T: Any, network: NetworkSpec, *, name: str = "x_T", device
         )
     if not on_device:
         x_T = float32(host_floats(name, x_T))
-    if x_T.ndim != 4 or tuple(x_T.shape[1:]) != network.sample_shape:
+    if x_T.ndim == 0 or tuple(x_T.shape[1:]) != network.sample_shape:
         raise InputError(
             got=f"{name} of shape {list(x_T.shape)}",
             expected=f"[B, {', '.join(map(str, network.sample_shape))}]",
-            remedy="give one [C, H, W] block per sample",
+            remedy="give one block of that shape per sample",
         )
     if on_device:
         if not x_T.dtype.is_floating_point:
             raise InputError(got=f"{name} of {x_T.dtype}", expected="floating-point numbers", remedy="pass float32")
         return x_T.detach().float().contiguous()
-    broken = np.flatnonzero(~np.isfinite(x_T).all(axis=(1, 2, 3)))
+    broken = np.flatnonzero(~np.isfinite(x_T.reshape(len(x_T), -1)).all(axis=1))
     if broken.size:
         raise InputError(
             got=f"NaN or infinity in {name}, samples {broken[:8].tolist()}",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import numpy as np
 
 from skipstep.errors import InputError, PlanError, check_flag, check_integer, check_text, shown
-from skipstep.storage.untrusted import Within
+from skipstep.storage.untrusted import Length, Within
 
 if TYPE_CHECKING:
     from skipstep.plans.plan import Plan
@@ -25,22 +25,24 @@ MAX_BATCH_SIZE: Final = 4096
 _MAX_SIDE: Final = 1 << 16
 _MAX_LABEL: Final = 1 << 31
 MAX_ELEMENTS: Final = 1 << 26
+MAX_RANK: Final = 8
 Side = Annotated[int, Within(1, _MAX_SIDE)]
 Label = Annotated[int, Within(0, _MAX_LABEL)]
 
 
 @dataclass(frozen=True, slots=True)
 class NetworkSpec:
-    """`sample_shape` is (C, H, W). `num_classes` counts the real classes; None: the network takes no labels.
+    """`sample_shape` is the state's without the batch, channels first: (C, H, W) of images, (C, L) of sequences,
+    (C, F, H, W) of videos. `num_classes` counts the real classes; None: the network takes no labels.
 
     `null_label` is the label that stands for "no class", which classifier-free guidance needs, or None.
     `fractional_timesteps`: it takes timesteps between those of its training, as float32; otherwise int64 alone.
-    `learns_variance`: its output has 2C channels.
+    `learns_variance`: its output has 2C channels; C is the first side.
     `prompt_shape` is (L, D), tokens by width, of the prompt embeddings that it attends to; None: it takes none.
     Raises InputError where these contradict each other.
     """
 
-    sample_shape: tuple[Side, Side, Side]
+    sample_shape: Annotated[tuple[Side, ...], Length(1, MAX_RANK)]
     num_classes: Label | None = None
     null_label: Label | None = None
     class_names: tuple[str, ...] | None = None
@@ -49,20 +51,13 @@ class NetworkSpec:
     prompt_shape: tuple[Side, Side] | None = None
 
     def __post_init__(self) -> None:
-        shapes: tuple[tuple[str, tuple[int, ...] | None, int, str], ...] = (
-            ("sample_shape", self.sample_shape, 3, "(channels, height, width), e.g. (3, 32, 32)"),
-            ("prompt_shape", self.prompt_shape, 2, "(tokens, width) of a prompt's embeddings, e.g. (77, 768)"),
-        )
-        for name, shape, rank, example in shapes:
-            if shape is None and name == "prompt_shape":
-                continue
-            remedy = f"pass {name}={example}"
-            if not isinstance(shape, tuple | list) or len(shape) != rank:
-                raise InputError(got=f"{name}={shown(shape)}", expected=f"{rank} positive integers", remedy=remedy)
-            sides = tuple(check_integer(name, n, low=1, high=_MAX_SIDE, remedy=remedy) for n in shape)
-            if math.prod(sides) > MAX_ELEMENTS:
-                raise InputError(got=f"{name}={sides}", expected=f"at most {MAX_ELEMENTS} elements", remedy=remedy)
-            object.__setattr__(self, name, sides)
+        remedy = "pass sample_shape=(channels, height, width), e.g. (3, 32, 32), or another state's, e.g. (2, 1024)"
+        sides = check_shape("sample_shape", self.sample_shape, low=1, remedy=remedy)
+        object.__setattr__(self, "sample_shape", sides)
+        if self.prompt_shape is not None:
+            remedy = "pass prompt_shape=(tokens, width) of a prompt's embeddings, e.g. (77, 768)"
+            sides = check_shape("prompt_shape", self.prompt_shape, low=2, high=2, remedy=remedy)
+            object.__setattr__(self, "prompt_shape", sides)
         for name in ("num_classes", "null_label"):
             number = getattr(self, name)
             if number is not None:
@@ -93,13 +88,13 @@ class NetworkSpec:
 
     @property
     def num_elements(self) -> int:
-        """C·H·W."""
+        """Of one sample."""
         return math.prod(self.sample_shape)
 
     @property
-    def output_shape(self) -> tuple[int, int, int]:
-        channels, height, width = self.sample_shape
-        return (2 * channels if self.learns_variance else channels), height, width
+    def output_shape(self) -> tuple[int, ...]:
+        channels, *sides = self.sample_shape
+        return (2 * channels if self.learns_variance else channels), *sides
 
     @property
     def can_guide(self) -> bool:
@@ -115,7 +110,7 @@ class NetworkSpec:
         cls,
         module: Any,
         *,
-        sample_shape: tuple[int, int, int] | None = None,
+        sample_shape: tuple[int, ...] | None = None,
         num_classes: int | None = None,
         null_label: int | None = None,
         prompt_shape: tuple[int, int] | None = None,
@@ -156,6 +151,16 @@ class NetworkSpec:
             fractional_timesteps=fractional_timesteps,
             prompt_shape=prompt_shape,
         )
+
+
+def check_shape(name: str, shape: Any, *, low: int, high: int = MAX_RANK, remedy: str) -> tuple[int, ...]:
+    if not isinstance(shape, tuple | list) or not low <= len(shape) <= high:
+        count = f"{low}" if low == high else f"{low} to {high}"
+        raise InputError(got=f"{name}={shown(shape)}", expected=f"{count} positive integers", remedy=remedy)
+    sides = tuple(check_integer(name, n, low=1, high=_MAX_SIDE, remedy=remedy) for n in shape)
+    if math.prod(sides) > MAX_ELEMENTS:
+        raise InputError(got=f"{name}={sides}", expected=f"at most {MAX_ELEMENTS} elements", remedy=remedy)
+    return sides
 
 
 def check_plan_fits(plan: "Plan", network: NetworkSpec) -> None:
