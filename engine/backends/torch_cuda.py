@@ -79,7 +79,11 @@ def _plain(spec: NetworkSpec, dtype: torch.dtype) -> dict[str, StepInput]:
     return {
         "timestep": StepInput((), "float32" if spec.fractional_timesteps else "int64", per_stage=True),
         **{
-            each: StepInput(tuple(value.shape[1:]), name if value.is_floating_point() else "int64", False)
+            each: StepInput(
+                tuple(value.shape[1:]),
+                name if value.is_floating_point() else str(value.dtype).removeprefix("torch."),
+                False,
+            )
             for each, value in zero_conditioning(spec, 1).items()
         },
     }

@@ -8,9 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from skipstep.commands.progress import elapsed_progress
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.errors import InputError
@@ -18,6 +15,9 @@ from skipstep.latency.table import format_table
 from skipstep.storage.atomic import check_writable, storage_errors
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from skipstep.engine import Engine
     from skipstep.plans.plan import Plan
 
@@ -110,6 +110,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _write_arrays(file: Path, drawn: Mapping[Plan, NDArray[np.float32]], seeds: Sequence[int]) -> str:
+    import numpy as np
+
     arrays: dict[str, NDArray[Any]] = {f"steps_{plan.num_evaluations}": samples for plan, samples in drawn.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     np.savez(file, **arrays, seeds=np.array(seeds, np.uint64))
