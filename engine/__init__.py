@@ -10,13 +10,15 @@ from skipstep.version import __version__
 if TYPE_CHECKING:
     from skipstep.engine import Engine
     from skipstep.loading import load
+    from skipstep.networks.condition import Condition
     from skipstep.plans.plan import Plan
     from skipstep.plans.schedule import NoiseSchedule
 
-__all__ = ["Engine", "NoiseSchedule", "Plan", "__version__", "load"]
+__all__ = ["Condition", "Engine", "NoiseSchedule", "Plan", "__version__", "load"]
 
 # Loaded on first use: importing skipstep costs milliseconds and pulls in no array library.
 _HOME = {
+    "Condition": "skipstep.networks.condition",
     "Engine": "skipstep.engine",
     "NoiseSchedule": "skipstep.plans.schedule",
     "Plan": "skipstep.plans.plan",

@@ -177,14 +177,14 @@ class Engine:
                         `calibrate`, once on this device.
         seeds           an int for every sample, or one each, in [0, 2**64): a sample depends on its seed, not on its
                         place in the batch. They also key the noise that a plan adds.
-        x_T             `[B, C, H, W]` NumPy, torch or DLPack, the initial noise instead of that of the seeds. A tensor
-                        on the engine's GPU is read there, in the order of the caller's stream.
+        x_T             `[B, *sample_shape]` NumPy, torch or DLPack, the initial noise instead of that of the seeds. A
+                        tensor on the engine's GPU is read there, in the order of the caller's stream.
         conditions      class_labels, prompt_embeds, negative_prompt_embeds, guidance_scale and guidance_rescale
                         (skipstep.calls.request.Conditions).
-        output_type     "np": float32 `[B, C, H, W]` in the network's range ([-1, 1] for pixels); "pt": the same as a
-                        torch tensor, on the engine's device; "pil": a list of 8-bit pictures.
-        out             float32 `[B, C, H, W]` to draw into, NumPy, torch or DLPack, in host memory or on the engine's
-                        device; it is returned.
+        output_type     "np": float32 `[B, *sample_shape]` in the network's range, [-1, 1] for pixels; "pt": the same as
+                        a torch tensor, on the engine's device; "pil": a list of 8-bit pictures.
+        out             float32 `[B, *sample_shape]` to draw into, NumPy, torch or DLPack, in host memory or on the
+                        engine's device; it is returned.
         trajectory      True, or a stride of steps: returns (samples, Trajectory) instead of the samples.
         callback        called as callback(StepEvent) after every step.
         progress        called as progress(done, total), in network evaluations.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from skipstep.errors import InputError, check_flag
 from skipstep.networks.checkpoint import Checkpoint, load_unet
+from skipstep.networks.condition import Condition
 from skipstep.networks.graphs import Partition, Values
 from skipstep.networks.spec import NetworkSpec, takes_fractional_timesteps
 
@@ -30,13 +31,15 @@ class ModelOptions(TypedDict, total=False):
 
     fractional_timesteps  whether the network takes timesteps between those of its training; None: a diffusers network
                           does if its time embedding is smooth, any other module does not.
+    conditions            by the names of the network's arguments; None: those that a diffusers configuration tells.
     """
 
-    sample_shape: tuple[int, int, int] | None
+    sample_shape: tuple[int, ...] | None
     num_classes: int | None
     null_label: int | None
     prompt_shape: tuple[int, int] | None
     fractional_timesteps: bool | None
+    conditions: Mapping[str, Condition] | None
 
 
 @dataclass(slots=True)
@@ -108,11 +111,12 @@ def specification(
     model: Any,
     checkpoint: Checkpoint | None,
     *,
-    sample_shape: tuple[int, int, int] | None = None,
+    sample_shape: tuple[int, ...] | None = None,
     num_classes: int | None = None,
     null_label: int | None = None,
     prompt_shape: tuple[int, int] | None = None,
     fractional_timesteps: bool | None = None,
+    conditions: Mapping[str, Condition] | None = None,
 ) -> NetworkSpec:
     if fractional_timesteps is not None:
         check_flag("fractional_timesteps", fractional_timesteps)
@@ -124,6 +128,7 @@ def specification(
             null_label=null_label,
             prompt_shape=prompt_shape,
             fractional_timesteps=fractional_timesteps,
+            conditions=conditions,
         )
     return NetworkSpec(
         checkpoint.sample_shape if sample_shape is None else sample_shape,
@@ -134,6 +139,7 @@ def specification(
         if fractional_timesteps is None
         else fractional_timesteps,
         prompt_shape=checkpoint.prompt_shape if prompt_shape is None else prompt_shape,
+        conditions=conditions or {},
     )
 
 

@@ -1,6 +1,6 @@
 """One evaluation and its step in ONNX, and the body of a Loop that repeats them.
 
-    body inputs     stage, the condition to go on, x `[B, n]`, and the history slots that stages write (n = C·H·W)
+    body inputs     stage, the condition to go on, x `[B, n]`, and the history slots that stages write (n elements)
     read from the graph around
                     table [E, 1 or B, NUM_COLUMNS]                              skipstep.export.onnx_table
                     NAME or NAME/rows for each step input; plan_index and call_index [E, N] say which row each stage and
@@ -163,7 +163,7 @@ def write_evaluation(
 
 
 def _write_network_input(writer: GraphWriter, x: str, step: StepNetwork, network: NetworkSpec, *, guided: bool) -> None:
-    """The state as the network reads it: as an image, twice with guidance, in the network's dtype."""
+    """The state as the network reads it: in its shape, twice with guidance, in the network's dtype."""
     dtype = step.sample.type.tensor_type.elem_type
     if guided:
         x = writer.add("Tile", x, "copies")

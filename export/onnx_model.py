@@ -27,9 +27,9 @@ def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int |
     """Serialise `module` with torch's graph-capturing exporter, opset 20, weights included.
 
     `batch_size` fixes every shape; None leaves one symbolic dimension named "batch", which a runtime fixes when it
-    loads the graph. Inputs: sample float32 `[N, C, H, W]`, timestep int64 `[N]` (float32 if the network takes
+    loads the graph. Inputs: sample float32 `[N, *sample_shape]`, timestep int64 `[N]` (float32 if the network takes
     fractional ones), encoder_hidden_states float32 `[N, L, D]` and class_labels int64 `[N]` if it takes them. Output:
-    out_sample float32 `[N, C or 2C, H, W]`.
+    out_sample float32 `[N, *output_shape]`.
     Raises MissingDependencyError without onnx and onnxscript, and ExportError naming what could not be captured.
     """
     # The exporter specialises a dimension of size 1, so a symbolic one is traced at 2.

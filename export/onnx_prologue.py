@@ -13,17 +13,28 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
-from onnx import GraphProto, TensorProto, helper
+from onnx import GraphProto, numpy_helper
 
 from skipstep.backends.onnxruntime import EarlyGraphs
-from skipstep.calls.conditioning import LABELS, PROMPTS, distinct
+from skipstep.calls.conditioning import distinct
 from skipstep.export.graph_writer import GraphWriter, rename_graph
 from skipstep.export.onnx_loop import INDEX_NAMES, StepNetwork
+from skipstep.networks.condition import Condition, embedding_frequencies
 from skipstep.networks.graphs import Binding, Partition
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.plan import Plan
 
-NEGATIVE_PROMPTS = f"negative_{PROMPTS}"
+
+def condition_inputs(network: NetworkSpec, *, guided: bool) -> dict[str, Condition]:
+    """The conditions that are inputs of the graph, by the names of these: with guidance negative_NAME too, for what the
+    caller gives for both halves."""
+    inputs: dict[str, Condition] = {}
+    for name, condition in network.all_conditions.items():
+        if condition.from_guidance is None:
+            inputs[name] = condition
+            if guided and condition.null == "given":
+                inputs[f"negative_{name}"] = condition
+    return inputs
 
 
 def write_prologue(
@@ -38,8 +49,8 @@ def write_prologue(
 ) -> None:
     """Write all step inputs of `step`, the step network of `parts` (skipstep.export.onnx_loop).
 
-    The graph has inputs class_labels, encoder_hidden_states and negative_encoder_hidden_states where the network has
-    classes or prompts. `samples` names N, int64 [1].
+    The graph has the inputs `condition_inputs`, and guidance_scale where it is guided or the network takes that.
+    `samples` names N, int64 [1].
     """
     prefix = step.prefix
     _write_conditioning(writer, network, guided=guided, prefix=prefix)
@@ -79,19 +90,34 @@ def write_prologue(
 
 
 def _write_conditioning(writer: GraphWriter, network: NetworkSpec, *, guided: bool, prefix: str) -> None:
-    """Labels and prompts of the N samples."""
-    null = LABELS
-    if network.null_label is not None and guided:
-        label = helper.make_tensor("value", TensorProto.INT64, [1], [network.null_label])
-        null = writer.add("ConstantOfShape", writer.add("Shape", LABELS), value=label)
-    for name, other, takes in (
-        (LABELS, null, network.num_classes is not None),
-        (PROMPTS, NEGATIVE_PROMPTS, network.prompt_shape is not None),
-    ):
-        if takes and guided:
-            writer.add("Concat", name, other, axis=0, to=prefix + name)
-        elif takes:
+    """The conditions of the N samples."""
+    for name, condition in network.all_conditions.items():
+        if condition.from_guidance is not None:
+            _write_of_guidance(writer, condition, prefix + name)
+        elif not guided:
             writer.add("Identity", name, to=prefix + name)
+        else:
+            other = f"negative_{name}" if condition.null == "given" else name
+            if condition.fills:
+                row = condition.null_row()
+                null = numpy_helper.from_array(row.reshape(-1)[:1], "value")
+                other = writer.add("ConstantOfShape", writer.add("Shape", name), value=null)
+            writer.add("Concat", name, other, axis=0, to=prefix + name)
+
+
+def _write_of_guidance(writer: GraphWriter, condition: Condition, name: str) -> None:
+    """As Condition.of_guidance, from the input guidance_scale [B]."""
+    if condition.from_guidance == "scale":
+        writer.add("Identity", "guidance_scale", to=name)
+        return
+    above = writer.add("Sub", "guidance_scale", writer.constant(1.0, np.float32))
+    column = writer.add("Reshape", above, writer.constant([-1, 1]))
+    frequencies = embedding_frequencies(condition.shape[0])
+    angles = writer.add("Mul", column, writer.constant(frequencies[None], np.float32))
+    parts = [writer.add("Sin", angles), writer.add("Cos", angles)]
+    if condition.shape[0] % 2:
+        parts.append(writer.add("Sub", column, column))
+    writer.add("Concat", *parts, axis=1, to=name)
 
 
 def _splice(

@@ -1,17 +1,16 @@
 """One plan as one self-contained ONNX graph, for any ONNX runtime, with nothing of skipstep around it.
 
-    inputs    x_T [B, C, H, W]
-              noise [E, B, C, H, W]                       if the plan adds noise: standard normals for each evaluation
-              class_labels int64 [B]                      if the network has classes
-              encoder_hidden_states [B, L, D]             if it attends to prompts; guided, also
-              negative_encoder_hidden_states [B, L, D]
-              guidance_scale [B]                          if guided
-    outputs   x_0 [B, C, H, W]; with a trajectory also x_t and x0 [E, B, C, H, W], the state after each evaluation and
-              the image predicted at it
+    inputs    x_T [B, *sample_shape]
+              noise [E, B, *sample_shape]                 if the plan adds noise: standard normals for each evaluation
+              NAME [B, …]                                 each condition of the network, such as class_labels; guided,
+              negative_NAME [B, …]                        also those that the caller gives for both halves
+              guidance_scale [B]                          if guided, or the network takes it
+    outputs   x_0 [B, *sample_shape]; with a trajectory also x_t and x0 [E, B, *sample_shape], the state after each
+              evaluation and the image predicted at it
 
 Coefficients and values that follow from the timesteps are constants; values that follow from the conditioning are
 computed before the loop, once for all stages (skipstep.export.onnx_prologue). Seeds are not in the graph: the noise of
-skipstep's samples is skipstep.calls.noise.standard_normal(seeds, C·H·W, stage=range(E), stream=Stream.STEP).
+skipstep's samples is skipstep.calls.noise.standard_normal(seeds, n, stage=range(E), stream=Stream.STEP).
 
 The loop form holds the network's nodes once. The unrolled form is for runtimes without Loop: it has E times the nodes,
 the weights once, and at each stage only the operations that its flags ask for. Use it for fixed batch sizes and few
@@ -27,11 +26,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, ValueInfoProto, helper
 
-from skipstep.calls.conditioning import LABELS, PROMPTS
 from skipstep.errors import InputError, check_integer
 from skipstep.export.graph_writer import Dims, GraphWriter, floats, serialised
 from skipstep.export.onnx_loop import StepNetwork, carried_states, loop_body, write_evaluation
-from skipstep.export.onnx_prologue import NEGATIVE_PROMPTS, write_prologue
+from skipstep.export.onnx_prologue import condition_inputs, write_prologue
 from skipstep.export.onnx_table import loop_table, stage_columns
 from skipstep.kernels.layout import StepFlags
 from skipstep.networks.graphs import BATCH, Partition
@@ -40,6 +38,9 @@ from skipstep.plans.plan import Plan
 from skipstep.plans.stages import Stages
 
 Form = Literal["loop", "unrolled"]
+_OWN_NAMES = {"x", "x_T", "x_0", "x_t", "x0", "h0", "h1", "h2", "noise", "table", "stage", "go_on", "guidance_scale"}
+_OWN_NAMES |= {"guidance", "batch_size", "minus_batch_size", "copies", "plan_index", "call_index"}
+_TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "bool": TensorProto.BOOL}
 # Outputs of a trajectory, and what they are in the loop.
 _TRAJECTORY = {"x_t": "x", "x0": "x0"}
 
@@ -112,12 +113,9 @@ def _inputs(network: NetworkSpec, flags: StepFlags, num_stages: int, batch: int 
     inputs = [floats("x_T", [batch, *network.sample_shape])]
     if flags.add_noise:
         inputs.append(floats("noise", [num_stages, batch, *network.sample_shape]))
-    if network.num_classes is not None:
-        inputs.append(helper.make_tensor_value_info(LABELS, TensorProto.INT64, [batch]))
-    if network.prompt_shape is not None:
-        names = (PROMPTS, NEGATIVE_PROMPTS) if flags.guided else (PROMPTS,)
-        inputs += [floats(name, [batch, *network.prompt_shape]) for name in names]
-    if flags.guided:
+    for name, condition in condition_inputs(network, guided=flags.guided).items():
+        inputs.append(helper.make_tensor_value_info(name, _TYPES[condition.dtype], [batch, *condition.shape]))
+    if flags.guided or network.takes_guidance:
         inputs.append(floats("guidance_scale", [batch]))
     return inputs
 
@@ -193,11 +191,21 @@ def _check(network: NetworkSpec, plan: Plan, *, guided: bool, form: str) -> None
         )
     if guided and not network.can_guide:
         raise InputError(
-            got="guided=True for a network without a null label and without prompts",
+            got="guided=True for a network without a null label and without prompts"
+            if not network.takes_guidance
+            else "guided=True for a network that takes the guidance scale itself",
             expected="a network that can predict without its conditioning",
-            remedy="build with null_label=, or leave guided out",
+            remedy="leave guided out" if network.takes_guidance else "build with null_label=, or leave guided out",
         )
     check_plan_fits(plan, network)
+    # What the graph itself calls a value cannot be an input's name too.
+    taken = _OWN_NAMES & condition_inputs(network, guided=guided).keys()
+    if taken:
+        raise InputError(
+            got=f"a condition called {', '.join(sorted(taken))}",
+            expected="a name that the graph of a loop has no value of",
+            remedy="wrap the network in a module whose argument has another name",
+        )
     if guided and any(flags.unguided or flags.scale_guidance for flags in plan.stage_flags):
         raise InputError(
             got=f"guided=True with {plan!r}, whose guidance differs from step to step",

@@ -86,19 +86,22 @@ def general_update_reference(
 ) -> UpdateResult:
     """One evaluation's step for `rows` `[B, NUM_COLUMNS]`; the other shapes are those of `ddim_step`."""
     batch_size, channels = x_t.shape[:2]
+    ones = (1,) * (x_t.ndim - 1)
     x, out, history, z = (tensor.double() for tensor in (x_t, model_output, history, z))
-    c = {column: rows[:, column].double().view(-1, 1, 1, 1) for column in Column}
+    c = {column: rows[:, column].double().view(-1, *ones) for column in Column}
     variance = out[:batch_size, channels:]
     conditional, unconditional = out[:batch_size, :channels], out[batch_size:, :channels]
     out = conditional
     if flags.guided:
-        scale = guidance.double().view(-1, 1, 1, 1)
+        scale = guidance.double().view(-1, *ones)
         if flags.scale_guidance:
             scale = 1.0 + c[Column.GUIDANCE] * (scale - 1.0)
         out = unconditional + scale * (conditional - unconditional)
     if flags.rescale:
-        phi = rescale.double().view(-1, 1, 1, 1)
-        spreads = [tensor.std(dim=(1, 2, 3), correction=0, keepdim=True) for tensor in (conditional, out)]
+        phi = rescale.double().view(-1, *ones)
+        spreads = [
+            tensor.std(dim=tuple(range(1, x_t.ndim)), correction=0, keepdim=True) for tensor in (conditional, out)
+        ]
         out = out * (phi * (spreads[0] / spreads[1]).where(spreads[1] != 0, 1.0) + 1 - phi)
     x0 = c[Column.X0_X] * x + c[Column.X0_OUT] * out
     eps = c[Column.EPS_X] * x + c[Column.EPS_OUT] * out
@@ -106,7 +109,7 @@ def general_update_reference(
         x0 = x0.clamp(-c[Column.CLIP], c[Column.CLIP])
     if flags.threshold:
         s = x0.abs().flatten(1).quantile(thresholding.quantile, dim=1).clamp(1.0, thresholding.maximum)
-        x0 = x0.clamp(-s.view(-1, 1, 1, 1), s.view(-1, 1, 1, 1)) / s.view(-1, 1, 1, 1)
+        x0 = x0.clamp(-s.view(-1, *ones), s.view(-1, *ones)) / s.view(-1, *ones)
     if flags.rederive_eps:
         eps = c[Column.RE_X] * x + c[Column.RE_X0] * x0
     x_s = c[Column.C_X0] * x0 + c[Column.C_EPS] * eps

@@ -49,18 +49,18 @@ def ddim_step(
 ) -> None:
     """Advance `state` from x_t to x_s in place and fill the network's next input, in one launch on the current stream.
 
-    state         float32 `[B, C, H, W]`.
-    model_output  float16, bfloat16 or float32 `[B, C, H, W]`, `[2B, C, H, W]` if flags.guided: predictions
+    state         float32 `[B, C, …]`, of any rank from 2.
+    model_output  float16, bfloat16 or float32 `[B, C, …]`, `[2B, C, …]` if flags.guided: predictions
                   with the condition, then without; 2C channels if flags.wide_output.
-    network_input `[B or 2B, C, H, W]`, any of those dtypes; receives x_s, once or twice.
+    network_input `[B or 2B, C, …]`, any of those dtypes; receives x_s, once or twice.
     table         float32 `[E, 1 or B, NUM_COLUMNS]` (skipstep.kernels.layout), `stage` its row.
     seeds         int64 `[B]`, unsigned 64-bit seeds reinterpreted as signed, if flags.add_noise.
     guidance      float32 `[B]`, if flags.guided.
     rescale       float32 `[B]`, a factor on the guided prediction, if flags.rescale.
     bound         float32 `[B]`, one bound per sample, if flags.threshold.
-    history       float32 `[slots, B, C, H, W]`, kept between stages, with as many slots as flags.num_slots or more;
+    history       float32 `[slots, B, C, …]`, kept between stages, with as many slots as flags.num_slots or more;
                   what is read must be finite, also where its weight is zero.
-    x0            optional float32 `[B, C, H, W]`, receives the predicted image.
+    x0            optional float32 `[B, C, …]`, receives the predicted image.
     counter       optional int32 `[1]`, the stage; `stage` is then not read.
     broken        optional int32 `[B]`, lowered to the first stage that leaves NaN or infinity in a sample.
 
@@ -145,9 +145,9 @@ def initial_noise(
     given: Tensor | None = None,
     launch: StepLaunch = DEFAULT_LAUNCH,
 ) -> None:
-    """Fill `state` float32 `[B, C, H, W]` with x_T of the `seeds` int64 `[B]`, and the network's input with the same.
+    """Fill `state` float32 `[B, C, …]` with x_T of the `seeds` int64 `[B]`, and the network's input with the same.
 
-    `network_input` is `[B, C, H, W]` or, where guidance doubles the batch, `[2B, C, H, W]`. `given`, optional int32
+    `network_input` is `[B, C, …]` or, where guidance doubles the batch, `[2B, C, …]`. `given`, optional int32
     `[1]`: if it is not zero, the state is kept and only copied to the network's input. Raises InputError.
     """
     batch_size, device = _check_state(state, launch)
@@ -178,9 +178,9 @@ def initial_noise(
 def _check_state(state: Tensor, launch: StepLaunch) -> tuple[int, torch.device]:
     """The batch size and the device of a state that kernels can run on."""
     check_type("launch", launch, StepLaunch, remedy="pass choose_launch(...), or leave it out")
-    check_type("state", state, Tensor, remedy="pass float32 [B, C, H, W]")
-    fits = unreadable(state) is None and state.ndim == 4 and 0 not in state.shape
-    shape = tuple(state.shape) if fits else (1, 1, 1, 1)
+    check_type("state", state, Tensor, remedy="pass float32 [B, …]")
+    fits = unreadable(state) is None and state.ndim > 1 and 0 not in state.shape
+    shape = tuple(state.shape) if fits else (1, 1)
     _check("state", state, shape, (torch.float32,), state.device)
     return len(state), state.device
 

@@ -23,18 +23,18 @@ Array = NDArray[np.float32]
 class NumpyStep:
     """One loop's steps over fixed buffers; call it with the stage after each network evaluation.
 
-    state           float32 `[B, C, H, W]`, x_t before and x_s after.
-    model_output    `[B, C, H, W]`, or `[2B, C, H, W]` when guided: predictions with the condition, then without. With a
+    state           float32 `[B, C, …]`, of any rank from 2; x_t before and x_s after.
+    model_output    `[B, C, …]`, or `[2B, C, …]` when guided: predictions with the condition, then without. With a
                     learned variance it has 2C channels, the second half for the variance. Of a stage without guidance
                     the first half is read.
-    network_input   `[B or 2B, C, H, W]`; receives the next state, in its dtype, once or twice.
+    network_input   `[B or 2B, C, …]`; receives the next state, in its dtype, once or twice.
     table           float32 `[S, 1 or B, NUM_COLUMNS]`.
     flags           one per row of the table.
     guidance        float32 `[B]`, when guided: out = u + guidance·(c - u).
     rescale         float32 `[B]` in [0, 1], when flags.rescale (skipstep.kernels.statistics).
     thresholding    when flags.threshold.
-    noise           stage → float32 `[B, C·H·W]`, when flags.add_noise.
-    x0              optional float32 `[B, C, H, W]`, receives the predicted image of each step.
+    noise           stage → float32 `[B, n]`, when flags.add_noise.
+    x0              optional float32 `[B, C, …]`, receives the predicted image of each step.
 
     Raises InputError for buffers of other shapes and for flags whose operands are missing.
     """
@@ -53,8 +53,8 @@ class NumpyStep:
         noise: Callable[[int], Array] | None = None,
         x0: Array | None = None,
     ) -> None:
-        check_type("state", state, np.ndarray, remedy="pass float32 [B, C, H, W]")
-        _check("state", state, state.shape if state.ndim == 4 and state.size else (1, 1, 1, 1), written=True)
+        check_type("state", state, np.ndarray, remedy="pass float32 [B, …]")
+        _check("state", state, state.shape if state.ndim > 1 and state.size else (1, 1), written=True)
         batch_size, channels = state.shape[:2]
         flags = check_items("flags", flags, expected="StepFlags, one a stage", remedy="pass the plan's")
         for each in flags:
@@ -82,11 +82,12 @@ class NumpyStep:
         self._state = state
         self._prediction, self._variance = model_output[:, :channels], model_output[:batch_size, channels:]
         self._inputs = np.split(network_input, len(network_input) // batch_size)
-        # [S, columns] of scalars where one row serves all samples, of [B, 1, 1, 1] blocks otherwise.
+        # [S, columns] of scalars where one row serves all samples, of [B, 1, …] blocks otherwise.
         shared = table.shape[1] == 1
-        self._rows = table[:, 0] if shared else table.transpose(0, 2, 1).reshape(*table.shape[::2], batch_size, 1, 1, 1)
+        self._per_sample = batch_size, *(1,) * (state.ndim - 1)
+        self._rows = table[:, 0] if shared else table.transpose(0, 2, 1).reshape(*table.shape[::2], *self._per_sample)
         self._flags = flags
-        self._guidance = None if guidance is None else guidance.reshape(-1, 1, 1, 1)
+        self._guidance = None if guidance is None else guidance.reshape(self._per_sample)
         self._rescale = rescale
         self._thresholding = thresholding
         self._noise = noise
@@ -112,7 +113,7 @@ class NumpyStep:
             np.maximum(x0, -row[Column.CLIP], out=x0)
         if flags.threshold:
             assert self._thresholding is not None, "flags.threshold comes with its parameters"
-            bound = threshold_bound_numpy(x0, self._thresholding).reshape(-1, 1, 1, 1)
+            bound = threshold_bound_numpy(x0, self._thresholding).reshape(self._per_sample)
             np.minimum(x0, bound, out=x0)
             np.maximum(x0, -bound, out=x0)
             x0 /= bound
@@ -161,7 +162,7 @@ class NumpyStep:
         np.add(unconditional, out, out=out)
         if flags.rescale:
             assert self._rescale is not None, "flags.rescale comes with its strength"
-            out *= rescale_factor_numpy(out, conditional, self._rescale).reshape(-1, 1, 1, 1)
+            out *= rescale_factor_numpy(out, conditional, self._rescale).reshape(self._per_sample)
         return out
 
     def _combine(self, a: Any, x: NDArray[Any], b: Any, y: NDArray[Any], *, into: Array) -> None:

@@ -37,7 +37,7 @@ class Labelled(nn.Module):
     """
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return 0.1 * x + (labels.to(x.dtype) * 0.1 + t.to(x.dtype) * 0.001).view(-1, 1, 1, 1)
+        return 0.1 * x + (labels.to(x.dtype) * 0.1 + t.to(x.dtype) * 0.001).view(-1, *[1] * (x.ndim - 1))
 
 
 class Curve(nn.Module):

@@ -18,7 +18,7 @@ from skipstep.plans.plan import Plan
 
 @torch.inference_mode()
 def ddim(network: Any, plan: Plan, x_t: Tensor, conditioning: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    """x_0 `[B, C, H, W]` float32 from x_T; `network` computes in `dtype`."""
+    """x_0 `[B, *sample_shape]` float32 from x_T; `network` computes in `dtype`."""
     alpha_bar = torch.tensor(plan.schedule.alpha_bar, dtype=torch.float32, device=x_t.device)
     final = torch.tensor(plan.final_alpha_bar, dtype=torch.float32, device=x_t.device)
     for t, s in zip(plan.timesteps, (*plan.timesteps[1:], None), strict=True):
@@ -42,7 +42,7 @@ def clipped(x_0: Tensor, plan: Plan) -> Tensor:
         bound = float(plan.clip)
         return x_0.clamp(-bound, bound)
     quantile = torch.quantile(x_0.flatten(1).abs(), plan.thresholding.quantile, dim=1)
-    bounds = quantile.clamp(1.0, plan.thresholding.maximum).view(-1, 1, 1, 1)
+    bounds = quantile.clamp(1.0, plan.thresholding.maximum).view(-1, *[1] * (x_0.ndim - 1))
     return x_0.clamp(-bounds, bounds) / bounds
 
 

@@ -10,7 +10,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,8 @@ from torch import Tensor
 
 from skipstep.backends.denoiser import StepInput
 from skipstep.backends.early import EarlyParts
-from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
+from skipstep.calls.condition_rows import filled_rows
+from skipstep.calls.conditioning import Conditioning
 from skipstep.errors import ExportError
 from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs
 from skipstep.networks.spec import NetworkSpec
@@ -130,12 +130,7 @@ def _num_bytes(values: StepInputs) -> int:
 
 
 def _blank(spec: NetworkSpec, batch_size: int) -> Conditioning:
-    rows: dict[str, NDArray[Any]] = {}
-    if spec.prompt_shape is not None:
-        rows[PROMPTS] = np.zeros((1, *spec.prompt_shape), np.float32)
-    if spec.num_classes is not None:
-        rows[LABELS] = np.zeros(1, np.int64)
-    return Conditioning(rows, np.zeros(batch_size, np.int64))
+    return Conditioning(filled_rows(spec, 1), np.zeros(batch_size, np.int64))
 
 
 def _digest(timesteps: NDArray[np.float64], conditioning: Conditioning) -> bytes:

@@ -21,8 +21,9 @@ from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, Tar
 from skipstep.backends.early import EarlyParts
 from skipstep.calls.conditioning import Conditioning
 from skipstep.errors import ExportError
+from skipstep.networks.condition import MAX_ELEMENTS
 from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs, Values
-from skipstep.networks.spec import MAX_ELEMENTS, NetworkSpec
+from skipstep.networks.spec import NetworkSpec
 
 # Some builds write usage events to the user's cache folder; a library that is embedded in products sends nothing.
 onnxruntime.disable_telemetry_events()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, Target
-from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning, distinct
+from skipstep.backends.module_call import ModuleCall
+from skipstep.calls.condition_rows import filled_rows
+from skipstep.calls.conditioning import Conditioning, distinct
 from skipstep.errors import InputError
+from skipstep.networks.condition import Condition
 from skipstep.networks.graphs import StepInputs
 from skipstep.networks.spec import NetworkSpec
 
@@ -24,15 +28,18 @@ NETWORK_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class DenoisingModule(nn.Module):
     """One calling convention over what networks return: a tensor, a tuple, or diffusers' output with `.sample`.
 
-    forward(sample [N, C, H, W], timestep int64 or float32 [N], conditioning [N, …], each) -> [N, C or 2C, H, W].
+    forward(sample [N, C, …], timestep int64 or float32 [N], condition [N, …], …) -> [N, C or 2C, …]. The conditions
+    come in the order of `conditions`, NetworkSpec.all_conditions; without these all are passed on by position.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, conditions: Mapping[str, Condition] | None = None) -> None:
         super().__init__()
         self.network = network
+        self._call = ModuleCall.of(network, conditions or {})
 
-    def forward(self, sample: Tensor, timestep: Tensor, *conditioning: Tensor) -> Tensor:
-        output = self.network(sample, timestep, *conditioning)
+    def forward(self, sample: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
+        sample, arguments, keywords = self._call.arranged(sample, conditions)
+        output = self.network(sample, timestep, *arguments, **keywords)
         if isinstance(output, Tensor):
             return output
         predicted = getattr(output, "sample", None)
@@ -57,7 +64,7 @@ def prepare_module(network: nn.Module, spec: NetworkSpec) -> tuple[DenoisingModu
                 remedy="call network.float() and network.to(device) first",
             )
     (device,), (dtype,) = devices, dtypes
-    module = DenoisingModule(network).eval()
+    module = DenoisingModule(network, spec.all_conditions).eval()
     sample = torch.zeros(1, *spec.sample_shape, device=device, dtype=dtype)
     timestep = torch.zeros(1, device=device, dtype=timestep_dtype(spec))
     conditioning = [
@@ -73,11 +80,10 @@ def prepare_module(network: nn.Module, spec: NetworkSpec) -> tuple[DenoisingModu
                 expected=f"network(sample {list(sample.shape)}, timestep [1]"
                 + "".join(f", {name}" for name in zero_conditioning(spec, 1))
                 + ") to return a prediction",
-                remedy="check sample_shape, prompt_shape and num_classes, or wrap the network in a module with this "
-                "signature",
+                remedy="check sample_shape, prompt_shape, num_classes and conditions, or wrap the network in a module "
+                "with this signature",
             ) from error
-    channels, height, width = spec.sample_shape
-    learns_variance = output.shape == (1, 2 * channels, height, width)
+    learns_variance = output.shape == (1, *replace(spec, learns_variance=True).output_shape)
     if output.shape != sample.shape and not learns_variance:
         raise InputError(
             got=f"a network that returns {list(output.shape)} for {list(sample.shape)}",
@@ -98,12 +104,7 @@ def module_on(
 
 def zero_conditioning(spec: NetworkSpec, batch_size: int) -> dict[str, Tensor]:
     """The conditioning that the network takes after its timestep, by name, in the order of its arguments."""
-    inputs: dict[str, Tensor] = {}
-    if spec.prompt_shape is not None:
-        inputs[PROMPTS] = torch.zeros(batch_size, *spec.prompt_shape)
-    if spec.num_classes is not None:
-        inputs[LABELS] = torch.zeros(batch_size, dtype=torch.int64)
-    return inputs
+    return {name: torch.from_numpy(rows) for name, rows in filled_rows(spec, batch_size).items()}
 
 
 def timestep_dtype(spec: NetworkSpec) -> torch.dtype:

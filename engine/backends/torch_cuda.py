@@ -79,7 +79,11 @@ def _plain(spec: NetworkSpec, dtype: torch.dtype) -> dict[str, StepInput]:
     return {
         "timestep": StepInput((), "float32" if spec.fractional_timesteps else "int64", per_stage=True),
         **{
-            each: StepInput(tuple(value.shape[1:]), name if value.is_floating_point() else "int64", False)
+            each: StepInput(
+                tuple(value.shape[1:]),
+                name if value.is_floating_point() else str(value.dtype).removeprefix("torch."),
+                False,
+            )
             for each, value in zero_conditioning(spec, 1).items()
         },
     }
@@ -120,13 +124,14 @@ def _compiled(module: nn.Module) -> Callable[..., Tensor]:
 def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:
     """Denoisers of a copy of the source's module on the GPU, in the target's precision.
 
-    Convolutions are in channels-last order, which tensor cores read; of the module's weights only the order in memory
-    changes.
+    Convolutions over images are in channels-last order, which tensor cores read; of the module's weights only the
+    order in memory changes.
     """
     device, dtype = torch.device(target.device), getattr(torch, target.dtype)
     host = source.module()
     module = module_on(host, device, dtype)
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if len(source.spec.sample_shape) == 3 and all(weight.ndim < 5 for weight in module.parameters()):
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     networks = SplitNetworks(module, host, source.spec)
     run: Callable[[nn.Module], Callable[..., Tensor]] = _compiled if target.compiled else lambda module: module
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,8 @@ from skipstep.backends.torch_graph import (
     trace,
 )
 from skipstep.backends.torch_rules import simplify
-from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
+from skipstep.calls.condition_rows import filled_rows
+from skipstep.calls.conditioning import Conditioning
 from skipstep.networks.graphs import SAMPLE, Values
 from skipstep.networks.spec import NetworkSpec
 
@@ -126,11 +126,7 @@ def _check_rows(early: TorchEarly) -> None:
     """Whether a row is the same alone and among others. Raises NotTraceableError for a module that mixes its samples,
     and for one that cannot be computed in float32 on the host."""
     spec, rng = early.spec, np.random.default_rng(0)
-    rows: dict[str, NDArray[Any]] = {}
-    if spec.prompt_shape is not None:
-        rows[PROMPTS] = rng.standard_normal((2, *spec.prompt_shape), dtype=np.float32)
-    if spec.num_classes is not None:
-        rows[LABELS] = np.array([0, spec.num_classes - 1])
+    rows = filled_rows(spec, 2, rng)
     timesteps = np.array([[999.0, 20.0], [500.0, 999.0]])
     try:
         together = early.compute(timesteps, Conditioning(rows, np.arange(2) * bool(rows)))

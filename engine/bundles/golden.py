@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipstep.bundles.manifest import GoldenEntry
+from skipstep.calls.condition_rows import random_rows
 from skipstep.calls.request import Conditions
 from skipstep.errors import IntegrityError, check_type
+from skipstep.networks.spec import PROMPTS
 
 if TYPE_CHECKING:
     from skipstep.loops.contract import Sampler
@@ -31,10 +33,11 @@ def draw_golden(sampler: Sampler) -> tuple[GoldenEntry, dict[str, NDArray[Any]]]
     network = sampler.network
     plan = min(sampler.plans.values(), key=lambda plan: (plan.num_evaluations, plan.key))
     arrays: dict[str, NDArray[Any]] = {}
-    if network.prompt_shape is not None:
-        rng = np.random.default_rng(0)
-        for name in ("prompt_embeds", "negative_prompt_embeds"):
-            arrays[name] = rng.standard_normal((1, *network.prompt_shape), dtype=np.float32)
+    rng = np.random.default_rng(0)
+    for name, condition in network.passed_conditions.items():
+        for prefix in ("", "negative_") if condition.null == "given" else ("",):
+            key = f"{prefix}prompt_embeds" if name == PROMPTS else f"{prefix}conditions/{name}"
+            arrays[key] = random_rows(condition, 1, rng)
     labels = None
     if network.num_classes is not None:
         labels = tuple(seed % network.num_classes for seed in _SEEDS)
@@ -43,7 +46,7 @@ def draw_golden(sampler: Sampler) -> tuple[GoldenEntry, dict[str, NDArray[Any]]]
         plan=plan.key,
         seeds=_SEEDS,
         class_labels=labels,
-        guidance_scale=_GUIDANCE if network.can_guide else None,
+        guidance_scale=_GUIDANCE if network.can_guide or network.takes_guidance else None,
         tolerance=_TOLERANCE,
     )
     arrays["x_0"] = _draw(sampler, golden, arrays)
@@ -83,10 +86,15 @@ def _draw(sampler: Sampler, golden: GoldenEntry, arrays: Mapping[str, NDArray[An
         conditions["class_labels"] = golden.class_labels
     if golden.guidance_scale is not None:
         conditions["guidance_scale"] = golden.guidance_scale
-    if "prompt_embeds" in arrays:
-        conditions["prompt_embeds"] = arrays["prompt_embeds"]
-        if golden.guidance_scale is not None:
-            conditions["negative_prompt_embeds"] = arrays.get("negative_prompt_embeds")
+    guided = golden.guidance_scale is not None
+    conditions["prompt_embeds"] = arrays.get("prompt_embeds")
+    conditions["negative_prompt_embeds"] = arrays.get("negative_prompt_embeds") if guided else None
+    conditions["conditions"] = _named(arrays, "conditions/")
+    conditions["negative_conditions"] = _named(arrays, "negative_conditions/") if guided else None
     plan = sampler.plans[golden.plan]
     drawn: NDArray[np.float32] = sampler.sample(plan=plan, seeds=golden.seeds, output_type="np", **conditions)
     return drawn
+
+
+def _named(arrays: Mapping[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

@@ -1,24 +1,26 @@
-"""Conditioning: the network's inputs beside the state and the timestep, by diffusers' names.
+"""Conditioning: the rows of a network's conditions for the whole batch, what samples share once.
 
-class_labels            int64   [R]          a class each
-encoder_hidden_states   float32 [R, L, D]    a prompt each: L tokens, embedded by a text encoder
+The conditions are the network's inputs beside state and timestep, by the names of its arguments
+(skipstep.networks.spec.NetworkSpec.all_conditions).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from skipstep.networks.spec import LABELS, PROMPTS
+
 if TYPE_CHECKING:
     from skipstep.calls.request import SampleRequest
+    from skipstep.networks.condition import Condition
     from skipstep.networks.spec import NetworkSpec
 
-LABELS: Final = "class_labels"
-PROMPTS: Final = "encoder_hidden_states"
+__all__ = ["LABELS", "PROMPTS", "Conditioning", "call_conditioning", "distinct"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,36 +50,42 @@ class Conditioning:
         rows, index = distinct(labels)
         return cls({LABELS: rows}, index)
 
+    def joined(self, name: str, values: NDArray[Any], index: NDArray[np.int64]) -> Conditioning:
+        """With one more condition, `values` `[K, …]` of which sample n has row index[n]: rows are distinct pairs."""
+        if not self.rows:
+            return Conditioning({name: values}, index)
+        pairs, position = distinct(self.index * len(values) + index)
+        mine, others = np.divmod(pairs, len(values))
+        return Conditioning({**{each: rows[mine] for each, rows in self.rows.items()}, name: values[others]}, position)
+
 
 def call_conditioning(network: NetworkSpec, request: SampleRequest) -> Conditioning:
-    """The conditioning of the network's batch: the samples', and with guidance as many null labels or negative prompts.
+    """The conditioning of the network's batch: the samples', and with guidance as many of what stands for none.
 
-    A prompt that all samples share is one row.
+    What all samples share is one row.
     """
-    guided = request.guidance is not None
-    labels = request.class_labels
-    if labels is not None and guided:
-        null = labels if network.null_label is None else np.full_like(labels, network.null_label)
-        labels = np.concatenate([labels, null])
-    if request.prompts is None:
-        return Conditioning.of_labels(labels, request.num_copies * request.num_samples)
-    halves = [request.prompts]
-    if guided:
-        assert request.negative_prompts is not None, "a guided request has them"
-        halves.append(request.negative_prompts)
-    index = np.concatenate([_rows_of(half, request.num_samples) for half in halves])
-    if guided:
-        index[request.num_samples :] += len(request.prompts)
-    prompts = np.concatenate(halves)
-    if labels is None:
-        return Conditioning({PROMPTS: prompts}, index)
-    kinds = int(labels.max()) + 1
-    pairs, position = distinct(index * kinds + labels)
-    return Conditioning({PROMPTS: prompts[pairs // kinds], LABELS: pairs % kinds}, position)
+    conditioning = Conditioning({}, np.zeros(request.num_copies * request.num_samples, np.int64))
+    for name, condition in network.all_conditions.items():
+        conditioning = conditioning.joined(name, *_rows_of(name, condition, request))
+    return conditioning
 
 
-def _rows_of(prompts: NDArray[np.float32], num_samples: int) -> NDArray[np.int64]:
-    return np.zeros(num_samples, np.int64) if len(prompts) == 1 else np.arange(num_samples)
+def _rows_of(name: str, condition: Condition, request: SampleRequest) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The distinct rows of one condition, and which of them each sample of the batch has."""
+    count, values = request.num_samples, request.conditions[name]
+    halves = [values]
+    if request.guidance is not None:
+        null = request.negative_conditions.get(name)
+        if null is None:
+            null = condition.null_row() if condition.fills else values
+        halves.append(null)
+    if not condition.shape:
+        return distinct(np.concatenate([np.broadcast_to(half, count) for half in halves]))
+    places = [np.zeros(count, np.int64) if len(half) == 1 else np.arange(count) for half in halves]
+    if halves[-1] is values:  # Both halves share it.
+        return values, np.concatenate(places)
+    places[1] += len(values)
+    return np.concatenate(halves), np.concatenate(places)
 
 
 def distinct(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:

@@ -26,7 +26,9 @@ def to_pil(samples: NDArray[np.float32]) -> list[Image.Image]:
     samples = host_floats("samples", samples)
     if samples.ndim != 4:
         raise InputError(
-            got=f"samples of shape {list(samples.shape)}", expected="[B, C, H, W]", remedy="pass samples[None] for one"
+            got=f"samples of shape {list(samples.shape)}",
+            expected="pictures, [B, C, H, W]",
+            remedy="pass samples[None] for one picture; other states are arrays, output_type='np'",
         )
     if np.isnan(samples).any():
         raise InputError(got="NaN in samples", expected="numbers", remedy="check the network that drew them")

@@ -5,17 +5,18 @@ Scalars apply to every sample, sequences name each one; all sequences of a call 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skipstep.arrays import batch_rows, float32, from_dlpack, host_floats, is_tensor, may_share_memory, number_array
+from skipstep.calls.condition_rows import resolve_conditions
 from skipstep.errors import InputError, check_integer, shown
-from skipstep.networks.spec import NetworkSpec
+from skipstep.networks.spec import LABELS, PROMPTS, NetworkSpec
 
 MAX_SEED = 2**64 - 1
 # Of one call: far more than fit in memory for any network of use.
@@ -30,6 +31,9 @@ class Conditions(TypedDict, total=False):
     negative_prompt_embeds  the same for the unconditional half of guidance; needed with guidance_scale.
     guidance_scale          classifier-free guidance u + scale·(c - u); 1 is none. A number, or one per sample.
     guidance_rescale        how much of the spread that guidance adds is taken back, 0 to 1. A number, or one each.
+    conditions              the network's other conditions by name, `[B, …]` or one for all samples; labels and prompts
+                            may be here too (skipstep.Condition, NetworkSpec.all_conditions).
+    negative_conditions     the same for the unconditional half of guidance; needed for those whose null is "given".
     """
 
     class_labels: int | Sequence[int] | None
@@ -37,12 +41,15 @@ class Conditions(TypedDict, total=False):
     negative_prompt_embeds: Any
     guidance_scale: float | Sequence[float] | None
     guidance_rescale: float | Sequence[float] | None
+    conditions: Mapping[str, Any] | None
+    negative_conditions: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """B samples: `seeds` uint64 `[B]`, `x_T` float32 `[B, C, H, W]`, `class_labels` int64 `[B]`; `guidance` and
-    `rescale` float32 `[B]`; `prompts` and `negative_prompts` float32 `[B, L, D]`, or `[1, L, D]` for all samples.
+    """B samples: `seeds` uint64 `[B]`, `x_T` float32 `[B, *sample_shape]`; `guidance` and `rescale` float32 `[B]`;
+    `conditions` by name `[B, …]`, or `[1, …]` for all samples, and `negative_conditions` of the half without, those
+    that the caller gave.
 
     What a call does not use is None; at least one of `seeds` and `x_T` is given. x_T is a NumPy array, or a tensor of
     the device that the engine runs on, where the caller gave one.
@@ -51,11 +58,14 @@ class SampleRequest:
     num_samples: int
     seeds: NDArray[np.uint64] | None
     x_T: Any
-    class_labels: NDArray[np.int64] | None
     guidance: NDArray[np.float32] | None
     rescale: NDArray[np.float32] | None = None
-    prompts: NDArray[np.float32] | None = None
-    negative_prompts: NDArray[np.float32] | None = None
+    conditions: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    negative_conditions: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+    @property
+    def class_labels(self) -> NDArray[np.int64] | None:
+        return self.conditions.get(LABELS)
 
     @property
     def num_copies(self) -> int:
@@ -65,22 +75,28 @@ class SampleRequest:
     def apart_from(self, out: Any) -> SampleRequest:
         """This request, with copies of the arrays that may share memory with `out`: samples are written there while
         later parts of the request are still to be read."""
-        arrays = {each.name: getattr(self, each.name) for each in fields(self)}
-        copies = {name: deepcopy(array) for name, array in arrays.items() if may_share_memory(array, out)}
-        return replace(self, **copies) if copies else self
+        return self._changed(lambda array: deepcopy(array) if may_share_memory(array, out) else array)
 
     def chunk(self, start: int, batch_size: int) -> SampleRequest:
         """Samples start … start + batch_size - 1; past the end the last sample is repeated to fill the batch."""
         if (start, batch_size) == (0, self.num_samples):
             return self
         index = np.minimum(np.arange(start, start + batch_size), self.num_samples - 1)
-        arrays = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "num_samples"}
-        shared = {
-            name for name in ("prompts", "negative_prompts") if arrays[name] is not None and len(arrays[name]) == 1
-        }
-        return SampleRequest(
-            batch_size,
-            **{name: a if a is None or name in shared else batch_rows(a, index) for name, a in arrays.items()},
+        # What has one row is for all samples, also of the chunk.
+        chunk = self._changed(
+            lambda array: batch_rows(array, index),
+            lambda array: array if len(array) == 1 else batch_rows(array, index),
+        )
+        return replace(chunk, num_samples=batch_size)
+
+    def _changed(self, change: Callable[[Any], Any], of_condition: Callable[[Any], Any] | None = None) -> SampleRequest:
+        """With `change` of each array, and `of_condition` of each condition's where that differs."""
+        arrays = {name: getattr(self, name) for name in ("seeds", "x_T", "guidance", "rescale")}
+        named = {name: getattr(self, name) for name in ("conditions", "negative_conditions")}
+        return replace(
+            self,
+            **{name: None if array is None else change(array) for name, array in arrays.items()},
+            **{name: {key: (of_condition or change)(a) for key, a in each.items()} for name, each in named.items()},
         )
 
 
@@ -94,6 +110,8 @@ def resolve_request(
     negative_prompt_embeds: Any = None,
     guidance_scale: float | Sequence[float] | None = None,
     guidance_rescale: float | Sequence[float] | None = None,
+    conditions: Mapping[str, Any] | None = None,
+    negative_conditions: Mapping[str, Any] | None = None,
     adds_noise: bool = False,
     num_plans: int = 1,
     latents_name: str = "x_T",
@@ -111,20 +129,22 @@ def resolve_request(
             + (", or the initial noise as x_T=" if x_T is None else ", or use a plan with eta=0"),
         )
     latents = None if x_T is None else resolve_latents(x_T, network, name=latents_name, device=device)
+    named = _named("conditions", conditions, {LABELS: class_labels, PROMPTS: prompt_embeds})
+    negative = _named("negative_conditions", negative_conditions, {PROMPTS: negative_prompt_embeds})
     scales = _resolve_guidance(guidance_scale, network)
     given = {
         "seeds": None if seeds is None else resolve_seeds(seeds),
-        "class_labels": _resolve_labels(class_labels, network),
+        "class_labels": None if LABELS in network.conditions else _resolve_labels(named.pop(LABELS, None), network),
         "guidance_scale": scales,
-        "guidance_rescale": _resolve_rescale(guidance_rescale, guidance_scale),
+        "guidance_rescale": _resolve_rescale(guidance_rescale, None if network.takes_guidance else guidance_scale),
     }
     lengths = {name: len(array) for name, array in given.items() if array is not None and array.ndim == 1}
     if latents is not None:
         lengths[latents_name] = len(latents)
-    prompts, negative = _resolve_prompts(prompt_embeds, negative_prompt_embeds, scales, network)
-    for name, embeds in (("prompt_embeds", prompts), ("negative_prompt_embeds", negative)):
-        if embeds is not None and len(embeds) > 1:
-            lengths[name] = len(embeds)
+    guided = not network.takes_guidance and scales is not None and bool(np.any(scales != 1.0))
+    labels = given["class_labels"]
+    rows = resolve_conditions(network, named, negative, labels=labels, guided=guided, scales=scales)
+    lengths |= rows.lengths
     if num_plans > 1:
         lengths["plans"] = num_plans
     if len(set(lengths.values())) > 1:
@@ -148,13 +168,31 @@ def resolve_request(
     if labels is None and network.num_classes is not None:
         assert network.null_label is not None, "_resolve_labels refuses a call without labels otherwise"
         labels = np.full(num_samples, network.null_label)
-    if guidance is not None and np.all(guidance == 1.0):
+    if not guided:
         guidance = None  # A scale of 1 is the conditional prediction itself: half the work, the same result.
     if guidance is None or (rescale is not None and not np.any(rescale)):
         rescale = None  # Without guidance there is nothing to take back.
-    if guidance is None:
-        negative = None
-    return SampleRequest(num_samples, seed_array, latents, labels, guidance, rescale, prompts, negative)
+    of_samples = rows.given if labels is None else {**rows.given, LABELS: labels}
+    return SampleRequest(num_samples, seed_array, latents, guidance, rescale, of_samples, rows.negative)
+
+
+def _named(name: str, given: Any, others: Mapping[str, Any]) -> dict[str, Any]:
+    """What a caller passed by name, and what it passed as arguments of their own."""
+    if given is not None and not isinstance(given, Mapping):
+        raise InputError(
+            got=f"{name}={shown(given)}", expected="a mapping from names to arrays", remedy=f"pass {name}={{'name': …}}"
+        )
+    found = {key: value for key, value in (given or {}).items() if value is not None}
+    for key, value in others.items():
+        if value is not None and key in found:
+            raise InputError(
+                got=f"{key} twice, in {name} and as an argument of its own",
+                expected="one of them",
+                remedy="leave one out",
+            )
+        if value is not None:
+            found[key] = value
+    return found
 
 
 def resolve_seeds(seeds: int | Sequence[int]) -> NDArray[np.uint64]:
@@ -192,7 +230,7 @@ def _resolve_guidance(scale: float | Sequence[float] | None, network: NetworkSpe
             expected="a finite number, or one per sample",
             remedy="pass 1.0 for no guidance, and 1.5 to 4 for more",
         )
-    if not network.can_guide and np.any(array != 1.0):
+    if not (network.can_guide or network.takes_guidance) and np.any(array != 1.0):
         raise InputError(
             got=f"guidance_scale={shown(scale)} for a network without a null label",
             expected="a network trained with label dropout: guidance contrasts labelled with unlabelled predictions",
@@ -231,52 +269,6 @@ def _float_vector(values: Any) -> NDArray[np.float32]:
         return array.astype(np.float32)
 
 
-def _resolve_prompts(
-    prompts: Any, negative: Any, guidance: NDArray[np.float32] | None, network: NetworkSpec
-) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
-    if network.prompt_shape is None:
-        for name, embeds in (("prompt_embeds", prompts), ("negative_prompt_embeds", negative)):
-            if embeds is not None:
-                raise InputError(
-                    got=f"{name} for a network without prompts",
-                    expected="none",
-                    remedy=f"leave {name} out, or load a text-conditional checkpoint",
-                )
-        return None, None
-    guided = guidance is not None and bool(np.any(guidance != 1.0))
-    missing = "prompt_embeds" if prompts is None else "negative_prompt_embeds" if guided and negative is None else None
-    if missing:
-        raise InputError(
-            got=f"no {missing}" + ("" if missing == "prompt_embeds" else " beside guidance_scale"),
-            expected="float32 [B, {}, {}], a prompt per sample or one for all".format(*network.prompt_shape),
-            remedy="pass what the text encoder gives for the prompt"
-            + ("" if missing == "prompt_embeds" else "; the empty prompt's is usual"),
-        )
-    return (
-        _embeddings("prompt_embeds", prompts, network.prompt_shape),
-        None if negative is None else _embeddings("negative_prompt_embeds", negative, network.prompt_shape),
-    )
-
-
-def _embeddings(name: str, given: Any, shape: tuple[int, int]) -> NDArray[np.float32]:
-    """Float32 `[B or 1, L, D]` from NumPy or torch, of that or of one prompt's shape."""
-    array = host_floats(name, given)
-    if array.ndim == 2:
-        array = array[None]
-    if array.ndim != 3 or array.shape[1:] != shape or not len(array):
-        raise InputError(
-            got=f"{name} of shape {list(array.shape)}",
-            expected="[B, {}, {}], or without B".format(*shape),
-            remedy="pad prompts to the number of tokens that the engine was built for",
-        )
-    array = float32(array)
-    if not np.isfinite(array).all():
-        raise InputError(
-            got=f"NaN or infinity in {name}", expected="finite numbers", remedy="check where they come from"
-        )
-    return array
-
-
 def _int_vector(
     name: str, values: int | Sequence[int], *, low: int, high: int, dtype: type[np.integer[Any]]
 ) -> NDArray[Any]:
@@ -292,7 +284,7 @@ def _int_vector(
 
 
 def resolve_latents(x_T: Any, network: NetworkSpec, *, name: str = "x_T", device: str = "cpu") -> Any:
-    """Float32 `[B, C, H, W]`, contiguous, from NumPy, torch or DLPack. Raises InputError, which calls it `name`.
+    """Float32 `[B, *sample_shape]`, contiguous, from NumPy, torch or DLPack. Raises InputError, which calls it `name`.
 
     A tensor on `device`, where that is a GPU, stays there without synchronizing; NaN in it appears in the samples.
     """
@@ -306,17 +298,17 @@ def resolve_latents(x_T: Any, network: NetworkSpec, *, name: str = "x_T", device
         )
     if not on_device:
         x_T = float32(host_floats(name, x_T))
-    if x_T.ndim != 4 or tuple(x_T.shape[1:]) != network.sample_shape:
+    if x_T.ndim == 0 or tuple(x_T.shape[1:]) != network.sample_shape:
         raise InputError(
             got=f"{name} of shape {list(x_T.shape)}",
             expected=f"[B, {', '.join(map(str, network.sample_shape))}]",
-            remedy="give one [C, H, W] block per sample",
+            remedy="give one block of that shape per sample",
         )
     if on_device:
         if not x_T.dtype.is_floating_point:
             raise InputError(got=f"{name} of {x_T.dtype}", expected="floating-point numbers", remedy="pass float32")
         return x_T.detach().float().contiguous()
-    broken = np.flatnonzero(~np.isfinite(x_T).all(axis=(1, 2, 3)))
+    broken = np.flatnonzero(~np.isfinite(x_T.reshape(len(x_T), -1)).all(axis=1))
     if broken.size:
         raise InputError(
             got=f"NaN or infinity in {name}, samples {broken[:8].tolist()}",

@@ -23,7 +23,7 @@ def part_of(progress: Progress | None, start: int, total: int) -> Progress | Non
 class StepEvent:
     """One step of one batch: `step` of `num_steps`, and copies of the state it led to and the image it predicted.
 
-    `x_t`, `x0`: float32 `[n, C, H, W]` of the samples `first` … `first + n - 1` of the call.
+    `x_t`, `x0`: float32 `[n, *sample_shape]` of the samples `first` … `first + n - 1` of the call.
     """
 
     step: int

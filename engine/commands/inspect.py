@@ -41,9 +41,7 @@ def describe(bundle: Bundle) -> str:
     """One fact a line, then a table of the network by binding time and one of the files."""
     manifest = bundle.manifest
     network = manifest.network
-    takes = [f"{network.num_classes} classes"] if network.num_classes is not None else []
-    takes += ["prompts of {}×{}".format(*network.prompt_shape)] if network.prompt_shape else []
-    takes += ["guidance"] if network.can_guide else []
+    takes = [*network.described_conditions, *(["guidance"] if network.can_guide else [])]
     facts = [
         (
             "model",

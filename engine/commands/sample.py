@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ from skipstep.latency.table import format_table
 from skipstep.storage.atomic import check_writable, storage_errors
 
 if TYPE_CHECKING:
-    from PIL import Image
+    import numpy as np
+    from numpy.typing import NDArray
 
     from skipstep.engine import Engine
     from skipstep.plans.plan import Plan
@@ -60,7 +61,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--eta", type=float, default=0.0, help="0: deterministic DDIM … 1: DDPM's noise (default: 0)")
     parser.add_argument(
-        "--out", type=Path, default=Path("out/sample"), help="folder for the pictures (default: out/sample)"
+        "--out",
+        type=Path,
+        default=Path("out/sample"),
+        help="folder for the pictures, or FILE.npz for the numbers (default: out/sample)",
     )
     parser.add_argument("--backend", default="auto", help="auto, torch or onnxruntime (default: auto)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -68,14 +72,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from skipstep.bundles.bundle import is_bundle
-    from skipstep.calls.images import labelled_grid
 
     seeds = options.seeds if options.seeds is not None else list(range(options.num))
     if not seeds:
         raise InputError(got=f"--num {options.num}", expected="at least one sample", remedy="pass --num 1 or more")
-    check_writable(options.out)
+    as_arrays = options.out.suffix == ".npz"
+    check_writable(options.out.parent if as_arrays else options.out)
     started = time.perf_counter()
     engine = open_engine(options, batch_sizes=sorted({1, min(len(seeds), 16)}))
+    if not as_arrays:
+        _check_pictures(engine, options.out)
     plans = [_plan_of(engine, steps, options.eta) for steps in options.steps]
     made = "loaded" if is_bundle(options.model) else "compiled"
     print(f"{made} {options.model.name} for {engine.backend} in {time.perf_counter() - started:.2f} s")
@@ -87,24 +93,47 @@ def run(options: argparse.Namespace) -> None:
     guidance = options.guidance
     if guidance is None and engine.network.null_label is not None:
         guidance = 2.0
-    rows, table = [], []
+    drawn: dict[Plan, NDArray[np.float32]] = {}
+    table = []
     for plan in plans:
         started = time.perf_counter()
-        pictures = draw(engine, plan, seeds=seeds, class_labels=labels, guidance_scale=guidance)
+        drawn[plan] = draw(engine, plan, seeds=seeds, class_labels=labels, guidance_scale=guidance)
         milliseconds = (time.perf_counter() - started) * 1e3 / len(seeds)
-        folder = options.out / f"{plan.num_evaluations:04d}-steps"
-        with storage_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            for index, (picture, seed, name) in enumerate(zip(pictures, seeds, names, strict=True)):
-                suffix = "" if labels is None else "-" + _file_name(name)
-                picture.save(folder / f"{index:04d}-seed{seed}{suffix}.png")
-        rows.append(pictures)
         table.append((str(plan.steps), f"{milliseconds:.1f}", f"{engine.backend} on {engine.device}", plan.key))
-    grid = labelled_grid(rows, row_labels=[_row_label(plan) for plan in plans], column_labels=names)
     with storage_errors(options.out):
-        grid.save(options.out / "grid.png")
+        if as_arrays:
+            written = _write_arrays(options.out, drawn, seeds)
+        else:
+            written = _write_pictures(options.out, drawn, seeds, names, labels is not None)
     print(format_table(("steps", "ms per image", "backend", "plan key"), table))
-    print(f"wrote {options.out / 'grid.png'} and {len(plans) * len(seeds)} single pictures beside it")
+    print(written)
+
+
+def _write_arrays(file: Path, drawn: Mapping[Plan, NDArray[np.float32]], seeds: Sequence[int]) -> str:
+    import numpy as np
+
+    arrays: dict[str, NDArray[Any]] = {f"steps_{plan.num_evaluations}": samples for plan, samples in drawn.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(file, **arrays, seeds=np.array(seeds, np.uint64))
+    return f"wrote {file} with {', '.join(arrays)} and seeds"
+
+
+def _write_pictures(
+    folder: Path, drawn: Mapping[Plan, NDArray[np.float32]], seeds: Sequence[int], names: Sequence[str], named: bool
+) -> str:
+    from skipstep.calls.images import labelled_grid, to_pil
+
+    rows = []
+    for plan, samples in drawn.items():
+        rows.append(to_pil(samples))
+        single = folder / f"{plan.num_evaluations:04d}-steps"
+        single.mkdir(parents=True, exist_ok=True)
+        for index, (picture, seed, name) in enumerate(zip(rows[-1], seeds, names, strict=True)):
+            suffix = "-" + _file_name(name) if named else ""
+            picture.save(single / f"{index:04d}-seed{seed}{suffix}.png")
+    grid = labelled_grid(rows, row_labels=[_row_label(plan) for plan in drawn], column_labels=names)
+    grid.save(folder / "grid.png")
+    return f"wrote {folder / 'grid.png'} and {len(drawn) * len(seeds)} single pictures beside it"
 
 
 def _plan_of(engine: Engine, steps: int, eta: float) -> Plan:
@@ -146,8 +175,18 @@ def open_engine(options: argparse.Namespace, *, batch_sizes: Sequence[int]) -> E
     return load(options.model, allow_hard_links=options.model == SHIPPED_BUNDLE, compile_on_miss=True)
 
 
-def draw(engine: Engine, plan: Plan, **arguments: Any) -> list[Image.Image]:
-    """`Engine.sample` to pictures, with a progress bar if it takes longer than two seconds."""
+def _check_pictures(engine: Engine, out: Path) -> None:
+    shape = engine.network.sample_shape
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise InputError(
+            got=f"samples of {'×'.join(map(str, shape))}, which are no pictures",
+            expected="1 (grey) or 3 (RGB) channels by height by width, for PNG files",
+            remedy=f"pass --out {out.with_suffix('.npz')} for the numbers",
+        )
+
+
+def draw(engine: Engine, plan: Plan, **arguments: Any) -> NDArray[np.float32]:
+    """`Engine.sample`, with a progress bar if it takes longer than two seconds."""
     from tqdm import tqdm
 
     with tqdm(desc=f"{plan.steps} steps", unit="eval", delay=2.0, leave=False, disable=None) as bar:
@@ -156,8 +195,8 @@ def draw(engine: Engine, plan: Plan, **arguments: Any) -> list[Image.Image]:
             bar.total = total
             bar.update(done - bar.n)
 
-        pictures: list[Image.Image] = engine.sample(plan=plan, output_type="pil", progress=progress, **arguments)
-    return pictures
+        drawn: NDArray[np.float32] = engine.sample(plan=plan, progress=progress, **arguments)
+    return drawn
 
 
 def resolve_classes(engine: Engine, classes: Sequence[str] | None, num_samples: int) -> list[int] | None:

@@ -194,7 +194,7 @@ def interpolate(
 ) -> Any:
     """Draw `n` ≥ 2 samples between the initial noises a and b, both included.
 
-    a, b are seeds, or latents float32 `[C, H, W]`; the way between them is `slerp`. `seeds`
+    a, b are seeds, or latents float32 `[*sample_shape]`; the way between them is `slerp`. `seeds`
     key the fresh noise of plans that add some. Raises InputError.
     """
     n = check_integer("n", n, low=2, high=MAX_POINTS, remedy="pass n=8; both ends are drawn")
@@ -283,7 +283,7 @@ def _latents_of(engine: Sampler, source: int | Array) -> Array:
     if hasattr(source, "__dlpack__"):
         latents = resolve_latents(host_floats("latents", from_dlpack("latents", source))[None], engine.network)
     else:
-        seed = check_integer("seed", source, low=0, high=MAX_SEED, remedy="pass a seed, or latents [C, H, W]")
+        seed = check_integer("seed", source, low=0, high=MAX_SEED, remedy="pass a seed, or latents of one sample")
         latents = sample_noise(engine.network, np.array([seed], np.uint64), Stream.INITIAL)
     first: Array = latents[0]
     return first

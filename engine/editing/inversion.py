@@ -26,7 +26,7 @@ from skipstep.plans.stages import Stages
 
 @dataclass(frozen=True, slots=True)
 class Inversion:
-    """`latents` float32 `[B, C, H, W]`: the noise.
+    """`latents` float32 `[B, *sample_shape]`: the noise.
 
     `residuals` float32 `[S, B]`: the least change between two answers of each step, as a root mean square over the
     elements, which bounds how far it is from a fixed point; NaN where refinement was not requested.
@@ -56,7 +56,7 @@ def invert(
             run.advance(stage)
             if refinements:
                 # The step goes up from the guess; it has to go up from the base, with the noise seen at the guess.
-                c_x = stages.table[stage, :, Column.C_X].reshape(-1, 1, 1, 1)
+                c_x = stages.table[stage, :, Column.C_X].reshape(-1, *[1] * (base.ndim - 1))
                 residuals[stage] = _refine(run, stage, base, c_x, refinements=refinements, tolerance=tolerance)
             after_step()
         return Inversion(run.state(), residuals)
@@ -65,19 +65,20 @@ def invert(
 def _refine(run: Run, stage: int, base: Array, c_x: Array, *, refinements: int, tolerance: float) -> Array:
     """Put the best answer in the run's state; returns its residuals `[B]`."""
     guess = best = run.state()
+    per_sample = -1, *[1] * (guess.ndim - 1)
     least = np.full(len(base), np.inf, np.float32)
     falling = np.ones(len(base), bool)
     for _ in range(refinements):
         run.advance(stage)
         answer = run.state() + c_x * (base - guess)
-        residual = np.sqrt(np.mean((answer - guess) ** 2, axis=(1, 2, 3)))
+        residual = np.sqrt(np.mean((answer - guess) ** 2, axis=tuple(range(1, answer.ndim))))
         # The residual is the guess's. The answer's own is known one evaluation later, if there is one: while residuals
         # fall it is the better of the two. A sample that has stalled is left as it is, so that it does not depend on
         # how long the rest of the batch goes on.
         better = falling & (residual < least)
         falling = better & (residual > tolerance)
-        best = np.where(better[:, None, None, None], guess, best)
-        best = np.where(falling[:, None, None, None], answer, best)
+        best = np.where(better.reshape(per_sample), guess, best)
+        best = np.where(falling.reshape(per_sample), answer, best)
         least = np.where(better, residual, least)
         if not falling.any():
             break

@@ -67,7 +67,7 @@ def tune(
     noises          trajectories to fit to, of the seeds `seed`, seed + 1, …; the noises held out follow them.
     nodes           timesteps of a trajectory. The report says how far twice as many are.
     rounds          of moving each timestep; 0 keeps those of the dynamic programme.
-    features        images `[N, C, H, W]` to features `[N, F]`, for a Fréchet distance to the converged images: a plan
+    features        samples `[N, …]` to features `[N, F]`, for a Fréchet distance to the converged images: a plan
                     is then offered only if it is no further than the best textbook plan. It takes F below `held_out`.
                     Where it returns the classes that it sees too, `[N]`, the report says how many are those asked for.
                     skipstep.fitting.judge.OnnxJudge makes one of an ONNX file.

@@ -9,9 +9,7 @@ def describe(engine: Tunable) -> str:
     """What the engine holds and how it runs, one fact a line."""
     network, sizes, loop = engine.network, engine.batch_sizes, engine.runner.loop
     shape = "×".join(map(str, network.sample_shape))
-    classes = "unconditional" if network.num_classes is None else f"{network.num_classes} classes"
-    if network.prompt_shape is not None:
-        classes = "prompts of {}×{}".format(*network.prompt_shape)
+    takes = ", ".join(network.described_conditions) or "unconditional"
     guidance = ", with guidance" if network.can_guide else ""
     latencies: list[str] = []
     if engine.calibration is not None:
@@ -20,7 +18,7 @@ def describe(engine: Tunable) -> str:
         latencies = describe_latencies(engine.calibration, engine.plans)
     return "\n".join(
         [
-            f"network     {shape}, {classes}{guidance}",
+            f"network     {shape}, {takes}{guidance}",
             f"backend     {engine.backend} on {loop.device}",
             f"loop        {loop.name}",
             f"batch sizes {f'up to {max(sizes)}' if loop.any_batch else ', '.join(map(str, sizes))}",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from skipstep.calls.condition_rows import random_rows
 from skipstep.calls.request import Conditions
 from skipstep.errors import InputError, check_callable, check_integer, check_items, check_number
 from skipstep.latency.calibration import Calibration, Latency, RunKind
@@ -143,13 +144,12 @@ def _call(sampler: Sampler, plan: Plan, size: int, *, guided: bool) -> Callable[
     conditions: Conditions = {}
     if network.num_classes is not None:
         conditions["class_labels"] = [seed % network.num_classes for seed in seeds]
-    if network.prompt_shape is not None:
-        rng = np.random.default_rng(0)
-        prompts, negative = rng.standard_normal((2, size, *network.prompt_shape), dtype=np.float32)
-        conditions["prompt_embeds"] = prompts
-        if guided:
-            conditions["negative_prompt_embeds"] = negative
+    rng = np.random.default_rng(0)
+    passed = network.passed_conditions
+    conditions["conditions"] = {name: random_rows(each, size, rng) for name, each in passed.items()}
     if guided:
+        given = {name: random_rows(each, size, rng) for name, each in passed.items() if each.null == "given"}
+        conditions["negative_conditions"] = given
         conditions["guidance_scale"] = _GUIDANCE
     return lambda: sampler.sample(plan=plan, seeds=seeds, **conditions)
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from skipstep.backends.denoiser import Denoiser, DeviceDenoiser
-from skipstep.calls.conditioning import LABELS, PROMPTS, Conditioning
+from skipstep.calls.condition_rows import filled_rows
+from skipstep.calls.conditioning import Conditioning
 from skipstep.errors import ExportError
 from skipstep.loops.contract import Array
 from skipstep.networks.graphs import StepInputs
@@ -50,12 +51,7 @@ class NetworkProbe:
         rng = np.random.default_rng(0)
         sample = rng.standard_normal((_NUM_SAMPLES, *spec.sample_shape), dtype=np.float32)
         timesteps = rng.integers(0, 1000, (_NUM_STAGES, _NUM_SAMPLES)).astype(np.float64)
-        rows: dict[str, Any] = {}
-        if spec.prompt_shape is not None:
-            rows[PROMPTS] = rng.standard_normal((_NUM_SAMPLES, *spec.prompt_shape), dtype=np.float32)
-        if spec.num_classes is not None:
-            rows[LABELS] = rng.integers(0, spec.num_classes, _NUM_SAMPLES)
-        inputs = cls(sample, timesteps, rows)
+        inputs = cls(sample, timesteps, filled_rows(spec, _NUM_SAMPLES, rng))
         return replace(inputs, expected=inputs._predictions(reference, None))
 
     def check(self, denoiser: Denoiser, *, precision: str = "float32", device: Device | None = None) -> float:

@@ -209,7 +209,7 @@ class CudaLoop:
 
 def _blank_request(count: int, copies: int) -> SampleRequest:
     guidance = np.ones(count, np.float32) if copies == 2 else None
-    return SampleRequest(count, np.zeros(count, np.uint64), None, None, guidance)
+    return SampleRequest(count, np.zeros(count, np.uint64), None, guidance)
 
 
 class DevicePending:

@@ -132,7 +132,7 @@ class HostRun:
         self._values: Any = denoiser.compute(timesteps, call_conditioning(network, request))
         self._enqueue = denoiser.new_context()
         if alone is not None:
-            once = replace(request, guidance=None, rescale=None, negative_prompts=None)
+            once = replace(request, guidance=None, rescale=None, negative_conditions={})
             timesteps = stages.network_timesteps(1, request.num_samples)
             self._values_alone: Any = alone.compute(timesteps, call_conditioning(network, once))
             self._enqueue_alone = alone.new_context()

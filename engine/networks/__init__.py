@@ -4,6 +4,7 @@ Calls and everything above may import it; it imports skipstep.errors, storage, k
 (read_checkpoint, load_unet) are in skipstep.networks.checkpoint, which a bundle does not need.
 """
 
+from skipstep.networks.condition import Condition
 from skipstep.networks.spec import NetworkSpec, check_plan_fits, network_batch_sizes
 
-__all__ = ["NetworkSpec", "check_plan_fits", "network_batch_sizes"]
+__all__ = ["Condition", "NetworkSpec", "check_plan_fits", "network_batch_sizes"]

@@ -1,68 +1,67 @@
 """What a sampling loop must know of a network: the shape that it denoises and the conditions that it takes.
 
-out = network(x_t [N, C, H, W], timestep [N], encoder_hidden_states [N, L, D], class_labels [N])
+out = network(x_t [N, *sample_shape], timestep [N], condition [N, …], condition [N, …], …)
 
-The last two are optional. out has the shape of x_t, or 2C channels, of which the second half says where the variance
-of the step lies (learned_range).
+A network is a state, a time and named conditions. out has the shape of x_t, or 2C channels, of which the second half
+says where the variance of the step lies (learned_range).
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import numpy as np
 
 from skipstep.errors import InputError, PlanError, check_flag, check_integer, check_text, shown
-from skipstep.storage.untrusted import Within
+from skipstep.networks.condition import MAX_RANK, Condition, Side, check_shape
+from skipstep.storage.untrusted import ADDED_LATER, Length, Within
 
 if TYPE_CHECKING:
     from skipstep.plans.plan import Plan
 
 MAX_BATCH_SIZE: Final = 4096
-# Bounds of a specification, whether it is passed or read from a bundle. A sample of more elements fits in no memory
-# that a batch of it would need.
-_MAX_SIDE: Final = 1 << 16
 _MAX_LABEL: Final = 1 << 31
-MAX_ELEMENTS: Final = 1 << 26
-Side = Annotated[int, Within(1, _MAX_SIDE)]
+_MAX_CONDITIONS: Final = 64
+LABELS: Final = "class_labels"
+PROMPTS: Final = "encoder_hidden_states"
+# What the graphs of a network call its state, its time and its prediction.
+_OWN_NAMES: Final = ("sample", "timestep", "out_sample")
 Label = Annotated[int, Within(0, _MAX_LABEL)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class NetworkSpec:
-    """`sample_shape` is (C, H, W). `num_classes` counts the real classes; None: the network takes no labels.
+    """`sample_shape` is the state's without the batch, channels first: (C, H, W) of images, (C, L) of sequences,
+    (C, F, H, W) of videos. `num_classes` counts the real classes; None: the network takes no labels.
 
     `null_label` is the label that stands for "no class", which classifier-free guidance needs, or None.
     `fractional_timesteps`: it takes timesteps between those of its training, as float32; otherwise int64 alone.
-    `learns_variance`: its output has 2C channels.
+    `learns_variance`: its output has 2C channels; C is the first side.
     `prompt_shape` is (L, D), tokens by width, of the prompt embeddings that it attends to; None: it takes none.
+    `conditions` are its other conditions by the names of the network's arguments, in their order.
     Raises InputError where these contradict each other.
     """
 
-    sample_shape: tuple[Side, Side, Side]
+    sample_shape: Annotated[tuple[Side, ...], Length(1, MAX_RANK)]
     num_classes: Label | None = None
     null_label: Label | None = None
     class_names: tuple[str, ...] | None = None
     fractional_timesteps: bool = False
     learns_variance: bool = False
     prompt_shape: tuple[Side, Side] | None = None
+    conditions: Annotated[Mapping[str, Condition], ADDED_LATER] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        shapes: tuple[tuple[str, tuple[int, ...] | None, int, str], ...] = (
-            ("sample_shape", self.sample_shape, 3, "(channels, height, width), e.g. (3, 32, 32)"),
-            ("prompt_shape", self.prompt_shape, 2, "(tokens, width) of a prompt's embeddings, e.g. (77, 768)"),
-        )
-        for name, shape, rank, example in shapes:
-            if shape is None and name == "prompt_shape":
-                continue
-            remedy = f"pass {name}={example}"
-            if not isinstance(shape, tuple | list) or len(shape) != rank:
-                raise InputError(got=f"{name}={shown(shape)}", expected=f"{rank} positive integers", remedy=remedy)
-            sides = tuple(check_integer(name, n, low=1, high=_MAX_SIDE, remedy=remedy) for n in shape)
-            if math.prod(sides) > MAX_ELEMENTS:
-                raise InputError(got=f"{name}={sides}", expected=f"at most {MAX_ELEMENTS} elements", remedy=remedy)
-            object.__setattr__(self, name, sides)
+        remedy = "pass sample_shape=(channels, height, width), e.g. (3, 32, 32), or another state's, e.g. (2, 1024)"
+        sides = check_shape("sample_shape", self.sample_shape, low=1, remedy=remedy)
+        object.__setattr__(self, "sample_shape", sides)
+        if self.prompt_shape is not None:
+            remedy = "pass prompt_shape=(tokens, width) of a prompt's embeddings, e.g. (77, 768)"
+            sides = check_shape("prompt_shape", self.prompt_shape, low=2, high=2, remedy=remedy)
+            object.__setattr__(self, "prompt_shape", sides)
         for name in ("num_classes", "null_label"):
             number = getattr(self, name)
             if number is not None:
@@ -90,21 +89,83 @@ class NetworkSpec:
                 expected="at least one class",
                 remedy="pass the numbers that the network was trained with",
             )
+        self._check_conditions()
+
+    def _check_conditions(self) -> None:
+        given = self.conditions
+        if not isinstance(given, Mapping) or len(given) > _MAX_CONDITIONS:
+            raise InputError(
+                got=f"conditions={shown(given)}",
+                expected=f"at most {_MAX_CONDITIONS} Conditions by name",
+                remedy="pass conditions={'text_embeds': Condition((1280,))}",
+            )
+        taken = {*_OWN_NAMES, *([LABELS] if self.num_classes else []), *([PROMPTS] if self.prompt_shape else [])}
+        for name, condition in given.items():
+            if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", name) or name in taken:
+                raise InputError(
+                    got=f"a condition called {shown(name)}",
+                    expected=f"the name of an argument of the network, other than {', '.join(sorted(taken))}",
+                    remedy="use the argument's name; num_classes and prompt_shape describe labels and prompts",
+                )
+            if not isinstance(condition, Condition):
+                raise InputError(
+                    got=f"conditions[{name!r}]={shown(condition)}",
+                    expected="a skipstep.Condition",
+                    remedy=f"pass conditions={{{name!r}: Condition(shape)}}",
+                )
+            if condition.concat_to_state and condition.shape[1:] != self.sample_shape[1:]:
+                raise InputError(
+                    got=f"conditions[{name!r}] of shape {condition.shape}, concatenated to {self.sample_shape}",
+                    expected=f"(channels, {', '.join(map(str, self.sample_shape[1:]))})",
+                    remedy="resize it: only the number of channels may differ",
+                )
+        object.__setattr__(self, "conditions", dict(given))
+
+    @cached_property
+    def all_conditions(self) -> Mapping[str, Condition]:
+        """Everything that the network takes beside state and time, in the order of its arguments."""
+        found: dict[str, Condition] = {}
+        if self.prompt_shape is not None:
+            found[PROMPTS] = Condition(self.prompt_shape)
+        if self.num_classes is not None:
+            found[LABELS] = Condition((), "int64", "same" if self.null_label is None else self.null_label)
+        return found | dict(self.conditions)
+
+    @cached_property
+    def passed_conditions(self) -> Mapping[str, Condition]:
+        """Those of which the caller passes arrays: not labels, and not what follows from the guidance scale."""
+        labels = LABELS if self.num_classes is not None else None
+        return {
+            name: each for name, each in self.all_conditions.items() if name != labels and each.from_guidance is None
+        }
+
+    @cached_property
+    def takes_guidance(self) -> bool:
+        """Whether the guidance scale is one of its inputs: it is evaluated once for any scale."""
+        return any(each.from_guidance for each in self.all_conditions.values())
+
+    @property
+    def described_conditions(self) -> list[str]:
+        """What it takes, in words."""
+        takes = ["prompts of {}×{}".format(*self.prompt_shape)] if self.prompt_shape is not None else []
+        takes += [f"{self.num_classes} classes"] if self.num_classes is not None else []
+        takes += [f"{name} {'×'.join(map(str, each.shape))}".strip() for name, each in self.conditions.items()]
+        return takes
 
     @property
     def num_elements(self) -> int:
-        """C·H·W."""
+        """Of one sample."""
         return math.prod(self.sample_shape)
 
     @property
-    def output_shape(self) -> tuple[int, int, int]:
-        channels, height, width = self.sample_shape
-        return (2 * channels if self.learns_variance else channels), height, width
+    def output_shape(self) -> tuple[int, ...]:
+        channels, *sides = self.sample_shape
+        return (2 * channels if self.learns_variance else channels), *sides
 
     @property
     def can_guide(self) -> bool:
-        """Whether it can predict with and without the conditioning, as classifier-free guidance needs."""
-        return self.null_label is not None or self.prompt_shape is not None
+        """Whether it can predict with and without its conditions, as classifier-free guidance needs."""
+        return not self.takes_guidance and any(each.null != "same" for each in self.all_conditions.values())
 
     @property
     def timestep_dtype(self) -> type[np.float32] | type[np.int64]:
@@ -115,11 +176,12 @@ class NetworkSpec:
         cls,
         module: Any,
         *,
-        sample_shape: tuple[int, int, int] | None = None,
+        sample_shape: tuple[int, ...] | None = None,
         num_classes: int | None = None,
         null_label: int | None = None,
         prompt_shape: tuple[int, int] | None = None,
         fractional_timesteps: bool | None = None,
+        conditions: Mapping[str, Condition] | None = None,
     ) -> "NetworkSpec":
         """Complete the arguments from a diffusers-style `module.config`; InputError if something is still missing."""
         config = getattr(module, "config", None)
@@ -155,6 +217,7 @@ class NetworkSpec:
             null_label,
             fractional_timesteps=fractional_timesteps,
             prompt_shape=prompt_shape,
+            conditions=conditions or {},
         )
 
 

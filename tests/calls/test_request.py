@@ -110,7 +110,8 @@ def test_refuses(network, options, names):
 @pytest.mark.parametrize(
     "options",
     [
-        {"sample_shape": (1, 4)},
+        {"sample_shape": ()},
+        {"sample_shape": (1,) * 9},
         {"sample_shape": (1, 0, 4)},
         {"sample_shape": (1, 4, 4), "null_label": 3},
         {"sample_shape": (1, 4, 4), "num_classes": 0},

@@ -142,6 +142,25 @@ def test_classes_of_an_unconditional_model_are_refused(sample, unconditional):
     assert "unconditional" in err
 
 
+def test_states_that_are_no_pictures_are_written_as_numbers(sample, tmp_path):
+    from diffusers import DDIMScheduler
+
+    latents = tmp_path / "latents"
+    tiny_unet(in_channels=4, out_channels=4).save_pretrained(latents / "unet")
+    DDIMScheduler().save_pretrained(latents / "scheduler")
+    status, _, err = sample("--steps", "2", folder=latents)
+    assert status == 2
+    assert "4×8×8, which are no pictures" in err
+    out = re.search(r"pass --out (\S+\.npz)", err)[1]
+    assert sample("--steps", "2", "3", "--seeds", "4", "5", "--out", out, folder=latents)[0] == 0
+    with np.load(out) as written:
+        assert {name: written[name].shape for name in written} == {
+            "steps_2": (2, 4, 8, 8),
+            "steps_3": (2, 4, 8, 8),
+            "seeds": (2,),
+        }
+
+
 def test_help_teaches(capsys):
     for arguments in (["--help"], ["sample", "--help"]):
         with pytest.raises(SystemExit) as stopped:
