@@ -28,7 +28,7 @@ from skipstep.loops.runner import BatchRunner, CompiledNetwork
 from skipstep.model_source import ModelOptions, is_module, read_model, specification
 from skipstep.networks.checkpoint import Checkpoint, read_checkpoint
 from skipstep.networks.spec import MAX_BATCH_SIZE
-from skipstep.plans.parameterization import PREDICTION_TYPES
+from skipstep.plans.parameterization import PREDICTION_TYPES, TIME_INPUTS
 from skipstep.plans.plan import Plan
 from skipstep.plans.schedule import NoiseSchedule, check_schedule
 from skipstep.reporting import LOGGER, Report, reporter
@@ -71,7 +71,9 @@ class PlanRequest:
     compile_on_miss: bool
     compatibility: str | None = None
 
-    def made(self, checkpoint: Checkpoint | None) -> tuple[list[Plan], dict[str, Any]]:
+    def made(
+        self, checkpoint: Checkpoint | None, time_input: str | None, sigma_data: float | None
+    ) -> tuple[list[Plan], dict[str, Any]]:
         """The plans, and the defaults of later ones. Needs no network, so that what is wrong is said at once."""
         check_flag("compile_on_miss", self.compile_on_miss)
         remedy = "pass plans=[20], or compile_on_miss=True"
@@ -83,6 +85,10 @@ class PlanRequest:
             defaults["prediction_type"] = check_choice(
                 "prediction_type", self.prediction_type, PREDICTION_TYPES, error=PlanError
             )
+        if time_input is not None:
+            defaults["time_input"] = check_choice("time_input", time_input, TIME_INPUTS, error=PlanError)
+        if defaults.get("prediction_type") == "edm" and sigma_data is not None:
+            defaults["sigma_data"] = sigma_data
         if self.compatibility is not None:
             check_choice("compatibility", self.compatibility, ("diffusers",), error=PlanError)
             defaults["stride"] = self.compatibility
@@ -147,7 +153,7 @@ def build_network(
             expected="a torch.nn.Module, or the path of a diffusers folder",
             remedy="pass pipeline.unet, or the folder that pipeline.save_pretrained() wrote",
         )
-    plans, defaults = request.made(checkpoint)
+    plans, defaults = request.made(checkpoint, model_options.get("time_input"), model_options.get("sigma_data"))
     network = specification(model, checkpoint, **model_options)
     report("read the model")
     try:

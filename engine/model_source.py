@@ -32,6 +32,11 @@ class ModelOptions(TypedDict, total=False):
     fractional_timesteps  whether the network takes timesteps between those of its training; None: a diffusers network
                           does if its time embedding is smooth, any other module does not.
     conditions            by the names of the network's arguments; None: those that a diffusers configuration tells.
+    time_input            what it is told of a noise level: "timestep", "sigma", "c_noise", "log_snr", "alpha_bar" or
+                          "flow", and
+    state                 what it reads of a noised sample: "vp", "ve", "edm" or "flow", both as in
+                          skipstep.plans.parameterization.
+    sigma_data            of state="edm", 0.5 where it is left out.
     """
 
     sample_shape: tuple[int, ...] | None
@@ -40,6 +45,9 @@ class ModelOptions(TypedDict, total=False):
     prompt_shape: tuple[int, int] | None
     fractional_timesteps: bool | None
     conditions: Mapping[str, Condition] | None
+    time_input: str
+    state: str
+    sigma_data: float | None
 
 
 @dataclass(slots=True)
@@ -117,6 +125,7 @@ def specification(
     prompt_shape: tuple[int, int] | None = None,
     fractional_timesteps: bool | None = None,
     conditions: Mapping[str, Condition] | None = None,
+    **time: Any,
 ) -> NetworkSpec:
     if fractional_timesteps is not None:
         check_flag("fractional_timesteps", fractional_timesteps)
@@ -129,6 +138,7 @@ def specification(
             prompt_shape=prompt_shape,
             fractional_timesteps=fractional_timesteps,
             conditions=conditions,
+            **time,
         )
     return NetworkSpec(
         checkpoint.sample_shape if sample_shape is None else sample_shape,
@@ -140,6 +150,7 @@ def specification(
         else fractional_timesteps,
         prompt_shape=checkpoint.prompt_shape if prompt_shape is None else prompt_shape,
         conditions=conditions or {},
+        **time,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 
 from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, Target
 from skipstep.backends.module_call import ModuleCall
+from skipstep.backends.state_scale import StateScale
 from skipstep.calls.condition_rows import filled_rows
 from skipstep.calls.conditioning import Conditioning, distinct
 from skipstep.errors import InputError
-from skipstep.networks.condition import Condition
 from skipstep.networks.graphs import StepInputs
 from skipstep.networks.spec import NetworkSpec
 
@@ -29,15 +28,18 @@ class DenoisingModule(nn.Module):
     """One calling convention over what networks return: a tensor, a tuple, or diffusers' output with `.sample`.
 
     forward(sample [N, C, …], timestep int64 or float32 [N], condition [N, …], …) -> [N, C or 2C, …]. The conditions
-    come in the order of `conditions`, NetworkSpec.all_conditions; without these all are passed on by position.
+    come in the order of NetworkSpec.all_conditions; without a specification all are passed on by position.
     """
 
-    def __init__(self, network: nn.Module, conditions: Mapping[str, Condition] | None = None) -> None:
+    def __init__(self, network: nn.Module, spec: NetworkSpec | None = None) -> None:
         super().__init__()
         self.network = network
-        self._call = ModuleCall.of(network, conditions or {})
+        self._call = ModuleCall.of(network, {} if spec is None else spec.all_conditions)
+        self._scale = None if spec is None or spec.state == "vp" else StateScale(spec)
 
     def forward(self, sample: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
+        if self._scale is not None:
+            sample = self._scale(sample, timestep)
         sample, arguments, keywords = self._call.arranged(sample, conditions)
         output = self.network(sample, timestep, *arguments, **keywords)
         if isinstance(output, Tensor):
@@ -64,7 +66,7 @@ def prepare_module(network: nn.Module, spec: NetworkSpec) -> tuple[DenoisingModu
                 remedy="call network.float() and network.to(device) first",
             )
     (device,), (dtype,) = devices, dtypes
-    module = DenoisingModule(network, spec.all_conditions).eval()
+    module = DenoisingModule(network, spec).eval()
     sample = torch.zeros(1, *spec.sample_shape, device=device, dtype=dtype)
     timestep = torch.zeros(1, device=device, dtype=timestep_dtype(spec))
     conditioning = [

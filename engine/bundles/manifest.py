@@ -132,8 +132,10 @@ class Manifest:
     def to_json(self) -> bytes:
         """The same manifest always gives the same bytes."""
         contents = asdict(self)
-        if not self.network.conditions:
-            del contents["network"]["conditions"]  # Bundles of networks without any are as they were.
+        # Bundles of networks without what came later are as they were.
+        for name, unset in (("conditions", {}), ("time_input", "timestep"), ("state", "vp"), ("sigma_data", None)):
+            if contents["network"][name] == unset:
+                del contents["network"][name]
         if self.calibration is None:
             del contents["calibration"]  # Calibrating a bundle adds the field; nothing else in the manifest changes.
         return (json.dumps(contents, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()

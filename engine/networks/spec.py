@@ -15,8 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import numpy as np
 
-from skipstep.errors import InputError, PlanError, check_flag, check_integer, check_text, shown
+from skipstep.errors import (
+    InputError,
+    PlanError,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    check_text,
+    shown,
+)
 from skipstep.networks.condition import MAX_RANK, Condition, Side, check_shape
+from skipstep.plans.parameterization import STATES, TIME_INPUTS, State, TimeInput
 from skipstep.storage.untrusted import ADDED_LATER, Length, Within
 
 if TYPE_CHECKING:
@@ -42,6 +52,8 @@ class NetworkSpec:
     `learns_variance`: its output has 2C channels; C is the first side.
     `prompt_shape` is (L, D), tokens by width, of the prompt embeddings that it attends to; None: it takes none.
     `conditions` are its other conditions by the names of the network's arguments, in their order.
+    `time_input` is what it is told of a noise level, and `state` what it reads of a noised sample: "vp", "ve", "edm" or
+    "flow" (skipstep.plans.parameterization). `sigma_data` is of "edm", 0.5 where it is left out.
     Raises InputError where these contradict each other.
     """
 
@@ -53,6 +65,9 @@ class NetworkSpec:
     learns_variance: bool = False
     prompt_shape: tuple[Side, Side] | None = None
     conditions: Annotated[Mapping[str, Condition], ADDED_LATER] = field(default_factory=dict, hash=False)
+    time_input: Annotated[TimeInput, ADDED_LATER] = "timestep"
+    state: Annotated[State, ADDED_LATER] = "vp"
+    sigma_data: Annotated[float | None, ADDED_LATER] = None
 
     def __post_init__(self) -> None:
         remedy = "pass sample_shape=(channels, height, width), e.g. (3, 32, 32), or another state's, e.g. (2, 1024)"
@@ -89,7 +104,31 @@ class NetworkSpec:
                 expected="at least one class",
                 remedy="pass the numbers that the network was trained with",
             )
+        self._check_time()
         self._check_conditions()
+
+    def _check_time(self) -> None:
+        remedy = "pass what the network was trained with"
+        check_choice("time_input", self.time_input, TIME_INPUTS, remedy=remedy)
+        check_choice("state", self.state, STATES, remedy=remedy)
+        if self.state != "vp" and self.time_input == "timestep":
+            raise InputError(
+                got=f"state={self.state!r} with time_input='timestep'",
+                expected=f"a time input that tells the noise level: {', '.join(TIME_INPUTS[1:])}",
+                remedy="pass time_input='sigma', or what the network takes",
+            )
+        if self.state == "edm":
+            given = 0.5 if self.sigma_data is None else self.sigma_data
+            sigma_data = check_number("sigma_data", given, low=0.0, above=True, remedy=remedy)
+            object.__setattr__(self, "sigma_data", sigma_data)
+        elif self.sigma_data is not None:
+            raise InputError(
+                got=f"sigma_data={shown(self.sigma_data)} with state={self.state!r}",
+                expected="state='edm' beside it",
+                remedy="leave sigma_data out",
+            )
+        if self.time_input != "timestep":
+            object.__setattr__(self, "fractional_timesteps", True)
 
     def _check_conditions(self) -> None:
         given = self.conditions
@@ -182,6 +221,7 @@ class NetworkSpec:
         prompt_shape: tuple[int, int] | None = None,
         fractional_timesteps: bool | None = None,
         conditions: Mapping[str, Condition] | None = None,
+        **time: Any,
     ) -> "NetworkSpec":
         """Complete the arguments from a diffusers-style `module.config`; InputError if something is still missing."""
         config = getattr(module, "config", None)
@@ -218,11 +258,18 @@ class NetworkSpec:
             fractional_timesteps=fractional_timesteps,
             prompt_shape=prompt_shape,
             conditions=conditions or {},
+            **time,
         )
 
 
 def check_plan_fits(plan: "Plan", network: NetworkSpec) -> None:
     """Raise PlanError for a plan that needs what the network does not offer."""
+    if plan.time_input != network.time_input:
+        raise PlanError(
+            got=f"{plan!r} for time_input={plan.time_input!r}",
+            expected=f"time_input={network.time_input!r}, which this network takes",
+            remedy=f"make the plan with time_input={network.time_input!r}",
+        )
     if plan.is_fractional and not network.fractional_timesteps:
         first = float(plan.evaluation_timesteps[plan.evaluation_timesteps % 1.0 != 0.0][0])
         raise PlanError(

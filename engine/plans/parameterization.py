@@ -25,6 +25,8 @@ from skipstep.plans.update_weights import Levels
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow", "edm"]
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 TimeInput = Literal["timestep", "sigma", "c_noise", "log_snr", "alpha_bar", "flow"]
+State = Literal["vp", "ve", "edm", "flow"]
+STATES: tuple[str, ...] = get_args(State)
 FLOW_TIMESTEPS: Final = 1000.0
 
 
