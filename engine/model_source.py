@@ -140,6 +140,9 @@ def specification(
             conditions=conditions,
             **time,
         )
+    scheduler = checkpoint.scheduler
+    if scheduler is not None and scheduler.state != "vp":
+        time = {"time_input": scheduler.time_input, "state": scheduler.state, "sigma_data": scheduler.sigma_data} | time
     return NetworkSpec(
         checkpoint.sample_shape if sample_shape is None else sample_shape,
         checkpoint.num_classes if num_classes is None else num_classes,

@@ -9,13 +9,12 @@ so does this. A key that no class has is refused, since ignoring it could draw o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from skipstep.errors import ScheduleError, check_integer, check_number, check_path, shown
-from skipstep.plans.parameterization import PREDICTION_TYPES
 from skipstep.reporting import LOGGER
 from skipstep.storage.untrusted import read_json_object
 
@@ -159,8 +158,8 @@ _UNSAID: Final[Mapping[str, Any]] = {
 _KNOWN: Final[Mapping[str, Any]] = {key: value for each in _DEFAULTS.values() for key, value in each.items()}
 # Of other classes, why there is no such schedule.
 _OTHER_PROCESSES: Mapping[str, str] = {
-    "EDM": "the network reads sigma and a scaled state (EDM)",
-    "FlowMatch": "the state is (1 - s)·image + s·noise (flow matching)",
+    "EDM": "the network reads sigma and a scaled state (EDM); skipstep.read_scheduler_config reads it",
+    "FlowMatch": "the state is (1 - s)·image + s·noise; skipstep.read_scheduler_config reads it where levels are fixed",
     "ScoreSdeVe": "noise is added and the image is not made smaller (variance exploding)",
     "KarrasVe": "noise is added and the image is not made smaller (variance exploding)",
     "CMStochasticIterative": "the network leads to the image in one step (a consistency model)",
@@ -213,7 +212,7 @@ def read_diffusers_config(source: str | Path | Mapping[str, Any]) -> DiffusersCo
     Raises ModelFormatError for a file that is missing or no JSON object, ScheduleError for a key or value that is not
     supported.
     """
-    contents = source if isinstance(source, Mapping) else _read_file(Path(check_path("config", source)))
+    contents = scheduler_contents(source)
     class_name = contents.get("_class_name", "DDIMScheduler")
     if not isinstance(class_name, str) or class_name not in _DEFAULTS:
         other = next((why for start, why in _OTHER_PROCESSES.items() if str(class_name).startswith(start)), None)
@@ -232,12 +231,24 @@ def read_diffusers_config(source: str | Path | Mapping[str, Any]) -> DiffusersCo
     return _interpret(class_name, {**_UNSAID, **_DEFAULTS[class_name], **keys})
 
 
+def scheduler_contents(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keys and values as they stand. Raises ModelFormatError for a file that is missing or no JSON object."""
+    if isinstance(source, Mapping):
+        return source
+    path = Path(check_path("config", source))
+    file = path / FILE_NAME if path.is_dir() else path
+    return read_json_object(file, remedy="write it with scheduler.save_pretrained(), or pass schedule= instead")
+
+
 def _interpret(class_name: str, config: Mapping[str, Any]) -> DiffusersConfig:
     if _boolean(config, "use_flow_sigmas"):
         raise _refused("use_flow_sigmas", True, "false", "pass schedule= yourself: flow matching has another process")
     if config["timestep_type"] != "discrete":
         raise _refused("timestep_type", config["timestep_type"], "'discrete'", "use a network that takes timesteps")
     _name_unused(class_name, config)
+    for key, value in (("original_inference_steps", 50), ("timestep_scaling", 10.0)):
+        if class_name == "LCMScheduler" and config[key] != value:
+            raise _refused(key, config[key], str(value), "pass Plans, for example of solver='ddim', and schedule=")
     if class_name == "DDPMScheduler" and config["variance_type"] == "learned":
         raise _refused(
             "variance_type",
@@ -261,7 +272,7 @@ def _interpret(class_name: str, config: Mapping[str, Any]) -> DiffusersConfig:
         beta_end=_number(config, "beta_end"),
         trained_betas=_trained_betas(config["trained_betas"], length),
         rescale_betas_zero_snr=_boolean(config, "rescale_betas_zero_snr"),
-        prediction_type=_choice(config, "prediction_type", PREDICTION_TYPES),
+        prediction_type=_choice(config, "prediction_type", ("epsilon", "v_prediction", "sample")),
         timestep_spacing=_choice(config, "timestep_spacing", _SPACINGS),
         steps_offset=_integer(config, "steps_offset", low=0, high=length),
         set_alpha_to_one=_boolean(config, "set_alpha_to_one") and not ends_at_timestep_0,
@@ -274,7 +285,11 @@ def _interpret(class_name: str, config: Mapping[str, Any]) -> DiffusersConfig:
 def _name_unused(class_name: str, config: Mapping[str, Any]) -> None:
     defaults = {**_KNOWN, **_DEFAULTS[class_name]}
     inner = sorted((_INNER - {"variance_type"} if class_name == "DDPMScheduler" else _INNER) & set(config))
-    unused = [f"{key}={shown(config[key])}" for key in inner if config[key] != defaults[key]]
+    name_unused(class_name, [f"{key}={shown(config[key])}" for key in inner if config[key] != defaults[key]])
+
+
+def name_unused(class_name: str, unused: Sequence[str]) -> None:
+    """Say in the log, once in a process, which keys of a file have no effect."""
     told = f"{class_name}: {', '.join(unused)} concern another sampler, and plans of step counts do not use them"
     if unused and told not in _NAMED:
         _NAMED.add(told)
@@ -294,11 +309,6 @@ def _trained_betas(betas: Any, length: int) -> tuple[float, ...] | None:
     return tuple(
         check_number("trained_betas", beta, low=0.0, high=1.0, remedy=_CORRECT, error=ScheduleError) for beta in betas
     )
-
-
-def _read_file(path: Path) -> Mapping[str, Any]:
-    file = path / FILE_NAME if path.is_dir() else path
-    return read_json_object(file, remedy="write it with scheduler.save_pretrained(), or pass schedule= instead")
 
 
 def _refused(key: str, value: object, expected: str, remedy: str) -> ScheduleError:

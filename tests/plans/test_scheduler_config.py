@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -53,7 +54,11 @@ def test_reads_what_diffusers_writes(scheduler, tmp_path):
         ours.schedule.alpha_bar, scheduler.alphas_cumprod.numpy(), rtol=FLOAT32_SCHEDULE, atol=FLOAT32_SCHEDULE
     )
     assert ours.prediction_type == theirs.prediction_type
-    assert ours.spacing == theirs.get("timestep_spacing", "linspace")
+    is_consistency = isinstance(scheduler, diffusers.LCMScheduler)
+    assert (ours.solver, ours.spacing) == (
+        ("lcm", "lcm") if is_consistency else ("ddim", theirs.get("timestep_spacing", "linspace"))
+    )
+    assert ("solver" in ours.plan_options()) == is_consistency
     assert ours.steps_offset == theirs.get("steps_offset", 0)
     clips = theirs.get("clip_sample", False)
     assert ours.clip == (theirs.clip_sample_range if clips else None)
@@ -61,6 +66,50 @@ def test_reads_what_diffusers_writes(scheduler, tmp_path):
     assert ours.final_alpha_bar == (1.0 if to_one else ours.schedule.alpha_bar[0])
     assert NoiseSchedule.from_diffusers(tmp_path / "scheduler_config.json") == ours.schedule
     assert NoiseSchedule.from_diffusers(json.loads((tmp_path / "scheduler_config.json").read_text())) == ours.schedule
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [
+        (diffusers.EDMEulerScheduler(sigma_max=40.0, sigma_data=0.7), ("edm", "c_noise", "edm", 0.7)),
+        (diffusers.EDMDPMSolverMultistepScheduler(sigma_schedule="exponential"), ("edm", "c_noise", "edm", 0.5)),
+        (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), ("flow", "flow", "flow", None)),
+        (diffusers.FlowMatchHeunDiscreteScheduler(), ("flow", "flow", "flow", None)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_reads_other_families(scheduler, said, tmp_path):
+    scheduler.save_pretrained(tmp_path)
+    ours = read_scheduler_config(tmp_path)
+    assert (ours.prediction_type, ours.time_input, ours.state, ours.sigma_data) == said
+    if said[0] == "edm":
+        scheduler.set_timesteps(10)
+        plan = Plan(steps=10, **ours.plan_options())
+        np.testing.assert_allclose(plan.evaluation_timesteps, scheduler.timesteps, rtol=2e-3)
+        np.testing.assert_allclose(plan.evaluation_timesteps[[0, -1]], scheduler.timesteps[[0, -1]], rtol=1e-5)
+    else:
+        plan = Plan(steps=1000, **ours.plan_options())
+        theirs = np.sort(scheduler.sigmas.numpy())
+        np.testing.assert_allclose(plan.evaluation_timesteps / 1000, theirs[theirs > 0][::-1], rtol=1e-5)
+    assert "state" not in ours.plan_options()
+
+
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        ({"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}, "prediction_type='v_prediction'"),
+        ({"_class_name": "EDMEulerScheduler", "sigma_schedule": "linear"}, "sigma_schedule='linear'"),
+        ({"_class_name": "EDMEulerScheduler", "sigma_max": -1.0}, "sigma_max=-1"),
+        ({"_class_name": "EDMEulerScheduler", "shift": 3.0}, "shift=3"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas=True"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0.0}, "shift=0"),
+        ({"_class_name": "LCMScheduler", "original_inference_steps": 30}, "original_inference_steps=30"),
+    ],
+)
+def test_what_other_families_do_not_support_is_named(keys, names):
+    with pytest.raises(ScheduleError, match=re.escape(names)):
+        read_scheduler_config(keys)
 
 
 def test_every_key_of_a_supported_scheduler_is_known():
@@ -171,8 +220,8 @@ def test_what_concerns_another_sampler_is_named_once(caplog):
         ({"thresholding": "yes"}, "thresholding='yes'"),
         ({"karras_rho": 7.0}, "karras_rho=7.0"),
         ({"final_sigmas_type": "one"}, "final_sigmas_type='one'"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "flow matching"),
-        ({"_class_name": "EDMEulerScheduler"}, "EDM"),
+        ({"_class_name": "FlowMatchSomethingScheduler"}, "read_scheduler_config"),
+        ({"_class_name": "EDMSomethingScheduler"}, "EDM"),
         ({"_class_name": "ScoreSdeVeScheduler"}, "variance exploding"),
         ({"_class_name": "MyScheduler"}, "MyScheduler"),
         ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas=True"),
