@@ -57,26 +57,26 @@ CHANGES = {
 def test_an_engine_is_kept_for_the_conditions_that_it_was_built_under(machine, change):
     target = EngineTarget("tensorrt")
     for _ in range(2):
-        build_engine_cached(b"a graph", target, 1)
+        build_engine_cached(b"a graph", target, [1])
     assert len(machine.built) == 1
-    build_engine_cached(b"another graph", target, 1)
+    build_engine_cached(b"another graph", target, [1])
     assert machine.built[-1]["timing_cache"] == b"timings"
     vars(machine).update(CHANGES[change])
-    build_engine_cached(b"a graph", target, 1)
+    build_engine_cached(b"a graph", target, [1])
     assert len(machine.built) == 3
     assert machine.built[-1]["timing_cache"] is None, "timings of other conditions"
 
 
 def test_one_that_is_refused_is_built_again(machine):
     for again in (False, True):
-        build_engine_cached(b"a graph", EngineTarget("tensorrt"), 1, again=again)
+        build_engine_cached(b"a graph", EngineTarget("tensorrt"), [1], again=again)
     assert len(machine.built) == 2
 
 
 def test_what_an_architecture_runs_does_not_depend_on_the_machines_device(machine):
     for gpu in (GPU, NANO):
         machine.gpu = gpu
-        build_engine_cached(b"a graph", EngineTarget("tensorrt_rtx", 87), 1)
+        build_engine_cached(b"a graph", EngineTarget("tensorrt_rtx", 87), [1])
     assert len(machine.built) == 1
 
 
