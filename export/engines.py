@@ -24,6 +24,7 @@ from skipstep.bundles.cache_key import Part, cache_key
 from skipstep.bundles.manifest import EngineEntry
 from skipstep.cuda.probe import cuda_device
 from skipstep.export.bundle_rewriter import rewrite_bundle
+from skipstep.export.fusion import not_fused
 from skipstep.export.tensorrt_engine import EngineTarget, build_engine
 from skipstep.export.weight_storage import expand_weights
 from skipstep.networks.spec import NetworkSpec, network_batch_sizes
@@ -97,6 +98,8 @@ def built_engines(
     data, facts = build_engine_cached(
         step, target, sizes, device=device, workspace_bytes=workspace_bytes, progress=report
     )
+    if target.library == "tensorrt_rtx":
+        facts = {**facts, "not_fused": not_fused(step)}
     name = f"engines/{_file_word(target, facts)}-{precision}-batch{'-'.join(map(str, sizes))}.engine"
     return [(EngineEntry(name, str(target), precision, facts), data)]
 

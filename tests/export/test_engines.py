@@ -80,6 +80,17 @@ def test_what_an_architecture_runs_does_not_depend_on_the_machines_device(machin
     assert len(machine.built) == 1
 
 
+def test_what_does_not_fuse_is_a_fact_of_an_engine_of_rtx(machine, monkeypatch):
+    """Of full TensorRT it is not known."""
+    monkeypatch.setattr(engines, "not_fused", lambda step: [f"1 × {step.decode()}"])
+    network, facts = NetworkSpec((1, 4, 4)), {}
+    for target in (EngineTarget("tensorrt_rtx", 87), EngineTarget("tensorrt")):
+        [(entry, _)] = built_engines(b"a norm", target, network, [1, 4], "float16", lambda message: None)
+        facts[target.library] = entry.facts.get("not_fused")
+        assert machine.built[-1]["batch_sizes"] == (1, 4)
+    assert facts == {"tensorrt_rtx": ["1 × a norm"], "tensorrt": None}
+
+
 def test_files_of_two_devices_stand_side_by_side(machine):
     names = set()
     for gpu in (GPU, NANO):
