@@ -22,7 +22,7 @@ help:
 	@echo "make sample   draw clothes with the shipped model in 6 (fitted), 10, 20 and 50 steps (out/sample/grid.png)"
 	@echo "make test     run the test suite, without the slow tests"
 	@echo "make check    formatting, lint, types and all tests, slow ones included: what CI runs"
-	@echo "make triton   compile the kernels under the oldest supported Triton"
+	@echo "make triton   compile the kernels under the oldest supported Triton, and run the GPU gate dry under it"
 	@echo "make format   format the sources"
 	@echo "make bench    all CPU measurements; writes bench/results/ and the tables of all READMEs"
 	@echo "make bench-report  make one HTML page with plots from the committed runs (bench/results/report)"
@@ -53,13 +53,18 @@ check: $(VENV)/.dev triton
 
 # The kernels, compiled as a launch does under the oldest Triton that pyproject.toml allows, and executed as PTX, without
 # torch and a GPU; under the newest the suite does the same (tests/kernels/test_aot.py, tests/ptx).
+# The gate for a GPU runs dry under it, too, next to everything else of the environment.
 OLDEST_TRITON := build/oldest-triton
-triton:
+triton: $(VENV)/.dev
 	test -x $(OLDEST_TRITON)/bin/python || $(PYTHON) -m venv $(OLDEST_TRITON)
 	$(OLDEST_TRITON)/bin/python -m pip install --quiet --disable-pip-version-check 'triton==3.6.*' numpy
 	$(OLDEST_TRITON)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .
 	$(OLDEST_TRITON)/bin/python tests/kernels/compile_launches.py
 	$(OLDEST_TRITON)/bin/python tests/ptx/run_ptx.py --architectures 75 90 100
+	test -d $(OLDEST_TRITON)/alone || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target $(OLDEST_TRITON)/alone 'triton==3.6.*'
+	PYTHONPATH=$(OLDEST_TRITON)/alone $(BIN)/python -m skipstep.bench.gpu --dry-run --out $(OLDEST_TRITON)/gate
+	grep --quiet '"triton": "3.6.' $(OLDEST_TRITON)/gate/kernels.json
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

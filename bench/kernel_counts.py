@@ -136,7 +136,7 @@ def rtx_counts(subject: Subject) -> Iterator[tuple[str, int]]:
     }
     for name, graph in graphs.items():
         built = build_engine(graph, library="tensorrt_rtx", compute_capability=89, batch_sizes=(1,))
-        yield f"TensorRT-RTX, {name}", kernels(built.engine).total()
+        yield f"TensorRT-RTX, {name}", kernels(built.engine)[0].total()
 
 
 def main() -> None:

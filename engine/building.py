@@ -27,7 +27,7 @@ from skipstep.loops.lifecycle import Lifecycle
 from skipstep.loops.runner import BatchRunner, CompiledNetwork
 from skipstep.model_source import ModelOptions, is_module, read_model, specification
 from skipstep.networks.checkpoint import Checkpoint, read_checkpoint
-from skipstep.networks.spec import MAX_BATCH_SIZE
+from skipstep.networks.spec import MAX_BATCH_SIZE, network_batch_sizes
 from skipstep.plans.parameterization import PREDICTION_TYPES, TIME_INPUTS
 from skipstep.plans.plan import Plan
 from skipstep.plans.schedule import NoiseSchedule, check_schedule
@@ -185,7 +185,7 @@ def build_network(
         target = replace(target, device=str(cuda.torch_device), stream=stream, keep=CacheSlot)
     network = source.spec
     report(f"make the network ready for {chosen.name}" + (": export it to ONNX" if chosen.loads_bundles else ""))
-    make = chosen.denoisers(source, target)
+    make = chosen.denoisers(source, replace(target, batch_sizes=tuple(network_batch_sizes(network, sizes))))
 
     def reference() -> Denoiser:
         from skipstep.backends.torch import TorchDenoiser

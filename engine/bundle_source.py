@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -75,10 +75,17 @@ class BundleSource:
         return tuple(dict.fromkeys(str(each.facts.get("library")) for each in self.bundle.manifest.engines))
 
     def tensorrt_engine(
-        self, library: str, *, version: str, device: int, batch_size: int, precision: str, again: bool = False
+        self,
+        library: str,
+        *,
+        version: str,
+        device: int,
+        batch_sizes: Sequence[int],
+        precision: str,
+        again: bool = False,
     ) -> bytes:
         facts = cuda_device(device)
-        return read_engine(self.bundle, library=library, version=version, device=facts, batch_size=batch_size)[0]
+        return read_engine(self.bundle, library=library, version=version, device=facts, batch_size=batch_sizes[0])[0]
 
 
 def load_network(

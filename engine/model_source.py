@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -104,7 +104,14 @@ class ModelSource:
         return "tensorrt", "tensorrt_rtx"
 
     def tensorrt_engine(
-        self, library: str, *, version: str, device: int, batch_size: int, precision: str, again: bool = False
+        self,
+        library: str,
+        *,
+        version: str,
+        device: int,
+        batch_sizes: Sequence[int],
+        precision: str,
+        again: bool = False,
     ) -> bytes:
         from skipstep.export.engines import build_engine_cached
         from skipstep.export.tensorrt_engine import EngineTarget
@@ -112,7 +119,7 @@ class ModelSource:
         target = EngineTarget("tensorrt" if library == "tensorrt" else "tensorrt_rtx")
         tf32 = precision == "tf32"
         step = self.step_graph("float32" if tf32 else precision)
-        return build_engine_cached(step, target, batch_size, device=device, tf32=tf32, again=again)[0]
+        return build_engine_cached(step, target, batch_sizes, device=device, tf32=tf32, again=again)[0]
 
 
 def specification(

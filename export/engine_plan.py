@@ -17,11 +17,15 @@ _SECTION = re.compile(rb"\nmain \{\n(.*?)\n\}", re.DOTALL)
 _ENTRY = re.compile(rb"^ *([a-z_]+)=\{", re.MULTILINE)
 
 
-def kernels(engine: bytes) -> Counter[str]:
-    """How many kernels of each kind an evaluation launches. Raises ExportError for an engine without a plan in text."""
-    sections = _SECTION.findall(engine)
-    found = Counter(kind.decode() for section in sections[:1] for kind in _ENTRY.findall(section))
-    launched = Counter({kind: count for kind, count in found.items() if kind in _LAUNCHES})
+def kernels(engine: bytes) -> list[Counter[str]]:
+    """How many kernels of each kind an evaluation launches, for each profile of the engine, or for its one fixed shape.
+
+    Raises ExportError for an engine without a plan in text.
+    """
+    plans = [Counter(kind.decode() for kind in _ENTRY.findall(section)) for section in _SECTION.findall(engine)]
+    counted = [Counter({kind: n for kind, n in plan.items() if kind in _LAUNCHES}) for plan in plans]
+    # A kernel that is a program of its own has a section with one entry, itself.
+    launched = [plan for plan in counted if plan.total() > 1] or [plan for plan in counted[:1] if plan]
     if not launched:
         raise ExportError(
             got="an engine without the text of its plan",

@@ -24,6 +24,7 @@ from skipstep.bundles.cache_key import Part, cache_key
 from skipstep.bundles.manifest import EngineEntry
 from skipstep.cuda.probe import cuda_device
 from skipstep.export.bundle_rewriter import rewrite_bundle
+from skipstep.export.fusion import not_fused
 from skipstep.export.tensorrt_engine import EngineTarget, build_engine
 from skipstep.export.weight_storage import expand_weights
 from skipstep.networks.spec import NetworkSpec, network_batch_sizes
@@ -68,11 +69,16 @@ def add_engines(
             workspace_bytes=workspace_bytes,
         )
     ]
-    replaced = {entry.file for entry, _ in built}
-    kept = tuple(entry for entry in manifest.engines if entry.file not in replaced)
+    replaced = {_made_for(entry) for entry, _ in built}
+    kept = tuple(entry for entry in manifest.engines if _made_for(entry) not in replaced)
     changed = dataclasses.replace(manifest, engines=(*kept, *(entry for entry, _ in built)))
     rewrite_bundle(bundle, changed, {entry.file: data for entry, data in built})
-    return sorted(replaced)
+    return sorted(entry.file for entry, _ in built)
+
+
+def _made_for(entry: EngineEntry) -> tuple[Any, ...]:
+    """What one engine is for: an earlier version made one for each batch size of it."""
+    return entry.target, entry.precision, entry.facts.get("device"), entry.facts.get("num_multiprocessors")
 
 
 def built_engines(
@@ -86,16 +92,16 @@ def built_engines(
     device: int = 0,
     workspace_bytes: int | None = None,
 ) -> list[tuple[EngineEntry, bytes]]:
-    """One engine for each batch size: for a fixed shape the library makes the same bytes every time."""
-    built = []
-    for size in network_batch_sizes(network, batch_sizes):
-        report(f"{target}, batch {size}")
-        data, facts = build_engine_cached(
-            step, target, size, device=device, workspace_bytes=workspace_bytes, progress=report
-        )
-        name = f"engines/{_file_word(target, facts)}-{precision}-batch{size}.engine"
-        built.append((EngineEntry(name, str(target), precision, facts), data))
-    return built
+    """One engine for all batch sizes of the network."""
+    sizes = network_batch_sizes(network, batch_sizes)
+    report(f"{target}, batch {', '.join(map(str, sizes))}")
+    data, facts = build_engine_cached(
+        step, target, sizes, device=device, workspace_bytes=workspace_bytes, progress=report
+    )
+    if target.library == "tensorrt_rtx":
+        facts = {**facts, "not_fused": not_fused(step)}
+    name = f"engines/{_file_word(target, facts)}-{precision}-batch{'-'.join(map(str, sizes))}.engine"
+    return [(EngineEntry(name, str(target), precision, facts), data)]
 
 
 def _file_word(target: EngineTarget, facts: Mapping[str, Any]) -> str:
@@ -115,7 +121,7 @@ def _installed(library: Library) -> tuple[str, ...]:
 def build_engine_cached(
     step: bytes,
     target: EngineTarget,
-    batch_size: int,
+    batch_sizes: Sequence[int],
     *,
     device: int = 0,
     workspace_bytes: int | None = None,
@@ -123,12 +129,14 @@ def build_engine_cached(
     again: bool = False,
     progress: Progress | None = None,
 ) -> tuple[bytes, dict[str, Any]]:
-    """The TensorRT engine and its facts, from the user's cache if the same one was built before; not if `again`.
+    """The TensorRT engine for these batch sizes and its facts, from the user's cache if the same one was built before;
+    not if `again`.
 
     Everything that an engine depends on is part of the key: the library and the CUDA release that it is for, the
     platform, and the GPU and its driver where one is built for. Full TensorRT's kernel timings are kept for the next
     build under the same conditions.
     """
+    sizes = tuple(sorted(set(batch_sizes)))
     cache = ArtefactCache()
     gpu = None if target.compute_capability is not None else astuple(cuda_device(device))
     library = _installed(target.library)
@@ -138,7 +146,7 @@ def build_engine_cached(
         kind="engine",
         graph=hashlib.sha256(step).hexdigest(),
         target=str(target),
-        batch_size=batch_size,
+        batch_sizes=sizes,
         workspace_bytes=workspace_bytes,
         tf32=tf32,
         **built_by,
@@ -148,14 +156,14 @@ def build_engine_cached(
 
     def report(phase: str, done: int, total: int) -> None:
         if done == 0 and progress is not None:
-            progress(f"{target}, batch {batch_size}: {phase}")
+            progress(f"{target}: {phase}")
 
     def build() -> bytes:
         built = build_engine(
             step,
             library=target.library,
             compute_capability=target.compute_capability,
-            batch_sizes=(batch_size,),
+            batch_sizes=sizes,
             device=device,
             workspace_bytes=workspace_bytes,
             tf32=tf32,
@@ -167,6 +175,6 @@ def build_engine_cached(
         facts = json.dumps(built.describe()).encode()
         return len(facts).to_bytes(4, "little") + facts + built.engine
 
-    stored = cache.get_or_build(key, build, f"{target} engine, batch {batch_size}")
+    stored = cache.get_or_build(key, build, f"{target} engine, batch {', '.join(map(str, sizes))}")
     end = 4 + int.from_bytes(stored[:4], "little")
     return stored[end:], json.loads(stored[4:end])

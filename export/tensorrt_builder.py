@@ -25,7 +25,7 @@ from skipstep.backends.tensorrt_library import EXTRAS, import_library
 from skipstep.cuda.probe import DeviceFacts, cuda_device
 from skipstep.errors import ExportError, InputError, MissingDependencyError, SkipstepError
 from skipstep.export.tensorrt_engine import Progress
-from skipstep.export.tensorrt_graph import BATCH, batch_profile, checked_graph, messages
+from skipstep.export.tensorrt_graph import BATCH, batch_profiles, checked_graph, messages
 
 _DTYPE_NAMES: Mapping[str, str] = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 _NO_DEVICE = "build on the machine that will run the engine, or name an architecture, as in rtx:sm86"
@@ -69,7 +69,7 @@ def _build(
     number, only_for = _resolve_architecture(trt, library, request["compute_capability"])
     report("check the graph", 0, 1)
     model = checked_graph(onnx_model)
-    profile = batch_profile(model, request["batch_sizes"])
+    profiles = batch_profiles(model, request["batch_sizes"])
     report("check the graph", 1, 1)
 
     logger = _error_logger(trt)
@@ -90,11 +90,12 @@ def _build(
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if request["workspace_bytes"] is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_bytes"])
-    if profile is not None:
+    for size in profiles or ():
         shapes = builder.create_optimization_profile()
         for name, _, shape in inputs:
             if BATCH in shape:
-                shapes.set_shape(name, *(tuple(size if d == BATCH else d for d in shape) for size in profile))
+                exactly = tuple(size if each == BATCH else each for each in shape)
+                shapes.set_shape(name, exactly, exactly, exactly)
         config.add_optimization_profile(shapes)
     timings = _timing_cache(config, cache) if library == "tensorrt" else None
     if request["progress"] and hasattr(trt, "IProgressMonitor"):
@@ -117,7 +118,7 @@ def _build(
         "flags": sorted(name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag)),
         "inputs": inputs,
         "outputs": _tensors(model.graph.output, network.get_output, network.num_outputs),
-        "profile": profile,
+        "profiles": profiles,
     }
     return facts, bytes(engine), b"" if timings is None else bytes(timings.serialize())
 

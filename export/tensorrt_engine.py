@@ -79,8 +79,9 @@ class EngineTensor:
 class BuiltEngine:
     """A serialised engine and what made it.
 
-    `profile`: least, favoured and greatest batch; None where the shapes are fixed. `device` and `num_multiprocessors`:
-    the GPU that a TensorRT engine is for; None where any of its architecture will do. `flags`: the builder's, by name.
+    `profiles`: the batch sizes of its profiles, in order; None where the shapes are fixed. `device` and
+    `num_multiprocessors`: the GPU that a TensorRT engine is for; None where any of its architecture will do. `flags`:
+    the builder's, by name.
     """
 
     engine: bytes = field(repr=False)
@@ -94,7 +95,7 @@ class BuiltEngine:
     flags: tuple[str, ...]
     inputs: tuple[EngineTensor, ...]
     outputs: tuple[EngineTensor, ...]
-    profile: tuple[int, int, int] | None
+    profiles: tuple[int, ...] | None
     seconds: float
     onnx_sha256: str
 
@@ -123,9 +124,9 @@ def build_engine(
 ) -> BuiltEngine:
     """Build an engine from an ONNX graph that carries its weights.
 
-    `batch_sizes` bounds the dimension named "batch": from the least to the greatest, tuned for the first. One size
-    makes an engine of fixed shape, smaller, and with TensorRT-RTX the same bytes at every build; over a range the
-    library names its internals anew each time. A graph whose shapes are fixed needs none.
+    `batch_sizes` are those of the dimension named "batch". One makes an engine of fixed shape; several make one with a
+    profile of exactly that size for each, which holds the weights once. TensorRT-RTX builds the same bytes every time.
+    A graph whose shapes are fixed needs none.
     `compute_capability` (86 for sm_86) is TensorRT-RTX's to choose; None is the GPU of this machine with the number
     `device`.
     `timing_cache` is what an earlier TensorRT build on this GPU measured; one that the library does not take any more
@@ -158,7 +159,7 @@ def build_engine(
         flags=tuple(facts["flags"]),
         inputs=inputs,
         outputs=outputs,
-        profile=None if facts["profile"] is None else tuple(facts["profile"]),
+        profiles=None if facts["profiles"] is None else tuple(facts["profiles"]),
         seconds=time.perf_counter() - started,
         onnx_sha256=hashlib.sha256(onnx_model).hexdigest(),
     )

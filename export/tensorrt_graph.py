@@ -83,8 +83,8 @@ def messages(message: Any, owner: str = "") -> Iterator[tuple[str, Any]]:
                 yield from messages(each, inner)
 
 
-def batch_profile(model: Any, batch_sizes: Sequence[int]) -> tuple[int, int, int] | None:
-    """Least, favoured and greatest batch for an open batch dimension; a single size is written into the graph."""
+def batch_profiles(model: Any, batch_sizes: Sequence[int]) -> tuple[int, ...] | None:
+    """The sizes that an open batch dimension may have, in order; a single one is written into the graph."""
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = [each for each in model.graph.input if each.name not in stored]
     leading = set()
@@ -111,7 +111,7 @@ def batch_profile(model: Any, batch_sizes: Sequence[int]) -> tuple[int, int, int
             got="no batch sizes for a graph with an open batch", expected="one or more", remedy="pass such as (1, 8)"
         )
     if len(set(batch_sizes)) > 1:
-        return min(batch_sizes), batch_sizes[0], max(batch_sizes)
+        return tuple(sorted(set(batch_sizes)))
     for each in (*inputs, *model.graph.output, *model.graph.value_info):
         for dimension in each.type.tensor_type.shape.dim:
             if dimension.dim_param == BATCH:

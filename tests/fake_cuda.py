@@ -52,11 +52,19 @@ class FakeStream:
         self.device.fault("enqueue")
         self._append(work)
 
-    def record(self) -> FakeEvent:
-        return FakeEvent(self, self.enqueued)
+    def record(self, again: FakeEvent | None = None) -> FakeEvent:
+        """`again` must not stand for later work where somebody still waits for the earlier."""
+        if again is None:
+            return FakeEvent(self, self.enqueued)
+        assert again.done, "an event that somebody may still wait for is recorded again"
+        again.stream, again.position = self, self.enqueued
+        return again
 
     def wait(self, event: FakeEvent) -> None:
         self._append(event)
+
+    def follow(self, other: FakeStream) -> None:
+        self.wait(other.record())
 
     def _append(self, item) -> None:
         with self.device.lock:

@@ -58,6 +58,12 @@ class ExecutionContextAllocationStrategy(enum.Enum):
     USER_MANAGED = 1
 
 
+class DynamicShapesKernelSpecializationStrategy(enum.Enum):
+    LAZY = 0
+    EAGER = 1
+    NONE = 2
+
+
 class ILogger:
     Severity = Severity
 
@@ -85,6 +91,15 @@ class IRuntimeConfig:
     def __init__(self) -> None:
         self._strategy = ExecutionContextAllocationStrategy.STATIC
         self._cache: weakref.ref[IRuntimeCache] | None = None
+        self._specialization = DynamicShapesKernelSpecializationStrategy.LAZY
+
+    @property
+    def dynamic_shapes_kernel_specialization_strategy(self) -> DynamicShapesKernelSpecializationStrategy:
+        return self._specialization
+
+    @dynamic_shapes_kernel_specialization_strategy.setter
+    def dynamic_shapes_kernel_specialization_strategy(self, value: DynamicShapesKernelSpecializationStrategy) -> None:
+        self._specialization = value
 
     def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
         self._strategy = strategy
@@ -121,6 +136,8 @@ class ICudaEngine:
         self._outputs = {each.name: each for each in self._session.get_outputs()}
         self._contexts: list[IExecutionContext] = []
         self._overrides: dict[tuple[str, str], Any] = PRETENCES.get("tensors", {})
+        profiles = self._session.get_modelmeta().custom_metadata_map.get("profiles", "")
+        self._profiles = [int(size) for size in profiles.split()]
 
     @property
     def num_io_tensors(self) -> int:
@@ -129,6 +146,15 @@ class ICudaEngine:
     @property
     def device_memory_size_v2(self) -> int:
         return WORKSPACE_BYTES
+
+    @property
+    def num_optimization_profiles(self) -> int:
+        return max(1, len(self._profiles))
+
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
+        size = self._profiles[profile_index] if self._profiles else 4
+        least = size if self._profiles else 1
+        return [(each, *self.get_tensor_shape(name)[1:]) for each in (least, size, size)]
 
     def get_tensor_name(self, index: int) -> str:
         return [*self._outputs, *self._inputs][index]
@@ -169,6 +195,9 @@ class ICudaEngine:
             self._logger.log(Severity.ERROR, "out of memory")
             return None
         cache = runtime_config._cache if isinstance(runtime_config, IRuntimeConfig) else None
+        if self._profiles and isinstance(runtime_config, IRuntimeConfig):
+            eager = DynamicShapesKernelSpecializationStrategy.EAGER
+            assert runtime_config._specialization is eager, "it would compile in the background"
         held = None if cache is None else cache()
         if held is not None:
             held._kernels = held._kernels or b"compiled"
@@ -182,6 +211,8 @@ class IExecutionContext:
         self._check_cache()
         self._addresses: dict[str, int] = {}
         self._memory = (0, 0)
+        self._profile = 0
+        self._shapes: dict[str, tuple[int, ...]] = {}
         # Streams that it was launched on, and where its tensors were at each launch.
         self._launches: list[tuple[int, dict[str, int]]] = []
 
@@ -192,6 +223,16 @@ class IExecutionContext:
         assert memory % ALIGNMENT == 0
         assert size >= self._engine.device_memory_size_v2
         self._memory = memory, size
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        assert stream_handle, "the default stream cannot be recorded"
+        self._profile, self._shapes = profile_index, {}
+        return profile_index < len(self._engine._profiles) and not PRETENCES.get("no profiles")
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        least, _, most = self._engine.get_tensor_profile_shape(name, self._profile)
+        self._shapes[name] = tuple(shape)
+        return least <= tuple(shape) <= most and not PRETENCES.get("no shapes")
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         assert memory % ALIGNMENT == 0, "native code would read past it"
@@ -207,6 +248,7 @@ class IExecutionContext:
         engine = self._engine
         self._check_cache()
         assert self._addresses.keys() == engine._inputs.keys() | engine._outputs.keys()
+        assert not engine._profiles or self._shapes.keys() == engine._inputs.keys(), "the shapes are not known"
         if PRETENCES.get("no launch"):
             engine._logger.log(Severity.ERROR, "no launch today")
             return False
@@ -220,6 +262,8 @@ class IExecutionContext:
 
     def _array(self, name: str) -> NDArray[Any]:
         dtype, shape = self._engine.get_tensor_dtype(name).value, tuple(self._engine.get_tensor_shape(name))
+        if self._engine._profiles:
+            shape = (self._engine._profiles[self._profile], *shape[1:])
         count = int(np.prod(shape)) * np.dtype(dtype).itemsize
         return np.frombuffer((ctypes.c_uint8 * count).from_address(self._addresses[name]), dtype).reshape(shape)
 
@@ -235,6 +279,7 @@ def library(name: str = "tensorrt_rtx") -> SimpleNamespace:
         __spec__=ModuleSpec(name, None),
         __version__="1.7.0.0",
         DataType=DataType,
+        DynamicShapesKernelSpecializationStrategy=DynamicShapesKernelSpecializationStrategy,
         ExecutionContextAllocationStrategy=ExecutionContextAllocationStrategy,
         ICudaEngine=ICudaEngine,
         IExecutionContext=IExecutionContext,
@@ -248,11 +293,15 @@ def library(name: str = "tensorrt_rtx") -> SimpleNamespace:
     )
 
 
-def engine_of(step_graph: bytes, batch_size: int) -> bytes:
-    """The step graph with its batch written into every shape, as the builder does for a single size."""
+def engine_of(step_graph: bytes, *batch_sizes: int) -> bytes:
+    """The step graph with its batch written into every shape, as the builder does for a single size; of several sizes
+    with a profile for each."""
     model = onnx.load_from_string(step_graph)
+    if len(batch_sizes) > 1:
+        model.metadata_props.add(key="profiles", value=" ".join(map(str, sorted(batch_sizes))))
+        return bytes(model.SerializeToString())
     for each in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         for dimension in each.type.tensor_type.shape.dim:
             if dimension.dim_param == "batch":
-                dimension.dim_value = batch_size
+                dimension.dim_value = batch_sizes[0]
     return bytes(model.SerializeToString())

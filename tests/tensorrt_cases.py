@@ -12,6 +12,7 @@ import torch
 from step_networks import SPEC
 
 from skipstep.backends.tensorrt import TensorRtDenoiser
+from skipstep.backends.tensorrt_loaded import LoadedEngine
 from skipstep.cuda.probe import DeviceFacts
 
 CPU = torch.device("cpu")
@@ -48,9 +49,10 @@ class Cuda:
 
 
 def denoiser(batch_size=3, *, library="tensorrt_rtx", spec=SPEC, engine=None, precision="float32", keep=None):
-    engine = engine or fake_tensorrt.engine_of(step_networks.source().step_graph(precision), batch_size)
+    data = engine or fake_tensorrt.engine_of(step_networks.source().step_graph(precision), batch_size)
     early = step_networks.early_graphs()
-    return TensorRtDenoiser(engine, early, spec, library=library, batch_size=batch_size, device=CPU, keep=keep)
+    loaded = LoadedEngine(data, library=library, device=CPU, keep=keep)
+    return TensorRtDenoiser(loaded, early, spec, batch_size=batch_size)
 
 
 def tables(network, given, **options):

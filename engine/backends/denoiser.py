@@ -10,7 +10,7 @@ owns the memory of the step inputs, so that one captured graph serves every plan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -126,10 +126,17 @@ class NetworkSource(Protocol):
         ...
 
     def tensorrt_engine(
-        self, library: str, *, version: str, device: int, batch_size: int, precision: str, again: bool = False
+        self,
+        library: str,
+        *,
+        version: str,
+        device: int,
+        batch_sizes: Sequence[int],
+        precision: str,
+        again: bool = False,
     ) -> bytes:
-        """A verified TensorRT engine of the step network for that GPU of this machine. `again`: the library did not
-        take the one that was given before."""
+        """A verified TensorRT engine of the step network for that GPU of this machine: at the first of `batch_sizes`,
+        and at the others where one engine can be. `again`: the library did not take the one that was given before."""
         ...
 
 
@@ -144,6 +151,7 @@ class Target:
     stream       on a GPU: the torch stream of the engine, None for a stand-in device.
     library      "tensorrt" or "tensorrt_rtx"; None: what is installed and has engines.
     keep         where a library keeps what it compiled, None: nowhere.
+    batch_sizes  of the network, for libraries that compile for all of them at once.
     """
 
     device: str = "cpu"
@@ -153,6 +161,7 @@ class Target:
     stream: Any = None
     library: Library | None = None
     keep: Keep | None = None
+    batch_sizes: tuple[int, ...] = ()
 
     @property
     def dtype(self) -> str:

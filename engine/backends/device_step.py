@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ from skipstep.errors import ExportError
 from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs
 from skipstep.networks.spec import NetworkSpec
 
-_KEPT_RESULTS, _KEPT_BYTES = 8, 256 << 20
+_KEPT_RESULTS, _KEPT_BYTES, _LONG_KEY = 8, 256 << 20, 1 << 12
 # NumPy has no bfloat16; the copy to the device rounds.
 HOST_DTYPES: Mapping[torch.dtype, type[np.generic]] = {
     torch.float64: np.float64,
@@ -86,7 +86,8 @@ class HostInputs:
         self, source: EarlyParts, spec: NetworkSpec, inputs: Mapping[str, StepTensor], *, batch_size: int
     ) -> None:
         self._source = source
-        self._kept: OrderedDict[bytes, StepInputs] = OrderedDict()
+        self._kept: OrderedDict[Hashable, StepInputs] = OrderedDict()
+        self._kept_bytes = 0
         self._lock = threading.Lock()
         # Values that follow from a timestep alone are found by computing some; those of a stored plan are read.
         stored = np.frombuffer(next(iter(source.tables), np.zeros(1).tobytes()))
@@ -107,7 +108,7 @@ class HostInputs:
 
     def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> StepInputs:
         """See Denoiser.compute. The last few results are kept, and must not be written to."""
-        key = _digest(timesteps, conditioning)
+        key = _key(timesteps, conditioning)
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -117,12 +118,14 @@ class HostInputs:
             self._keep(key, values)
         return values
 
-    def _keep(self, key: bytes, values: StepInputs) -> None:
-        if _num_bytes(values) > _KEPT_BYTES:
+    def _keep(self, key: Hashable, values: StepInputs) -> None:
+        num_bytes = _num_bytes(values)
+        if num_bytes > _KEPT_BYTES or key in self._kept:
             return
         self._kept[key] = values
-        while len(self._kept) > _KEPT_RESULTS or sum(map(_num_bytes, self._kept.values())) > _KEPT_BYTES:
-            self._kept.popitem(last=False)
+        self._kept_bytes += num_bytes
+        while len(self._kept) > _KEPT_RESULTS or self._kept_bytes > _KEPT_BYTES:
+            self._kept_bytes -= _num_bytes(self._kept.popitem(last=False)[1])
 
 
 def _num_bytes(values: StepInputs) -> int:
@@ -133,14 +136,14 @@ def _blank(spec: NetworkSpec, batch_size: int) -> Conditioning:
     return Conditioning(filled_rows(spec, 1), np.zeros(batch_size, np.int64))
 
 
-def _digest(timesteps: NDArray[np.float64], conditioning: Conditioning) -> bytes:
-    """Of all that the values follow from. Prompts are long, and a key outlives them."""
-    digest = hashlib.sha256()
-    named = [(name, conditioning.rows[name]) for name in sorted(conditioning.rows)]
-    for name, array in [("timesteps", timesteps), ("index", conditioning.index), *named]:
-        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.digest()
+def _key(timesteps: NDArray[np.float64], conditioning: Conditioning) -> Hashable:
+    """All that the values follow from. Of prompts, which are long, a digest: a key outlives them."""
+    rows = []
+    for name, array in conditioning.rows.items():
+        data = array.tobytes()
+        short = data if len(data) <= _LONG_KEY else hashlib.sha256(data).digest()
+        rows.append((name, array.dtype.char, array.shape, short))
+    return timesteps.shape, timesteps.tobytes(), conditioning.index.tobytes(), tuple(rows)
 
 
 def copy_row(table: Tensor, stage: int | Tensor, out: Tensor) -> None:

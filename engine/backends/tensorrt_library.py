@@ -29,6 +29,7 @@ class TensorRt(Protocol):
     __version__: str
     ILogger: type[trt.ILogger]
     Runtime: type[trt.Runtime]
+    DynamicShapesKernelSpecializationStrategy: type[trt.DynamicShapesKernelSpecializationStrategy]
     ExecutionContextAllocationStrategy: type[trt.ExecutionContextAllocationStrategy]
     TensorFormat: type[trt.TensorFormat]
     TensorIOMode: type[trt.TensorIOMode]

@@ -42,13 +42,17 @@ class TorchEarly(EarlyParts):
     """The earlier parts as torch graphs on the CPU; `crossing` names the outputs of each."""
 
     crossing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    _inputs: Mapping[str, tuple[str, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._inputs = {name: input_names(part.graph) for name, part in self.graphs.items()}
 
     def _run(self, name: str, given: Mapping[str, NDArray[np.generic]]) -> Values:
         if name not in self.graphs:
             return {}
         part: fx.GraphModule = self.graphs[name]
         # torch warns of memory that it may not write to.
-        inputs = [torch.from_numpy(np.require(given[each], requirements="W")) for each in input_names(part.graph)]
+        inputs = [torch.from_numpy(np.require(given[each], requirements="W")) for each in self._inputs[name]]
         with torch.inference_mode():
             return {each: value.numpy() for each, value in zip(self.crossing[name], part(*inputs), strict=True)}
 

@@ -131,7 +131,11 @@ def read_engine(
         "device": device.name if library == "tensorrt" else None,
         "num_multiprocessors": device.num_multiprocessors if library == "tensorrt" else None,
     }
-    engines = [(entry, {name: _engine_fact(entry, name) for name in requested}) for entry in bundle.manifest.engines]
+    engines = [
+        (entry, {name: entry.facts.get(name) for name in requested} | {"batch_size": size})
+        for entry in bundle.manifest.engines
+        for size in _engine_sizes(entry)
+    ]
     for entry, facts in engines:
         if facts == requested:
             return bundle.read(entry.file), entry
@@ -148,12 +152,13 @@ def read_engine(
     )
 
 
-def _engine_fact(entry: EngineEntry, name: str) -> Any:
-    if name != "batch_size":
-        return entry.facts.get(name)
-    inputs = entry.facts.get("inputs")
+def _engine_sizes(entry: EngineEntry) -> list[Any]:
+    """The batch sizes of an engine: those of its profiles, else that of its first input."""
+    profiles, inputs = entry.facts.get("profiles"), entry.facts.get("inputs")
+    if isinstance(profiles, list) and profiles:
+        return profiles
     shapes = [each.get("shape") for each in inputs if isinstance(each, dict)] if isinstance(inputs, list) else []
-    return shapes[0][0] if shapes and isinstance(shapes[0], list) and shapes[0] else None
+    return [shapes[0][0] if shapes and isinstance(shapes[0], list) and shapes[0] else None]
 
 
 def while_unchanged(path: str | os.PathLike[str], read: Callable[[], T]) -> T:

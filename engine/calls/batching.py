@@ -15,6 +15,8 @@ OVERHEAD = 0.5
 
 def split_batch(num_samples: int, batch_sizes: Sequence[int]) -> list[int]:
     """Return batch sizes, largest first, that cover `num_samples` ≥ 1 at the least cost; the sum may exceed it."""
+    if num_samples in batch_sizes:
+        return [num_samples]
     sizes = tuple(sorted(set(batch_sizes)))
     largest = sizes[-1]
     # Far from the end the largest size has the least cost per sample; only the tail is worth a search.

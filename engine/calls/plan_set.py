@@ -117,7 +117,7 @@ class PlanSet(Mapping[str, Plan]):
 
     def choose(self, steps: int | None, plan: Plan | Sequence[Plan] | None) -> list[Plan]:
         """The plan of a call, or one for each sample. Raises InputError and PlanNotFoundError."""
-        if isinstance(plan, Sequence) and not isinstance(plan, str | bytes | bytearray):
+        if plan is not None and isinstance(plan, Sequence) and not isinstance(plan, str | bytes | bytearray):
             if not plan or steps is not None:
                 raise InputError(
                     got="an empty list of plans" if not plan else "both steps and plan",
@@ -130,7 +130,7 @@ class PlanSet(Mapping[str, Plan]):
     def check_guidance(self, plans: Sequence[Plan], scales: Any) -> None:
         """Raise InputError where a call's guidance is far from that of a plan's fit."""
         for plan in plans:
-            if not self.fits_guidance(plan, scales):
+            if plan.fit is not None and not self.fits_guidance(plan, scales):
                 check_guidance(plan.fit, scales)
 
     def fits_guidance(self, plan: Plan, scales: Any) -> bool:

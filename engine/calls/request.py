@@ -5,7 +5,7 @@ Scalars apply to every sample, sequences name each one; all sequences of a call 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
@@ -19,6 +19,7 @@ from skipstep.errors import InputError, check_integer, shown
 from skipstep.networks.spec import LABELS, PROMPTS, NetworkSpec
 
 MAX_SEED = 2**64 - 1
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 # Of one call: far more than fit in memory for any network of use.
 MAX_SAMPLES = 1 << 24
 
@@ -71,6 +72,11 @@ class SampleRequest:
     def num_copies(self) -> int:
         """The batch multiplier: 2 with classifier-free guidance, else 1."""
         return 1 if self.guidance is None else 2
+
+    def condition_bytes(self) -> tuple[tuple[str, bytes], ...]:
+        """Of all that a network's step inputs follow from, beside timesteps and the number of copies."""
+        halves = (self.conditions, self.negative_conditions)
+        return tuple((name, array.tobytes()) for half in halves for name, array in half.items())
 
     def apart_from(self, out: Any) -> SampleRequest:
         """This request, with copies of the arrays that may share memory with `out`: samples are written there while
@@ -138,7 +144,7 @@ def resolve_request(
         "guidance_scale": scales,
         "guidance_rescale": _resolve_rescale(guidance_rescale, None if network.takes_guidance else guidance_scale),
     }
-    lengths = {name: len(array) for name, array in given.items() if array is not None and array.ndim == 1}
+    lengths = {name: len(array) for name, array in given.items() if array is not None and array.ndim}
     if latents is not None:
         lengths[latents_name] = len(latents)
     guided = not network.takes_guidance and scales is not None and bool(np.any(scales != 1.0))
@@ -161,16 +167,16 @@ def resolve_request(
             remedy="pass at least one seed" if num_samples == 0 else "draw them in several calls",
         )
 
-    vectors: Iterator[NDArray[Any] | None] = (
-        array if array is None or array.ndim else np.full(num_samples, array, array.dtype) for array in given.values()
-    )
+    vectors: list[NDArray[Any] | None] = [
+        array if array is None or array.ndim else array.repeat(num_samples) for array in given.values()
+    ]
     seed_array, labels, guidance, rescale = vectors
     if labels is None and network.num_classes is not None:
         assert network.null_label is not None, "_resolve_labels refuses a call without labels otherwise"
         labels = np.full(num_samples, network.null_label)
     if not guided:
         guidance = None  # A scale of 1 is the conditional prediction itself: half the work, the same result.
-    if guidance is None or (rescale is not None and not np.any(rescale)):
+    if guidance is None or (rescale is not None and not rescale.any()):
         rescale = None  # Without guidance there is nothing to take back.
     of_samples = rows.given if labels is None else {**rows.given, LABELS: labels}
     return SampleRequest(num_samples, seed_array, latents, guidance, rescale, of_samples, rows.negative)
@@ -224,13 +230,13 @@ def _resolve_guidance(scale: float | Sequence[float] | None, network: NetworkSpe
     if scale is None:
         return None
     array = _float_vector(scale)
-    if not np.all(np.isfinite(array)):
+    if not np.isfinite(array).all():
         raise InputError(
             got=f"guidance_scale={shown(scale)}",
             expected="a finite number, or one per sample",
             remedy="pass 1.0 for no guidance, and 1.5 to 4 for more",
         )
-    if not (network.can_guide or network.takes_guidance) and np.any(array != 1.0):
+    if not (network.can_guide or network.takes_guidance) and (array != 1.0).any():
         raise InputError(
             got=f"guidance_scale={shown(scale)} for a network without a null label",
             expected="a network trained with label dropout: guidance contrasts labelled with unlabelled predictions",
@@ -245,7 +251,7 @@ def _resolve_rescale(
     if strength is None:
         return None
     array = _float_vector(strength)
-    if not np.all((array >= 0.0) & (array <= 1.0)):
+    if not ((array >= 0.0) & (array <= 1.0)).all():
         raise InputError(
             got=f"guidance_rescale={shown(strength)}",
             expected="a number in [0, 1], or one per sample",
@@ -262,6 +268,8 @@ def _resolve_rescale(
 
 def _float_vector(values: Any) -> NDArray[np.float32]:
     """Float32, scalar or `[B]`, from numbers, a sequence of numbers, NumPy or torch; NaN for anything else."""
+    if type(values) is float and abs(values) <= _MAX_FLOAT32:
+        return np.array(values, np.float32)
     array = number_array(values)
     if array is None or array.ndim > 1:
         return np.array(np.nan, np.float32)
@@ -272,6 +280,13 @@ def _float_vector(values: Any) -> NDArray[np.float32]:
 def _int_vector(
     name: str, values: int | Sequence[int], *, low: int, high: int, dtype: type[np.integer[Any]]
 ) -> NDArray[Any]:
+    # Python's own integers within the range, as most calls have them: nothing is left to be checked.
+    if type(values) is int and low <= values <= high:
+        return np.array(values, dtype)
+    if type(values) is list:
+        values = values[: MAX_SAMPLES + 1]
+        if all(type(each) is int and low <= each <= high for each in values):
+            return np.array(values, dtype)
     remedy = f"pass {name} in this range" + ("" if isinstance(values, int | np.integer) else ", one per sample")
     if is_tensor(values) or isinstance(values, np.ndarray):
         array = number_array(values)

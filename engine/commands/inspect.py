@@ -12,7 +12,7 @@ from skipstep.latency.table import format_table
 
 if TYPE_CHECKING:
     from skipstep.bundles.bundle import Bundle
-    from skipstep.bundles.manifest import PlanEntry
+    from skipstep.bundles.manifest import EngineEntry, PlanEntry
 
 DESCRIPTION = "Read a bundle's manifest, and no other file of it, and list its contents."
 
@@ -59,7 +59,7 @@ def describe(bundle: Bundle) -> str:
             )
             for plan in manifest.plans
         ),
-        *(("engine", f"{e.target}, {e.precision}, {e.file}") for e in manifest.engines),
+        *(each for engine in manifest.engines for each in _engine_lines(engine)),
         *(("kernels", line) for line in _kernel_lines(bundle)),
         *(("onnx loop", f"plan {s.plan}{', guided' if s.guided else ''}, {s.file}") for s in manifest.samplers),
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
@@ -90,6 +90,14 @@ def describe(bundle: Bundle) -> str:
 def _steps(plan: PlanEntry) -> Any:
     timesteps = plan.options.get("timesteps")
     return len(timesteps) if isinstance(timesteps, list) and timesteps else plan.options.get("steps")
+
+
+def _engine_lines(engine: EngineEntry) -> list[tuple[str, str]]:
+    """The engine, and what of the network takes more kernels in it than it could."""
+    found = engine.facts.get("not_fused")
+    unfused = [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
+    lines = [("engine", f"{engine.target}, {engine.precision}, {engine.file}")]
+    return [*lines, *(("  not fused", each) for each in unfused)]
 
 
 def _kernel_lines(bundle: Bundle) -> list[str]:

@@ -42,12 +42,16 @@ class Stream(Protocol):
         """Enqueue what `work` launches, after all that the stream was given before."""
         ...
 
-    def record(self) -> Any:
-        """An event after all that the stream was given so far."""
+    def record(self, again: Any = None) -> Any:
+        """An event after all that the stream was given so far: a new one, or `again`, which nobody waits for now."""
         ...
 
     def wait(self, event: Any) -> None:
         """What the stream is given from now on comes after the event. The host does not wait."""
+        ...
+
+    def follow(self, other: Any) -> None:
+        """What the stream is given from now on comes after all that `other` was given so far."""
         ...
 
 
@@ -110,17 +114,23 @@ class Device(Protocol):
 class CudaStream:
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self.torch_stream = stream
+        self._followed: torch.cuda.Event | None = None
 
     def run(self, work: Work) -> None:
         with torch.cuda.stream(self.torch_stream):
             work()
 
-    def record(self) -> torch.cuda.Event:
-        event: torch.cuda.Event = self.torch_stream.record_event()
+    def record(self, again: torch.cuda.Event | None = None) -> torch.cuda.Event:
+        event: torch.cuda.Event = self.torch_stream.record_event(again)
         return event
 
     def wait(self, event: torch.cuda.Event) -> None:
         self.torch_stream.wait_event(event)
+
+    def follow(self, other: CudaStream) -> None:
+        # A wait is for what was recorded before it, so one event serves them all; the engine's lock is held.
+        self._followed = other.record(self._followed)
+        self.wait(self._followed)
 
 
 class CudaGraph:

@@ -93,12 +93,12 @@ class NetworkProbe:
 def _on_device(denoiser: DeviceDenoiser, values: StepInputs, sample: Array, device: Device) -> Array:
     import torch
 
-    from skipstep.loops.buffers import Block, step_input_fields
+    from skipstep.loops.buffers import StagedBlock, step_input_fields
 
-    block = Block(device, step_input_fields(denoiser, _NUM_STAGES))
+    block = StagedBlock(device, step_input_fields(denoiser, _NUM_STAGES))
     predictions = device.zeros((_NUM_STAGES, *denoiser.output.shape), torch.float32)
     # The zeros are the calling thread's, and come first.
-    device.stream.wait(device.caller_stream().record())
+    device.stream.follow(device.caller_stream())
     block.fill({name: values.expanded(name) for name in denoiser.step_inputs})
     given = torch.from_numpy(sample)
     enqueue = denoiser.new_context()

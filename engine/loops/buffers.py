@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -19,7 +20,7 @@ from skipstep.cuda.device import Device, Event
 # The alignment that TensorRT requires of an address, and more than the widest access of any kernel.
 _ALIGNMENT = 256
 _MAX_FREE = 4
-View = TypeVar("View")
+Piece = TypeVar("Piece")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,33 +38,24 @@ class Field:
         return _aligned(row) if self.padded else row
 
 
-@dataclass(frozen=True, slots=True)
-class Piece(Generic[View]):
-    """Host memory for one copy to or from the device, and how it is read and written."""
+class Staging(Generic[Piece]):
+    """What is made of `num_bytes` of host memory, kept: to pin memory takes longer than a short loop, and torch's own
+    cache of it is emptied by every recording. A piece is taken, used by copies, and comes back when those are done."""
 
-    memory: Tensor
-    view: View
-
-
-class Staging(Generic[View]):
-    """Pieces of `num_bytes`, kept: to pin memory takes longer than a short loop, and torch's own cache of it is emptied
-    by every recording. A piece is taken, used by one copy, and comes back when that copy is done."""
-
-    def __init__(self, device: Device, num_bytes: int, view: Callable[[Tensor], View]) -> None:
-        self._device, self._num_bytes, self._view = device, num_bytes, view
+    def __init__(self, device: Device, num_bytes: int, make: Callable[[Tensor], Piece]) -> None:
+        self._device, self._num_bytes, self._make = device, num_bytes, make
         self._free = [self._new()]
-        self._copying: deque[tuple[Event, Piece[View]]] = deque()
+        self._copying: deque[tuple[Event, Piece]] = deque()
 
-    def _new(self) -> Piece[View]:
-        memory = self._device.staging(self._num_bytes)
-        return Piece(memory, self._view(memory))
+    def _new(self) -> Piece:
+        return self._make(self._device.staging(self._num_bytes))
 
-    def take(self) -> Piece[View]:
+    def take(self) -> Piece:
         while self._copying and self._copying[0][0].query():
             self.give_back(self._copying.popleft()[1])
         return self._free.pop() if self._free else self._new()
 
-    def give_back(self, piece: Piece[View], *, after: Event | None = None) -> None:
+    def give_back(self, piece: Piece, *, after: Event | None = None) -> None:
         """`after`: the copy that still uses it."""
         if after is not None:
             self._copying.append((after, piece))
@@ -72,41 +64,46 @@ class Staging(Generic[View]):
 
 
 class Block:
-    """`tensors` by name, of the given shapes and dtypes, at addresses that never move; zeros until they are filled."""
+    """`tensors` by name, of the given shapes and dtypes, at addresses that never move; zeros until they are filled.
+
+    They lie in `memory` in their order, each from its `starts` on.
+    """
 
     def __init__(self, device: Device, fields: Mapping[str, Field]) -> None:
-        self._device = device
         self._fields = fields
-        size = sum(_aligned(each.shape[0] * each.pitch) for each in fields.values())
-        self._memory = device.zeros((size,), torch.uint8)
-        self.tensors = self._views(self._memory)
-        self._staging = Staging(
-            device, size, lambda memory: {name: _writable(view) for name, view in self._views(memory).items()}
-        )
+        sizes = [_aligned(each.shape[0] * each.pitch) for each in fields.values()]
+        self.starts = dict(zip(fields, accumulate(sizes, initial=0), strict=False))
+        self.memory = device.zeros((sum(sizes),), torch.uint8)
+        self.tensors = self._views(self.memory)
 
-    def fill(self, values: Mapping[str, Any]) -> None:
-        """Enqueue a copy of all `values` (NumPy arrays or numbers, by name; what has none is zero) on the engine's
-        stream."""
-        piece, stream = self._staging.take(), self._device.stream
-        for name, view in piece.view.items():
-            value = values.get(name)
-            if isinstance(view, np.ndarray):
-                view[...] = 0 if value is None else value
-            elif value is None:
-                view.zero_()
-            else:
-                view.copy_(torch.from_numpy(np.require(value, requirements="W")))
-        stream.run(lambda: self._memory.copy_(piece.memory, non_blocking=True))
-        self._staging.give_back(piece, after=stream.record())
+    def host_views(self, memory: Tensor) -> dict[str, NDArray[Any] | Tensor]:
+        """The same fields in host memory of the same size."""
+        return {name: _writable(view) for name, view in self._views(memory).items()}
 
     def _views(self, memory: Tensor) -> dict[str, Tensor]:
         views = {}
-        start = 0
         for name, each in self._fields.items():
+            start = self.starts[name]
             rows = memory[start : start + each.shape[0] * each.pitch].view(each.dtype).view(each.shape[0], -1)
             views[name] = rows[:, : math.prod(each.shape[1:])].view(each.shape)
-            start += _aligned(each.shape[0] * each.pitch)
         return views
+
+
+class StagedBlock(Block):
+    """A block that is filled as a whole."""
+
+    def __init__(self, device: Device, fields: Mapping[str, Field]) -> None:
+        super().__init__(device, fields)
+        self._stream = device.stream
+        self._staging = Staging(device, len(self.memory), lambda memory: (memory, self.host_views(memory)))
+
+    def fill(self, values: Mapping[str, Any]) -> None:
+        """Enqueue a copy of `values` (NumPy arrays or numbers) of all fields on the engine's stream."""
+        piece = memory, views = self._staging.take()
+        for name, view in views.items():
+            write(view, values[name])
+        self._stream.run(lambda: self.memory.copy_(memory, non_blocking=True))
+        self._staging.give_back(piece, after=self._stream.record())
 
 
 def step_input_fields(denoiser: DeviceDenoiser, num_stages: int) -> dict[str, Field]:
@@ -121,9 +118,12 @@ def step_input_fields(denoiser: DeviceDenoiser, num_stages: int) -> dict[str, Fi
     }
 
 
-def floats(shape: tuple[int, ...]) -> Callable[[Tensor], NDArray[np.float32]]:
-    """Memory as an array float32 of that shape."""
-    return lambda memory: memory.view(torch.float32).view(shape).numpy()
+def write(view: NDArray[Any] | Tensor, value: Any) -> None:
+    """Write a NumPy array or a number to host memory."""
+    if isinstance(view, np.ndarray):
+        view[...] = value
+    else:
+        view.copy_(torch.from_numpy(np.require(value, requirements="W")))
 
 
 def _writable(view: Tensor) -> NDArray[Any] | Tensor:

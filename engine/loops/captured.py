@@ -25,10 +25,11 @@ from skipstep.cuda.device import Device
 from skipstep.errors import EngineStateError
 from skipstep.kernels.autotune import LaunchCase
 from skipstep.kernels.launch import StepLaunch, choose_launch
+from skipstep.loops.call_block import PendingSamples
 from skipstep.loops.contract import Array, LoopReport, Run, replicate
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.loops.programs import DeviceLoopName, Program, Stepwise, compile_program, too_little_memory
-from skipstep.loops.workspace import PendingSamples, Structure, Workspace
+from skipstep.loops.workspace import Structure, Workspace
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.stages import Stages
 
@@ -69,45 +70,45 @@ class CudaLoop:
         # Launches that were measured to be better than the rule's.
         self._launches: dict[LaunchCase, StepLaunch] = {}
         self._lock = threading.RLock()
+        self._held, self._watched = _Held(self._lock, lifecycle, device), _Watched(lifecycle, device)
         # The denoisers' buffers were filled on the calling thread's stream.
-        device.stream.wait(device.caller_stream().record())
+        device.stream.follow(device.caller_stream())
 
     @property
     def reports(self) -> tuple[LoopReport, ...]:
-        with self._held():
+        with self._held:
             return tuple(report for _, report in self._programs.values())
 
     def prepare(self, stages: Sequence[Stages]) -> None:
         """Make the programs of these plans, so that no call has to. Raises CaptureError and DeviceMemoryError."""
         for each in stages:
             for count, copies in self._cases():
-                with self._held():
+                with self._held:
                     request = _blank_request(count, copies)
                     self._program(Structure.of(self._network, each, request))
 
     def enqueue(self, stages: Stages, request: SampleRequest, out: Any) -> DevicePending:
         """Enqueue a whole loop, whose first samples go to `out` (float32, NumPy or a tensor)."""
         device = self._device
-        with self._held(), device.range(f"skipstep {len(stages)}x{request.num_samples}"):
+        with self._held, device.range(f"skipstep {len(stages)}x{request.num_samples}"):
             program = self._program(Structure.of(self._network, stages, request))
             caller = device.caller_stream()
             # Whatever the caller enqueued comes first: what writes x_T, and what still reads `out`.
-            device.stream.wait(caller.record())
-            program.workspace.fill(stages, request)
+            device.stream.follow(caller)
+            call = program.workspace.fill(stages, request)
             if isinstance(request.x_T, Tensor):
                 # From here on the caller may write to it again.
-                caller.wait(device.stream.record())
-            program.launch()
-            samples = program.workspace.copy_out(out)
+                caller.follow(device.stream)
+            samples = program.workspace.draw(program.launch, call, out)
             if isinstance(out, Tensor) and out.device == device.torch_device:
                 caller.wait(samples.done)
-        return DevicePending(samples, self)
+        return DevicePending(samples, self._watched)
 
     @contextlib.contextmanager
     def start(self, stages: Stages, request: SampleRequest, *, keep_x0: bool = False) -> Iterator[Run]:
-        with self._held():
+        with self._held:
             workspace = self._workspace(Structure.of(self._network, stages, request), keep_x0=keep_x0)
-            self._device.stream.wait(self._device.caller_stream().record())
+            self._device.stream.follow(self._device.caller_stream())
             try:
                 yield DeviceRun(workspace, stages, request)
             finally:
@@ -133,24 +134,6 @@ class CudaLoop:
             self._synchronize()
             self._programs.clear()
             self._device.release_memory()
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Find out whether an error has broken the device for good. Raises EngineStateError."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not isinstance(error, EngineStateError | torch.OutOfMemoryError) and self._device.is_lost():
-                self._lifecycle.lose((str(error) or type(error).__name__).splitlines()[0])
-                self._lifecycle.check()
-            raise
-
-    @contextlib.contextmanager
-    def _held(self) -> Iterator[None]:
-        with self._lock:
-            self._lifecycle.check()
-            with self.watched():
-                yield
 
     def _synchronize(self) -> None:
         """Wait for what was enqueued, before the memory that it uses is released. A lost context has nothing more."""
@@ -212,15 +195,55 @@ def _blank_request(count: int, copies: int) -> SampleRequest:
     return SampleRequest(count, np.zeros(count, np.uint64), None, guidance)
 
 
+class _Watched:
+    """Find out whether an error has broken the device for good. Raises EngineStateError."""
+
+    def __init__(self, lifecycle: Lifecycle, device: Device) -> None:
+        self._lifecycle, self._device = lifecycle, device
+
+    def __enter__(self) -> None:
+        """Errors are looked at when they leave."""
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        own = EngineStateError | torch.OutOfMemoryError
+        if isinstance(error, RuntimeError) and not isinstance(error, own) and self._device.is_lost():
+            self._lifecycle.lose((str(error) or type(error).__name__).splitlines()[0])
+            self._lifecycle.check()
+
+
+class _Held(_Watched):
+    """The same, for an engine that may be used, with its lock held. A thread may enter it again."""
+
+    def __init__(self, lock: threading.RLock, lifecycle: Lifecycle, device: Device) -> None:
+        super().__init__(lifecycle, device)
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            self._lifecycle.check()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        try:
+            super().__exit__(kind, error, traceback)
+        finally:
+            self._lock.release()
+
+
 class DevicePending:
     """Samples that are being drawn (skipstep.loops.contract.Pending)."""
 
-    def __init__(self, samples: PendingSamples, loop: CudaLoop) -> None:
-        self._samples, self._loop = samples, loop
+    __slots__ = ("_samples", "_watched")
+
+    def __init__(self, samples: PendingSamples, watched: _Watched) -> None:
+        self._samples, self._watched = samples, watched
 
     def wait(self) -> dict[int, int | None]:
         """See Pending.wait. Raises EngineStateError where the CUDA context is lost."""
-        with self._loop.watched():
+        with self._watched:
             return self._samples.wait()
 
 
@@ -230,7 +253,8 @@ class DeviceRun:
     def __init__(self, workspace: Workspace, stages: Stages, request: SampleRequest) -> None:
         self._workspace = workspace
         self._steps = Stepwise(workspace)
-        workspace.fill(stages, request)
+        call = workspace.fill(stages, request)
+        workspace.device.stream.run(lambda: workspace.copy_in(call))
         self._steps.begin()
 
     def advance(self, stage: int) -> None:

@@ -43,7 +43,7 @@ class Program(Protocol):
     def workspace(self) -> Workspace: ...
 
     def launch(self) -> None:
-        """Enqueue all of it on the engine's stream."""
+        """Enqueue all of it on the current stream, which is the engine's."""
         ...
 
 
@@ -62,9 +62,9 @@ class Stepwise:
         self.workspace.device.stream.run(lambda: self.workspace.advance(self._contexts, stage))
 
     def launch(self) -> None:
-        self.begin()
+        self.workspace.begin()
         for stage in range(len(self.workspace.structure)):
-            self.advance(stage)
+            self.workspace.advance(self._contexts, stage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +78,9 @@ class StepGraphs:
     contexts: Contexts
 
     def launch(self) -> None:
-        run = self.workspace.device.stream.run
-        run(self.begin.replay)
+        self.begin.replay()
         for flags in self.workspace.structure.flags:
-            run(self.steps[flags].replay)
+            self.steps[flags].replay()
 
     @property
     def graphs(self) -> list[Graph]:
@@ -101,7 +100,7 @@ class WholeGraph:
     contexts: Contexts
 
     def launch(self) -> None:
-        self.workspace.device.stream.run(self.graph.replay)
+        self.graph.replay()
 
 
 def compile_program(

@@ -1,9 +1,8 @@
 """Everything on the device that a loop of one structure works with, and the launches of one evaluation.
 
-    call block   seeds, guidance, where to begin, which stage comes next, which samples broke,   one copy a call
-                 and the network's step inputs that all stages share
+    call block   what a call brings and takes away (skipstep.loops.call_block), the state        one copy each a call
     plan block   coefficients, and the network's step inputs of each stage                       one copy, if it changed
-    state …      the float32 state, and the solver's history
+    history      the solver's
 
 A graph recorded from these launches reads nothing but this memory, so whatever may change between calls is in it: plan,
 seeds, labels, prompts, guidance. Only the structure is fixed in the graph.
@@ -14,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -22,18 +20,16 @@ from torch import Tensor
 from skipstep.backends.denoiser import DeviceDenoiser, Enqueue
 from skipstep.calls.conditioning import call_conditioning
 from skipstep.calls.request import SampleRequest
-from skipstep.cuda.device import Device, Event
+from skipstep.cuda.device import Device, Work
 from skipstep.kernels.launch import DEFAULT_LAUNCH, StepLaunch
 from skipstep.kernels.layout import NUM_COLUMNS, StepFlags
 from skipstep.kernels.statistics import Thresholding, sample_statistics
 from skipstep.kernels.step import ddim_step, initial_noise
-from skipstep.loops.buffers import Block, Field, Piece, Staging, floats, step_input_fields
+from skipstep.loops.buffers import Field, StagedBlock, step_input_fields
+from skipstep.loops.call_block import CallBlock, HostCall, PendingSamples
 from skipstep.loops.contract import call_flags
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.stages import Stages
-
-# No stage has broken a sample.
-_SOUND = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,20 +106,11 @@ class Workspace:
         count, stages = structure.num_samples, len(structure)
         inputs = step_input_fields(denoiser, stages)
         self._shared = [name for name, each in denoiser.step_inputs.items() if not each.per_stage]
-        self._call = Block(
-            device,
-            {
-                "seeds": Field((count,), torch.int64),
-                "guidance": Field((count,), torch.float32),
-                "rescale": Field((count,), torch.float32),
-                "given": Field((1,), torch.int32),
-                "counter": Field((1,), torch.int32),
-                "broken": Field((count,), torch.int32),
-                **{name: each for name, each in inputs.items() if name in self._shared},
-            },
-        )
+        shape = (count, *network.sample_shape)
+        shared = {name: each for name, each in inputs.items() if name in self._shared}
+        self._call = CallBlock(device, count, network.sample_shape, shared)
         table = Field((stages, structure.rows, NUM_COLUMNS), torch.float32)
-        self._plan = Block(
+        self._plan = StagedBlock(
             device, {"table": table, **{name: each for name, each in inputs.items() if name not in self._shared}}
         )
         self._table = self._plan.tensors["table"]
@@ -132,71 +119,68 @@ class Workspace:
         self._half_inputs = {
             name: each[:count] if name in self._shared else each[:, :count] for name, each in self._step_inputs.items()
         }
-        # What the step inputs follow from: the stages of the plan block, the conditioning's bytes; and the values that
-        # all stages share. Whether those of a stage follow from the conditioning, too, is seen when they are computed.
+        # What the step inputs follow from: the stages of the plan block, the conditions' bytes; and the values that all
+        # stages share. Whether those of a stage follow from the conditions, too, is seen when they are computed.
         self._stages: Stages | None = None
-        self._conditioned: tuple[bytes, ...] = ()
+        self._conditions: tuple[bytes | None, ...] | None = None
         self._values: dict[str, NDArray[Any]] = {}
         self._stages_depend = True
-        shape = (count, *network.sample_shape)
-        num_bytes = 4 * count * network.num_elements
-        self._given = Staging(device, num_bytes, floats(shape))
-        self._drawn = Staging(device, num_bytes, floats(shape))
-        self._broken = Staging(device, 4 * count, lambda memory: memory.view(torch.int32))
-
-        def image() -> Tensor:
-            return device.zeros(shape, torch.float32)
-
-        self.state = image()
-        self.x0 = image() if keep_x0 else None
+        self.state = self._call.tensors["state"]
+        self.x0 = device.zeros(shape, torch.float32) if keep_x0 else None
         # Zeros: what a step reads must be finite, also while graphs are recorded.
         slots = max(flags.num_slots for flags in structure.flags)
         self._history = device.zeros((slots, *shape), torch.float32) if slots else None
         # The zeros are the calling thread's; what is launched here must not come before them.
-        device.stream.wait(device.caller_stream().record())
+        device.stream.follow(device.caller_stream())
 
     @property
     def counter(self) -> Tensor:
         """int32 `[1]` on the device: the stage that comes next, for graphs of one step."""
         return self._call.tensors["counter"]
 
-    def fill(self, stages: Stages, request: SampleRequest) -> None:
-        """Enqueue the copies that a call brings. A device x_T is read on the engine's stream."""
-        conditioning = call_conditioning(self._network, request)
-        conditioned = tuple(array.tobytes() for array in (conditioning.index, *conditioning.rows.values()))
-        planned = stages is self._stages and (conditioned == self._conditioned or not self._stages_depend)
-        if not planned or conditioned != self._conditioned:
-            self._stages = None
-            timesteps = stages.network_timesteps(request.num_copies, request.num_samples)
-            values = self.denoiser.compute(timesteps[:1] if planned else timesteps, conditioning)
-            if not planned:
-                self._stages_depend = any(name in values.call for name in self._step_inputs)
-                per_stage = [name for name in self._step_inputs if name not in self._shared]
-                self._plan.fill({"table": stages.table, **{name: values.expanded(name) for name in per_stage}})
-            self._values = {name: values.expanded(name) for name in self._shared}
-            self._stages, self._conditioned = stages, conditioned
-        self._call.fill(
-            {
-                **self._values,
-                # torch has no arithmetic on uint64; the kernels read the same 64 bits.
-                "seeds": None if request.seeds is None else request.seeds.view(np.int64),
-                "guidance": request.guidance,
-                "rescale": request.rescale,
-                "given": request.x_T is not None,
-                "broken": _SOUND,
-            }
-        )
-        if request.x_T is not None:
-            self._give_state(request.x_T)
-
-    def _give_state(self, x_T: Any) -> None:
-        if isinstance(x_T, Tensor):
+    def fill(self, stages: Stages, request: SampleRequest) -> HostCall:
+        """Write what a call brings to host memory, for `copy_in`. What a plan brings is enqueued, and so is the copy of
+        a device x_T, which is read on the engine's stream."""
+        conditions = request.condition_bytes()
+        same = conditions == self._conditions
+        planned = stages is self._stages and (same or not self._stages_depend)
+        if not planned or not same:
+            self._compute(stages, request, planned=planned)
+            self._stages, self._conditions = stages, conditions
+        if isinstance(request.x_T, Tensor):
+            x_T = request.x_T
             self.device.stream.run(lambda: self.state.copy_(x_T, non_blocking=True))
-            return
-        piece, stream = self._given.take(), self.device.stream
-        piece.view[...] = x_T
-        stream.run(lambda: self.state.view(-1).view(torch.uint8).copy_(piece.memory, non_blocking=True))
-        self._given.give_back(piece, after=stream.record())
+        return self._call.take(request, self._values)
+
+    def _compute(self, stages: Stages, request: SampleRequest, *, planned: bool) -> None:
+        """The step inputs; those of stages are enqueued unless they are there already (`planned`)."""
+        self._stages = None
+        timesteps = stages.network_timesteps(request.num_copies, request.num_samples)
+        values = self.denoiser.compute(
+            timesteps[:1] if planned else timesteps, call_conditioning(self._network, request)
+        )
+        if not planned:
+            self._stages_depend = any(name in values.call for name in self._step_inputs)
+            per_stage = [name for name in self._step_inputs if name not in self._shared]
+            self._plan.fill({"table": stages.table, **{name: values.expanded(name) for name in per_stage}})
+        self._values = {name: values.expanded(name) for name in self._shared}
+
+    def draw(self, launch: Work, call: HostCall, out: Any) -> PendingSamples:
+        """Enqueue a whole loop between its copies. The first samples go to `out`, a NumPy array or a tensor."""
+        block, stream = self._call, self.device.stream
+
+        def work() -> None:
+            block.copy_in(call)
+            launch()
+            block.copy_out(call, out)
+
+        stream.run(work)
+        call.done = done = stream.record(call.done)
+        return PendingSamples(block, call, done, out)
+
+    def copy_in(self, call: HostCall) -> None:
+        """Launch the copy of what a call brings."""
+        self._call.copy_in(call)
 
     def begin(self) -> None:
         """Launch what comes before the first evaluation: x_T of the seeds, or the state that was given."""
@@ -256,46 +240,3 @@ class Workspace:
         )
         if counter is not None:
             counter.add_(1)
-
-    def copy_out(self, out: Any) -> PendingSamples:
-        """Enqueue the copy of the first samples to `out`, a NumPy array or a tensor, and of what broke."""
-        count, stream = len(out), self.device.stream
-        broken = self._broken.take()
-        drawn = None if isinstance(out, Tensor) and out.device == self.state.device else self._drawn.take()
-
-        def copy() -> None:
-            broken.view.copy_(self._call.tensors["broken"], non_blocking=True)
-            if drawn is None:
-                out.copy_(self.state[:count], non_blocking=True)
-            else:
-                drawn.memory.copy_(self.state.view(-1).view(torch.uint8), non_blocking=True)
-
-        stream.run(copy)
-        return PendingSamples(self, stream.record(), count, broken, drawn, out)
-
-    def give_back(self, samples: PendingSamples) -> None:
-        self._broken.give_back(samples.broken)
-        if samples.drawn is not None:
-            self._drawn.give_back(samples.drawn)
-
-
-@dataclass(frozen=True, slots=True)
-class PendingSamples:
-    """Samples on their way to the caller: `count` of them, through `drawn` if `out` is not on the device."""
-
-    workspace: Workspace
-    done: Event
-    count: int
-    broken: Piece[Tensor]
-    drawn: Piece[NDArray[np.float32]] | None
-    out: Any
-
-    def wait(self) -> dict[int, int | None]:
-        """Return when the samples have arrived: which are not finite, and since which stage. Call it once."""
-        self.done.synchronize()
-        if self.drawn is not None:
-            samples = self.drawn.view[: self.count]
-            self.out[...] = samples if isinstance(self.out, np.ndarray) else torch.from_numpy(samples)
-        stages = self.broken.view[: self.count].tolist()
-        self.workspace.give_back(self)
-        return {sample: stage for sample, stage in enumerate(stages) if stage != _SOUND}

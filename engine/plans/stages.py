@@ -30,13 +30,13 @@ class Stages:
     thresholding: Thresholding | None
     # What loops found out about them, by kind of call (skipstep.loops.workspace.Structure).
     structures: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    adds_noise: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "adds_noise", any(flags.add_noise for flags in self.flags))
 
     def __len__(self) -> int:
         return len(self.flags)
-
-    @property
-    def adds_noise(self) -> bool:
-        return any(flags.add_noise for flags in self.flags)
 
     @classmethod
     def of(cls, plans: Sequence[Plan]) -> Stages:
@@ -46,7 +46,7 @@ class Stages:
         and eta are their own.
         """
         first = plans[0]
-        if len({plan.key for plan in plans}) == 1:
+        if len(plans) == 1 or len({plan.key for plan in plans}) == 1:
             return _of_one(_Same(first))
         for plan in plans[1:]:
             if _structure(plan) != _structure(first):
@@ -77,7 +77,8 @@ class Stages:
 
     def network_timesteps(self, copies: int, batch_size: int) -> NDArray[np.float64]:
         """Timesteps `[E, copies·B]` of the network's batch; `copies` is the batch multiplier."""
-        return np.tile(np.broadcast_to(self.timesteps, (len(self), batch_size)), (1, copies))
+        rows = self.timesteps.shape[1]
+        return np.tile(self.timesteps, (1, copies if rows == batch_size else copies * batch_size))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

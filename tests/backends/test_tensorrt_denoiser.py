@@ -97,7 +97,7 @@ def test_a_context_has_run_before_anything_is_recorded(cuda):
         ((stream, _),) = each.context._launches
         assert stream not in (0, cuda.current)
     # And no more than that: contexts take memory, and TensorRT-RTX compiles for each.
-    assert len(network.engine._contexts) == 2
+    assert len(network.loaded.engine._contexts) == 2
 
 
 def test_launches_go_to_the_current_stream(cuda):
@@ -140,12 +140,39 @@ def test_a_launch_that_fails(cuda, capturing):
         ("no contexts", "makes no execution context: out of memory"),
         ("no addresses", "has no place for sample"),
         ("no launch", "does not launch"),
+        ("no profiles", "has no profile 1"),
+        ("no shapes", "does not take batch size 3"),
     ],
 )
 def test_an_engine_that_does_not_run_here(pretence, message):
     PRETENCES[pretence] = True
+    engine = fake_tensorrt.engine_of(step_networks.parts().graphs.step, 2, 3)
     with pytest.raises(ExportError, match=message):
-        denoiser()
+        denoiser(engine=engine)
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("library", ["tensorrt", "tensorrt_rtx"])
+def test_one_engine_for_all_batch_sizes(monkeypatch, library):
+    """Built and loaded once; what is evaluated in turn at its sizes is what each predicts alone."""
+    asked = []
+
+    def build(step, target, sizes, **options):
+        asked.append(sizes)
+        return fake_tensorrt.engine_of(step, *sizes), {}
+
+    monkeypatch.setattr("skipstep.export.engines.build_engine_cached", build)
+    make = denoisers(step_networks.source(), Target("cpu", library=library, batch_sizes=(1, 2, 4)))
+    found = {size: make(size) for size in (2, 1, 4)}
+    assert asked == [(2, 1, 4)]
+    assert len({id(network.loaded) for network in found.values()}) == 1
+    assert found[1].loaded.profiles == {1: 0, 2: 1, 4: 2}
+    contexts = {size: network.new_context() for size, network in found.items()}
+    for _ in range(2):
+        for size, network in found.items():
+            assert_predicts(network, step_networks.call(2, size), enqueue=contexts[size])
+    make(8)
+    assert asked == [(2, 1, 4), (8, 1, 2, 4)], "a size that was not foreseen"
 
 
 @pytest.mark.usefixtures("cuda")
@@ -159,7 +186,7 @@ def test_bytes_that_the_library_does_not_take():
     ("tensor", "fact", "pretended", "message"),
     [
         ("sample", "shape", (2, 2, 4, 4), r"sample torch.float32 \[2, 2, 4, 4\]; expected .* \[3, 2, 4, 4\]"),
-        ("sample", "shape", (-1, 2, 4, 4), r"\[-1, 2, 4, 4\].*fixed shape.*single batch size"),
+        ("sample", "shape", (-1, 2, 4, 4), r"\[-1, 2, 4, 4\].*of batch size 3.*3 among the batch sizes"),
         ("sample", "dtype", DataType.INT64, "sample of torch.int64"),
         ("sample", "dtype", DataType.FP8, "sample is FP8"),
         ("sample", "format", TensorFormat.HWC8, "HWC8 on DEVICE; expected plain tensors"),
@@ -208,15 +235,15 @@ def test_step_inputs_that_no_loop_should_give(change):
 def test_from_a_network(monkeypatch, precision):
     asked = []
 
-    def build(step, target, size, *, device, tf32, again):
+    def build(step, target, sizes, *, device, tf32, again):
         assert (device, tf32, again) == (0, False, False)
-        asked.append((str(target), size, step))
-        return fake_tensorrt.engine_of(step, size), {}
+        asked.append((str(target), sizes, step))
+        return fake_tensorrt.engine_of(step, *sizes), {}
 
     monkeypatch.setattr("skipstep.export.engines.build_engine_cached", build)
     make = denoisers(step_networks.source(), Target("cpu", precision, library="tensorrt_rtx"))
     found = {size: make(size) for size in (1, 2)}
-    assert [each[:2] for each in asked] == [("rtx", 1), ("rtx", 2)]
+    assert [each[:2] for each in asked] == [("rtx", (1,)), ("rtx", (2,))]
     assert (asked[0][2] == step_networks.parts().graphs.step) == (precision == "float32")
     for size, network in found.items():
         assert_predicts(network, step_networks.call(2, size), dtype=getattr(torch, precision))
@@ -239,11 +266,17 @@ def test_from_a_bundle(monkeypatch):
             **other,
         }
 
+    def profiles(*sizes):
+        return {"profiles": list(sizes), "inputs": [{"shape": ["batch", *SPEC.sample_shape]}]}
+
     def read(name):
         asked.append(name)
-        return fake_tensorrt.engine_of(step, int(name))
+        return fake_tensorrt.engine_of(step, *map(int, name.split()))
 
-    entries = tuple(SimpleNamespace(file=str(size), facts=facts(size)) for size in (1, 2))
+    entries = (
+        *(SimpleNamespace(file=str(size), facts=facts(size)) for size in (1, 2)),
+        SimpleNamespace(file="3 6", facts=facts(0, **profiles(3, 6))),
+    )
     others = tuple(
         SimpleNamespace(file="another device's", facts=facts(4, **other))
         for other in (
@@ -260,9 +293,10 @@ def test_from_a_bundle(monkeypatch):
     monkeypatch.setattr("skipstep.bundle_source.cuda_device", lambda index: GPU)
     monkeypatch.setattr(BundleSource, "before_loop", lambda self: step_networks.source().before_loop())
     make = denoisers(BundleSource(bundle), Target("cpu", "float32"))
-    found = {size: make(size) for size in (1, 2)}
-    assert asked == ["1", "2"]
-    assert_predicts(found[2], step_networks.call(2, 2))
+    found = {size: make(size) for size in (1, 2, 6, 3)}
+    assert asked == ["1", "2", "3 6"]
+    for size, network in found.items():
+        assert_predicts(network, step_networks.call(2, size))
     with pytest.raises(
         DeviceUnavailableError, match=r"sm_90 \(a GPU, 132 multiprocessors\) at batch 4 on .*; expected"
     ):
@@ -274,9 +308,9 @@ def test_from_a_bundle(monkeypatch):
 def test_a_kept_engine_that_the_library_refuses_is_built_again(monkeypatch):
     asked = []
 
-    def build(step, target, size, *, again, **options):
+    def build(step, target, sizes, *, again, **options):
         asked.append(again)
-        return (fake_tensorrt.engine_of(step, size) if again else b"of an older release"), {}
+        return (fake_tensorrt.engine_of(step, *sizes) if again else b"of an older release"), {}
 
     monkeypatch.setattr("skipstep.export.engines.build_engine_cached", build)
     assert denoisers(step_networks.source(), Target("cpu"))(2).batch_size == 2

@@ -18,7 +18,7 @@ from conftest import HAS_GPU
 from step_networks import SPEC, assert_close
 from tensorrt_cases import denoiser, tables
 
-from skipstep.backends import tensorrt, tensorrt_library
+from skipstep.backends import tensorrt_library, tensorrt_loaded
 from skipstep.backends.denoiser import Target
 from skipstep.backends.device_step import HostInputs, StepTensor, check_step_tensors
 from skipstep.backends.tensorrt import denoisers
@@ -110,7 +110,7 @@ def test_kernels_that_were_compiled_are_kept_for_the_next_process():
     # Another process: the library is given what was kept, and nothing new is written.
     tensorrt_library.RuntimeCache._of_device.clear()
     network = denoiser(keep=keep)
-    assert network._kernels.saved_bytes == len(b"kernelscompiled")
+    assert network.loaded.kernels.saved_bytes == len(b"kernelscompiled")
     assert keep.puts == 1
     # What the library refuses, after an update of the driver, is replaced.
     tensorrt_library.RuntimeCache._of_device.clear()
@@ -149,7 +149,7 @@ def test_the_real_library_has_what_the_denoiser_is_typed_with():
 
     for name in tensorrt_library.TensorRt.__annotations__:
         assert hasattr(tensorrt_rtx, name)
-    assert tensorrt._DTYPES.keys() <= tensorrt_rtx.DataType.__members__.keys()
+    assert tensorrt_loaded._DTYPES.keys() <= tensorrt_rtx.DataType.__members__.keys()
     assert tensorrt_rtx.Dims((2, 3, 4))[:] == (2, 3, 4)
     log = tensorrt_library.error_log(tensorrt_rtx)
     tensorrt_rtx.Runtime(log)
@@ -167,7 +167,7 @@ def test_real_engines_are_built_for_recording(precision):
     from skipstep.export.tensorrt_engine import EngineTarget
 
     step = step_networks.source().step_graph(precision)
-    _, facts = build_engine_cached(step, EngineTarget("tensorrt_rtx", 86), 2)
+    _, facts = build_engine_cached(step, EngineTarget("tensorrt_rtx", 86), [2])
     assert "REQUIRE_USER_ALLOCATION" in facts["flags"]
     inputs, outputs = (
         {each["name"]: StepTensor(tuple(each["shape"]), getattr(torch, each["dtype"])) for each in facts[role]}

@@ -16,6 +16,8 @@ from PIL import Image
 from tiny_networks import tiny_unet
 
 from skipstep.bundles.bundle import open_bundle, read_engine
+from skipstep.bundles.manifest import EngineEntry
+from skipstep.commands import inspect
 from skipstep.commands.main import COMMANDS, main
 from skipstep.cuda.probe import DeviceFacts
 from skipstep.demo import SHIPPED_BUNDLE, SHIPPED_MODEL
@@ -53,6 +55,13 @@ def run(capsys, *arguments):
     return status, captured.out, captured.err
 
 
+ENGINES = (
+    EngineEntry("engines/a.engine", "rtx:sm89", "float16", {"not_fused": ["1 × norm", 3]}),
+    # Of an earlier version, or damaged.
+    EngineEntry("engines/b.engine", "tensorrt", "float16", {"not_fused": "1 × norm"}),
+)
+
+
 def test_inspect_says_what_is_inside(bundle, capsys):
     status, out, _ = run(capsys, "inspect", bundle)
     assert status == 0
@@ -71,6 +80,15 @@ def test_inspect_says_what_is_inside(bundle, capsys):
     status, out, _ = run(capsys, "inspect", bundle, "--json")
     assert status == 0
     assert json.loads(out)["model"] == "little"
+
+
+def test_inspect_says_what_an_engine_does_not_fuse():
+    said = [f"{name:<12}{value}" for engine in ENGINES for name, value in inspect._engine_lines(engine)]
+    assert said == [
+        "engine      rtx:sm89, float16, engines/a.engine",
+        "  not fused 1 × norm",
+        "engine      tensorrt, float16, engines/b.engine",
+    ]
 
 
 def test_verify_hashes_and_draws(bundle, capsys, tmp_path):

@@ -28,9 +28,21 @@ def test_no_change_adds_a_launch(step, form):
 
     if form != "float32":
         step = lower_precision(step, "float16", half_norms=form == "float16")
-    counted = kernels(build(step, 89, batch_sizes=(1,)).engine)
+    [counted] = kernels(build(step, 89, batch_sizes=(1,)).engine)
     assert {"function", "corrltn"} <= set(counted)
     assert sum(counted.values()) <= MOST[form]
+
+
+def test_a_profile_has_the_kernels_of_an_engine_of_its_size_alone(step):
+    """And all profiles together the weights once."""
+    pytest.importorskip("tensorrt_rtx")
+    from engine_builds import build
+
+    alone = {size: build(step, 89, batch_sizes=(size,)).engine for size in (1, 2)}
+    together = build(step, 89, batch_sizes=(2, 1))
+    assert together.profiles == (1, 2)
+    assert kernels(together.engine) == [kernels(engine)[0] for engine in alone.values()]
+    assert len(together.engine) < 0.8 * sum(map(len, alone.values()))
 
 
 @pytest.mark.parametrize("engine", [b"", b"main {\n}", b"\nmain {\n  region={ }\n}"])

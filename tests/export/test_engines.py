@@ -57,27 +57,38 @@ CHANGES = {
 def test_an_engine_is_kept_for_the_conditions_that_it_was_built_under(machine, change):
     target = EngineTarget("tensorrt")
     for _ in range(2):
-        build_engine_cached(b"a graph", target, 1)
+        build_engine_cached(b"a graph", target, [1])
     assert len(machine.built) == 1
-    build_engine_cached(b"another graph", target, 1)
+    build_engine_cached(b"another graph", target, [1])
     assert machine.built[-1]["timing_cache"] == b"timings"
     vars(machine).update(CHANGES[change])
-    build_engine_cached(b"a graph", target, 1)
+    build_engine_cached(b"a graph", target, [1])
     assert len(machine.built) == 3
     assert machine.built[-1]["timing_cache"] is None, "timings of other conditions"
 
 
 def test_one_that_is_refused_is_built_again(machine):
     for again in (False, True):
-        build_engine_cached(b"a graph", EngineTarget("tensorrt"), 1, again=again)
+        build_engine_cached(b"a graph", EngineTarget("tensorrt"), [1], again=again)
     assert len(machine.built) == 2
 
 
 def test_what_an_architecture_runs_does_not_depend_on_the_machines_device(machine):
     for gpu in (GPU, NANO):
         machine.gpu = gpu
-        build_engine_cached(b"a graph", EngineTarget("tensorrt_rtx", 87), 1)
+        build_engine_cached(b"a graph", EngineTarget("tensorrt_rtx", 87), [1])
     assert len(machine.built) == 1
+
+
+def test_what_does_not_fuse_is_a_fact_of_an_engine_of_rtx(machine, monkeypatch):
+    """Of full TensorRT it is not known."""
+    monkeypatch.setattr(engines, "not_fused", lambda step: [f"1 × {step.decode()}"])
+    network, facts = NetworkSpec((1, 4, 4)), {}
+    for target in (EngineTarget("tensorrt_rtx", 87), EngineTarget("tensorrt")):
+        [(entry, _)] = built_engines(b"a norm", target, network, [1, 4], "float16", lambda message: None)
+        facts[target.library] = entry.facts.get("not_fused")
+        assert machine.built[-1]["batch_sizes"] == (1, 4)
+    assert facts == {"tensorrt_rtx": ["1 × a norm"], "tensorrt": None}
 
 
 def test_files_of_two_devices_stand_side_by_side(machine):

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError, SkipstepError
 from skipstep.export.tensorrt_engine import build_engine
-from skipstep.export.tensorrt_graph import batch_profile, checked_graph
+from skipstep.export.tensorrt_graph import batch_profiles, checked_graph
 
 no_gpu = pytest.mark.skipif(HAS_GPU, reason="asks what happens without a CUDA device")
 
@@ -246,6 +246,6 @@ def wait_until(condition: Callable[[], object]) -> None:
 def test_bytes_of_any_kind_give_typed_errors(data):
     for graph in (data, RELU[: len(data)] + data, RELU[: -len(data) or None] + data):
         try:
-            batch_profile(checked_graph(graph), (1, 4))
+            batch_profiles(checked_graph(graph), (1, 4))
         except SkipstepError:
             continue

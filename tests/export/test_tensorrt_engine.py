@@ -66,7 +66,7 @@ def test_a_step_network_for_each_architecture(step_graph, sm):
     assert [(each.name, each.dtype, each.shape) for each in built.outputs] == [
         ("out_sample", "float32", ("batch", 1, 8, 8))
     ]
-    assert built.profile == (1, 2, 4)
+    assert built.profiles == (1, 2, 4)
     assert (built.compute_capability, built.device, built.timing_cache) == (sm, None, None)
     # float32 stays float32, and the engine can be captured in a graph of its caller's.
     assert built.flags == ("REQUIRE_USER_ALLOCATION",)
@@ -81,12 +81,15 @@ def test_a_step_network_for_each_architecture(step_graph, sm):
     assert phases[-1] == ("build", 1, 1)
 
 
-def test_one_batch_size_builds_the_same_bytes_each_time(step_graph):
+def test_batch_sizes_build_the_same_bytes_each_time(step_graph):
     first, second = (build(step_graph, batch_sizes=(2,)) for _ in range(2))
     assert first.engine == second.engine
-    assert first.profile is None
+    assert first.profiles is None
     assert first.inputs[0].shape[0] == first.outputs[0].shape[0] == 2
     assert build(step_graph, batch_sizes=(3,)).engine != first.engine
+    several = [build(step_graph, batch_sizes=sizes) for sizes in ((3, 2), (2, 3))]
+    assert several[0].engine == several[1].engine
+    assert several[0].profiles == (2, 3)
 
 
 def test_fixed_shapes_need_no_batch_size():

@@ -55,7 +55,7 @@ def test_a_lost_context_ends_the_engine(device):
     request, out = request_of(stages), np.empty((3, 1, 5, 7), np.float32)
     loop.enqueue(stages, request, out).wait()
     device.lost = True
-    device.faults["enqueue"] = (1, RuntimeError("CUDA error: an illegal memory access was encountered\ndetails"))
+    device.faults["enqueue"] = (0, RuntimeError("CUDA error: an illegal memory access was encountered\ndetails"))
     for _ in range(2):
         with pytest.raises(EngineStateError, match=r"context is lost .*illegal memory access.*new process"):
             loop.enqueue(stages, request, out)

@@ -122,6 +122,47 @@ def test_a_call_is_one_launch(device):
     assert len(device.launches) == 1
 
 
+@pytest.mark.parametrize("wanted", LADDER)
+@pytest.mark.parametrize("given", ["seeds", "x_T"])
+def test_a_call_is_one_piece_of_work_between_one_copy_in_and_one_out(device, monkeypatch, given, wanted):
+    """With the same events and the same host memory as the call before."""
+    stages = Stages.of([PLANS["ddim"]])
+    loop, host = loops(device, wanted=wanted)
+    x_T = np.random.default_rng(2).standard_normal((3, 1, 5, 7)).astype(np.float32)
+    arguments = {"x_T": x_T, "seeds": None} if given == "x_T" else {}
+    drawn(loop, stages, request_of(stages, **arguments))
+    device.finish()
+    before, taken, copied = device.stream.enqueued, [], []
+    monkeypatch.setattr(device, "staging", lambda num_bytes: taken.append(num_bytes))
+    copy = torch.Tensor.copy_
+
+    def counted(self, source, **options):
+        copied.append(self.dtype)
+        return copy(self, source, **options)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", counted)
+    pending = loop.enqueue(stages, request_of(stages, **arguments), np.empty((3, 1, 5, 7), np.float32))
+    assert device.stream.enqueued - before == 2, "the wait for the caller's stream, and the work"
+    pending.wait()
+    assert taken == []
+    assert copied.count(torch.uint8) == 2, "blocks travel as bytes"
+    monkeypatch.undo()
+    found = drawn(loop, stages, request_of(stages, **arguments))
+    np.testing.assert_array_equal(found, drawn(host, stages, request_of(stages, **arguments)))
+
+
+def test_calls_that_are_under_way_together_keep_their_own_samples(device):
+    stages = Stages.of([PLANS["ddim"]])
+    loop, host = loops(device)
+    requests = [request_of(stages, seeds=[3 * each, 3 * each + 1, 3 * each + 2]) for each in range(7)]
+    outs = [np.empty((3, 1, 5, 7), np.float32) for _ in requests]
+    pending = [loop.enqueue(stages, request, out) for request, out in zip(requests, outs, strict=True)]
+    for each in reversed(pending):
+        assert each.wait() == {}
+    for request, out in zip(requests, outs, strict=True):
+        np.testing.assert_array_equal(out, drawn(host, stages, request))
+
+
 def test_a_graph_of_steps_is_bounded(device, monkeypatch):
     """Its size does not grow with the number of evaluations, and it is chosen where the whole would be too large."""
     monkeypatch.setattr("skipstep.loops.programs.MAX_NODES", 40)
