@@ -60,6 +60,7 @@ triton:
 	$(OLDEST_TRITON)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .
 	$(OLDEST_TRITON)/bin/python tests/kernels/compile_launches.py
 	$(OLDEST_TRITON)/bin/python tests/ptx/run_ptx.py --architectures 75 90 100
+	$(OLDEST_TRITON)/bin/python tests/ptx/run_norms.py --architectures 75 90 100
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -54,7 +54,9 @@ def _summed(
         s += tl.load(row + channels, mask=channels < CHANNELS, other=0.0).to(tl.float32)[:, None]
     if ADD_IMAGE:
         s += tl.load(image_ptr + elements, mask=mask, other=0.0).to(tl.float32)
-    return tl.where(mask, s, 0.0), elements, mask, channels
+    if ADD_VECTOR:  # It is added outside of the group, too.
+        s = tl.where(mask, s, 0.0)
+    return s, elements, mask, channels
 
 
 @triton.jit

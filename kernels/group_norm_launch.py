@@ -1,7 +1,7 @@
 """How a GroupNorm is launched: which tiles its groups are cut into.
 
 one launch    where a group fits into one tile of MAX_TILE elements, both sides rounded up to powers of two. It then
-              stays in registers, 32 values a thread at most, and is read once. A batch of one with 32 groups is 32
+              stays in registers, 16 values a thread, and is read once. A batch of one with 32 groups is 32
               programs, fewer than a GPU has multiprocessors; but a program moves its 64 KiB at most in less time
               than a second launch takes, and halves of a group could not normalise before both are read.
 two           for a larger group: tiles of SPLIT_TILE elements, so that one sample fills a GPU; x is read twice.
@@ -16,8 +16,8 @@ from skipstep.errors import check_flag, check_integer
 
 MAX_TILE: Final = 2**14
 SPLIT_TILE: Final = 2**12
-MAX_WARPS: Final = 16
-# Two accesses of 16 bytes in half precision.
+MAX_WARPS: Final = 32
+# Two accesses of 16 bytes in half precision. With 32 of them ptxas spills, which aims at 64 registers.
 _ELEMENTS_PER_THREAD: Final = 16
 
 

@@ -182,8 +182,8 @@ def test_tiles_cover_a_group(channels_last):
         assert launch.tiles == rows * columns
         assert launch.block_c * launch.block_p <= MAX_TILE
         assert 1 <= launch.num_warps <= MAX_WARPS
-        # No thread holds more than 32 values of an operand.
-        assert launch.block_c * launch.block_p <= 32 * 32 * launch.num_warps
+        # No thread holds more than 16 values of an operand.
+        assert launch.block_c * launch.block_p <= 16 * 32 * launch.num_warps
 
 
 REFUSED = {
