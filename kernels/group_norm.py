@@ -78,7 +78,7 @@ def launch_group_norm(
     out, total = torch.empty_like(x), torch.empty_like(x) if store_sum else None
     launch = launch_for(x, num_groups)
     samples, channels, positions = len(x), x.shape[1], x[0, 0].numel()
-    if image is not None and image.stride() != x.stride():
+    if image is not None and not same_order(x, image):
         image = torch.empty_like(x).copy_(image)
     vector = None if vector is None else vector.reshape(samples, channels).contiguous()
     weight, bias = (None if each is None else each.contiguous() for each in (weight, bias))
@@ -118,6 +118,12 @@ def launch_for(x: Tensor, num_groups: int) -> NormLaunch:
 def dense(x: Tensor) -> Tensor:
     """x if it is contiguous or channels last, the two orders that the kernel reads; a contiguous copy else."""
     return x if _is_plain(x) or x.movedim(1, -1).is_contiguous() else x.contiguous()
+
+
+def same_order(x: Tensor, image: Tensor) -> bool:
+    """Whether elements of two tensors of one shape stand alike in memory; steps along a size of 1 do not count."""
+    steps = zip(x.shape, x.stride(), image.stride(), strict=True)
+    return all(size == 1 or one == other for size, one, other in steps)
 
 
 def _is_plain(x: Tensor) -> bool:

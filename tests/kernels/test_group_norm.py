@@ -8,7 +8,7 @@ import torch
 from tolerances import BFLOAT16_ULP, GROUP_NORM
 
 from skipstep.errors import DeviceUnavailableError, InputError
-from skipstep.kernels.group_norm import dense, group_norm_reference, launch_for, launch_group_norm
+from skipstep.kernels.group_norm import dense, group_norm_reference, launch_for, launch_group_norm, same_order
 from skipstep.kernels.group_norm_launch import MAX_TILE, MAX_WARPS, norm_launch
 from skipstep.kernels.group_norm_numpy import group_norm_numpy
 
@@ -149,7 +149,15 @@ def test_other_orders_in_memory_are_copied(order, kernel_device):
     assert found.stride() == dense(x).stride()
 
 
-def test_half_of_a_tile_that_is_a_view_of_a_channels_last_image(kernel_device):
+def test_a_step_along_one_sample_does_not_count():
+    x = torch.zeros(1, 4, 3, 3)
+    odd = x.as_strided(x.shape, (7, 9, 3, 1))
+    assert same_order(x, odd)
+    assert dense(odd) is odd
+    assert not same_order(x, x.mT)
+
+
+def test_a_view_of_a_channels_last_image_stays_one(kernel_device):
     """The norm before an attention: [N, C, H·W], channels last in memory."""
     given = operands("cifar", torch.float16, True, kernel_device)
     x = given["x"]
