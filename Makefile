@@ -65,6 +65,7 @@ triton: $(VENV)/.dev
 		--target $(OLDEST_TRITON)/alone 'triton==3.6.*'
 	PYTHONPATH=$(OLDEST_TRITON)/alone $(BIN)/python -m skipstep.bench.gpu --dry-run --out $(OLDEST_TRITON)/gate
 	grep --quiet '"triton": "3.6.' $(OLDEST_TRITON)/gate/kernels.json
+	$(OLDEST_TRITON)/bin/python tests/ptx/run_norms.py --architectures 75 90 100
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -5,6 +5,8 @@ torch: every operation that it dispatches on tensors in host memory, taken apart
     a convolution            1, and 1 for its bias: cuDNN's does not add it
     torch's own group norm   3: statistics, a scale and shift for each channel, the result; and 2 for values in
                              channels-last order, which it puts in the other order, and the next convolution back
+    a group norm of ours     1, or 2 for groups that are split (skipstep.kernels.group_norm_launch), and 1 for each
+                             operand that is copied because it is in another order in memory
     every other operation    1
 "operations" counts each of them once.
 
@@ -85,7 +87,20 @@ def kernels_of(operation: Any, args: Any) -> int:
         return 1 + (args[2] is not None)
     if operation is _ATEN.native_group_norm.default:
         return 3 if args[0].is_contiguous() else 5
+    if operation.namespace == "skipstep":
+        return _kernels_of_norm(operation, args)
     return 1
+
+
+def _kernels_of_norm(operation: Any, args: Any) -> int:
+    from skipstep.kernels.group_norm import dense, launch_for, same_order
+
+    with_image = operation is torch.ops.skipstep.add_group_norm.default
+    x, num_groups = args[0], args[2] if with_image else args[1]
+    copied = int(dense(x) is not x)
+    if with_image:
+        copied += not same_order(dense(x), args[1])
+    return launch_for(x, num_groups).launches + copied
 
 
 def count(denoiser: TorchDeviceDenoiser) -> KernelCount:
@@ -105,17 +120,19 @@ def _zeros(denoiser: TorchDeviceDenoiser, each: StepInput) -> Tensor:
 
 
 def torch_counts(subject: Subject, *, precision: str = "float16", batch_size: int = 1) -> dict[str, KernelCount]:
-    """Of the whole module, and of what is left of it at a stage."""
+    """Of the whole module, and of what is left of it at a stage, with torch's norms and as the backend launches it."""
     module, spec = subject.prepared
     dtype, cpu = getattr(torch, precision), torch.device("cpu")
     whole = module_on(module, cpu, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     source = ModelSource(subject.name, spec, module, None)
-    step: Any = denoisers(source, Target("cpu", precision))(batch_size)  # type: ignore[arg-type]
+    target = Target("cpu", precision)  # type: ignore[arg-type]
+    steps: list[Any] = [denoisers(source, target, fuse_norms=fused)(batch_size) for fused in (False, True)]
     return {
         "torch, the whole module": count(
             TorchDeviceDenoiser(whole, spec, batch_size=batch_size, device=cpu, dtype=dtype)
         ),
-        "torch, the step": count(step),
+        "torch, the step with torch's norms": count(steps[0]),
+        "torch, the step": count(steps[1]),
     }
 
 

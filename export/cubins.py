@@ -203,24 +203,44 @@ def compile_for(
     launch: StepLaunch = DEFAULT_LAUNCH,
 ) -> Any:
     """What Triton makes of it. `wide`: num_elements is a multiple of 16, so every sample begins at one."""
+    values: dict[str, int] = {**constants, "BLOCK": launch.block_size}
+    types = {**pointers, "num_elements": "i32", "stage": "i32"}
+    aligned = (*pointers, *["num_elements"] * wide)
+    return compile_kernel(kernel, arch, types, values, aligned=aligned, num_warps=launch.num_warps)
+
+
+def compile_kernel(
+    kernel: Any,
+    arch: int,
+    types: Mapping[str, str],
+    constants: Mapping[str, float],
+    *,
+    aligned: Iterable[str],
+    num_warps: int,
+) -> Any:
+    """What Triton makes of a kernel over arguments of these types, then constants; 16 divides those that are `aligned`.
+    Raises ExportError."""
     if not isinstance(kernel, triton.JITFunction):
         raise ExportError(
             got="kernels that were loaded for Triton's interpreter",
             expected="kernels that can be compiled",
             remedy="unset TRITON_INTERPRET and start again",
         )
-    values: dict[str, int] = {**constants, "BLOCK": launch.block_size}
-    signature = {**pointers, "num_elements": "i32", "stage": "i32", **dict.fromkeys(values, "constexpr")}
+    signature = {**types, **dict.fromkeys(constants, "constexpr")}
     names = list(signature)
     assert names == kernel.arg_names, "a kernel's arguments are told by position"
-    aligned = {(names.index(name),): _ALIGNED for name in (*pointers, *["num_elements"] * wide)}
     with triton.knobs.compilation.scope(), _oldest_assembler(arch) as options:
         # They would triple the size, and tell the folders of the machine that compiled.
         triton.knobs.compilation.disable_line_info = True
         return triton.compile(
-            ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned),
+            ASTSource(
+                fn=kernel,
+                signature=signature,
+                constexprs=dict(constants),
+                attrs={(names.index(name),): _ALIGNED for name in aligned},
+            ),
             target=GPUTarget("cuda", arch, 32),
-            options={"num_warps": launch.num_warps, "enable_fp_fusion": False, **options},
+            options={"num_warps": num_warps, "enable_fp_fusion": False, **options},
         )
 
 

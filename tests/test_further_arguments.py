@@ -18,6 +18,8 @@ from skipstep.export.precision import lower_precision
 from skipstep.export.precision_check import check_precision
 from skipstep.export.weight_storage import expand_weights
 from skipstep.kernels.autotune import LaunchCase, candidates
+from skipstep.kernels.group_norm import launch_group_norm
+from skipstep.kernels.group_norm_launch import norm_launch
 from skipstep.kernels.launch import StepLaunch, choose_launch, least_elements_per_thread, step_constants
 from skipstep.kernels.layout import StepFlags
 from skipstep.kernels.statistics import Thresholding
@@ -67,6 +69,15 @@ CALLS: dict[Any, Callable[[], dict[str, Any]]] = {
         "seeds": torch.arange(2),
     },
     NumpyStep: _numpy,
+    launch_group_norm: lambda: {
+        "x": torch.ones(2, 4, 3, 3),
+        "num_groups": 2,
+        "weight": torch.ones(4),
+        "bias": torch.ones(4),
+        "vector": torch.ones(2, 4),
+        "image": torch.ones(2, 4, 3, 3),
+    },
+    norm_launch: lambda: {"channels": 4, "positions": 9, "channels_last": True},
     Thresholding: lambda: {"quantile": 0.9},
     StepLaunch: lambda: {"block_size": 1024, "num_warps": 4},
     step_constants: lambda: {"flags": FLAGS, "per_sample": False, "store_x0": False},

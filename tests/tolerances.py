@@ -37,6 +37,10 @@ GENERAL_UPDATE = 2e-6
 # One unit in the last place of bfloat16 (8 significant bits), relative.
 BFLOAT16_ULP = 2.0**-7
 
+# A GroupNorm in float32 against float64, relative to the larger of 1 and its largest value: a mean of 5 spreads of 1
+# cancels three bits, and the exponential of SiLU has a few units in the last place.
+GROUP_NORM = 4e-6
+
 # The same sample alone and in a batch, pixels in [-1, 1]: a convolution may sum in another order at another batch size
 # (float32, a few layers), and a loop of a few steps carries that on.
 BATCH_INVARIANCE = 1e-4

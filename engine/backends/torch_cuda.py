@@ -7,13 +7,14 @@ that torch.export cannot trace runs as it is, all of it at every stage, and `fal
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, StepInput, Target
 from skipstep.backends.device_step import HostInputs
@@ -121,18 +122,25 @@ def _compiled(module: nn.Module) -> Callable[..., Tensor]:
     return forward
 
 
-def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:
+def denoisers(source: NetworkSource, target: Target, *, fuse_norms: bool | None = None) -> MakeDenoiser:
     """Denoisers of a copy of the source's module on the GPU, in the target's precision.
 
     Convolutions over images are in channels-last order, which tensor cores read; of the module's weights only the
-    order in memory changes.
+    order in memory changes. GroupNorms become kernels of ours (skipstep.backends.torch_fusion) with `fuse_norms`; None:
+    on a GPU where Triton is installed, unless torch.compile makes its own.
     """
     device, dtype = torch.device(target.device), getattr(torch, target.dtype)
     host = source.module()
     module = module_on(host, device, dtype)
     if len(source.spec.sample_shape) == 3 and all(weight.ndim < 5 for weight in module.parameters()):
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    networks = SplitNetworks(module, host, source.spec)
+    if fuse_norms is None:
+        has_triton = importlib.util.find_spec("triton") is not None
+        fuse_norms = device.type == "cuda" and has_triton and not target.compiled
+    fuse: Callable[[fx.Graph], None] | None = None
+    if fuse_norms:
+        from skipstep.backends.torch_fusion import fuse_norms as fuse
+    networks = SplitNetworks(module, host, source.spec, fuse=fuse)
     run: Callable[[nn.Module], Callable[..., Tensor]] = _compiled if target.compiled else lambda module: module
 
     def make(batch_size: int) -> TorchDeviceDenoiser:

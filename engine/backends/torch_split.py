@@ -6,7 +6,7 @@ the GPU; the earlier parts are computed in float32, from the weights in host mem
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -76,10 +76,17 @@ class SplitNetwork:
 
 
 class SplitNetworks:
-    """A module split for any batch size. `host` is the same module in float32 on the CPU."""
+    """A module split for any batch size. `host` is the same module in float32 on the CPU; `fuse` rewrites the step."""
 
-    def __init__(self, module: DenoisingModule, host: DenoisingModule, spec: NetworkSpec) -> None:
-        self._module, self._host, self._spec = module, host, spec
+    def __init__(
+        self,
+        module: DenoisingModule,
+        host: DenoisingModule,
+        spec: NetworkSpec,
+        *,
+        fuse: Callable[[fx.Graph], None] | None = None,
+    ) -> None:
+        self._module, self._host, self._spec, self._fuse = module, host, spec, fuse
         self._made: list[tuple[Trace, SplitNetwork]] = []
 
     def at(self, batch_size: int) -> SplitNetwork:
@@ -92,6 +99,8 @@ class SplitNetworks:
             raise NotTraceableError(f"torch.export traces it for batch sizes from {traced.low} to {traced.high} only")
         simplify(traced.graph)
         parts = split(traced.graph)
+        if self._fuse is not None:
+            self._fuse(parts.step)
         network = SplitNetwork(runnable(parts.step, traced.tensors), self._early(traced, parts), _inputs(parts.step))
         self._made.append((traced, network))
         return network

@@ -1,4 +1,4 @@
-"""Compiles both kernels for sm_90 as a launch does, without a GPU: `python compile_launches.py`.
+"""Compiles every kernel for sm_90 as a launch does, without a GPU: `python compile_launches.py`.
 
 Triton's own launch path decides what is specialised: an integer 1 becomes a constant, and so does the fact that 16
 divides a pointer or a size. Only the driver is a stand-in. It needs Triton, NumPy and skipstep, but not torch, so it
@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from skipstep.export.norm_inspection import NORMS, NormCase
 from skipstep.kernels.launch import StepLaunch, step_constants
 from skipstep.kernels.layout import StepFlags
 from skipstep.kernels.philox_kernel import philox_normal_kernel
@@ -67,8 +68,8 @@ def launches():
     for dtype, size, launch in itertools.product(("float16", "bfloat16", "float32"), SIZES, LAUNCHES):
         network = Pointer(dtype)
         for copies, chooses in ((1, False), (2, True)):
-            options = {"STREAM": 0, "COPIES": copies, "CHOOSES": chooses}
-            yield philox_normal_kernel, (f32, network, i64, i32, size, 0), options, launch
+            options = {"STREAM": 0, "COPIES": copies, "CHOOSES": chooses, "BLOCK": launch.block_size}
+            yield philox_normal_kernel, (f32, network, i64, i32, size, 0), options, launch.num_warps
     # Every set of flags meets every size and stage, and each dtype and launch meets every set.
     for flags, (index, (size, stage)) in itertools.product(FLAGS, enumerate(itertools.product(SIZES, STAGES))):
         network, launch = Pointer(("float16", "bfloat16", "float32")[index % 3]), LAUNCHES[index % 2]
@@ -76,18 +77,26 @@ def launches():
             flags, per_sample=index % 2 == 1, store_x0=index % 3 == 1, counted=index == 4, checked=index % 4 != 3
         )
         state = (f32, f32, network, network, f32, f32, f32, i64, f32, f32, f32, i32, i32, size, stage)
-        yield ddim_step_kernel, state, options, launch
+        yield ddim_step_kernel, state, {**options, "BLOCK": launch.block_size}, launch.num_warps
+    # Each norm in both orders meets each dtype or each added operand.
+    for index, (norm, last) in enumerate(itertools.product(NORMS.values(), (False, True))):
+        dtypes, added = (("fp16", "float16"), ("bf16", "bfloat16"), ("fp32", "float32")), ("", "vector", "image")
+        for turn in range(3):
+            (short, name), what = dtypes[turn], added[(index + turn) % 3]
+            case = NormCase(*norm, short, last, what, silu=turn != 2, affine=index % 2 == 0)
+            for kernel, pointers, constants in case.kernels():
+                tensors = tuple(f32 if each == "*fp32" else Pointer(name) for each in pointers.values())
+                yield kernel, tensors, constants, case.launch.num_warps
 
 
 def main() -> None:
     driver.set_active(StandInDriver())
     count = 0
-    for kernel, arguments, options, launch in launches():
+    for kernel, arguments, options, num_warps in launches():
         compiled = kernel.warmup(
             *arguments,
             **options,
-            BLOCK=launch.block_size,
-            num_warps=launch.num_warps,
+            num_warps=num_warps,
             enable_fp_fusion=False,
             grid=(1, 1),
         )

@@ -1,4 +1,4 @@
-"""The step compiled for every architecture, without a GPU: what the compiler made of it."""
+"""The step and GroupNorm compiled for every architecture, without a GPU: what the compiler made of it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ import pytest
 
 pytest.importorskip("triton")
 
-# Written here and not taken from the module: dropping one there must fail here. The oldest, the one of data centres
-# and the one of desktops are compiled always, the others where everything is tested. A machine with a GPU compiles for
-# that one (`-m gpu`).
-ARCHITECTURES = [
-    *(
-        arch if arch in (75, 90, 120) else pytest.param(arch, marks=pytest.mark.slow)
-        for arch in (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
-    ),
-    pytest.param("device", marks=pytest.mark.gpu),
-]
+# Written here and not taken from the module: dropping one there must fail here. A machine with a GPU compiles for that
+# one (`-m gpu`).
+EVERY = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
+
+
+def architectures(*always):
+    """Every one, those but `always` only where everything is tested."""
+    rest = [pytest.param(arch, marks=pytest.mark.slow) for arch in EVERY if arch not in always]
+    return [*always, *rest, pytest.param("device", marks=pytest.mark.gpu)]
+
+
 ELEMENTS_PER_THREAD = 8
 
 
@@ -51,6 +52,13 @@ TRAFFIC = {
 }
 
 
+# What a row that is contiguous in memory is a multiple of, in elements: by positions or, channels-last, by channels.
+MULTIPLES = {
+    (1024, False): 1024, (4096, False): 4096, (35, False): 1,
+    (4, True): 4, (12, True): 4, (10, True): 2, (3, True): 1,
+}  # fmt: skip
+
+
 def assembled(arch: int) -> bool:
     """Whether the assembler that comes with this Triton knows the architecture."""
     from triton.backends.nvidia.compiler import get_ptxas
@@ -65,8 +73,8 @@ def test_the_assembler_is_asked_what_it_knows():
     assert not assembled(999)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_generated_code(arch):
+def compiled(script, arch):
+    """What a script prints of an architecture."""
     if arch == "device":
         import torch
 
@@ -74,11 +82,15 @@ def test_generated_code(arch):
         arch = 10 * major + minor
     if not assembled(arch):
         pytest.skip(f"this Triton's ptxas does not know sm_{arch}")
-    script = str(Path(__file__).parent / "compile_steps.py")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, script, str(arch)]
-    output = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
-    facts = json.loads(output)
+    command = [sys.executable, str(Path(__file__).parent / script), str(arch)]
+    return json.loads(subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout)
+
+
+# The oldest, the one of data centres and the one of desktops.
+@pytest.mark.parametrize("arch", architectures(75, 90, 120))
+def test_generated_code(arch):
+    facts = compiled("compile_steps.py", arch)
     steps, bare = ({(each["variant"], each["dtype"]): each for each in facts[kind]} for kind in ("steps", "bare"))
     assert steps.keys() == {(variant, dtype) for variant in TRAFFIC for dtype in ("fp16", "fp32")}
 
@@ -101,6 +113,45 @@ def test_generated_code(arch):
             assert kernel[absent] == 0, (case, absent)
         # By 128 threads: with 64 registers eight blocks fit on every one of these architectures, with 72 seven.
         assert kernel["registers"] <= (72 if variant in ("learned_variance", "ring") else 64), case
+
+
+@pytest.mark.parametrize("arch", architectures(90))
+def test_generated_code_of_norms(arch):
+    facts = compiled("compile_norms.py", arch)
+    # Four norms, two dtypes, two orders in memory, two added operands; the one of latents takes two launches.
+    assert len(facts) == 4 * 8 + 8
+    for each in facts:
+        check_norm(each)
+
+
+def check_norm(facts):
+    case = tuple(facts[key] for key in ("first", "variant", "dtype", "channels_last", "added"))
+    for absent in ("spill_instructions", "local_bytes", "stack_bytes", "fused_multiply_adds"):
+        assert facts[absent] == 0, (case, absent)
+    assert facts["registers"] <= 64, case
+    last, size = facts["channels_last"], {"fp16": 2, "fp32": 4}[facts["dtype"]]
+    elements = facts["block_c"] * facts["block_p"] // (32 * facts["num_warps"])
+    multiple = MULTIPLES[facts["channels" if last else "positions"], last]
+    width = size * min(16 // size, multiple, elements)
+    form = {2: "v1.b16", 4: "v1.b32", 8: "v2.b32", 16: "v4.b32"}[width]
+    accesses = elements * size // width
+    images = 2 if facts["added"] == "image" else 1
+
+    loads, stores = (
+        {key.removeprefix(kind): n for key, n in facts["global_accesses"].items() if key.startswith(kind)}
+        for kind in ("ld.", "st.")
+    )
+    # Each whole operand is read and written once, as wide as its rows allow; the rest are the partial results.
+    if facts["first"]:
+        assert stores == {"v1.b32": 2}, case
+    else:
+        assert stores == {form: images * accesses}, case
+    if facts["added"] == "image":
+        combined = 2 if facts["tiles"] > 1 and not facts["first"] else 0
+        loads["v1.b32"] = loads.get("v1.b32", 0) - combined
+        assert {key: n for key, n in loads.items() if n} == {form: images * accesses}, case
+    # Two sums over a program, or two over the tiles: threads of several warps meet in shared memory.
+    assert facts["barriers"] <= 4, case
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 Threads walk together while they agree where to go; where they part, those that are least far go first, so that they
 meet again. An opcode that is not in the tables is an error that names it: so a new compiler's new instruction is seen.
-Arithmetic is IEEE's, as the opcode says: `.rn` or exact, denormals kept, `.ftz` unknown. ex2.approx alone is not.
+Arithmetic is IEEE's, as the opcode says: `.rn` or exact, denormals kept, `.ftz` unknown; not so ex2.approx, div.full.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ _SAME_TYPE: Mapping[str, Callable[..., Lanes]] = {
     "mul.lo": np.multiply, "mad.lo": lambda a, b, c: a * b + c, "div.rn": np.divide, "sqrt.rn": np.sqrt,
     "min": np.fmin, "max": np.fmax, "min.NaN": np.minimum, "max.NaN": np.maximum, "not": np.invert,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "shl": _shift_left, "shr": _shift_right,
-    "prmt": _permute, "lop3": _lop3, "bfe": _extract,
+    "div.full": np.divide, "prmt": _permute, "lop3": _lop3, "bfe": _extract,
     "ex2.approx": lambda x: np.exp2(x.astype(np.float64)).astype(np.float32),
 }  # fmt: skip
 _WIDE = {"mul.wide": lambda a, b: a * b, "mad.wide": lambda a, b, c: a * b + c, "mul.hi": lambda a, b: a * b >> 32}

@@ -51,9 +51,9 @@ def launched(body: str, number: int = 0) -> np.ndarray:
 DOUBLED = "\tld.global.b32 %r3, [%rd3];\n\tadd.rn.f32 %r4, %r3, %r3;\n\tst.global.b32 [%rd3], %r4;\n"
 
 
-def run(*arguments: str) -> str:
+def run(*arguments: str, script: str = "run_ptx.py") -> str:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(FOLDER / "run_ptx.py"), *arguments]
+    command = [sys.executable, str(FOLDER / script), *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
@@ -61,6 +61,16 @@ def run(*arguments: str) -> str:
 
 def test_kernels_have_the_bits_of_the_twin():
     assert re.search(r"\d{2,} launches for sm_90, sm_120 have the twin's bits", run())
+
+
+def test_norms_are_their_definition():
+    assert re.search(r"36 norms for sm_90 are their definition's", run("--architectures", "90", script="run_norms.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_norms_on_every_architecture(arch):
+    assert "are their definition's" in run("--architectures", str(arch), script="run_norms.py")
 
 
 @pytest.mark.slow
@@ -126,3 +136,26 @@ def test_single_changes_of_a_kernel_are_noticed():
     """Each change of one instruction, in a kernel that uses every part of the step, must leave other bits or be an
     access that the memory refuses."""
     assert re.search(r"(\d+) of \1 changes noticed", run("--changes", *(f"{a}={b}" for a, b in CHANGES)))
+
+
+NORM_CHANGES = [
+    ("add.rn.f32 ", "sub.rn.f32 "),
+    ("sub.rn.f32 ", "add.rn.f32 "),
+    ("mul.rn.f32 ", "add.rn.f32 "),
+    ("div.rn.f32", "mul.rn.f32"),
+    ("sqrt.rn.f32", "mov.b32"),
+    (", 16, 31, -1", ", 8, 31, -1"),
+    ("bar.sync", "//"),
+    ("min.s32", "max.s32"),
+    ("selp.f32", "//"),
+    ("and.pred", "or.pred"),
+]
+
+
+def test_single_changes_of_norms_are_noticed():
+    """In a norm of one launch and in both kernels of one of two."""
+    found = run("--changes", *(f"{a}={b}" for a, b in NORM_CHANGES), script="run_norms.py")
+    counts = re.findall(r"(\d+) of (\d+) changes noticed", found)
+    assert [noticed for noticed, _ in counts] == [planted for _, planted in counts], found
+    assert len(counts) == 2
+    assert all(int(planted) >= 15 for _, planted in counts), found
