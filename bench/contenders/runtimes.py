@@ -51,9 +51,9 @@ def build_onnxruntime(subject: Subject, setup: Setup) -> BuiltContender:
 
 def build_openvino(subject: Subject, setup: Setup) -> BuiltContender:
     """With fixed shapes, the latency hint and float32: what it is fastest with at equal precision."""
-    import openvino  # type: ignore[import-untyped, import-not-found, unused-ignore]  # It ships no types.
+    from skipstep.backends.openvino_library import core as openvino_core
 
-    core = openvino.Core()
+    core = openvino_core()
 
     def network_for(workload: Workload) -> Network:
         model = core.read_model(subject.exported)

@@ -38,7 +38,7 @@ class KeptBytes(Protocol):
 
 # keep(description, parts): bytes that depend on these parts.
 Keep = Callable[[str, Mapping[str, Any]], KeptBytes]
-# Of a network on a GPU.
+# Of a network; skipstep.backends.registry has which backend runs in which.
 Precision = Literal["float32", "tf32", "float16", "bfloat16"]
 # Of TensorRT engines.
 Library = Literal["tensorrt", "tensorrt_rtx"]
@@ -144,6 +144,8 @@ class Target:
     stream       on a GPU: the torch stream of the engine, None for a stand-in device.
     library      "tensorrt" or "tensorrt_rtx"; None: what is installed and has engines.
     keep         where a library keeps what it compiled, None: nowhere.
+    check        called with a denoiser whose network was compiled anew, before it is kept: compares it with a
+                 reference, and raises ExportError. For backends that compile when a batch size is first needed.
     """
 
     device: str = "cpu"
@@ -153,6 +155,7 @@ class Target:
     stream: Any = None
     library: Library | None = None
     keep: Keep | None = None
+    check: Callable[[Denoiser], object] | None = None
 
     @property
     def dtype(self) -> str:

@@ -7,10 +7,8 @@ are step inputs.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 
 from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, Target
 from skipstep.backends.early import EarlyParts
+from skipstep.backends.prefetch import Lazy
 from skipstep.calls.conditioning import Conditioning
 from skipstep.errors import ExportError
 from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs, Values
@@ -26,6 +25,8 @@ from skipstep.networks.spec import MAX_ELEMENTS, NetworkSpec
 
 # Some builds write usage events to the user's cache folder; a library that is embedded in products sends nothing.
 onnxruntime.disable_telemetry_events()
+
+LazySession = Lazy[onnxruntime.InferenceSession]
 
 
 @dataclass(slots=True)
@@ -90,33 +91,6 @@ class OnnxRuntimeDenoiser:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # ONNX Runtime's own, and NumPy's for tables of another shape.
             raise _failed(error) from error
-
-
-class LazySession:
-    """A session that is made when it is first needed, once; `prefetch` begins in the background.
-
-    The runtime holds no Python lock while it loads, so the rest of loading, imports included, goes on meanwhile.
-    """
-
-    def __init__(self, make: Callable[[], onnxruntime.InferenceSession]) -> None:
-        self._make = make
-        self._session: onnxruntime.InferenceSession | None = None
-        self._lock = threading.Lock()
-
-    def get(self) -> onnxruntime.InferenceSession:
-        """Raises what `make` raises, at every call until it succeeds."""
-        with self._lock:
-            if self._session is None:
-                self._session = self._make()
-            return self._session
-
-    def prefetch(self) -> None:
-        # Not a daemon: a process that ends waits until the runtime has finished.
-        threading.Thread(target=self._quietly, name="skipstep-prefetch").start()
-
-    def _quietly(self) -> None:
-        with contextlib.suppress(Exception):  # The call that needs the session raises it again.
-            self.get()
 
 
 def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:

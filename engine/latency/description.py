@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from skipstep.backends.registry import capabilities
 from skipstep.latency.tuning import Tunable
 
 
@@ -13,6 +14,7 @@ def describe(engine: Tunable) -> str:
     if network.prompt_shape is not None:
         classes = "prompts of {}×{}".format(*network.prompt_shape)
     guidance = ", with guidance" if network.can_guide else ""
+    library = capabilities(engine.backend, loop.device)
     latencies: list[str] = []
     if engine.calibration is not None:
         from skipstep.latency.calibration import describe_latencies
@@ -22,6 +24,7 @@ def describe(engine: Tunable) -> str:
         [
             f"network     {shape}, {classes}{guidance}",
             f"backend     {engine.backend} on {loop.device}",
+            f"precision   {engine.precision}" + (f"; {library}" if library else ""),
             f"loop        {loop.name}",
             f"batch sizes {f'up to {max(sizes)}' if loop.any_batch else ', '.join(map(str, sizes))}",
             *(f"plan        {plan!r}" for plan in engine.plans.values()),
