@@ -179,10 +179,11 @@ def _network_of(
             stream=stream,
             keep=CacheSlot,
         )
-    if backend.compiles_late:
+    if gpu is None:
         from skipstep.bundles.kept import CacheSlot
 
-        target = replace(target, keep=CacheSlot, check=_check_with(source, precision))
+        check = _check_with(source, precision) if backend.compiles_late else None
+        target = replace(target, keep=CacheSlot, check=check)
     # Loading the runtime's session takes longest: it goes on in the background while the rest is read.
     make = backend.denoisers(source, target)
     from skipstep.bundles.tables import default_options, plan_values, read_plans

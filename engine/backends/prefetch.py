@@ -17,15 +17,16 @@ class Lazy(Generic[T]):
     """
 
     def __init__(self, make: Callable[[], T]) -> None:
-        self._make = make
+        self._make: Callable[[], T] | None = make
         self._made: list[T] = []
         self._lock = threading.Lock()
 
     def get(self) -> T:
         """Raises what `make` raises, at every call until it succeeds."""
         with self._lock:
-            if not self._made:
+            if self._make is not None:
                 self._made.append(self._make())
+                self._make = None  # What it holds, such as a graph's bytes, is needed no more.
             return self._made[0]
 
     def prefetch(self) -> None:
