@@ -70,14 +70,21 @@ def _throughputs(contender: Contender, workload: Workload, setup: Setup, draw: C
 
 
 def process_facts(
-    model: str, contender: str, *, steps: int, batch_size: int, threads: int, processes: int = _PROCESSES
+    model: str,
+    contender: str,
+    *,
+    steps: int,
+    batch_size: int,
+    threads: int,
+    processes: int = _PROCESSES,
+    runs: tuple[str, str] = ("auto", "auto"),
 ) -> tuple[float, int]:
     """Median seconds of a fresh process from its start to its end after one call, and the most bytes that it held.
 
-    Raises RuntimeError with what the process said where it failed.
+    `runs`: the backend and the precision of a bundle. Raises RuntimeError with what the process said where it failed.
     """
     command = [sys.executable, "-m", "skipstep.bench.measurements", model, contender]
-    command += [str(each) for each in (steps, batch_size, threads)]
+    command += [str(each) for each in (steps, batch_size, threads, *runs)]
     seconds = []
     for _ in range(1 + processes):  # The first one warms the file cache.
         started = time.perf_counter()
@@ -105,7 +112,12 @@ def _process(contender: Contender, workload: Workload, setup: Setup, draw: Calla
             path = Path(folder) / "bundle"
             engine.save(path, license="for measuring alone", name=subject.name)
         seconds, peak = process_facts(
-            str(path), contender.name, steps=workload.steps, batch_size=workload.batch_size, threads=setup.threads
+            str(path),
+            contender.name,
+            steps=workload.steps,
+            batch_size=workload.batch_size,
+            threads=setup.threads,
+            runs=(contender.backend, contender.precision or "auto"),
         )
     return {"cold_start_seconds": seconds, "peak_bytes": peak}
 
@@ -131,13 +143,13 @@ MEASUREMENTS: dict[str, Callable[[Any, Any, Any, Callable[[], object]], dict[str
 }
 
 
-def _draw_from_bundle(model: str, steps: int, batch_size: int, threads: int) -> None:
+def _draw_from_bundle(model: str, steps: int, batch_size: int, threads: int, backend: str, precision: str) -> None:
     """As a product does; neither torch nor the benchmark's contenders are imported."""
     import numpy as np
 
     from skipstep import load
 
-    engine = load(model, num_threads=threads, allow_hard_links=True)
+    engine = load(model, num_threads=threads, backend=backend, precision=precision, allow_hard_links=True)
     network = engine.network
     arguments: dict[str, Any] = {} if network.num_classes is None else {"class_labels": [0] * batch_size}
     if network.prompt_shape is not None:
@@ -162,15 +174,17 @@ def _draw(model: str, contender: str, steps: int, batch_size: int, threads: int)
 
 
 def main() -> None:
-    """The measured process: MODEL CONTENDER STEPS BATCH THREADS."""
+    """The measured process: MODEL CONTENDER STEPS BATCH THREADS BACKEND PRECISION."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("contender")
     for name in ("steps", "batch", "threads"):
         parser.add_argument(name, type=int)
+    for name in ("backend", "precision"):
+        parser.add_argument(name)
     given = parser.parse_args()
     if Path(given.model, "manifest.json").is_file():
-        _draw_from_bundle(given.model, given.steps, given.batch, given.threads)
+        _draw_from_bundle(given.model, given.steps, given.batch, given.threads, given.backend, given.precision)
     else:
         _draw(given.model, given.contender, given.steps, given.batch, given.threads)
     found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)

@@ -213,7 +213,7 @@ class BenchSession:
             "plan": {"steps": case.steps, "solver": plan.solver, "key": plan.key},
             "batch_size": case.batch_size,
             "device": setup.accelerator.name if setup.on_gpu else "cpu",
-            "precision": self.options.dtype,
+            "precision": contender.precision or self.options.dtype,
             "threads": self.options.threads,
             "error": error,
             "tolerance": tolerance,

@@ -37,16 +37,18 @@ from skipstep.reporting import LOGGER, Report, reporter
 class BuildOptions(ModelOptions, total=False):
     """How a network is compiled; each may be left out.
 
-    backend           "torch", "onnxruntime", "tensorrt" or "auto" (skipstep.backends.registry has the table).
+    backend           "torch", "onnxruntime", "openvino", "tensorrt" or "auto" (skipstep.backends.registry has the
+                      table).
     loop              on a GPU "captured", "step_graph" or "stepwise" (skipstep.loops.programs), on the CPU "stepwise".
                       "auto": the one with the fewest launches from the host. `Engine.describe` says which was possible.
     require_captured  on a GPU: raise CaptureError where a loop cannot run as `loop` says, instead of a simpler one.
     device            "cpu", "cuda", "cuda:1", or "auto": the GPU where there is one.
-    precision         of the network on a GPU: "float32", "tf32" (float32 whose products are rounded to ten bits),
-                      "float16" or "bfloat16"; the state is always float32.
+    precision         of the network: "float32" (also "auto"), on a GPU also "tf32" (float32 whose products are rounded
+                      to ten bits), "float16" and "bfloat16", and on the CPU "bfloat16" with the openvino backend on a
+                      processor that has it; the state is always float32.
     library           of the tensorrt backend: "tensorrt" or "tensorrt_rtx"; None: full TensorRT where it is installed.
     compile_network   run torch's module through torch.compile first (torch on a GPU).
-    num_threads       of ONNX Runtime on the CPU; None: every core. torch keeps its process-wide setting.
+    num_threads       of ONNX Runtime and OpenVINO on the CPU; None: every core. torch keeps its process-wide setting.
     progress          called as progress(phase), in words, which the logger "skipstep" gets too.
     """
 
@@ -137,7 +139,8 @@ def build_network(
     """See Engine.build and BuildOptions. What can be refused without torch and the network is refused before them."""
     report = reporter(progress)
     sizes = _checked_batch_sizes(batch_sizes)
-    check_choice("precision", precision, get_args(Precision))
+    check_choice("precision", precision, ("auto", *get_args(Precision)))
+    precision = "float32" if precision == "auto" else precision
     check_choice("backend", backend, ("auto", *dict.fromkeys(each.name for each in BACKENDS)))
     check_choice("loop", loop, ("auto", *dict.fromkeys(form for forms in FORMS.values() for form in forms)))
     check_device(device, auto=True)
@@ -163,7 +166,7 @@ def build_network(
             got="no package torch", expected="torch, which builds engines", remedy="pip install 'skipstep[torch]'"
         ) from error
     resolved = _resolve_device(device)
-    chosen = resolve_backend(backend, device=resolved.type, exports=True)
+    chosen = resolve_backend(backend, device=resolved.type, exports=True, precision=precision)
     form = resolve_form(loop, device=resolved.type)
     _check_options(target, resolved.type, chosen.name, require_captured)
     source = read_model(model, checkpoint, network)
@@ -176,16 +179,19 @@ def build_network(
     )
     lifecycle = Lifecycle()
     cuda = None
-    if resolved.type == "cuda":
+    if resolved.type == "cuda" or chosen.compiles_late:
         from skipstep.bundles.kept import CacheSlot
+
+        target = replace(target, keep=CacheSlot)
+    if resolved.type == "cuda":
         from skipstep.cuda.device import CudaDevice
 
         cuda = CudaDevice(resolved)
         stream = getattr(cuda.stream, "torch_stream", None)
-        target = replace(target, device=str(cuda.torch_device), stream=stream, keep=CacheSlot)
+        target = replace(target, device=str(cuda.torch_device), stream=stream)
     network = source.spec
     report(f"make the network ready for {chosen.name}" + (": export it to ONNX" if chosen.loads_bundles else ""))
-    make = chosen.denoisers(source, replace(target, batch_sizes=tuple(network_batch_sizes(network, sizes))))
+    target = replace(target, batch_sizes=tuple(network_batch_sizes(network, sizes)))
 
     def reference() -> Denoiser:
         from skipstep.backends.torch import TorchDenoiser
@@ -193,7 +199,11 @@ def build_network(
         report("compare it with the model on the CPU")
         return TorchDenoiser(source.module(), network, batch_size=2)
 
-    if chosen.name == "onnxruntime" and cuda is None:
+    if chosen.compiles_late:
+        probe = NetworkProbe.of(reference(), network)
+        target = replace(target, check=lambda denoiser: probe.check(denoiser, precision=precision))
+    make = chosen.denoisers(source, target)
+    if chosen.loads_bundles and cuda is None and not chosen.compiles_late:
         NetworkProbe.of(reference(), network).check(make(2))
     made = make_loop(
         make,
@@ -205,6 +215,7 @@ def build_network(
         device=cuda,
         precision=precision,
         reference=reference,
+        ready=chosen.compiles_late,
     )
     runner = BatchRunner(made, network, sizes, lifecycle)
     return CompiledNetwork(source, held, runner, chosen.name, precision, num_threads)
@@ -212,7 +223,6 @@ def build_network(
 
 def _check_options(target: Target, device: str, backend: str, require_captured: bool) -> None:
     only_on_gpu = {
-        f"precision={target.precision!r}": target.precision != "float32",
         "require_captured=True": require_captured,
         "compile_network=True": target.compiled,
         f"library={target.library!r}": target.library is not None,

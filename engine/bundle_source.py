@@ -1,4 +1,5 @@
-"""A bundle as a network source, and the network that is made of it: ONNX Runtime on a CPU, TensorRT on a GPU.
+"""A bundle as a network source, and the network that is made of it: ONNX Runtime or OpenVINO on a CPU, TensorRT on
+a GPU.
 
 The start of a process counts: the runtime begins to load its session before the packages that only a call needs are
 imported.
@@ -8,15 +9,22 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
-from skipstep.backends.denoiser import Precision, Target
-from skipstep.backends.registry import check_device, check_library, resolve_backend
+from skipstep.backends.denoiser import Denoiser, Precision, Target
+from skipstep.backends.registry import BACKENDS, check_device, check_library, resolve_backend
 from skipstep.bundles.bundle import Bundle, open_bundle, read_engine, while_unchanged
 from skipstep.cuda.probe import cuda_device
-from skipstep.errors import BundleError, DeviceUnavailableError, InputError, check_flag
+from skipstep.errors import (
+    BundleError,
+    DeviceUnavailableError,
+    InputError,
+    MissingDependencyError,
+    check_choice,
+    check_flag,
+)
 from skipstep.loops.choice import make_loop, resolve_form
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.networks.graphs import Values
@@ -93,6 +101,8 @@ def load_network(
     *,
     device: str = "cpu",
     loop: str = "auto",
+    backend: str = "auto",
+    precision: str = "auto",
     library: str | None = None,
     require_captured: bool = False,
     num_threads: int | None = None,
@@ -117,23 +127,36 @@ def load_network(
         )
     form = resolve_form(loop, device=kind)
     gpu = None if kind == "cpu" else int(number or 0)
+    check_choice("backend", backend, ("auto", *dict.fromkeys(each.name for each in BACKENDS if each.loads_bundles)))
+    check_choice("precision", precision, ("auto", *get_args(Precision)))
     target = Target(num_threads=num_threads, library=check_library(library))
 
     def opened() -> CompiledNetwork:
         bundle = open_bundle(path, require_signature=require_signature, allow_hard_links=allow_hard_links)
-        return _network_of(bundle, gpu, form, require_captured, target, compile_on_miss)
+        return _network_of(bundle, gpu, form, require_captured, target, compile_on_miss, backend, precision)
 
     return while_unchanged(path, opened)
 
 
 def _network_of(
-    bundle: Bundle, gpu: int | None, form: str, require_captured: bool, target: Target, compile_on_miss: bool
+    bundle: Bundle,
+    gpu: int | None,
+    form: str,
+    require_captured: bool,
+    target: Target,
+    compile_on_miss: bool,
+    asked_backend: str,
+    asked_precision: str,
 ) -> CompiledNetwork:
     kind = "cpu" if gpu is None else "cuda"
-    backend = resolve_backend("onnxruntime" if kind == "cpu" else "tensorrt", device=kind, exports=False)
     manifest = bundle.manifest
-    source, lifecycle = BundleSource(bundle), Lifecycle()
-    precision, cuda = "float32", None
+    precision = asked_precision
+    if precision == "auto":
+        precision = "float32" if gpu is None or not manifest.engines else manifest.engines[0].precision
+    name = "tensorrt" if gpu is not None and asked_backend == "auto" else asked_backend
+    backend = resolve_backend(name, device=kind, exports=False, precision=precision)
+    source, lifecycle, cuda = BundleSource(bundle), Lifecycle(), None
+    target = replace(target, precision=cast(Precision, precision))
     if gpu is not None:
         # The device is probed before anything of TensorRT or CUDA is touched.
         cuda_device(gpu)
@@ -148,15 +171,26 @@ def _network_of(
         from skipstep.bundles.kept import CacheSlot
         from skipstep.cuda.device import CudaDevice
 
-        precision, cuda = manifest.engines[0].precision, CudaDevice(torch.device("cuda", gpu))
+        built = manifest.engines[0].precision
+        if backend.name != "tensorrt" or precision != built:
+            raise InputError(
+                got=f"backend={backend.name!r}, precision={precision!r} for a bundle on a GPU",
+                expected=f"tensorrt in {built}, for which the bundle has engines",
+                remedy="leave both out, or export the bundle in another precision",
+            )
+        cuda = CudaDevice(torch.device("cuda", gpu))
         stream = getattr(cuda.stream, "torch_stream", None)
         target = replace(
             target,
             device=str(cuda.torch_device),
-            precision=cast(Precision, precision),
             stream=stream,
             keep=CacheSlot,
         )
+    if gpu is None:
+        from skipstep.bundles.kept import CacheSlot
+
+        check = _check_with(source, precision) if backend.compiles_late else None
+        target = replace(target, keep=CacheSlot, check=check)
     # Loading the runtime's session takes longest: it goes on in the background while the rest is read.
     make = backend.denoisers(source, target)
     from skipstep.bundles.tables import default_options, plan_values, read_plans
@@ -200,3 +234,19 @@ def _network_of(
         target.num_threads,
         calibrations=calibrations,
     )
+
+
+def _check_with(source: BundleSource, precision: str) -> Callable[[Denoiser], float] | None:
+    """Compares a denoiser with ONNX Runtime; None where that is not installed."""
+    try:
+        reference = resolve_backend("onnxruntime", device="cpu", exports=False)
+    except MissingDependencyError:
+        return None
+
+    def check(denoiser: Denoiser) -> float:
+        from skipstep.loops.agreement import NetworkProbe
+
+        probe = NetworkProbe.of(reference.denoisers(source, Target())(2), source.spec)
+        return probe.check(denoiser, precision=precision)
+
+    return check

@@ -20,24 +20,26 @@ import numpy as np
 from skipstep.calls.destination import callers_memory
 from skipstep.calls.request import MAX_SAMPLES, Conditions, SampleRequest, resolve_request
 from skipstep.calls.trajectory import Callback, Progress, Trajectory
-from skipstep.editing import edit as editing
+from skipstep.delegates import Later
 from skipstep.errors import EngineStateError, InputError, check_callable, check_integer
-from skipstep.fitting import tune as fitting
-from skipstep.latency import tuning
-from skipstep.latency.calibration import Calibration, stored_calibration
-from skipstep.latency.description import describe
-from skipstep.latency.pareto import pareto
 from skipstep.loops.observers import Observers
 from skipstep.loops.runner import CompiledNetwork, OutputType, SampleArguments, check_output_type
 from skipstep.plans.plan import Plan
 from skipstep.plans.schedule import NoiseSchedule
 from skipstep.plans.stages import Stages
-from skipstep.saving import save
 
 if TYPE_CHECKING:
+    from skipstep import saving
     from skipstep.building import BuildOptions
+    from skipstep.editing import edit as editing
+    from skipstep.fitting import tune as fitting
+    from skipstep.latency import description, pareto, tuning
+    from skipstep.latency.calibration import Calibration
     from skipstep.latency.identity import DeviceIdentity
     from skipstep.loops.contract import LoopReport
+else:
+    editing, fitting, saving = map(Later, ("skipstep.editing.edit", "skipstep.fitting.tune", "skipstep.saving"))
+    description, pareto, tuning = (Later(f"skipstep.latency.{name}") for name in ("description", "pareto", "tuning"))
 
 
 class Engine:
@@ -56,9 +58,9 @@ class Engine:
     calibrate = tuning.calibrate
     autotune = tuning.autotune
     tune = fitting.tune
-    pareto = pareto
-    describe = describe
-    save = save
+    pareto = pareto.pareto
+    describe = description.describe
+    save = saving.save
 
     def __init__(self, compiled: CompiledNetwork) -> None:
         if not isinstance(compiled, CompiledNetwork):
@@ -72,6 +74,8 @@ class Engine:
         self.network = compiled.source.spec
         self.calibration: Calibration | None = None
         if compiled.calibrations is not None:
+            from skipstep.latency.calibration import stored_calibration
+
             self.calibration = stored_calibration(compiled.calibrations, self.identity())
             tuned = () if self.calibration is None else self.calibration.launches
             self.runner.loop.use_launches({each.case: each.launch for each in tuned})

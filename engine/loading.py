@@ -16,15 +16,20 @@ class LoadOptions(TypedDict, total=False):
 
     device             "cpu", or "cuda" or "cuda:1" for a GPU, which takes torch and the engines that were built for it
                        (skipstep build).
+    backend            on the CPU "onnxruntime" or "openvino"; "auto": the first that is installed. On a GPU "tensorrt".
+    precision          of the network on the CPU: "float32" (also "auto"), or with openvino "bfloat16", on a processor
+                       that has it. On a GPU that of the bundle's engines.
     library            on a GPU "tensorrt" or "tensorrt_rtx"; None: the one that is installed and has engines here.
     loop, require_captured
                        on a GPU, as for Engine.build.
-    num_threads        of ONNX Runtime on the CPU; None: every core.
+    num_threads        of ONNX Runtime and OpenVINO on the CPU; None: every core.
     require_signature  the public key that must have signed the bundle.
     allow_hard_links   for folders that a package manager fills by linking.
     """
 
     device: str
+    backend: str
+    precision: str
     library: str | None
     loop: str
     require_captured: bool
@@ -34,13 +39,14 @@ class LoadOptions(TypedDict, total=False):
 
 
 def load(path: str | os.PathLike[str], *, compile_on_miss: bool = False, **options: Unpack[LoadOptions]) -> Engine:
-    """An engine from the bundle at `path`: with ONNX Runtime on the CPU, with TensorRT on a GPU.
+    """An engine from the bundle at `path`: with ONNX Runtime or OpenVINO on the CPU, with TensorRT on
+    a GPU.
 
     options: device, num_threads, require_signature and so on: LoadOptions.
 
     It holds the bundle's plans; others can be added, because the network's time path is in the bundle. It is calibrated
     if the bundle was, on a device like this one. Raises BundleError and its kinds, MissingDependencyError, and on a GPU
-    DeviceUnavailableError where the bundle has no engine for it.
+    DeviceUnavailableError where the bundle has no engine for it; on the CPU where the processor lacks the precision.
     """
     compiled = load_network(path, compile_on_miss=compile_on_miss, **options)
     from skipstep.engine import Engine  # While the runtime loads its session in the background.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
 from skipstep.backends.denoiser import NetworkSource
+from skipstep.errors import InputError
 from skipstep.loops.contract import Sampler
 from skipstep.loops.runner import CompiledNetwork
 from skipstep.reporting import reporter
@@ -20,6 +21,8 @@ class Savable(Sampler, Protocol):
     """An engine that knows its source, and whose class makes an engine of a loaded network."""
 
     source: NetworkSource
+    backend: str
+    precision: str
     calibration: Calibration | None
 
     def __new__(cls, compiled: CompiledNetwork) -> Self: ...
@@ -51,6 +54,13 @@ def save(
     with `overwrite`, and only by a whole one. Raises ExportError, StorageError, InputError.
     """
     report = reporter(progress)
+    if engine.runner.loop.device == "cpu" and engine.precision != "float32":
+        raise InputError(
+            got=f"an engine in {engine.precision} to be saved",
+            expected="one in float32: it draws the golden samples, which every machine compares its own with",
+            remedy=f"build it without precision=, and call skipstep.load(path, precision={engine.precision!r}, "
+            f"backend={engine.backend!r}) where the bundle is used",
+        )
     from skipstep.bundle_source import load_network
     from skipstep.model_source import save_bundle
 

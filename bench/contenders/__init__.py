@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from skipstep.bench.contenders.ahead_of_time import AHEAD_OF_TIME
 from skipstep.bench.contenders.engines import ENGINES
 from skipstep.bench.contenders.pipeline import PIPELINES
 from skipstep.bench.contenders.runtimes import RUNTIMES
@@ -13,7 +14,9 @@ from skipstep.errors import InputError
 
 # The contender that all ratios refer to.
 REFERENCE = TEXTBOOK.name
-CONTENDERS: dict[str, Contender] = {each.name: each for each in (TEXTBOOK, *ENGINES, *PIPELINES, *RUNTIMES)}
+CONTENDERS: dict[str, Contender] = {
+    each.name: each for each in (TEXTBOOK, *ENGINES, *PIPELINES, *AHEAD_OF_TIME, *RUNTIMES)
+}
 
 
 def contenders_named(names: Sequence[str]) -> tuple[Contender, ...]:

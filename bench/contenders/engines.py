@@ -17,7 +17,8 @@ from skipstep.bench.models import Subject
 def build_engine(subject: Subject, setup: Setup, **options: Any) -> Engine:
     """From the folder; a bundle is loaded, and takes the plans that it lacks."""
     if subject.is_bundle:
-        engine = load(subject.path, num_threads=setup.threads, allow_hard_links=True, compile_on_miss=True)
+        asked = {name: options[name] for name in ("backend", "precision") if name in options}
+        engine = load(subject.path, num_threads=setup.threads, allow_hard_links=True, compile_on_miss=True, **asked)
         for plan in setup.plans:
             engine.add_plan(plan)
         return engine
@@ -58,15 +59,19 @@ def _contender(
 
         return BuiltContender(prepare, facts, engine.close)
 
-    return Contender(name, build, lacks, ours=True, from_bundle=from_bundle)
+    runs = {"precision": options.get("precision"), "backend": options["backend"]}
+    return Contender(name, build, lacks, ours=True, from_bundle=from_bundle, **runs)
 
 
-def _lacks_cpu(subject: Subject, setup: Setup) -> str | None:
-    if setup.on_gpu or setup.dtype != "float32":
-        return f"runs on the CPU in float32; this run measures {setup.dtype} on {setup.device}"
-    if importlib.util.find_spec("onnxruntime") is None:
-        return "no package onnxruntime: pip install 'skipstep[cpu]'"
-    return None
+def _lacks(package: str, extra: str) -> Callable[[Subject, Setup], str | None]:
+    def lacks(subject: Subject, setup: Setup) -> str | None:
+        if setup.on_gpu or setup.dtype != "float32":
+            return f"runs on the CPU beside float32; this run measures {setup.dtype} on {setup.device}"
+        if importlib.util.find_spec(package) is None:
+            return f"no package {package}: pip install 'skipstep[{extra}]'"
+        return None
+
+    return lacks
 
 
 def _lacks_torch(subject: Subject, setup: Setup) -> str | None:
@@ -92,7 +97,15 @@ def _lacks_tensorrt(subject: Subject, setup: Setup) -> str | None:
 
 
 ENGINES = (
-    _contender("skipstep", _lacks_cpu, from_bundle=True, backend="onnxruntime", loop="stepwise"),
+    _contender("skipstep", _lacks("onnxruntime", "cpu"), from_bundle=True, backend="onnxruntime", loop="stepwise"),
+    _contender("skipstep-openvino", _lacks("openvino", "openvino"), from_bundle=True, backend="openvino"),
+    _contender(
+        "skipstep-openvino-bfloat16",
+        _lacks("openvino", "openvino"),
+        from_bundle=True,
+        backend="openvino",
+        precision="bfloat16",
+    ),
     _contender("skipstep-torch", _lacks_torch, backend="torch", loop="stepwise"),
     _contender("skipstep-captured", _lacks_gpu, backend="torch", loop="captured"),
     _contender("skipstep-step-graph", _lacks_gpu, backend="torch", loop="step_graph"),

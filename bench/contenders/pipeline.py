@@ -37,7 +37,7 @@ def build_compiled(subject: Subject, setup: Setup) -> BuiltContender:
     unet = _unet(subject, setup)
     pipeline = _pipeline(subject, unet)
     pipeline.unet = torch.compile(unet)
-    return _time_boxed(lambda workload: _piped(workload, pipeline, unet), setup)
+    return time_boxed(lambda workload: _piped(workload, pipeline, unet), setup)
 
 
 def build_mode(mode: str) -> Callable[[Subject, Setup], BuiltContender]:
@@ -56,7 +56,7 @@ def build_mode(mode: str) -> Callable[[Subject, Setup], BuiltContender]:
             return _predictor(call, setup, workload)
 
         built = _scheduled(subject, setup, predict)
-        return _time_boxed(built.prepare, setup)
+        return time_boxed(built.prepare, setup)
 
     return build
 
@@ -127,7 +127,7 @@ def _predictor(network: Any, setup: Setup, workload: Workload) -> Predict:
     return predict
 
 
-def _time_boxed(prepare: Callable[[Workload], Draw], setup: Setup) -> BuiltContender:
+def time_boxed(prepare: Callable[[Workload], Draw], setup: Setup) -> BuiltContender:
     failures: list[str] = []
 
     def boxed(workload: Workload) -> Draw:

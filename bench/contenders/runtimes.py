@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,27 +50,28 @@ def build_onnxruntime(subject: Subject, setup: Setup) -> BuiltContender:
     return _built(subject, lambda workload: lambda given: session.run(None, given)[0])
 
 
-def build_openvino(subject: Subject, setup: Setup) -> BuiltContender:
-    """With fixed shapes, the latency hint and float32: what it is fastest with at equal precision."""
-    import openvino  # type: ignore[import-untyped, import-not-found, unused-ignore]  # It ships no types.
+def build_openvino(subject: Subject, setup: Setup, precision: str = "float32") -> BuiltContender:
+    """With fixed shapes and the latency hint: what it is fastest with in that precision."""
+    from skipstep.backends.openvino_library import HINTS, check_precision, core
 
-    core = openvino.Core()
+    check_precision(precision)
 
     def network_for(workload: Workload) -> Network:
-        model = core.read_model(subject.exported)
-        shapes = {each.get_any_name(): list(each.partial_shape) for each in model.inputs}
-        model.reshape(
-            {name: [workload.batch_size, *(dim.get_length() for dim in shape[1:])] for name, shape in shapes.items()}
+        model = core().read_model(subject.exported)
+        model.reshape({each: [workload.batch_size, *list(each.partial_shape)[1:]] for each in model.inputs})
+        request = (
+            core()
+            .compile_model(
+                model,
+                "CPU",
+                {
+                    "PERFORMANCE_HINT": "LATENCY",
+                    "INFERENCE_PRECISION_HINT": HINTS[precision],
+                    "INFERENCE_NUM_THREADS": setup.threads,
+                },
+            )
+            .create_infer_request()
         )
-        request = core.compile_model(
-            model,
-            "CPU",
-            {
-                "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_PRECISION_HINT": "f32",
-                "INFERENCE_NUM_THREADS": setup.threads,
-            },
-        ).create_infer_request()
 
         def network(given: dict[str, Any]) -> Samples:
             request.infer(given, share_inputs=True)
@@ -137,4 +139,11 @@ RUNTIMES = (
     Contender("onnxruntime", build_onnxruntime, _lacks("onnxruntime"), needs_export=True),
     Contender("network", build_network, _lacks("onnxruntime"), needs_export=True, draws=False),
     Contender("openvino", build_openvino, _lacks("openvino"), needs_export=True),
+    Contender(
+        "openvino-bfloat16",
+        partial(build_openvino, precision="bfloat16"),
+        _lacks("openvino"),
+        needs_export=True,
+        precision="bfloat16",
+    ),
 )

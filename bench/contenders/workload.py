@@ -122,8 +122,9 @@ class Contender:
 
     `build` makes it for a model. `lacks` says what this machine or model lacks of what it needs, None if nothing.
     `pictures`: it returns pixels, so samples are compared within [-1, 1]. `draws`: False for a network that is run
-    without a sampler, whose output is not checked. `half_state`: it keeps x_t in the network's dtype.
-    `ours`: an engine of skipstep. `from_bundle`: deployed as a bundle. `needs_export`: deployed as an exported file.
+    without a sampler, whose output is not checked. `half_state`: it keeps x_t in the network's dtype. `precision`: the
+    network's, where it is not the run's. `ours`: an engine of skipstep. `from_bundle`: deployed as a bundle, which
+    `backend` runs. `needs_export`: deployed as an exported file.
     """
 
     name: str
@@ -135,9 +136,11 @@ class Contender:
     ours: bool = False
     from_bundle: bool = False
     needs_export: bool = False
+    precision: str | None = None
+    backend: str = "auto"
 
     def tolerance_for(self, setup: Setup) -> float:
-        return _TOLERANCES[setup.dtype] * (2 if self.half_state and setup.dtype != "float32" else 1)
+        return _TOLERANCES[self.precision or setup.dtype] * (2 if self.half_state and setup.dtype != "float32" else 1)
 
 
 def to_numpy(samples: Any) -> Samples:

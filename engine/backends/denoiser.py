@@ -38,7 +38,7 @@ class KeptBytes(Protocol):
 
 # keep(description, parts): bytes that depend on these parts.
 Keep = Callable[[str, Mapping[str, Any]], KeptBytes]
-# Of a network on a GPU.
+# Of a network; skipstep.backends.registry has which backend runs in which.
 Precision = Literal["float32", "tf32", "float16", "bfloat16"]
 # Of TensorRT engines.
 Library = Literal["tensorrt", "tensorrt_rtx"]
@@ -152,6 +152,8 @@ class Target:
     library      "tensorrt" or "tensorrt_rtx"; None: what is installed and has engines.
     keep         where a library keeps what it compiled, None: nowhere.
     batch_sizes  of the network, for libraries that compile for all of them at once.
+    check        called with a denoiser whose network was compiled anew, before it is kept: compares it with a
+                 reference, and raises ExportError. For backends that compile when a batch size is first needed.
     """
 
     device: str = "cpu"
@@ -162,6 +164,7 @@ class Target:
     library: Library | None = None
     keep: Keep | None = None
     batch_sizes: tuple[int, ...] = ()
+    check: Callable[[Denoiser], object] | None = None
 
     @property
     def dtype(self) -> str:

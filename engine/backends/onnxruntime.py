@@ -8,10 +8,12 @@ are step inputs.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
-import threading
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -19,6 +21,8 @@ from numpy.typing import NDArray
 
 from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, Target
 from skipstep.backends.early import EarlyParts
+from skipstep.backends.prefetch import Lazy
+from skipstep.backends.processor import processor
 from skipstep.calls.conditioning import Conditioning
 from skipstep.errors import ExportError
 from skipstep.networks.condition import MAX_ELEMENTS
@@ -28,20 +32,32 @@ from skipstep.networks.spec import NetworkSpec
 # Some builds write usage events to the user's cache folder; a library that is embedded in products sends nothing.
 onnxruntime.disable_telemetry_events()
 
+LazySession = Lazy[onnxruntime.InferenceSession]
+
 
 @dataclass(slots=True)
 class EarlyGraphs(EarlyParts):
     """A network's parts that run before the loop, serialised, by binding time (skipstep.backends.early)."""
 
     num_threads: int | None = None
-    _sessions: dict[str, onnxruntime.InferenceSession] = field(default_factory=dict)
+    _sessions: dict[str, LazySession] = field(default_factory=dict)
+
+    def prefetch(self) -> None:
+        """Begin to load what every call needs; what follows from timesteps alone is often in tables."""
+        for name in self.graphs:
+            if name != "plan":
+                self._session(name).prefetch()
+
+    def _session(self, name: str) -> LazySession:
+        graph = self.graphs[name]
+        made = LazySession(lambda: make_session(graph, num_threads=self.num_threads, before_loop=True))
+        # Of two threads that come here at once, one's entry stays.
+        return self._sessions.setdefault(name, made)
 
     def _run(self, name: str, given: Mapping[str, NDArray[np.generic]]) -> Values:
         if name not in self.graphs:
             return {}
-        if name not in self._sessions:
-            self._sessions[name] = make_session(self.graphs[name], num_threads=self.num_threads, before_loop=True)
-        session = self._sessions[name]
+        session = self._session(name).get()
         values = run_session(session, [each.name for each in session.get_outputs()], given)
         num_rows = len(next(iter(given.values())))
         for output, value in values.items():
@@ -93,39 +109,48 @@ class OnnxRuntimeDenoiser:
             raise _failed(error) from error
 
 
-class LazySession:
-    """A session that is made when it is first needed, once; `prefetch` begins in the background.
-
-    The runtime holds no Python lock while it loads, so the rest of loading, imports included, goes on meanwhile.
-    """
-
-    def __init__(self, make: Callable[[], onnxruntime.InferenceSession]) -> None:
-        self._make = make
-        self._session: onnxruntime.InferenceSession | None = None
-        self._lock = threading.Lock()
-
-    def get(self) -> onnxruntime.InferenceSession:
-        """Raises what `make` raises, at every call until it succeeds."""
-        with self._lock:
-            if self._session is None:
-                self._session = self._make()
-            return self._session
-
-    def prefetch(self) -> None:
-        # Not a daemon: a process that ends waits until the runtime has finished.
-        threading.Thread(target=self._quietly, name="skipstep-prefetch").start()
-
-    def _quietly(self) -> None:
-        with contextlib.suppress(Exception):  # The call that needs the session raises it again.
-            self.get()
-
-
 def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:
-    """Denoisers of one step session, for any batch size. Loading the session begins at once, in the background."""
-    early = EarlyGraphs(source.before_loop(), source.spec, target.num_threads, tables=source.tables)
-    session = LazySession(lambda: make_session(source.step_graph("float32"), num_threads=target.num_threads))
+    """Denoisers of one step session, for any batch size. Loading it begins at once, in the background."""
+    session = _step_session(source.step_graph("float32"), target)
+    # The bytes are read before and not in the background, where each read and hash would wait for Python's lock.
     session.prefetch()
+    early = EarlyGraphs(source.before_loop(), source.spec, target.num_threads, tables=source.tables)
+    if target.keep is not None:
+        early.prefetch()
     return lambda batch_size: OnnxRuntimeDenoiser(session, early, source.spec, batch_size=batch_size)
+
+
+def _step_session(graph: bytes, target: Target) -> LazySession:
+    """The session of a step graph, or of what the runtime once made of it on a processor like this one.
+
+    What it makes is complete: operators are merged, and laid out for the processor. That is a third of the loading.
+    """
+    if target.keep is None:
+        return LazySession(lambda: make_session(graph, num_threads=target.num_threads))
+    parts = {
+        "kind": "onnxruntime.graph",
+        "library": onnxruntime.__version__,
+        "processor": processor(),
+        "graph": hashlib.sha256(graph).digest(),
+    }
+    slot = target.keep("step graph, optimised by ONNX Runtime", parts)
+    kept = slot.get()
+
+    def optimise() -> onnxruntime.InferenceSession:
+        with tempfile.TemporaryDirectory() as folder:
+            written = Path(folder, "step.onnx")
+            session = make_session(graph, num_threads=target.num_threads, written=written)
+            with contextlib.suppress(OSError):
+                slot.put(written.read_bytes())
+        return session
+
+    def load() -> onnxruntime.InferenceSession:
+        if kept is not None:
+            with contextlib.suppress(ExportError):  # It is optimised again.
+                return make_session(kept, num_threads=target.num_threads, optimised=True)
+        return optimise()
+
+    return LazySession(load)
 
 
 def _check_interface(session: onnxruntime.InferenceSession, spec: NetworkSpec) -> None:
@@ -154,14 +179,23 @@ _NUMPY_TYPES = {
 
 
 def make_session(
-    model: bytes, *, num_threads: int | None = None, before_loop: bool = False, as_it_stands: bool = False
+    model: bytes,
+    *,
+    num_threads: int | None = None,
+    before_loop: bool = False,
+    as_it_stands: bool = False,
+    optimised: bool = False,
+    written: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """A session on the CPU, for any batch size: fixing it makes no graph faster here. Raises ExportError.
 
     `as_it_stands`: every node is computed; otherwise the runtime takes out what it finds needless, roundings included.
+    `written`: it also writes there what it made of the graph; `optimised`: the model is such a one.
     """
     options = onnxruntime.SessionOptions()
-    if as_it_stands:
+    if written is not None:
+        options.optimized_model_filepath = str(written)
+    if as_it_stands or optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = num_threads or 0
     if before_loop:

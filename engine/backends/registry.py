@@ -23,8 +23,10 @@ class Backend:
     """A way to run a network on one kind of device ("cpu" or "cuda").
 
     `needs` are packages; "a|b" is satisfied by either. `extras` are alternatives of what pip installs them with.
-    `module` holds the function `denoisers`, and is imported when it is needed. `loads_bundles`: it takes graphs or
-    engines of a bundle.
+    `module` holds the function `denoisers`, and is imported when it is needed; it may have one named `capabilities`,
+    which says in words what its library has on this machine. `loads_bundles`: it takes graphs or engines of a bundle.
+    `precisions` that it runs a network in. `compiles_late`: it makes code for a batch size when that is first needed,
+    and calls `Target.check`.
     """
 
     name: str
@@ -33,6 +35,8 @@ class Backend:
     extras: tuple[str, ...]
     module: str
     loads_bundles: bool
+    precisions: tuple[str, ...] = ("float32",)
+    compiles_late: bool = False
 
     def missing(self) -> list[str]:
         """The packages that are not installed."""
@@ -48,11 +52,22 @@ class Backend:
         return make
 
 
-# On each device the first that is installed is what "auto" chooses.
+_ON_GPU = ("float32", "tf32", "float16", "bfloat16")
+# On each device the first that is installed and runs in the precision is what "auto" chooses.
 BACKENDS: tuple[Backend, ...] = (
     Backend("onnxruntime", "cpu", ("onnxruntime",), ("cpu",), "skipstep.backends.onnxruntime", True),
     Backend("torch", "cpu", ("torch",), ("torch",), "skipstep.backends.torch", False),
-    Backend("torch", "cuda", ("torch",), ("torch",), "skipstep.backends.torch_cuda", False),
+    Backend(
+        "openvino",
+        "cpu",
+        ("openvino",),
+        ("openvino",),
+        "skipstep.backends.openvino",
+        True,
+        ("float32", "bfloat16"),
+        compiles_late=True,
+    ),
+    Backend("torch", "cuda", ("torch",), ("torch",), "skipstep.backends.torch_cuda", False, _ON_GPU),
     Backend(
         "tensorrt",
         "cuda",
@@ -60,6 +75,7 @@ BACKENDS: tuple[Backend, ...] = (
         ("gpu", "rtx,cpu,torch"),
         "skipstep.backends.tensorrt",
         True,
+        _ON_GPU,
     ),
     Backend(
         "onnxruntime",
@@ -68,6 +84,7 @@ BACKENDS: tuple[Backend, ...] = (
         ("gpu",),
         "skipstep.backends.onnxruntime_cuda",
         True,
+        _ON_GPU,
     ),
 )
 _EXPORTER = ("torch", "onnx", "onnxscript")
@@ -92,33 +109,58 @@ def check_library(library: object) -> Library | None:
     return cast("Library | None", library)
 
 
-def resolve_backend(name: str, *, device: str, exports: bool) -> Backend:
-    """The row for a name and a device ("cpu" or "cuda"); "auto" is the first that is installed.
+def resolve_backend(name: str, *, device: str, exports: bool, precision: str = "float32") -> Backend:
+    """The row for a name and a device ("cpu" or "cuda"); "auto" is the first that is installed and runs in `precision`.
 
-    `exports`: the network comes from a model, so backends that read graphs need the exporter too.
-    Raises InputError for an unknown name or one that does not run on the device, and MissingDependencyError, with the
-    command that installs it, for one that is not installed.
+    `exports`: the network comes from a model, so backends that read graphs need the exporter too; otherwise from a
+    bundle, which is for them alone.
+    Raises InputError for an unknown name, or one that does not run on the device or in the precision, and
+    MissingDependencyError, with the command that installs it, for one that is not installed.
     """
-    rows = [each for each in BACKENDS if each.device == device]
-    if name == "auto":
-        return next((each for each in rows if not _missing(each, exports)), rows[-1])
-    for row in rows:
-        if row.name == name:
-            missing = _missing(row, exports)
-            if missing:
-                also = ",export" if exports and row.loads_bundles else ""
-                raise MissingDependencyError(
-                    got=f"no package {', '.join(missing)}",
-                    expected=f"what the {name} backend needs",
-                    remedy="pip install " + ", or ".join(f"'skipstep[{extra}{also}]'" for extra in row.extras),
-                )
+    there = [each for each in BACKENDS if each.device == device and (exports or each.loads_bundles)]
+    rows = [each for each in there if precision in each.precisions]
+    if name == "auto" and rows:
+        chosen = next((each for each in rows if not _missing(each, exports)), rows[0])
+    else:
+        chosen = _named(name, device, there, precision)
+    missing = _missing(chosen, exports)
+    if missing:
+        also = ",export" if exports and chosen.loads_bundles else ""
+        raise MissingDependencyError(
+            got=f"no package {', '.join(missing)}",
+            expected=f"what the {chosen.name} backend needs",
+            remedy="pip install " + ", or ".join(f"'skipstep[{extra}{also}]'" for extra in chosen.extras),
+        )
+    return chosen
+
+
+def _named(name: str, device: str, there: list[Backend], precision: str) -> Backend:
+    for row in there:
+        if row.name == name and precision in row.precisions:
             return row
-    elsewhere = sorted({each.device for each in BACKENDS if each.name == name})
+    able = [each.name for each in there if precision in each.precisions]
+    if name == "auto" or any(each.name == name for each in there):
+        where = "on the CPU" if device == "cpu" else "on a GPU"
+        raise InputError(
+            got=f"precision={precision!r} {where}" + ("" if name == "auto" else f" with backend={name!r}"),
+            expected=f"a backend that has it: {', '.join(able)}" if able else "a CUDA device",
+            remedy=f"pass backend={able[0]!r}, or leave precision out" if able else "leave it out, or see device=",
+        )
+    elsewhere = sorted({each.device for each in BACKENDS if each.name == name} - {device})
     raise InputError(
         got=f"backend={name!r} on {device}",
-        expected=f"auto, {', '.join(each.name for each in rows)}",
+        expected=f"auto, {', '.join(each.name for each in there)}",
         remedy=f"pass device={elsewhere[0]!r}, or backend='auto'" if elsewhere else "pass backend='auto'",
     )
+
+
+def capabilities(name: str, device: str) -> str | None:
+    """What the library of a backend in use has on this machine, in words; None where it does not say."""
+    for row in BACKENDS:
+        if (row.name, row.device) == (name, device.partition(":")[0]):
+            say = getattr(importlib.import_module(row.module), "capabilities", None)
+            return None if say is None else str(say())
+    return None
 
 
 def _missing(backend: Backend, exports: bool) -> list[str]:

@@ -66,7 +66,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=Path("out/sample"),
         help="folder for the pictures, or FILE.npz for the numbers (default: out/sample)",
     )
-    parser.add_argument("--backend", default="auto", help="auto, torch or onnxruntime (default: auto)")
+    parser.add_argument("--backend", default="auto", help="auto, torch, onnxruntime or openvino (default: auto)")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        help="of the network: auto, float32, tf32, float16 or bfloat16 (default: auto, which is float32)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 
 
@@ -162,17 +167,24 @@ def open_engine(options: argparse.Namespace, *, batch_sizes: Sequence[int]) -> E
             batch_sizes=batch_sizes,
             backend=options.backend,
             device=options.device,
+            precision=options.precision,
             compile_on_miss=True,
             progress=elapsed_progress(),
         )
-    if options.backend not in ("auto", "onnxruntime") or options.device not in ("auto", "cpu"):
+    if options.backend == "torch" or options.device not in ("auto", "cpu"):
         raise InputError(
             got=f"--backend {options.backend} --device {options.device} for a bundle",
-            expected="onnxruntime on the cpu, which runs bundles",
+            expected="onnxruntime or openvino on the cpu, which run bundles",
             remedy="leave both out, or pass the diffusers folder that the bundle was made from",
         )
     # Package managers install by hard links, and what came with this package is this package's.
-    return load(options.model, allow_hard_links=options.model == SHIPPED_BUNDLE, compile_on_miss=True)
+    return load(
+        options.model,
+        backend=options.backend,
+        precision=options.precision,
+        allow_hard_links=options.model == SHIPPED_BUNDLE,
+        compile_on_miss=True,
+    )
 
 
 def _check_pictures(engine: Engine, out: Path) -> None:

@@ -19,6 +19,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cpu", help="where to draw the golden samples: cpu, cuda or cuda:N (default: cpu)"
     )
+    parser.add_argument("--backend", default="auto", help="what runs the network: auto, onnxruntime or openvino")
+    parser.add_argument("--precision", default="auto", help="of the network on the CPU: auto, float32 or bfloat16")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -42,6 +44,8 @@ def run(options: argparse.Namespace) -> None:
     engine = load(
         options.bundle,
         device=options.device,
+        backend=options.backend,
+        precision=options.precision,
         require_signature=options.require_signature,
         allow_hard_links=shipped,
     )

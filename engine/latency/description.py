@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from skipstep.backends.registry import capabilities
 from skipstep.latency.tuning import Tunable
 
 
@@ -11,6 +12,7 @@ def describe(engine: Tunable) -> str:
     shape = "×".join(map(str, network.sample_shape))
     takes = ", ".join(network.described_conditions) or "unconditional"
     guidance = ", with guidance" if network.can_guide else ""
+    library = capabilities(engine.backend, loop.device)
     latencies: list[str] = []
     if engine.calibration is not None:
         from skipstep.latency.calibration import describe_latencies
@@ -20,6 +22,7 @@ def describe(engine: Tunable) -> str:
         [
             f"network     {shape}, {takes}{guidance}",
             f"backend     {engine.backend} on {loop.device}",
+            f"precision   {engine.precision}" + (f"; {library}" if library else ""),
             f"loop        {loop.name}",
             f"batch sizes {f'up to {max(sizes)}' if loop.any_batch else ', '.join(map(str, sizes))}",
             *(f"plan        {plan!r}" for plan in engine.plans.values()),

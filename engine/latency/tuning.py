@@ -27,6 +27,7 @@ class Tunable(Sampler, Protocol):
     """An engine that keeps its calibration, and can record its loops again."""
 
     backend: str
+    precision: str
     calibration: Calibration | None
 
     def identity(self) -> DeviceIdentity: ...

@@ -40,16 +40,18 @@ def make_loop(
     device: Device | None = None,
     precision: str = "float32",
     reference: Callable[[], Denoiser] | None = None,
+    ready: bool = False,
 ) -> Loop:
     """The loop of a network on the CPU, or on the GPU `device`. `required` refuses any form but `form`.
 
     `reference` makes a denoiser of two samples in host memory, with which those on the GPU, in `precision`, are
-    compared (skipstep.loops.agreement). Raises ExportError where they disagree.
+    compared (skipstep.loops.agreement). Raises ExportError where they disagree. On the CPU `ready` makes the denoisers
+    of all batch sizes at once, not when they are first needed.
     """
     if device is None:
         from skipstep.loops.stepwise import HostLoop
 
-        return HostLoop(make, network)
+        return HostLoop(make, network, ready=network_batch_sizes(network, batch_sizes) if ready else ())
     from skipstep.loops.agreement import NetworkProbe
     from skipstep.loops.captured import CudaLoop
     from skipstep.loops.programs import LADDER

@@ -45,9 +45,9 @@ class HostLoop:
     any_batch = True
     reports: tuple[LoopReport, ...] = ()
 
-    def __init__(self, make: MakeDenoiser, network: NetworkSpec) -> None:
+    def __init__(self, make: MakeDenoiser, network: NetworkSpec, *, ready: Sequence[int] = ()) -> None:
         self._make, self._network = make, network
-        self._free: list[Denoiser] = []
+        self._free: list[Denoiser] = [make(size) for size in ready][-MAX_FREE_BUFFERS:]
         self._lock = threading.Lock()
 
     def prepare(self, stages: Sequence[Stages]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 import time
 
 import numpy as np
@@ -12,14 +14,16 @@ from tiny_networks import tiny_unet
 from tolerances import BACKENDS_AGREE
 
 from skipstep import Engine
+from skipstep.backends import openvino_library
 from skipstep.bench.contenders import CONTENDERS, contenders_named
 from skipstep.bench.contenders.pipeline import lacks_compiler
 from skipstep.bench.contenders.textbook import TEXTBOOK
 from skipstep.bench.contenders.time_box import time_box
 from skipstep.bench.contenders.workload import Setup, Workload, to_numpy
+from skipstep.bench.gate import largest_difference
 from skipstep.bench.models import open_subject, subject_name
 from skipstep.demo import SHIPPED_BUNDLE
-from skipstep.errors import InputError
+from skipstep.errors import DeviceUnavailableError, InputError
 
 # Those that run here without a compiler's minutes.
 QUICK = ("diffusers", "onnxruntime", "skipstep", "skipstep-torch")
@@ -53,9 +57,33 @@ def test_draws_what_the_textbook_loop_draws(subject, name):
     assert found.dtype == np.float32
 
 
-def test_openvino_draws_it_too(subject):
-    pytest.importorskip("openvino")
-    np.testing.assert_allclose(drawn("openvino", subject), drawn("textbook", subject), atol=BACKENDS_AGREE)
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="no package openvino")
+@pytest.mark.parametrize("name", ["openvino", "skipstep-openvino"])
+def test_openvino_draws_it_too(subject, name):
+    np.testing.assert_allclose(drawn(name, subject), drawn("textbook", subject), atol=BACKENDS_AGREE)
+
+
+# Not the whole network in OpenVINO's bfloat16: it rounds timesteps of a thousand to multiples of four.
+@pytest.mark.parametrize("name", ["torch-bfloat16", "skipstep-openvino-bfloat16"])
+def test_bfloat16_is_near_it_and_says_so(subject, name):
+    if "openvino" in name:
+        if importlib.util.find_spec("openvino") is None:
+            pytest.skip("no package openvino")
+        try:
+            openvino_library.check_precision("bfloat16")
+        except DeviceUnavailableError:
+            pytest.skip("OpenVINO reports no bfloat16 on this processor")
+    contender, expected = CONTENDERS[name], drawn("textbook", subject)
+    error = largest_difference(drawn(name, subject), expected, contender)
+    assert BACKENDS_AGREE / 10 < error < contender.tolerance_for(Setup((), ())) == 0.2
+    assert contender.precision == "bfloat16"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_torch_compiles_ahead_of_time(subject):
+    np.testing.assert_allclose(drawn("aot-inductor", subject), drawn("textbook", subject), atol=BACKENDS_AGREE)
 
 
 def test_dynamic_thresholding_is_the_engines(tmp_path):

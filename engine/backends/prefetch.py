@@ -1,0 +1,38 @@
+"""A value that is made once, when it is first needed or in the background before."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Lazy(Generic[T]):
+    """What `make` returns, made when it is first needed, once; `prefetch` begins in the background.
+
+    A runtime holds no Python lock while it loads, so the rest of loading, imports included, goes on meanwhile.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make: Callable[[], T] | None = make
+        self._made: list[T] = []
+        self._lock = threading.Lock()
+
+    def get(self) -> T:
+        """Raises what `make` raises, at every call until it succeeds."""
+        with self._lock:
+            if self._make is not None:
+                self._made.append(self._make())
+                self._make = None  # What it holds, such as a graph's bytes, is needed no more.
+            return self._made[0]
+
+    def prefetch(self) -> None:
+        # Not a daemon: a process that ends waits until the runtime has finished.
+        threading.Thread(target=self._quietly, name="skipstep-prefetch").start()
+
+    def _quietly(self) -> None:
+        with contextlib.suppress(Exception):  # The call that needs the value raises it again.
+            self.get()
