@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Unpack, cast, get_args
@@ -25,12 +24,13 @@ from skipstep.loops.agreement import NetworkProbe
 from skipstep.loops.choice import FORMS, make_loop, resolve_form
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.loops.runner import BatchRunner, CompiledNetwork
-from skipstep.model_source import ModelOptions, is_module, read_model, specification
-from skipstep.networks.checkpoint import Checkpoint, read_checkpoint
+from skipstep.model_source import ModelOptions
 from skipstep.networks.spec import MAX_BATCH_SIZE
+from skipstep.opening import open_model
 from skipstep.plans.coefficients import PREDICTION_TYPES
 from skipstep.plans.plan import Plan
 from skipstep.plans.schedule import NoiseSchedule, check_schedule
+from skipstep.plans.scheduler_config import SchedulerConfig
 from skipstep.reporting import LOGGER, Report, reporter
 
 
@@ -71,12 +71,12 @@ class PlanRequest:
     compile_on_miss: bool
     compatibility: str | None = None
 
-    def made(self, checkpoint: Checkpoint | None) -> tuple[list[Plan], dict[str, Any]]:
+    def made(self, scheduler: SchedulerConfig | None) -> tuple[list[Plan], dict[str, Any]]:
         """The plans, and the defaults of later ones. Needs no network, so that what is wrong is said at once."""
         check_flag("compile_on_miss", self.compile_on_miss)
         remedy = "pass plans=[20], or compile_on_miss=True"
         given = check_items("plans", self.plans, expected="step counts or Plans", remedy=remedy, error=PlanError)
-        defaults = {} if checkpoint is None else checkpoint.plan_options()
+        defaults = {} if scheduler is None else scheduler.plan_options()
         if self.schedule is not None:
             defaults["schedule"] = check_schedule(self.schedule)
         if self.prediction_type is not None:
@@ -87,7 +87,7 @@ class PlanRequest:
             check_choice("compatibility", self.compatibility, ("diffusers",), error=PlanError)
             defaults["stride"] = self.compatibility
         plans = [make_plan(each, defaults) for each in given]
-        if checkpoint is not None and self.compatibility is None:
+        if scheduler is not None and self.compatibility is None:
             _warn_of_other_images([plan for plan, asked in zip(plans, given, strict=True) if plan is not asked])
         if not plans and not self.compile_on_miss:
             raise PlanError(got="no plans", expected="at least one", remedy=remedy)
@@ -138,17 +138,8 @@ def build_network(
     check_flag("compile_network", compile_network)
     check_flag("require_captured", require_captured)
     target = Target("cpu", cast(Precision, precision), num_threads, compile_network, library=check_library(library))
-    checkpoint = None
-    if isinstance(model, str | os.PathLike):
-        checkpoint = read_checkpoint(model, scheduler=request.schedule is None)
-    if checkpoint is None and not is_module(model):
-        raise InputError(
-            got=f"a model of type {type(model).__name__}",
-            expected="a torch.nn.Module, or the path of a diffusers folder",
-            remedy="pass pipeline.unet, or the folder that pipeline.save_pretrained() wrote",
-        )
-    plans, defaults = request.made(checkpoint)
-    network = specification(model, checkpoint, **model_options)
+    opened = open_model(model, scheduler=request.schedule is None, **model_options)
+    plans, defaults = request.made(opened.scheduler)
     report("read the model")
     try:
         import torch  # noqa: F401 - for the message, where it is missing
@@ -160,7 +151,7 @@ def build_network(
     chosen = resolve_backend(backend, device=resolved.type, exports=True)
     form = resolve_form(loop, device=resolved.type)
     _check_options(target, resolved.type, chosen.name, require_captured)
-    source = read_model(model, checkpoint, network)
+    source = opened.read()
     held = PlanSet(
         source.spec,
         plans,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from skipstep.reporting import Report
 
 
-class ModelOptions(TypedDict, total=False):
+class SpecOptions(TypedDict, total=False):
     """What completes a model's configuration where it does not say (skipstep.networks.spec.NetworkSpec).
 
     fractional_timesteps  whether the network takes timesteps between those of its training; None: a diffusers network
@@ -37,6 +37,15 @@ class ModelOptions(TypedDict, total=False):
     null_label: int | None
     prompt_shape: tuple[int, int] | None
     fractional_timesteps: bool | None
+
+
+class ModelOptions(SpecOptions, total=False):
+    """What else belongs to a model (skipstep.opening).
+
+    config                of a single .safetensors file: the local folder of its configuration.
+    """
+
+    config: str | os.PathLike[str] | None
 
 
 @dataclass(slots=True)
@@ -147,7 +156,7 @@ def read_model(model: Any, checkpoint: Checkpoint | None, network: NetworkSpec) 
 
     name, digest, module = type(model).__name__, None, model
     if checkpoint is not None:
-        name, digest = checkpoint.folder.resolve().name, checkpoint.digest()
+        name, digest = checkpoint.name, checkpoint.digest()
         module = load_unet(checkpoint)
     prepared, network = prepare_module(module, network)
     return ModelSource(name, network, prepared, digest)

@@ -1,0 +1,92 @@
+"""What people have, as one thing: a diffusers folder, a single weight file, a pipeline object or a torch module.
+
+ADD A FORM HERE: a case in `open_model`. It is checked at once, as far as that goes without torch; `read` does the rest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Unpack
+
+from skipstep.errors import InputError
+from skipstep.model_source import ModelSource, SpecOptions, is_module, read_model, specification
+from skipstep.networks.checkpoint import read_checkpoint, refuse_further_conditions
+from skipstep.networks.spec import NetworkSpec
+from skipstep.plans.scheduler_config import SchedulerConfig, read_scheduler_config
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_LONGEST_PROMPT = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A model that was checked and not loaded: `read` makes it ready to be run. `scheduler`: what came with it."""
+
+    network: NetworkSpec
+    scheduler: SchedulerConfig | None
+    read: Callable[[], ModelSource]
+
+    def plan_options(self) -> dict[str, Any]:
+        """The options of a step count's plan, empty where no scheduler configuration came with the model."""
+        return {} if self.scheduler is None else self.scheduler.plan_options()
+
+
+def open_model(
+    model: Any, *, scheduler: bool = True, config: str | os.PathLike[str] | None = None, **said: Unpack[SpecOptions]
+) -> OpenedModel:
+    """`said` completes what the model says of itself. Without `scheduler` no scheduler's configuration is read.
+
+    Raises InputError, ModelFormatError, UnsafeCheckpointError and ScheduleError.
+    """
+    if isinstance(model, str | os.PathLike):
+        checkpoint = read_checkpoint(model, scheduler=scheduler, config=config)
+        network = specification(model, checkpoint, **said)
+        return OpenedModel(network, checkpoint.scheduler, lambda: read_model(model, checkpoint, network))
+    if config is not None:
+        raise InputError(
+            got=f"config= beside a {type(model).__name__}",
+            expected="the configuration of a single .safetensors file",
+            remedy="leave config out",
+        )
+    found = None
+    if not is_module(model) and is_module(getattr(model, "unet", None)):
+        found = _scheduler_of(model) if scheduler else None
+        if said.get("prompt_shape") is None:
+            said["prompt_shape"] = _prompt_shape_of(model)
+        model = model.unet
+    if not is_module(model):
+        raise InputError(
+            got=f"a model of type {type(model).__name__}",
+            expected="a torch.nn.Module, a diffusers pipeline with a unet, or the path of a diffusers folder or file",
+            remedy="pass pipeline.unet, or the folder that pipeline.save_pretrained() wrote",
+        )
+    return _opened_module(model, found, said)
+
+
+def _opened_module(module: nn.Module, scheduler: SchedulerConfig | None, said: SpecOptions) -> OpenedModel:
+    network = specification(module, None, **said)
+    return OpenedModel(network, scheduler, lambda: read_model(module, None, network))
+
+
+def _scheduler_of(pipeline: Any) -> SchedulerConfig | None:
+    scheduler = getattr(pipeline, "scheduler", None)
+    config = getattr(scheduler, "config", None)
+    if not isinstance(config, Mapping):
+        return None
+    return read_scheduler_config({"_class_name": type(scheduler).__name__, **config})
+
+
+def _prompt_shape_of(pipeline: Any) -> tuple[int, int] | None:
+    """Tokens and width of the prompts, None where the tokenizer or the network does not say."""
+    config = getattr(pipeline.unet, "config", None)
+    if isinstance(config, Mapping):
+        refuse_further_conditions(config, f"the {type(pipeline.unet).__name__} of a {type(pipeline).__name__}")
+    tokens = getattr(getattr(pipeline, "tokenizer", None), "model_max_length", None)
+    width = getattr(config, "cross_attention_dim", None)
+    if not isinstance(width, int) or not isinstance(tokens, int) or not 1 <= tokens <= _LONGEST_PROMPT:
+        return None
+    return tokens, width
