@@ -24,7 +24,7 @@ from skipstep.loops.agreement import NetworkProbe
 from skipstep.loops.choice import FORMS, make_loop, resolve_form
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.loops.runner import BatchRunner, CompiledNetwork
-from skipstep.model_source import ModelOptions
+from skipstep.model_source import NO_TORCH_BACKEND, ModelOptions, is_onnx_path
 from skipstep.networks.spec import MAX_BATCH_SIZE
 from skipstep.opening import open_model
 from skipstep.plans.coefficients import PREDICTION_TYPES
@@ -138,19 +138,18 @@ def build_network(
     check_flag("compile_network", compile_network)
     check_flag("require_captured", require_captured)
     target = Target("cpu", cast(Precision, precision), num_threads, compile_network, library=check_library(library))
+    if backend == "torch" and is_onnx_path(model):
+        raise InputError(
+            got="backend='torch' for an .onnx file", expected="a backend that runs graphs", remedy=NO_TORCH_BACKEND
+        )
     opened = open_model(model, scheduler=request.schedule is None, **model_options)
     plans, defaults = request.made(opened.scheduler)
-    report("read the model")
-    try:
-        import torch  # noqa: F401 - for the message, where it is missing
-    except ImportError as error:
-        raise MissingDependencyError(
-            got="no package torch", expected="torch, which builds engines", remedy="pip install 'skipstep[torch]'"
-        ) from error
-    resolved = _resolve_device(device)
-    chosen = resolve_backend(backend, device=resolved.type, exports=True)
-    form = resolve_form(loop, device=resolved.type)
-    _check_options(target, resolved.type, chosen.name, require_captured)
+    report("read the model" + "".join(f"; {each}" for each in opened.guessed))
+    resolved = _resolve_device(device, needs_torch=opened.is_torch)
+    kind = "cpu" if resolved is None else resolved.type
+    chosen = resolve_backend(backend, device=kind, exports=True, from_graph=not opened.is_torch)
+    form = resolve_form(loop, device=kind)
+    _check_options(target, kind, chosen.name, require_captured)
     source = opened.read()
     held = PlanSet(
         source.spec,
@@ -161,7 +160,7 @@ def build_network(
     )
     lifecycle = Lifecycle()
     cuda = None
-    if resolved.type == "cuda":
+    if kind == "cuda":
         from skipstep.bundles.kept import CacheSlot
         from skipstep.cuda.device import CudaDevice
 
@@ -173,13 +172,12 @@ def build_network(
     make = chosen.denoisers(source, target)
 
     def reference() -> Denoiser:
-        from skipstep.backends.torch import TorchDenoiser
-
         report("compare it with the model on the CPU")
-        return TorchDenoiser(source.module(), network, batch_size=2)
+        return source.reference()
 
     if chosen.name == "onnxruntime" and cuda is None:
-        NetworkProbe.of(reference(), network).check(make(2))
+        with source.blamed():
+            NetworkProbe.of(reference(), network).check(make(2))
     made = make_loop(
         make,
         network,
@@ -219,9 +217,18 @@ def _check_options(target: Target, device: str, backend: str, require_captured: 
             )
 
 
-def _resolve_device(name: str) -> Any:
-    import torch
-
+def _resolve_device(name: str, *, needs_torch: bool) -> Any:
+    """A torch device; None for the CPU where a model that needs no torch can do without."""
+    if name == "cpu" and not needs_torch:
+        return None
+    try:
+        import torch
+    except ImportError as error:
+        if name == "auto" and not needs_torch:
+            return None
+        raise MissingDependencyError(
+            got="no package torch", expected="torch, which builds engines", remedy="pip install 'skipstep[torch]'"
+        ) from error
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)

@@ -8,19 +8,22 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
-from skipstep.errors import InputError, check_flag
+from skipstep.errors import ExportError, InputError, MissingDependencyError, ModelFormatError, check_flag
 from skipstep.networks.checkpoint import Checkpoint, load_unet
 from skipstep.networks.graphs import Partition, Values
 from skipstep.networks.spec import NetworkSpec, takes_fractional_timesteps
 
 if TYPE_CHECKING:
-    from skipstep.backends.denoiser import NetworkSource
+    from skipstep.backends.denoiser import Denoiser, NetworkSource
     from skipstep.backends.torch import DenoisingModule
+    from skipstep.export.onnx_file import OnnxNetwork
     from skipstep.loops.contract import Sampler
     from skipstep.reporting import Report
 
@@ -42,29 +45,45 @@ class SpecOptions(TypedDict, total=False):
 class ModelOptions(SpecOptions, total=False):
     """What else belongs to a model (skipstep.opening).
 
-    config                of a single .safetensors file: the local folder of its configuration.
+    config  of a single .safetensors file: the local folder of its configuration.
+    inputs  of an .onnx file: its names by ours, {"sample": "noisy", "timestep": "sigma"}; also "encoder_hidden_states",
+            "class_labels" and, for an output, "out_sample". What is left out is found by its name or shape.
     """
 
     config: str | os.PathLike[str] | None
+    inputs: Mapping[str, str] | None
+
+
+NO_TORCH_BACKEND: Final = "pass backend='onnxruntime', or backend='tensorrt' on a GPU"
 
 
 @dataclass(slots=True)
-class ModelSource:
-    """A torch module as a network source (skipstep.backends.denoiser.NetworkSource). Its graphs are exported once, when
-    they are first needed. `digest` is a checkpoint's, None for a module."""
+class GraphSource(ABC):
+    """A network source (skipstep.backends.denoiser.NetworkSource) whose graphs are made once, when they are first
+    needed."""
 
     name: str
     spec: NetworkSpec
-    network: DenoisingModule
     digest: str | None
-    tables: dict[bytes, Values] = field(default_factory=dict)
-    _partition: Partition | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    tables: dict[bytes, Values] = field(default_factory=dict, kw_only=True)
+    _partition: Partition | None = field(default=None, kw_only=True)
+    _lock: threading.Lock = field(default_factory=threading.Lock, kw_only=True)
 
-    def module(self) -> DenoisingModule:
-        from skipstep.backends.torch import module_on
+    @abstractmethod
+    def module(self) -> Any:
+        """The network as a torch module on the CPU. Raises InputError where it is none."""
 
-        return module_on(self.network, "cpu")
+    @abstractmethod
+    def reference(self) -> Denoiser:
+        """The network as it was given, for two samples in host memory."""
+
+    def blamed(self) -> AbstractContextManager[None]:
+        """Around the comparison with the reference: turns an ExportError into one that names the remedy here."""
+        return nullcontext()
+
+    @abstractmethod
+    def _export(self) -> Partition:
+        """Raises ExportError."""
 
     def partition(self) -> Partition:
         """The network's graphs. A checkpoint's export is kept in the user's cache: it takes longer than all the rest.
@@ -73,21 +92,6 @@ class ModelSource:
             if self._partition is None:
                 self._partition = self._export()
             return self._partition
-
-    def _export(self) -> Partition:
-        from skipstep.bundles.cache import ArtefactCache
-        from skipstep.bundles.cache_key import cache_key
-        from skipstep.export.onnx_model import export_onnx, exporter_versions
-        from skipstep.export.partition import partition
-
-        def export() -> bytes:
-            return export_onnx(self.module(), self.spec)
-
-        if self.digest is None:
-            return partition(export())
-        key = cache_key(kind="network.onnx", weights=self.digest, network=repr(self.spec), exporter=exporter_versions())
-        description = f"{type(self.network.network).__name__} {self.spec.sample_shape}, exported to ONNX"
-        return partition(ArtefactCache().get_or_build(key, export, description))
 
     def before_loop(self) -> Mapping[str, bytes]:
         return self.partition().graphs.before_loop
@@ -111,6 +115,74 @@ class ModelSource:
         tf32 = precision == "tf32"
         step = self.step_graph("float32" if tf32 else precision)
         return build_engine_cached(step, target, batch_size, device=device, tf32=tf32, again=again)[0]
+
+
+@dataclass(slots=True)
+class ModelSource(GraphSource):
+    """A torch module. `digest` is a checkpoint's, None for a module."""
+
+    network: DenoisingModule
+
+    def module(self) -> DenoisingModule:
+        from skipstep.backends.torch import module_on
+
+        return module_on(self.network, "cpu")
+
+    def reference(self) -> Denoiser:
+        from skipstep.backends.torch import TorchDenoiser
+
+        return TorchDenoiser(self.module(), self.spec, batch_size=2)
+
+    def _export(self) -> Partition:
+        from skipstep.bundles.cache import ArtefactCache
+        from skipstep.bundles.cache_key import cache_key
+        from skipstep.export.onnx_model import export_onnx, exporter_versions
+        from skipstep.export.partition import partition
+
+        def export() -> bytes:
+            return export_onnx(self.module(), self.spec)
+
+        if self.digest is None:
+            return partition(export())
+        key = cache_key(kind="network.onnx", weights=self.digest, network=repr(self.spec), exporter=exporter_versions())
+        description = f"{type(self.network.network).__name__} {self.spec.sample_shape}, exported to ONNX"
+        return partition(ArtefactCache().get_or_build(key, export, description))
+
+
+@dataclass(slots=True)
+class OnnxSource(GraphSource):
+    """An .onnx file: its graph under our names is the network, the file as it stands the reference."""
+
+    network: OnnxNetwork
+
+    def module(self) -> Any:
+        raise InputError(
+            got=f"the torch backend for {self.name}, an .onnx file",
+            expected="a backend that runs graphs",
+            remedy=NO_TORCH_BACKEND,
+        )
+
+    def reference(self) -> Denoiser:
+        from skipstep.backends.onnx_file import FileDenoiser
+
+        network = self.network
+        return FileDenoiser(network.original, network.inputs, network.output, self.spec, batch_size=2)
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        try:
+            yield
+        except ExportError as error:
+            raise ModelFormatError(
+                got=f"{self.name}, an .onnx file: {error.got}",
+                expected="a graph that gives each sample of a batch what it gives that sample alone",
+                remedy="export the network again with a dynamic batch dimension and a timestep of shape [batch]",
+            ) from error
+
+    def _export(self) -> Partition:
+        from skipstep.export.partition import partition
+
+        return partition(self.network.graph)
 
 
 def specification(
@@ -159,7 +231,26 @@ def read_model(model: Any, checkpoint: Checkpoint | None, network: NetworkSpec) 
         name, digest = checkpoint.name, checkpoint.digest()
         module = load_unet(checkpoint)
     prepared, network = prepare_module(module, network)
-    return ModelSource(name, network, prepared, digest)
+    return ModelSource(name, network, digest, prepared)
+
+
+def open_onnx(
+    path: Path, *, inputs: object, config: Mapping[str, Any] | None, **said: Unpack[SpecOptions]
+) -> OnnxNetwork:
+    """The network in an .onnx file. Raises ModelFormatError, IntegrityError, InputError, MissingDependencyError."""
+    try:
+        from skipstep.export.onnx_file import read_onnx
+    except ImportError as error:
+        raise MissingDependencyError(
+            got=f"no package {error.name}",
+            expected="onnx, onnxscript and onnxruntime, which read and run .onnx files",
+            remedy="pip install 'skipstep[cpu,export]'",
+        ) from error
+    return read_onnx(path, inputs=inputs, config=config, **said)
+
+
+def is_onnx_path(model: object) -> bool:
+    return isinstance(model, str | os.PathLike) and str(model).endswith(".onnx")
 
 
 def save_bundle(
@@ -174,7 +265,7 @@ def save_bundle(
     """Write an engine that was built from a model as a bundle; `request` is a skipstep.export BundleRequest's."""
     from skipstep.export.request import BundleRequest, check_request
 
-    if not isinstance(source, ModelSource):
+    if not isinstance(source, GraphSource):
         raise InputError(
             got="an engine that was loaded from a bundle",
             expected="one that was built from a model",

@@ -1,4 +1,4 @@
-"""What people have, as one thing: a diffusers folder, a single weight file, a pipeline object or a torch module.
+"""What people have, as one thing: a diffusers folder, a weight file, an .onnx file, a pipeline object, a torch module.
 
 ADD A FORM HERE: a case in `open_model`. It is checked at once, as far as that goes without torch; `read` does the rest.
 """
@@ -8,27 +8,45 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from skipstep.errors import InputError
-from skipstep.model_source import ModelSource, SpecOptions, is_module, read_model, specification
+from skipstep.model_source import (
+    GraphSource,
+    OnnxSource,
+    SpecOptions,
+    is_module,
+    is_onnx_path,
+    open_onnx,
+    read_model,
+    specification,
+)
 from skipstep.networks.checkpoint import read_checkpoint, refuse_further_conditions
 from skipstep.networks.spec import NetworkSpec
+from skipstep.networks.weights import DOWNLOAD
 from skipstep.plans.scheduler_config import SchedulerConfig, read_scheduler_config
+from skipstep.storage.untrusted import read_json_object
 
 if TYPE_CHECKING:
     from torch import nn
 
 _LONGEST_PROMPT = 1 << 16
+SCHEDULER_FILE = "scheduler_config.json"
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """A model that was checked and not loaded: `read` makes it ready to be run. `scheduler`: what came with it."""
+    """A model that was checked and not loaded: `read` makes it ready to be run. `scheduler`: what came with it.
+
+    `is_torch`: it becomes a torch module. `guessed`: what was guessed of it, in words.
+    """
 
     network: NetworkSpec
     scheduler: SchedulerConfig | None
-    read: Callable[[], ModelSource]
+    read: Callable[[], GraphSource]
+    is_torch: bool = True
+    guessed: tuple[str, ...] = ()
 
     def plan_options(self) -> dict[str, Any]:
         """The options of a step count's plan, empty where no scheduler configuration came with the model."""
@@ -36,19 +54,32 @@ class OpenedModel:
 
 
 def open_model(
-    model: Any, *, scheduler: bool = True, config: str | os.PathLike[str] | None = None, **said: Unpack[SpecOptions]
+    model: Any,
+    *,
+    scheduler: bool = True,
+    config: str | os.PathLike[str] | None = None,
+    inputs: Mapping[str, str] | None = None,
+    **said: Unpack[SpecOptions],
 ) -> OpenedModel:
     """`said` completes what the model says of itself. Without `scheduler` no scheduler's configuration is read.
 
     Raises InputError, ModelFormatError, UnsafeCheckpointError and ScheduleError.
     """
-    if isinstance(model, str | os.PathLike):
+    if is_onnx_path(model) and config is None:
+        return _opened_file(Path(model), inputs, scheduler, said)
+    if inputs is not None:
+        raise InputError(
+            got=f"inputs= beside {model if isinstance(model, str | os.PathLike) else f'a {type(model).__name__}'}",
+            expected="an .onnx file, whose names they are",
+            remedy="leave inputs out",
+        )
+    if isinstance(model, str | os.PathLike) and not is_onnx_path(model):
         checkpoint = read_checkpoint(model, scheduler=scheduler, config=config)
         network = specification(model, checkpoint, **said)
         return OpenedModel(network, checkpoint.scheduler, lambda: read_model(model, checkpoint, network))
     if config is not None:
         raise InputError(
-            got=f"config= beside a {type(model).__name__}",
+            got=f"config= beside {'an .onnx file' if is_onnx_path(model) else f'a {type(model).__name__}'}",
             expected="the configuration of a single .safetensors file",
             remedy="leave config out",
         )
@@ -70,6 +101,22 @@ def open_model(
 def _opened_module(module: nn.Module, scheduler: SchedulerConfig | None, said: SpecOptions) -> OpenedModel:
     network = specification(module, None, **said)
     return OpenedModel(network, scheduler, lambda: read_model(module, None, network))
+
+
+def _opened_file(path: Path, inputs: object, scheduler: bool, said: SpecOptions) -> OpenedModel:
+    """What diffusers and optimum write beside a network, its configuration and the scheduler's, completes it."""
+    beside = path.parent / "config.json"
+    config = read_json_object(beside, remedy=DOWNLOAD) if beside.exists() else None
+    network = open_onnx(path, inputs=inputs, config=config, **said)
+    places = (path.parent / SCHEDULER_FILE, path.parent.parent / "scheduler" / SCHEDULER_FILE)
+    file = next((each for each in places if scheduler and each.exists()), None)
+    return OpenedModel(
+        network.spec,
+        None if file is None else read_scheduler_config(file),
+        lambda: OnnxSource(path.stem, network.spec, network.digest, network),
+        is_torch=False,
+        guessed=network.guessed,
+    )
 
 
 def _scheduler_of(pipeline: Any) -> SchedulerConfig | None:

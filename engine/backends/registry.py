@@ -70,7 +70,8 @@ BACKENDS: tuple[Backend, ...] = (
         True,
     ),
 )
-_EXPORTER = ("torch", "onnx", "onnxscript")
+_GRAPH_READER = ("onnx", "onnxscript")
+_EXPORTER = ("torch", *_GRAPH_READER)
 
 
 def check_device(device: object, *, auto: bool = False) -> str:
@@ -92,19 +93,24 @@ def check_library(library: object) -> Library | None:
     return cast("Library | None", library)
 
 
-def resolve_backend(name: str, *, device: str, exports: bool) -> Backend:
+def resolve_backend(name: str, *, device: str, exports: bool, from_graph: bool = False) -> Backend:
     """The row for a name and a device ("cpu" or "cuda"); "auto" is the first that is installed.
 
-    `exports`: the network comes from a model, so backends that read graphs need the exporter too.
+    `exports`: the network comes from a model, so backends that read graphs need the exporter too. `from_graph`: that
+    model is a graph itself, which torch neither exports nor runs.
     Raises InputError for an unknown name or one that does not run on the device, and MissingDependencyError, with the
     command that installs it, for one that is not installed.
     """
-    rows = [each for each in BACKENDS if each.device == device]
+    rows = [each for each in BACKENDS if each.device == device and (each.loads_bundles or not from_graph)]
+    packages = () if not exports else _GRAPH_READER if from_graph else _EXPORTER
     if name == "auto":
-        return next((each for each in rows if not _missing(each, exports)), rows[-1])
+        found = next((each for each in rows if not _missing(each, packages)), None)
+        if found is not None or not from_graph:
+            return found or rows[-1]
+        name = rows[0].name
     for row in rows:
         if row.name == name:
-            missing = _missing(row, exports)
+            missing = _missing(row, packages)
             if missing:
                 also = ",export" if exports and row.loads_bundles else ""
                 raise MissingDependencyError(
@@ -121,8 +127,8 @@ def resolve_backend(name: str, *, device: str, exports: bool) -> Backend:
     )
 
 
-def _missing(backend: Backend, exports: bool) -> list[str]:
+def _missing(backend: Backend, packages: tuple[str, ...]) -> list[str]:
     missing = backend.missing()
-    if exports and backend.loads_bundles:
-        missing += [each for each in _EXPORTER if importlib.util.find_spec(each) is None]
+    if backend.loads_bundles:
+        missing += [each for each in packages if importlib.util.find_spec(each) is None]
     return list(dict.fromkeys(missing))
