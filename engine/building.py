@@ -177,7 +177,7 @@ def build_network(
 
     if chosen.name == "onnxruntime" and cuda is None:
         with source.blamed():
-            NetworkProbe.of(reference(), network).check(make(2))
+            NetworkProbe.of(reference(), network).check(make(2), precision=source.computes_in)
     made = make_loop(
         make,
         network,
@@ -186,7 +186,7 @@ def build_network(
         required=require_captured,
         lifecycle=lifecycle,
         device=cuda,
-        precision=precision,
+        precision=source.computes_in if precision == "float32" else precision,
         reference=reference,
     )
     runner = BatchRunner(made, network, sizes, lifecycle)

@@ -64,6 +64,7 @@ class GraphSource(ABC):
 
     name: str
     spec: NetworkSpec
+    network: Any
     digest: str | None
     tables: dict[bytes, Values] = field(default_factory=dict, kw_only=True)
     _partition: Partition | None = field(default=None, kw_only=True)
@@ -76,6 +77,11 @@ class GraphSource(ABC):
     @abstractmethod
     def reference(self) -> Denoiser:
         """The network as it was given, for two samples in host memory."""
+
+    @property
+    def computes_in(self) -> str:
+        """The precision that the reference computes in, whatever the weights of the parts that run."""
+        return "float32"
 
     def blamed(self) -> AbstractContextManager[None]:
         """Around the comparison with the reference: turns an ExportError into one that names the remedy here."""
@@ -168,6 +174,10 @@ class OnnxSource(GraphSource):
         network = self.network
         return FileDenoiser(network.original, network.inputs, network.output, self.spec, batch_size=2)
 
+    @property
+    def computes_in(self) -> str:
+        return "float16" if self.network.half_precision else "float32"
+
     @contextmanager
     def blamed(self) -> Iterator[None]:
         try:
@@ -231,7 +241,7 @@ def read_model(model: Any, checkpoint: Checkpoint | None, network: NetworkSpec) 
         name, digest = checkpoint.name, checkpoint.digest()
         module = load_unet(checkpoint)
     prepared, network = prepare_module(module, network)
-    return ModelSource(name, network, digest, prepared)
+    return ModelSource(name, network, prepared, digest)
 
 
 def open_onnx(

@@ -113,7 +113,7 @@ def _opened_file(path: Path, inputs: object, scheduler: bool, said: SpecOptions)
     return OpenedModel(
         network.spec,
         None if file is None else read_scheduler_config(file),
-        lambda: OnnxSource(path.stem, network.spec, network.digest, network),
+        lambda: OnnxSource(path.stem, network.spec, network, network.digest),
         is_torch=False,
         guessed=network.guessed,
     )

@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from skipstep.networks.graphs import BATCH
 
@@ -30,6 +31,13 @@ Shapes = dict[str, list[int | str | None]]
 _SIZES = (1009, 1013)
 # Tensors of more numbers say nothing about shapes.
 _MOST_FOR_SHAPES = 1024
+# What exporters compute shapes with.
+# fmt: off
+_SHAPE_ARITHMETIC = frozenset({
+    "Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Floor", "Gather", "Identity", "Mul",
+    "Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where",
+})
+# fmt: on
 _ELEMENTWISE = frozenset({"Add", "Cast", "Div", "Exp", "Identity", "Log", "Mul", "Neg", "Pow", "Sqrt", "Sub"})
 
 
@@ -133,7 +141,7 @@ def free_timestep(model: ModelProto, timestep: str, ranks: Mapping[str, int]) ->
             data = node.input[0]
             node.CopyFrom(helper.make_node("Identity", [data], list(node.output), name=node.name))
         elif node.op_type not in (*_ELEMENTWISE, "Expand") or (node.op_type in _ELEMENTWISE and others > 1):
-            return node.op_type
+            return str(node.op_type)
         if rank == 0:
             numbers.update(node.output)
     return None
@@ -141,6 +149,7 @@ def free_timestep(model: ModelProto, timestep: str, ranks: Mapping[str, int]) ->
 
 def free_batch(model: ModelProto, batch: int, inputs: Sequence[str]) -> None:
     """Take the batch size that its exporter froze out of a graph, in place, as far as the module's rules go."""
+    _fold(model)
     shapes = infer_at(model)
     constants = {each.name: each for each in model.graph.initializer}
     rows = set(inputs)
@@ -153,14 +162,14 @@ def free_batch(model: ModelProto, batch: int, inputs: Sequence[str]) -> None:
         rows.update(node.output)
         before, after = shapes.get(node.input[0]), shapes.get(node.output[0])
         if not before or not after or None in (*before, *after):
-            if node.op_type == "Expand" and after and len(after) == 1 and node.input[1] in constants:
+            if node.op_type == "Expand" and after and len(after) == 1:
                 _replace(model, node, 1, np.array([1]))
             nodes.append(node)
             continue
         sizes = [each for each in after if each is not None]
-        if node.op_type == "Reshape" and node.input[1] in constants and sizes[0] % batch == 0:
+        if node.op_type == "Reshape" and sizes[0] % batch == 0:
             _replace(model, node, 1, np.array([0 if before[0] == sizes[0] else -1, *sizes[1:]]))
-        elif node.op_type == "Expand" and node.input[1] in constants and sizes[0] == batch:
+        elif node.op_type == "Expand" and sizes[0] == batch:
             _replace(model, node, 1, np.array([1, *sizes[1:]]))
         elif node.op_type == "Resize" and len(node.input) > 3 and node.input[3]:
             scales = [a / float(b or 1) for a, b in zip(sizes, before, strict=True)]
@@ -177,6 +186,43 @@ def free_batch(model: ModelProto, batch: int, inputs: Sequence[str]) -> None:
     copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del model.graph.node[:]
     model.graph.node.extend(copies)
+
+
+def _fold(model: ModelProto) -> None:
+    """Compute what follows from small constants alone: shapes, at a fixed batch size. The optimizer leaves some."""
+    graph = model.graph
+    known = {
+        each.name: numpy_helper.to_array(each)
+        for each in graph.initializer
+        if np.prod(each.dims, dtype=np.float64) <= _MOST_FOR_SHAPES
+    }
+    kept: list[NodeProto] = []
+    for node in graph.node:
+        foldable = node.op_type in _SHAPE_ARITHMETIC and all(name in known for name in node.input)
+        if not foldable:
+            kept.append(NodeProto.FromString(node.SerializeToString()))
+            continue
+        results = _evaluated(node, model, known)
+        for name, value in zip(node.output, results, strict=True):
+            known[name] = value
+            graph.initializer.append(numpy_helper.from_array(value, name))
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _evaluated(
+    node: NodeProto, model: ModelProto, known: Mapping[str, NDArray[np.generic]]
+) -> list[NDArray[np.generic]]:
+    given = {name: known[name] for name in node.input}
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        for name, value in given.items()
+    ]
+    outputs = [helper.make_value_info(name, onnx.TypeProto()) for name in node.output]
+    alone = helper.make_model(
+        helper.make_graph([node], "node", inputs, outputs), opset_imports=model.opset_import, ir_version=10
+    )
+    return [np.asarray(each) for each in ReferenceEvaluator(alone).run(None, given)]
 
 
 def _repeated(node: NodeProto, index: int, counted: str, rank: int) -> list[NodeProto]:

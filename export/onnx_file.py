@@ -43,7 +43,8 @@ _INSIDE = "file/"  # Before every name of the file's, so that none is one of our
 class OnnxNetwork:
     """A file that was read. `graph` has our names; `guessed` says in words what was guessed.
 
-    `original` is the file's own graph with its weights; `inputs` and `output` say how it is called.
+    `original` is the file's own graph with its weights; `inputs` and `output` say how it is called. `half_precision`:
+    some of its weights are float16 or bfloat16, and so is what is computed with them.
     """
 
     spec: NetworkSpec
@@ -51,6 +52,7 @@ class OnnxNetwork:
     digest: str
     guessed: tuple[str, ...]
     original: bytes
+    half_precision: bool
     inputs: tuple[FileInput, ...]
     output: str
 
@@ -115,7 +117,7 @@ def read_onnx(
         for role, each in roles.items()
     )
     digest = hashlib.sha256(graph).hexdigest()
-    return OnnxNetwork(spec, graph, digest, tuple(guessed), original, called, output.name)
+    return OnnxNetwork(spec, graph, digest, tuple(guessed), original, _is_half(model), called, output.name)
 
 
 def _shape(value: FileValue, said: Any, configured: Any, option: str, example: str) -> Any:
@@ -152,6 +154,10 @@ def _configured_shape(config: Mapping[str, Any] | None) -> tuple[int, int, int] 
     return channels, *sides  # type: ignore[return-value]
 
 
+def _is_half(model: ModelProto) -> bool:
+    return any(each.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16) for each in model.graph.initializer)
+
+
 def _not_taken(option: str, role: str) -> InputError:
     return InputError(
         got=f"{option}= for a network without an input that was taken for {role!r}",
@@ -176,9 +182,16 @@ def _standard(
     model: ModelProto, roles: Mapping[str, FileValue], output: str, spec: NetworkSpec, batch: int | None
 ) -> tuple[bytes, int]:
     """The graph under our names, for any batch, and the channels of its prediction."""
-    model = optimizer.optimize(model)
     try:
+        model = optimizer.optimize(model)
         ranks = {name: len(dims) for name, dims in infer_at(model).items()}
+    except Exception as error:  # The optimizer infers types, too, and raises what it comes across.
+        raise ModelFormatError(
+            got=f"a graph whose types do not fit: {str(error).splitlines()[0]:.300}",
+            expected="a valid network",
+            remedy="export the network again; onnx.checker.check_model(path, full_check=True) says what is wrong",
+        ) from error
+    try:
         if batch is not None:
             free_batch(model, batch, [each.name for each in roles.values()])
         for_all = None if roles[TIMESTEP].dims else free_timestep(model, roles[TIMESTEP].name, ranks)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.inliner
+import onnx.version_converter
 from onnx import GraphProto, ModelProto, TensorProto, helper
 
 from skipstep.errors import IntegrityError, ModelFormatError
@@ -64,13 +66,14 @@ def modernised(model: ModelProto, path: Path) -> ModelProto:
     # In old files weights are listed as inputs, too: as if a caller might replace them.
     weights = {each.name for each in model.graph.initializer}
     inputs = [each for each in model.graph.input if each.name not in weights]
+    model.ir_version = max(model.ir_version, helper.find_min_ir_version_for(model.opset_import, True))
     del model.metadata_props[:], model.graph.input[:]
     model.graph.input.extend(inputs)
     return model
 
 
 def _opset(model: ModelProto) -> int:
-    return max(each.version for each in model.opset_import if each.domain in _STANDARD_DOMAINS)
+    return max(int(each.version) for each in model.opset_import if each.domain in _STANDARD_DOMAINS)
 
 
 def _check_operators(model: ModelProto, path: Path) -> None:

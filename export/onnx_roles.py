@@ -17,8 +17,12 @@ from skipstep.errors import InputError, ModelFormatError, check_text, shown
 from skipstep.networks.graphs import PREDICTION, SAMPLE
 
 TIMESTEP: Final = "timestep"
-_FLOATS = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.DOUBLE: "float64"}
-_INTEGERS = {TensorProto.INT64: "int64", TensorProto.INT32: "int32"}
+_FLOATS: Final[Mapping[int, str]] = {
+    TensorProto.FLOAT: "float32",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.DOUBLE: "float64",
+}
+_INTEGERS: Final[Mapping[int, str]] = {TensorProto.INT64: "int64", TensorProto.INT32: "int32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,8 @@ class FileValue:
         return all(dim == 1 for dim in self.dims[1:])
 
     def __str__(self) -> str:
-        kind = {**_FLOATS, **_INTEGERS}.get(self.elem_type) or TensorProto.DataType.Name(self.elem_type).lower()
+        known = {**_FLOATS, **_INTEGERS}
+        kind = known[self.elem_type] if self.elem_type in known else f"type {self.elem_type}"
         return f"{self.name} {kind} [{', '.join('?' if dim is None else str(dim) for dim in self.dims)}]"
 
 
