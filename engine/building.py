@@ -142,7 +142,7 @@ def build_network(
         raise InputError(
             got="backend='torch' for an .onnx file", expected="a backend that runs graphs", remedy=NO_TORCH_BACKEND
         )
-    opened = open_model(model, scheduler=request.schedule is None, **model_options)
+    opened = open_model(model, with_scheduler=request.schedule is None, **model_options)
     plans, defaults = request.made(opened.scheduler)
     report("read the model" + "".join(f"; {each}" for each in opened.guessed))
     resolved = _resolve_device(device, needs_torch=opened.is_torch)

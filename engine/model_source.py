@@ -45,12 +45,14 @@ class SpecOptions(TypedDict, total=False):
 class ModelOptions(SpecOptions, total=False):
     """What else belongs to a model (skipstep.opening).
 
-    config  of a single .safetensors file: the local folder of its configuration.
-    inputs  of an .onnx file: its names by ours, {"sample": "noisy", "timestep": "sigma"}; also "encoder_hidden_states",
-            "class_labels" and, for an output, "out_sample". What is left out is found by its name or shape.
+    config     of a single .safetensors file: the local folder of its configuration.
+    scheduler  scheduler_config.json, its contents or a diffusers scheduler, instead of what came with the model.
+    inputs     of an .onnx file: its names by ours, {"sample": "noisy", "timestep": "sigma"}; also "class_labels",
+               "encoder_hidden_states" and, for its output, "out_sample". The others are found by name or shape.
     """
 
     config: str | os.PathLike[str] | None
+    scheduler: Any
     inputs: Mapping[str, str] | None
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -56,17 +56,24 @@ class OpenedModel:
 def open_model(
     model: Any,
     *,
-    scheduler: bool = True,
+    with_scheduler: bool = True,
+    scheduler: object = None,
     config: str | os.PathLike[str] | None = None,
     inputs: Mapping[str, str] | None = None,
     **said: Unpack[SpecOptions],
 ) -> OpenedModel:
-    """`said` completes what the model says of itself. Without `scheduler` no scheduler's configuration is read.
+    """`said` completes what the model says of itself, and `scheduler` stands for the configuration that came with it.
+    Without `with_scheduler` none is read.
 
     Raises InputError, ModelFormatError, UnsafeCheckpointError and ScheduleError.
     """
+    if scheduler is not None:
+        if not with_scheduler:
+            raise InputError(got="scheduler= beside schedule=", expected="one of them", remedy="leave schedule out")
+        opened = open_model(model, with_scheduler=False, config=config, inputs=inputs, **said)
+        return replace(opened, scheduler=_given_scheduler(scheduler))
     if is_onnx_path(model) and config is None:
-        return _opened_file(Path(model), inputs, scheduler, said)
+        return _opened_file(Path(model), inputs, with_scheduler, said)
     if inputs is not None:
         raise InputError(
             got=f"inputs= beside {model if isinstance(model, str | os.PathLike) else f'a {type(model).__name__}'}",
@@ -74,7 +81,7 @@ def open_model(
             remedy="leave inputs out",
         )
     if isinstance(model, str | os.PathLike) and not is_onnx_path(model):
-        checkpoint = read_checkpoint(model, scheduler=scheduler, config=config)
+        checkpoint = read_checkpoint(model, scheduler=with_scheduler, config=config)
         network = specification(model, checkpoint, **said)
         return OpenedModel(network, checkpoint.scheduler, lambda: read_model(model, checkpoint, network))
     if config is not None:
@@ -85,7 +92,7 @@ def open_model(
         )
     found = None
     if not is_module(model) and is_module(getattr(model, "unet", None)):
-        found = _scheduler_of(model) if scheduler else None
+        found = _scheduler_of(getattr(model, "scheduler", None)) if with_scheduler else None
         if said.get("prompt_shape") is None:
             said["prompt_shape"] = _prompt_shape_of(model)
         model = model.unet
@@ -103,24 +110,43 @@ def _opened_module(module: nn.Module, scheduler: SchedulerConfig | None, said: S
     return OpenedModel(network, scheduler, lambda: read_model(module, None, network))
 
 
-def _opened_file(path: Path, inputs: object, scheduler: bool, said: SpecOptions) -> OpenedModel:
+def find_scheduler(
+    model: str | os.PathLike[str], *, scheduler: object = None, config: str | os.PathLike[str] | None = None
+) -> SchedulerConfig | None:
+    """What Engine.build would take for the scheduler of the model at a path, without reading the model as a whole."""
+    if scheduler is not None:
+        return _given_scheduler(scheduler)
+    return _beside(Path(model)) if is_onnx_path(model) else read_checkpoint(model, config=config).scheduler
+
+
+def _beside(path: Path) -> SchedulerConfig | None:
+    """The scheduler of an .onnx file: in its folder, or where diffusers' layout has it."""
+    places = (path.parent / SCHEDULER_FILE, path.parent.parent / "scheduler" / SCHEDULER_FILE)
+    found = next((each for each in places if each.exists()), None)
+    return None if found is None else read_scheduler_config(found)
+
+
+def _opened_file(path: Path, inputs: object, with_scheduler: bool, said: SpecOptions) -> OpenedModel:
     """What diffusers and optimum write beside a network, its configuration and the scheduler's, completes it."""
     beside = path.parent / "config.json"
     config = read_json_object(beside, remedy=DOWNLOAD) if beside.exists() else None
     network = open_onnx(path, inputs=inputs, config=config, **said)
-    places = (path.parent / SCHEDULER_FILE, path.parent.parent / "scheduler" / SCHEDULER_FILE)
-    file = next((each for each in places if scheduler and each.exists()), None)
     return OpenedModel(
         network.spec,
-        None if file is None else read_scheduler_config(file),
+        _beside(path) if with_scheduler else None,
         lambda: OnnxSource(path.stem, network.spec, network, network.digest),
         is_torch=False,
         guessed=network.guessed,
     )
 
 
-def _scheduler_of(pipeline: Any) -> SchedulerConfig | None:
-    scheduler = getattr(pipeline, "scheduler", None)
+def _given_scheduler(scheduler: Any) -> SchedulerConfig:
+    found = _scheduler_of(scheduler)
+    return read_scheduler_config(scheduler) if found is None else found
+
+
+def _scheduler_of(scheduler: Any) -> SchedulerConfig | None:
+    """The configuration of a diffusers scheduler object, None for anything else."""
     config = getattr(scheduler, "config", None)
     if not isinstance(config, Mapping):
         return None

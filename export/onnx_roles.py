@@ -48,7 +48,7 @@ class FileValue:
 
     def __str__(self) -> str:
         known = {**_FLOATS, **_INTEGERS}
-        kind = known[self.elem_type] if self.elem_type in known else f"type {self.elem_type}"
+        kind = known.get(self.elem_type, f"type {self.elem_type}")
         return f"{self.name} {kind} [{', '.join('?' if dim is None else str(dim) for dim in self.dims)}]"
 
 

@@ -8,10 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from skipstep.backends.torch import DenoisingModule
+
+WEIGHT = np.arange(64, dtype=np.float32).reshape(1, 1, 8, 8) / 64
 
 
 def text_unet(**options: Any) -> nn.Module:
@@ -70,3 +75,17 @@ def write_onnx(
 
 def batch_axes(names: Sequence[str]) -> dict[str, dict[int, str]]:
     return {name: {0: "n"} for name in names}
+
+
+def small_model(*, opset: int = 17, domain: str = "", op_type: str = "Mul", batch: int | str = "n") -> onnx.ModelProto:
+    """x · weight + t, with the weight as an initializer; written without torch."""
+    state = helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 1, 8, 8])
+    timestep = helper.make_tensor_value_info("t", TensorProto.FLOAT, [batch, 1, 1, 1])
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, [batch, 1, 8, 8])
+    nodes = [
+        helper.make_node(op_type, ["x", "weight"], ["scaled"], domain=domain),
+        helper.make_node("Add", ["scaled", "t"], ["out"]),
+    ]
+    graph = helper.make_graph(nodes, "net", [state, timestep], [out], [numpy_helper.from_array(WEIGHT, "weight")])
+    domains = [helper.make_opsetid("", opset), *([helper.make_opsetid(domain, 1)] if domain else [])]
+    return helper.make_model(graph, opset_imports=domains, ir_version=8)

@@ -73,10 +73,25 @@ def test_sharded_half_precision_weights(tmp_path):
     unet.save_pretrained(tmp_path / "unet", variant="fp16", max_shard_size="20KB")
     assert (tmp_path / "unet/diffusion_pytorch_model.safetensors.index.fp16.json").exists()
     assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 1
-    loaded = open_model(tmp_path, scheduler=False).read().module().network.state_dict()
+    loaded = open_model(tmp_path, with_scheduler=False).read().module().network.state_dict()
     assert all(torch.equal(loaded[name], each.float()) for name, each in unet.state_dict().items())
     shard = next((tmp_path / "unet").glob("*.safetensors"))
     assert load_file(shard)
     shard.unlink()
     with pytest.raises(ModelFormatError, match="shard"):
         open_model(tmp_path)
+
+
+def test_a_scheduler_stands_for_the_one_that_came_with_the_model(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    other = diffusers.DDIMScheduler(prediction_type="sample", clip_sample=False)
+    other.save_pretrained(tmp_path / "other")
+    expected = open_model(tmp_path, scheduler=tmp_path / "other").scheduler
+    assert (expected.prediction_type, expected.clip) == ("sample", None)
+    for model in (pipeline, tmp_path, pipeline.unet):
+        for scheduler in (other, tmp_path / "other/scheduler_config.json", dict(other.config)):
+            assert open_model(model, scheduler=scheduler).scheduler == expected
+    with pytest.raises(InputError, match="leave schedule out"):
+        Engine.build(pipeline, plans=[4], scheduler=other, schedule=expected.schedule)
+    with pytest.raises(ModelFormatError):
+        open_model(pipeline, scheduler=tmp_path / "missing.json")

@@ -8,6 +8,7 @@ import onnx
 import pytest
 from attack_count import tried
 from onnx import TensorProto, helper, numpy_helper
+from onnx_files import WEIGHT, small_model
 
 from skipstep import Engine, NoiseSchedule
 from skipstep.errors import IntegrityError, ModelFormatError, SkipstepError
@@ -15,21 +16,6 @@ from skipstep.export.graph_writer import OPSET
 from skipstep.export.onnx_reading import modernised, read_onnx_model
 
 BUILD = {"plans": [2], "schedule": NoiseSchedule.linear(1000), "device": "cpu", "prediction_type": "v_prediction"}
-WEIGHT = np.arange(64, dtype=np.float32).reshape(1, 1, 8, 8) / 64
-
-
-def small_model(*, opset=17, domain="", op_type="Mul", batch="n"):
-    """x · weight + t, with the weight as an initializer."""
-    state = helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 1, 8, 8])
-    timestep = helper.make_tensor_value_info("t", TensorProto.FLOAT, [batch, 1, 1, 1])
-    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, [batch, 1, 8, 8])
-    nodes = [
-        helper.make_node(op_type, ["x", "weight"], ["scaled"], domain=domain),
-        helper.make_node("Add", ["scaled", "t"], ["out"]),
-    ]
-    graph = helper.make_graph(nodes, "net", [state, timestep], [out], [numpy_helper.from_array(WEIGHT, "weight")])
-    domains = [helper.make_opsetid("", opset), *([helper.make_opsetid(domain, 1)] if domain else [])]
-    return helper.make_model(graph, opset_imports=domains, ir_version=8)
 
 
 @pytest.fixture
