@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Unpack, cast, get_args
@@ -25,12 +24,13 @@ from skipstep.loops.agreement import NetworkProbe
 from skipstep.loops.choice import FORMS, make_loop, resolve_form
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.loops.runner import BatchRunner, CompiledNetwork
-from skipstep.model_source import ModelOptions, is_module, read_model, specification
-from skipstep.networks.checkpoint import Checkpoint, read_checkpoint
+from skipstep.model_source import NO_TORCH_BACKEND, ModelOptions, is_onnx_path
 from skipstep.networks.spec import MAX_BATCH_SIZE, network_batch_sizes
+from skipstep.opening import open_model
 from skipstep.plans.parameterization import PREDICTION_TYPES, TIME_INPUTS
 from skipstep.plans.plan import Plan
 from skipstep.plans.schedule import NoiseSchedule, check_schedule
+from skipstep.plans.scheduler_config import SchedulerConfig
 from skipstep.reporting import LOGGER, Report, reporter
 
 
@@ -74,13 +74,13 @@ class PlanRequest:
     compatibility: str | None = None
 
     def made(
-        self, checkpoint: Checkpoint | None, time_input: str | None, sigma_data: float | None
+        self, scheduler: SchedulerConfig | None, time_input: str | None = None, sigma_data: float | None = None
     ) -> tuple[list[Plan], dict[str, Any]]:
         """The plans, and the defaults of later ones. Needs no network, so that what is wrong is said at once."""
         check_flag("compile_on_miss", self.compile_on_miss)
         remedy = "pass plans=[20], or compile_on_miss=True"
         given = check_items("plans", self.plans, expected="step counts or Plans", remedy=remedy, error=PlanError)
-        defaults = {} if checkpoint is None else checkpoint.plan_options()
+        defaults = {} if scheduler is None else scheduler.plan_options()
         if self.schedule is not None:
             defaults["schedule"] = check_schedule(self.schedule)
         if self.prediction_type is not None:
@@ -95,7 +95,7 @@ class PlanRequest:
             check_choice("compatibility", self.compatibility, ("diffusers",), error=PlanError)
             defaults["stride"] = self.compatibility
         plans = [make_plan(each, defaults) for each in given]
-        if checkpoint is not None and self.compatibility is None:
+        if scheduler is not None and self.compatibility is None:
             _warn_of_other_images([plan for plan, asked in zip(plans, given, strict=True) if plan is not asked])
         if not plans and not self.compile_on_miss:
             raise PlanError(got="no plans", expected="at least one", remedy=remedy)
@@ -147,29 +147,19 @@ def build_network(
     check_flag("compile_network", compile_network)
     check_flag("require_captured", require_captured)
     target = Target("cpu", cast(Precision, precision), num_threads, compile_network, library=check_library(library))
-    checkpoint = None
-    if isinstance(model, str | os.PathLike):
-        checkpoint = read_checkpoint(model, scheduler=request.schedule is None)
-    if checkpoint is None and not is_module(model):
+    if backend == "torch" and is_onnx_path(model):
         raise InputError(
-            got=f"a model of type {type(model).__name__}",
-            expected="a torch.nn.Module, or the path of a diffusers folder",
-            remedy="pass pipeline.unet, or the folder that pipeline.save_pretrained() wrote",
+            got="backend='torch' for an .onnx file", expected="a backend that runs graphs", remedy=NO_TORCH_BACKEND
         )
-    plans, defaults = request.made(checkpoint, model_options.get("time_input"), model_options.get("sigma_data"))
-    network = specification(model, checkpoint, **model_options)
-    report("read the model")
-    try:
-        import torch  # noqa: F401 - for the message, where it is missing
-    except ImportError as error:
-        raise MissingDependencyError(
-            got="no package torch", expected="torch, which builds engines", remedy="pip install 'skipstep[torch]'"
-        ) from error
-    resolved = _resolve_device(device)
-    chosen = resolve_backend(backend, device=resolved.type, exports=True, precision=precision)
-    form = resolve_form(loop, device=resolved.type)
-    _check_options(target, resolved.type, chosen.name, require_captured)
-    source = read_model(model, checkpoint, network)
+    opened = open_model(model, with_scheduler=request.schedule is None, **model_options)
+    plans, defaults = request.made(opened.scheduler, model_options.get("time_input"), model_options.get("sigma_data"))
+    report("read the model" + "".join(f"; {each}" for each in opened.guessed))
+    resolved = _resolve_device(device, needs_torch=opened.is_torch)
+    kind = "cpu" if resolved is None else resolved.type
+    chosen = resolve_backend(backend, device=kind, exports=True, precision=precision, from_graph=not opened.is_torch)
+    form = resolve_form(loop, device=kind)
+    _check_options(target, kind, chosen.name, require_captured)
+    source = opened.read()
     held = PlanSet(
         source.spec,
         plans,
@@ -179,11 +169,11 @@ def build_network(
     )
     lifecycle = Lifecycle()
     cuda = None
-    if resolved.type == "cuda" or chosen.compiles_late:
+    if kind == "cuda" or chosen.compiles_late:
         from skipstep.bundles.kept import CacheSlot
 
         target = replace(target, keep=CacheSlot)
-    if resolved.type == "cuda":
+    if kind == "cuda":
         from skipstep.cuda.device import CudaDevice
 
         cuda = CudaDevice(resolved)
@@ -194,17 +184,21 @@ def build_network(
     target = replace(target, batch_sizes=tuple(network_batch_sizes(network, sizes)))
 
     def reference() -> Denoiser:
-        from skipstep.backends.torch import TorchDenoiser
-
         report("compare it with the model on the CPU")
-        return TorchDenoiser(source.module(), network, batch_size=2)
+        return source.reference()
 
     if chosen.compiles_late:
         probe = NetworkProbe.of(reference(), network)
-        target = replace(target, check=lambda denoiser: probe.check(denoiser, precision=precision))
+
+        def check(denoiser: Denoiser) -> None:
+            with source.blamed():
+                probe.check(denoiser, precision=source.computes_in if precision == "float32" else precision)
+
+        target = replace(target, check=check)
     make = chosen.denoisers(source, target)
     if chosen.loads_bundles and cuda is None and not chosen.compiles_late:
-        NetworkProbe.of(reference(), network).check(make(2))
+        with source.blamed():
+            NetworkProbe.of(reference(), network).check(make(2), precision=source.computes_in)
     made = make_loop(
         make,
         network,
@@ -213,7 +207,7 @@ def build_network(
         required=require_captured,
         lifecycle=lifecycle,
         device=cuda,
-        precision=precision,
+        precision=source.computes_in if precision == "float32" else precision,
         reference=reference,
         ready=chosen.compiles_late,
     )
@@ -244,9 +238,18 @@ def _check_options(target: Target, device: str, backend: str, require_captured: 
             )
 
 
-def _resolve_device(name: str) -> Any:
-    import torch
-
+def _resolve_device(name: str, *, needs_torch: bool) -> Any:
+    """A torch device; None for the CPU where a model that needs no torch can do without."""
+    if name == "cpu" and not needs_torch:
+        return None
+    try:
+        import torch
+    except ImportError as error:
+        if name == "auto" and not needs_torch:
+            return None
+        raise MissingDependencyError(
+            got="no package torch", expected="torch, which builds engines", remedy="pip install 'skipstep[torch]'"
+        ) from error
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)

@@ -97,8 +97,9 @@ class Engine:
     ) -> Engine:
         """Compile `model` for the given plans and batch sizes.
 
-        model           a diffusers folder (path), or an nn.Module called as network(x [N, C, H, W], t [N], labels [N]);
-                        a module is put into eval mode.
+        model           the path of a diffusers folder, an .onnx file or a .safetensors file (with config=); a diffusers
+                        pipeline with a unet; or an nn.Module called as network(x [N, C, H, W], t [N], labels [N]),
+                        which is put into eval mode.
         plans           step counts, made into DDIM plans with what the folder's scheduler configuration says, or Plans.
         batch_sizes     the numbers of samples to compile for; requests of any size are split over them.
         schedule        instead of the folder's scheduler configuration, which is then not read: prediction_type= and

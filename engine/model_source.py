@@ -8,25 +8,28 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
-from skipstep.errors import InputError, check_flag
+from skipstep.errors import ExportError, InputError, MissingDependencyError, ModelFormatError, check_flag
 from skipstep.networks.checkpoint import Checkpoint, load_unet
 from skipstep.networks.condition import Condition
 from skipstep.networks.graphs import Partition, Values
 from skipstep.networks.spec import NetworkSpec, takes_fractional_timesteps
 
 if TYPE_CHECKING:
-    from skipstep.backends.denoiser import NetworkSource
+    from skipstep.backends.denoiser import Denoiser, NetworkSource
     from skipstep.backends.torch import DenoisingModule
+    from skipstep.export.onnx_file import OnnxNetwork
     from skipstep.loops.contract import Sampler
     from skipstep.reporting import Report
 
 
-class ModelOptions(TypedDict, total=False):
+class SpecOptions(TypedDict, total=False):
     """What completes a model's configuration where it does not say (skipstep.networks.spec.NetworkSpec).
 
     fractional_timesteps  whether the network takes timesteps between those of its training; None: a diffusers network
@@ -50,23 +53,56 @@ class ModelOptions(TypedDict, total=False):
     sigma_data: float | None
 
 
+class ModelOptions(SpecOptions, total=False):
+    """What else belongs to a model (skipstep.opening).
+
+    config     of a single .safetensors file: the local folder of its configuration.
+    scheduler  scheduler_config.json, its contents or a diffusers scheduler, instead of what came with the model.
+    inputs     of an .onnx file: its names by ours, {"sample": "noisy", "timestep": "sigma"}; also "class_labels",
+               "encoder_hidden_states" and, for its output, "out_sample". The others are found by name or shape.
+    """
+
+    config: str | os.PathLike[str] | None
+    scheduler: Any
+    inputs: Mapping[str, str] | None
+
+
+NO_TORCH_BACKEND: Final = "pass backend='onnxruntime', or backend='tensorrt' on a GPU"
+
+
 @dataclass(slots=True)
-class ModelSource:
-    """A torch module as a network source (skipstep.backends.denoiser.NetworkSource). Its graphs are exported once, when
-    they are first needed. `digest` is a checkpoint's, None for a module."""
+class GraphSource(ABC):
+    """A network source (skipstep.backends.denoiser.NetworkSource) whose graphs are made once, when they are first
+    needed."""
 
     name: str
     spec: NetworkSpec
-    network: DenoisingModule
+    network: Any
     digest: str | None
-    tables: dict[bytes, Values] = field(default_factory=dict)
-    _partition: Partition | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    tables: dict[bytes, Values] = field(default_factory=dict, kw_only=True)
+    _partition: Partition | None = field(default=None, kw_only=True)
+    _lock: threading.Lock = field(default_factory=threading.Lock, kw_only=True)
 
-    def module(self) -> DenoisingModule:
-        from skipstep.backends.torch import module_on
+    @abstractmethod
+    def module(self) -> Any:
+        """The network as a torch module on the CPU. Raises InputError where it is none."""
 
-        return module_on(self.network, "cpu")
+    @abstractmethod
+    def reference(self) -> Denoiser:
+        """The network as it was given, for two samples in host memory."""
+
+    @property
+    def computes_in(self) -> str:
+        """The precision that the reference computes in, whatever the weights of the parts that run."""
+        return "float32"
+
+    def blamed(self) -> AbstractContextManager[None]:
+        """Around the comparison with the reference: turns an ExportError into one that names the remedy here."""
+        return nullcontext()
+
+    @abstractmethod
+    def _export(self) -> Partition:
+        """Raises ExportError."""
 
     def partition(self) -> Partition:
         """The network's graphs. A checkpoint's export is kept in the user's cache: it takes longer than all the rest.
@@ -75,21 +111,6 @@ class ModelSource:
             if self._partition is None:
                 self._partition = self._export()
             return self._partition
-
-    def _export(self) -> Partition:
-        from skipstep.bundles.cache import ArtefactCache
-        from skipstep.bundles.cache_key import cache_key
-        from skipstep.export.onnx_model import export_onnx, exporter_versions
-        from skipstep.export.partition import partition
-
-        def export() -> bytes:
-            return export_onnx(self.module(), self.spec)
-
-        if self.digest is None:
-            return partition(export())
-        key = cache_key(kind="network.onnx", weights=self.digest, network=repr(self.spec), exporter=exporter_versions())
-        description = f"{type(self.network.network).__name__} {self.spec.sample_shape}, exported to ONNX"
-        return partition(ArtefactCache().get_or_build(key, export, description))
 
     def before_loop(self) -> Mapping[str, bytes]:
         return self.partition().graphs.before_loop
@@ -122,6 +143,78 @@ class ModelSource:
         return build_engine_cached(step, target, batch_sizes, device=device, tf32=tf32, again=again)[0]
 
 
+@dataclass(slots=True)
+class ModelSource(GraphSource):
+    """A torch module. `digest` is a checkpoint's, None for a module."""
+
+    network: DenoisingModule
+
+    def module(self) -> DenoisingModule:
+        from skipstep.backends.torch import module_on
+
+        return module_on(self.network, "cpu")
+
+    def reference(self) -> Denoiser:
+        from skipstep.backends.torch import TorchDenoiser
+
+        return TorchDenoiser(self.module(), self.spec, batch_size=2)
+
+    def _export(self) -> Partition:
+        from skipstep.bundles.cache import ArtefactCache
+        from skipstep.bundles.cache_key import cache_key
+        from skipstep.export.onnx_model import export_onnx, exporter_versions
+        from skipstep.export.partition import partition
+
+        def export() -> bytes:
+            return export_onnx(self.module(), self.spec)
+
+        if self.digest is None:
+            return partition(export())
+        key = cache_key(kind="network.onnx", weights=self.digest, network=repr(self.spec), exporter=exporter_versions())
+        description = f"{type(self.network.network).__name__} {self.spec.sample_shape}, exported to ONNX"
+        return partition(ArtefactCache().get_or_build(key, export, description))
+
+
+@dataclass(slots=True)
+class OnnxSource(GraphSource):
+    """An .onnx file: its graph under our names is the network, the file as it stands the reference."""
+
+    network: OnnxNetwork
+
+    def module(self) -> Any:
+        raise InputError(
+            got=f"the torch backend for {self.name}, an .onnx file",
+            expected="a backend that runs graphs",
+            remedy=NO_TORCH_BACKEND,
+        )
+
+    def reference(self) -> Denoiser:
+        from skipstep.backends.onnx_file import FileDenoiser
+
+        network = self.network
+        return FileDenoiser(network.original, network.inputs, network.output, self.spec, batch_size=2)
+
+    @property
+    def computes_in(self) -> str:
+        return "float16" if self.network.half_precision else "float32"
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        try:
+            yield
+        except ExportError as error:
+            raise ModelFormatError(
+                got=f"{self.name}, an .onnx file: {error.got}",
+                expected="a graph that gives each sample of a batch what it gives that sample alone",
+                remedy="export the network again with a dynamic batch dimension and a timestep of shape [batch]",
+            ) from error
+
+    def _export(self) -> Partition:
+        from skipstep.export.partition import partition
+
+        return partition(self.network.graph)
+
+
 def specification(
     model: Any,
     checkpoint: Checkpoint | None,
@@ -147,9 +240,6 @@ def specification(
             conditions=conditions,
             **time,
         )
-    scheduler = checkpoint.scheduler
-    if scheduler is not None and scheduler.state != "vp":
-        time = {"time_input": scheduler.time_input, "state": scheduler.state, "sigma_data": scheduler.sigma_data} | time
     return NetworkSpec(
         checkpoint.sample_shape if sample_shape is None else sample_shape,
         checkpoint.num_classes if num_classes is None else num_classes,
@@ -174,10 +264,29 @@ def read_model(model: Any, checkpoint: Checkpoint | None, network: NetworkSpec) 
 
     name, digest, module = type(model).__name__, None, model
     if checkpoint is not None:
-        name, digest = checkpoint.folder.resolve().name, checkpoint.digest()
+        name, digest = checkpoint.name, checkpoint.digest()
         module = load_unet(checkpoint)
     prepared, network = prepare_module(module, network)
     return ModelSource(name, network, prepared, digest)
+
+
+def open_onnx(
+    path: Path, *, inputs: object, config: Mapping[str, Any] | None, **said: Unpack[SpecOptions]
+) -> OnnxNetwork:
+    """The network in an .onnx file. Raises ModelFormatError, IntegrityError, InputError, MissingDependencyError."""
+    try:
+        from skipstep.export.onnx_file import read_onnx
+    except ImportError as error:
+        raise MissingDependencyError(
+            got=f"no package {error.name}",
+            expected="onnx, onnxscript and onnxruntime, which read and run .onnx files",
+            remedy="pip install 'skipstep[cpu,export]'",
+        ) from error
+    return read_onnx(path, inputs=inputs, config=config, **said)
+
+
+def is_onnx_path(model: object) -> bool:
+    return isinstance(model, str | os.PathLike) and str(model).endswith(".onnx")
 
 
 def save_bundle(
@@ -192,7 +301,7 @@ def save_bundle(
     """Write an engine that was built from a model as a bundle; `request` is a skipstep.export BundleRequest's."""
     from skipstep.export.request import BundleRequest, check_request
 
-    if not isinstance(source, ModelSource):
+    if not isinstance(source, GraphSource):
         raise InputError(
             got="an engine that was loaded from a bundle",
             expected="one that was built from a model",

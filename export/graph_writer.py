@@ -10,6 +10,8 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 
 from skipstep.errors import ExportError, shown
 
+# In which networks are exported, and to which older files are brought.
+OPSET: Final = 20
 Dims = list[int | str | None]
 _MAX_BYTES: Final = 2**31 - 1
 

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from skipstep.backends.torch import DenoisingModule, zero_conditioning
 from skipstep.errors import ExportError, MissingDependencyError
 from skipstep.export.bundle_files import package_version
-from skipstep.export.graph_writer import serialised
+from skipstep.export.graph_writer import OPSET, serialised
 from skipstep.networks.spec import NetworkSpec
 
-OPSET = 20
 # Part of the key of cached graphs. Raise it when this module writes another graph for the same network.
 _FORMAT = 1
 

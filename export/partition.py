@@ -93,10 +93,15 @@ def _bindings(
         binding = _binding_of(node, bindings)
         # Stages and samples become rows of one batch, so a value may move only if it has a row for each.
         moves = binding != Binding.CONSTANT and not binding & Binding.STEP
-        if moves and any(shapes.get(output, [])[:1] != [BATCH] for output in node.output):
+        if moves and not all(_has_rows(shapes.get(output, [])) for output in node.output):
             binding = Binding.STEP
         bindings.update(dict.fromkeys(node.output, binding))
     return bindings
+
+
+def _has_rows(shape: Sequence[int | str]) -> bool:
+    """Whether a value has a row for each sample, of a known size."""
+    return list(shape[:1]) == [BATCH] and all(isinstance(dim, int) for dim in shape[1:])
 
 
 def _binding_of(node: NodeProto, bindings: Mapping[str, Binding]) -> Binding:

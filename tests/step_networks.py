@@ -48,7 +48,7 @@ def parts() -> Partition:
 
 
 def source() -> ModelSource:
-    return ModelSource("EveryTime", SPEC, DenoisingModule(EveryTime()), None, {}, _partition=parts())
+    return ModelSource("EveryTime", SPEC, DenoisingModule(EveryTime()), None, _partition=parts())
 
 
 def early_graphs() -> EarlyGraphs:

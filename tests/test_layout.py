@@ -45,7 +45,9 @@ ROOMS = (
     "bench",
     "commands",
 )
-ENGINE_MODULES = ("engine", "delegates", "building", "model_source", "saving", "loading", "bundle_source")
+ENGINE_MODULES = (
+    *("engine", "delegates", "building", "model_source", "opening", "saving", "loading", "bundle_source"),
+)
 
 
 def module_name(file: Path) -> str:

@@ -87,7 +87,8 @@ BACKENDS: tuple[Backend, ...] = (
         _ON_GPU,
     ),
 )
-_EXPORTER = ("torch", "onnx", "onnxscript")
+_GRAPH_READER = ("onnx", "onnxscript")
+_EXPORTER = ("torch", *_GRAPH_READER)
 
 
 def check_device(device: object, *, auto: bool = False) -> str:
@@ -109,21 +110,25 @@ def check_library(library: object) -> Library | None:
     return cast("Library | None", library)
 
 
-def resolve_backend(name: str, *, device: str, exports: bool, precision: str = "float32") -> Backend:
+def resolve_backend(
+    name: str, *, device: str, exports: bool, precision: str = "float32", from_graph: bool = False
+) -> Backend:
     """The row for a name and a device ("cpu" or "cuda"); "auto" is the first that is installed and runs in `precision`.
 
     `exports`: the network comes from a model, so backends that read graphs need the exporter too; otherwise from a
-    bundle, which is for them alone.
+    bundle, which is for them alone. `from_graph`: that model is a graph itself, which torch neither exports nor runs.
     Raises InputError for an unknown name, or one that does not run on the device or in the precision, and
     MissingDependencyError, with the command that installs it, for one that is not installed.
     """
-    there = [each for each in BACKENDS if each.device == device and (exports or each.loads_bundles)]
+    graphs_alone = from_graph or not exports
+    there = [each for each in BACKENDS if each.device == device and (each.loads_bundles or not graphs_alone)]
     rows = [each for each in there if precision in each.precisions]
+    packages = () if not exports else _GRAPH_READER if from_graph else _EXPORTER
     if name == "auto" and rows:
-        chosen = next((each for each in rows if not _missing(each, exports)), rows[0])
+        chosen = next((each for each in rows if not _missing(each, packages)), rows[0])
     else:
         chosen = _named(name, device, there, precision)
-    missing = _missing(chosen, exports)
+    missing = _missing(chosen, packages)
     if missing:
         also = ",export" if exports and chosen.loads_bundles else ""
         raise MissingDependencyError(
@@ -163,8 +168,8 @@ def capabilities(name: str, device: str) -> str | None:
     return None
 
 
-def _missing(backend: Backend, exports: bool) -> list[str]:
+def _missing(backend: Backend, packages: tuple[str, ...]) -> list[str]:
     missing = backend.missing()
-    if exports and backend.loads_bundles:
-        missing += [each for each in _EXPORTER if importlib.util.find_spec(each) is None]
+    if backend.loads_bundles:
+        missing += [each for each in packages if importlib.util.find_spec(each) is None]
     return list(dict.fromkeys(missing))

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from skipstep.commands.progress import elapsed_progress
+from skipstep.errors import InputError
 
 DESCRIPTION = "Build TensorRT engines from a bundle's step network on the machine that will run them."
 EPILOG = """\
@@ -28,6 +29,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.bundle.suffix == ".onnx":
+        raise InputError(
+            got=f"{options.bundle}, an .onnx file",
+            expected="a bundle, in which the network has been partitioned",
+            remedy=f"first run skipstep export --model {options.bundle} --target tensorrt --license LICENSE "
+            "--out BUNDLE, then skipstep build BUNDLE",
+        )
     from skipstep.export.engines import add_engines
     from skipstep.export.tensorrt_engine import parse_targets
 

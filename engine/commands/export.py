@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from skipstep.commands.models import MODEL_FORMS, add_model_options, model_options, plan_options
 from skipstep.commands.progress import elapsed_progress
 from skipstep.demo import SHIPPED_MODEL, checked_model
 
-DESCRIPTION = "Compile a diffusers folder into a bundle: a folder that skipstep.load and skipstep sample run."
+DESCRIPTION = "Compile a model into a bundle: a folder that skipstep.load and skipstep sample run."
 EPILOG = """\
 examples:
   skipstep export --model my-ddpm --steps 10 20 50 --license Apache-2.0 --out my-bundle
@@ -17,6 +18,9 @@ examples:
       with TensorRT-RTX engines, built here, with or without a GPU
   skipstep export --model my-ddpm --target sm_87,tensorrt --precision float16 --license Apache-2.0 --out for-jetson
       for a Jetson: step kernels, and the network for skipstep build to compile there
+  skipstep export --model unet.onnx --inputs sample=noisy timestep=sigma --scheduler scheduler_config.json \
+    --license Apache-2.0 --out from-onnx
+      an existing .onnx file; names and shapes that are left out are found, and what was guessed is said
 
 targets, with commas between them:
   cpu         ONNX Runtime: the step network and its tables; always in the bundle
@@ -30,7 +34,7 @@ targets, with commas between them:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", type=Path, default=SHIPPED_MODEL, help="diffusers folder (default: the shipped model's)"
+        "--model", type=Path, default=SHIPPED_MODEL, help=f"{MODEL_FORMS} (default: the shipped model's)"
     )
     parser.add_argument("--out", type=Path, required=True, help="the bundle's folder")
     parser.add_argument("--license", required=True, help="of the weights, as an SPDX expression or in words")
@@ -51,6 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sign", type=Path, metavar="KEY", help="sign with this private key (skipstep keygen)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+    add_model_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -58,11 +63,11 @@ def run(options: argparse.Namespace) -> None:
     from skipstep.commands.inspect import describe_bundle
     from skipstep.engine import Engine
     from skipstep.export.request import BundleRequest, check_request
-    from skipstep.networks.checkpoint import read_checkpoint
 
     # What is wrong with the request is said now, and not after compiling.
-    checkpoint = read_checkpoint(checked_model(options.model))
-    plans = [make_plan(steps, checkpoint.plan_options(), eta=options.eta) for steps in options.steps]
+    checked_model(options.model)
+    said, defaults = model_options(options), plan_options(options)
+    plans = [make_plan(steps, defaults, eta=options.eta) for steps in options.steps]
     request = {
         "license": options.license,
         "targets": options.target,
@@ -70,10 +75,21 @@ def run(options: argparse.Namespace) -> None:
         "overwrite": options.overwrite,
         "sign_key": options.sign,
     }
-    check_request(options.out, BundleRequest(name=options.name or options.model.name, **request))
+    check_request(
+        options.out,
+        BundleRequest(
+            name=options.name or (options.model.name if options.model.is_dir() else options.model.stem), **request
+        ),
+    )
     progress = elapsed_progress()
     engine = Engine.build(
-        options.model, plans=plans, batch_sizes=options.batch, backend="onnxruntime", device="cpu", progress=progress
+        options.model,
+        plans=plans,
+        batch_sizes=options.batch,
+        backend="onnxruntime",
+        device="cpu",
+        progress=progress,
+        **said,
     )
     engine.save(options.out, name=options.name, progress=progress, **request)
     progress("done")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skipstep.commands.models import MODEL_FORMS, add_model_options, model_options, plan_options
 from skipstep.commands.progress import elapsed_progress
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.errors import InputError
@@ -32,6 +33,8 @@ examples:
       a bundle that skipstep export wrote, without torch
   skipstep sample --model ./my-ddpm --steps 50 --eta 1 --seeds 7 8 9
       your own checkpoint, a folder written by diffusers' save_pretrained, with DDPM-like noise
+  skipstep sample --model unet.onnx --inputs sample=noisy timestep=sigma --scheduler scheduler_config.json
+      an existing .onnx file; what is left out of --inputs is found by name or shape
 
 A sample is a function of its seed: --seeds 7 draws the same picture alone, in a batch, and tomorrow.
 """
@@ -42,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--model",
         type=Path,
         default=SHIPPED_BUNDLE,
-        help="a bundle, or a diffusers folder with unet/ and scheduler/ (default: the shipped bundle)",
+        help=f"a bundle, {MODEL_FORMS} (default: the shipped bundle)",
     )
     parser.add_argument(
         "--steps", type=int, nargs="+", default=[20], metavar="S", help="step counts, one grid row each (default: 20)"
@@ -73,6 +76,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of the network: auto, float32, tf32, float16 or bfloat16 (default: auto, which is float32)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add_model_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -157,10 +161,10 @@ def open_engine(options: argparse.Namespace, *, batch_sizes: Sequence[int]) -> E
     from skipstep.bundles.bundle import is_bundle
     from skipstep.calls.plan_set import make_plan
     from skipstep.engine import Engine
-    from skipstep.networks.checkpoint import read_checkpoint
 
+    said = model_options(options)
     if not is_bundle(options.model):
-        defaults = read_checkpoint(options.model).plan_options()
+        defaults = plan_options(options)
         return Engine.build(
             options.model,
             plans=[make_plan(steps, defaults, eta=options.eta) for steps in options.steps],
@@ -170,6 +174,13 @@ def open_engine(options: argparse.Namespace, *, batch_sizes: Sequence[int]) -> E
             precision=options.precision,
             compile_on_miss=True,
             progress=elapsed_progress(),
+            **said,
+        )
+    if said:
+        raise InputError(
+            got=f"{', '.join('--' + name.replace('_', '-') for name in said)} for a bundle",
+            expected="a model that is compiled here; a bundle says everything of itself",
+            remedy="leave them out",
         )
     if options.backend == "torch" or options.device not in ("auto", "cpu"):
         raise InputError(

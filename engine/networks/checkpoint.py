@@ -6,6 +6,8 @@
     scheduler/scheduler_config.json
 
 A folder that holds config.json itself is taken as the unet folder alone; scheduler_config.json may lie beside it.
+A single .safetensors file is taken with the folder of its configuration, `config`, or with the one that it lies in; the
+names of its tensors may be those of the original latent-diffusion code (skipstep.networks.single_file).
 Weights are safetensors or nothing: a pickle runs code when it is loaded, so it is refused unread.
 """
 
@@ -20,13 +22,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipstep.errors import (
+    InputError,
     MissingDependencyError,
     ModelFormatError,
-    UnsafeCheckpointError,
     check_integer,
     check_path,
     shown,
 )
+from skipstep.networks.single_file import config_folder, is_original_layout, load_original
+from skipstep.networks.weights import DOWNLOAD, find_weights, tensor_shapes
 from skipstep.plans.scheduler_config import SchedulerConfig, read_scheduler_config
 from skipstep.storage.untrusted import read_json_object
 
@@ -38,17 +42,15 @@ NETWORK_CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 
 # Where a folder has no tokenizer: what every CLIP text encoder is given.
 _CLIP_TOKENS = 77
-_STEM = "diffusion_pytorch_model"
-_DOWNLOAD = "download it again"
 # Of a configuration's numbers, and of those that count layers or items.
 _LARGEST_SIZE = 1 << 20
 _MOST_LAYERS = 256
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a folder says about its network. `sample_shape` is (C, H, W); `weights` are the safetensors files.
+    """What a folder says about its network. `sample_shape` is (C, H, W); `weights` are the safetensors files. `name` is
+    that of the folder, or of a single file.
 
     `num_classes` counts the real classes. Where the network embeds one class more than `id2label` names, the last one
     is `null_label`, which stands for "no class"; without `id2label` every embedded class is real. `prompt_shape` is
@@ -56,6 +58,7 @@ class Checkpoint:
     """
 
     folder: Path
+    name: str
     class_name: str
     unet_config: Mapping[str, Any]
     weights: tuple[Path, ...]
@@ -80,13 +83,23 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def read_checkpoint(folder: str | os.PathLike[str], *, scheduler: bool = True) -> Checkpoint:
-    """Read and check a folder; neither torch nor diffusers is needed, and no weight is loaded.
+def read_checkpoint(
+    folder: str | os.PathLike[str], *, scheduler: bool = True, config: str | os.PathLike[str] | None = None
+) -> Checkpoint:
+    """Read and check a folder, or a single file with the folder `config` of its configuration; neither torch nor
+    diffusers is needed, and no weight is loaded.
 
     Without `scheduler` the scheduler's configuration is not read.
     Raises ModelFormatError, UnsafeCheckpointError (only a pickle is there) and ScheduleError.
     """
-    root = Path(check_path("folder", folder))
+    given = Path(check_path("folder", folder))
+    root = config_folder(given, config) if given.is_file() or given.suffix == ".safetensors" else given
+    if config is not None and root is given:
+        raise InputError(
+            got=f"config={os.fspath(config)!r} beside the folder {given}",
+            expected="a configuration for a single .safetensors file; a folder has its own",
+            remedy="leave config out",
+        )
     if not root.is_dir():
         raise ModelFormatError(
             got=f"no folder {root}",
@@ -100,32 +113,33 @@ def read_checkpoint(folder: str | os.PathLike[str], *, scheduler: bool = True) -
             expected="a folder written by diffusers' save_pretrained()",
             remedy="pass a pipeline's folder, or its unet folder",
         )
-    config = read_json_object(unet / "config.json", remedy=_DOWNLOAD)
-    class_name = config.get("_class_name")
+    weights = find_weights(unet) if root is given else (given,)
+    configuration = read_json_object(unet / "config.json", remedy=DOWNLOAD)
+    class_name = configuration.get("_class_name")
     if class_name not in NETWORK_CLASSES:
         raise ModelFormatError(
             got=f"_class_name={class_name!r} in {unet / 'config.json'}",
             expected=f"one of {', '.join(NETWORK_CLASSES)}",
             remedy="load the network yourself and pass the module to Engine.build",
         )
-    weights = _find_weights(unet)
     for path in weights:
-        _header(path)
+        tensor_shapes(path)
     places = (root / "scheduler" / "scheduler_config.json", root / "scheduler_config.json")
-    configuration = next((path for path in places if scheduler and path.exists()), None)
+    scheduler_file = next((path for path in places if scheduler and path.exists()), None)
     names = _class_names(root / "model_index.json")
-    num_classes, null_label = _classes(config, names)
+    num_classes, null_label = _classes(configuration, names)
     return Checkpoint(
         folder=root,
+        name=given.resolve().name if root is given else given.stem,
         class_name=str(class_name),
-        unet_config=config,
+        unet_config=configuration,
         weights=weights,
-        scheduler=None if configuration is None else read_scheduler_config(configuration),
-        sample_shape=_sample_shape(config, unet / "config.json"),
+        scheduler=None if scheduler_file is None else read_scheduler_config(scheduler_file),
+        sample_shape=_sample_shape(configuration, unet / "config.json"),
         num_classes=num_classes,
         null_label=null_label,
         class_names=names,
-        prompt_shape=_prompt_shape(config, root),
+        prompt_shape=_prompt_shape(configuration, root),
     )
 
 
@@ -160,7 +174,9 @@ def load_unet(checkpoint: Checkpoint) -> nn.Module:
     # Without memory first: only a network of exactly the shapes that are on disk is built.
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
-    shapes = {name: shape for path in checkpoint.weights for name, shape in _header(path).items()}
+    shapes = {name: shape for path in checkpoint.weights for name, shape in tensor_shapes(path).items()}
+    if is_original_layout(checkpoint.class_name, shapes, expected):
+        return load_original(checkpoint.weights[0], checkpoint.class_name, arguments, shapes, expected)
     problems = {
         "missing": sorted(set(expected) - set(shapes)),
         "unexpected": sorted(set(shapes) - set(expected)),
@@ -197,83 +213,10 @@ def _check_size(what: str, value: float, high: int) -> None:
         )
 
 
-def _find_weights(unet: Path) -> tuple[Path, ...]:
-    for stem in (_STEM, f"{_STEM}.fp16"):
-        if (unet / f"{stem}.safetensors").exists():
-            return (unet / f"{stem}.safetensors",)
-    index = unet / f"{_STEM}.safetensors.index.json"
-    if index.exists():
-        return _shards(index)
-    pickles = sorted(path for path in unet.iterdir() if path.suffix in _PICKLES)
-    if pickles:
-        raise UnsafeCheckpointError(
-            got=f"weights as a pickle, {pickles[0]}",
-            expected=f"{_STEM}.safetensors: a pickle runs code when it is loaded, so it was not opened",
-            remedy='convert it once, where you trust the file: python -c "import torch, safetensors.torch as s; '
-            f"s.save_file(torch.load('{pickles[0]}', weights_only=True), '{unet / _STEM}.safetensors')\"",
-        )
-    raise ModelFormatError(
-        got=f"no weights in {unet}",
-        expected=f"{_STEM}.safetensors",
-        remedy="write the folder again with save_pretrained(), or complete the download",
-    )
-
-
-def _shards(index: Path) -> tuple[Path, ...]:
-    weight_map = read_json_object(index, remedy=_DOWNLOAD).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ModelFormatError(
-            got=f"{index} without a weight_map", expected="a map from tensors to files", remedy=_DOWNLOAD
-        )
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelFormatError(
-                got=f"the shard {name!r} in {index}",
-                expected="the name of a .safetensors file in the same folder",
-                remedy="do not use this checkpoint: its index points elsewhere",
-            )
-        if not (index.parent / name).exists():
-            raise ModelFormatError(
-                got=f"no shard {index.parent / name}",
-                expected=f"all {len(names)} shards of {index.name}",
-                remedy="complete the download",
-            )
-    return tuple(index.parent / name for name in names)
-
-
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in a safetensors file, after comparing its header with the size of the file: eight
-    bytes of length, a JSON header, then the tensors' bytes."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise _truncated(path, f"{size} bytes, fewer than its header")
-        try:
-            header = json.loads(file.read(length))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            end = int(max((entry["data_offsets"][1] for entry in entries.values()), default=0))
-            shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-            raise ModelFormatError(
-                got=f"{path} with a header that is not that of a safetensors file",
-                expected="a safetensors file",
-                remedy="download it again, or write it with safetensors.torch.save_file",
-            ) from error
-    if size != 8 + length + end:
-        raise _truncated(path, f"{size} bytes where its header says {8 + length + end}")
-    return shapes
-
-
-def _truncated(path: Path, size: str) -> ModelFormatError:
-    return ModelFormatError(got=f"{path} with {size}", expected="a whole safetensors file", remedy=_DOWNLOAD)
-
-
 def _class_names(index: Path) -> tuple[str, ...] | None:
     if not index.exists():
         return None
-    id2label = read_json_object(index, remedy=_DOWNLOAD).get("id2label")
+    id2label = read_json_object(index, remedy=DOWNLOAD).get("id2label")
     if id2label is None:
         return None
     keys = [str(i) for i in range(len(id2label))] if isinstance(id2label, dict) else []
@@ -320,20 +263,25 @@ def _sample_shape(config: Mapping[str, Any], path: Path) -> tuple[int, int, int]
     return channels, sides[0], sides[1]
 
 
+def refuse_further_conditions(config: Mapping[str, Any], where: str) -> None:
+    """Raise ModelFormatError for a network that also reads what the engine does not give it."""
+    for key in ("addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"):
+        if config.get(key) is not None:
+            raise ModelFormatError(
+                got=f"{key}={config[key]!r} in {where}",
+                expected="a network that takes a sample, a timestep, prompt embeddings and at most class labels",
+                remedy="wrap the network in a module that computes the rest, and pass it to Engine.build",
+            )
+
+
 def _prompt_shape(config: Mapping[str, Any], root: Path) -> tuple[int, int] | None:
     """Tokens and width of the prompts that a text-conditional network attends to; the tokenizer says how many."""
     if config.get("_class_name") != "UNet2DConditionModel":
         return None
-    for key in ("addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"):
-        if config.get(key) is not None:
-            raise ModelFormatError(
-                got=f"{key}={config[key]!r} in {root}",
-                expected="a network that takes a sample, a timestep, prompt embeddings and at most class labels",
-                remedy="wrap the network in a module that computes the rest, and pass it to Engine.build",
-            )
+    refuse_further_conditions(config, str(root))
     width = config.get("cross_attention_dim", 1280)
     path = root / "tokenizer" / "tokenizer_config.json"
-    tokens = read_json_object(path, remedy=_DOWNLOAD).get("model_max_length") if path.exists() else _CLIP_TOKENS
+    tokens = read_json_object(path, remedy=DOWNLOAD).get("model_max_length") if path.exists() else _CLIP_TOKENS
     if not isinstance(width, int) or not isinstance(tokens, int) or width < 1 or not 1 <= tokens <= 1 << 16:
         raise ModelFormatError(
             got=f"cross_attention_dim={width!r} and model_max_length={tokens!r} in {root}",

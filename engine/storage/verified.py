@@ -69,6 +69,23 @@ def read_verified(
     return data
 
 
+def read_below(root: str | os.PathLike[str], name: str, *, limit: int) -> bytes:
+    """The first `limit` bytes of the regular file `name` below the folder `root`, which no link leads to.
+
+    Raises IntegrityError.
+    """
+    path = f"{os.fspath(root)}/{check_relative_name(name)}"
+    fd = _open_below(root, name, path)
+    try:
+        if not stat.S_ISREG(mode := os.fstat(fd).st_mode):
+            raise _integrity_error(path, kind_of_file(mode), "a regular file")
+        return read_up_to(fd, limit)
+    except OSError as error:
+        raise _integrity_error(path, error.strerror or str(error), "a readable file") from error
+    finally:
+        os.close(fd)
+
+
 def read_regular(path: str | os.PathLike[str], limit: int, *, follow: bool = False) -> bytes:
     """The first `limit` bytes of a regular file, through a link only with `follow`. Raises OSError for all else."""
     # Without O_NONBLOCK the opening of a named pipe would wait for a writer.
