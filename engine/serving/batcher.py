@@ -1,0 +1,262 @@
+"""Many callers share the evaluations of one engine.
+
+with Batcher(engine) as batcher:
+    futures = [batcher.submit(steps=20, seeds=seed, class_labels=seed % 10) for seed in range(8)]
+    images = [future.result() for future in futures]
+
+A request joins at the next evaluation, whatever the others' plans, stages, guidance and conditions are, and leaves when
+it is done. A thread works while there is work; it ends with the last request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self, Unpack
+
+import numpy as np
+
+from skipstep.calls.request import Conditions, SampleRequest, resolve_request
+from skipstep.calls.trajectory import Callback
+from skipstep.engine import Engine
+from skipstep.errors import (
+    EngineStateError,
+    InputError,
+    QueueFullError,
+    check_callable,
+    check_flag,
+    check_integer,
+    check_number,
+    check_type,
+)
+from skipstep.loops.contract import Array
+from skipstep.loops.runner import OutputType, check_finite, check_output_type
+from skipstep.loops.stepwise import HostLoop
+from skipstep.loops.walk import Walk
+from skipstep.networks.spec import MAX_BATCH_SIZE
+from skipstep.plans.plan import Plan
+from skipstep.plans.stages import Stages
+from skipstep.serving.cost import Cost
+from skipstep.serving.flight import Call, Flight, Member, SampleFuture
+from skipstep.serving.policy import Policy
+
+MAX_QUEUE = 256
+_MAX_MS = 1e9
+
+
+class Batcher:
+    """Continuous batching over an engine on the CPU. Safe to call from several threads.
+
+    max_batch    the most rows of the network in one evaluation: a sample has one, with guidance two.
+    max_wait_ms  how long the first request of an idle batcher waits for others to come along.
+    max_queue    the most samples that are under way or wait.
+
+    What an evaluation costs, and so how many samples share one and which deadlines can be met, follows from
+    engine.calibration, as it is when the batcher is made; without one as many share it as `max_batch` allows, and
+    deadlines are refused. Raises InputError, also for an engine that is not on the CPU.
+    """
+
+    def __init__(
+        self, engine: Engine, *, max_batch: int = 16, max_wait_ms: float = 2.0, max_queue: int = MAX_QUEUE
+    ) -> None:
+        check_type("engine", engine, Engine, remedy="pass what Engine.build or skipstep.load returned")
+        max_batch = check_integer("max_batch", max_batch, low=1, high=MAX_BATCH_SIZE)
+        self._max_queue = check_integer("max_queue", max_queue, low=1)
+        self._wait = 1e-3 * check_number("max_wait_ms", max_wait_ms, low=0.0, high=_MAX_MS)
+        loop = engine.runner.loop
+        if not isinstance(loop, HostLoop):
+            raise InputError(
+                got=f"an engine on {engine.device}",
+                expected="one on the CPU, whose loop takes samples at different stages",
+                remedy="build or load it with device='cpu', or draw requests of one plan with one engine.sample call",
+            )
+        self._engine = engine
+        with loop.buffers(1) as denoiser:  # What runs before the loop is the same at every batch size.
+            self._compute = denoiser.compute
+        self._flight = Flight(Policy(max_batch, Cost.of(engine.calibration, engine.plans)), loop, time.monotonic)
+        self._changed, self._coming = self._flight.changed, 0
+        self._arrivals = itertools.count()
+        self._worker: threading.Thread | None = None
+        self._closed = False
+
+    def submit(
+        self,
+        *,
+        steps: int | None = None,
+        plan: Plan | Sequence[Plan] | None = None,
+        deadline_ms: float | None = None,
+        seeds: int | Sequence[int] | None = None,
+        x_T: Any = None,
+        output_type: OutputType = "np",
+        callback: Callback | None = None,
+        room_ms: float = 0.0,
+        **conditions: Unpack[Conditions],
+    ) -> SampleFuture:
+        """A request with the arguments of Engine.sample: the future's result is what that returns.
+
+        deadline_ms  from now: requests go by the earliest deadline. One that cannot be met, or only at the price of
+                     another that was accepted, is refused. It may pass all the same, if requests wait that were passed
+                     over too often; the samples then come later.
+        callback     called as callback(StepEvent) after every step of every sample, on the thread that serves all
+                     requests; what it raises is the result of this request alone.
+        room_ms      how long to wait for room in the queue.
+
+        Raises what Engine.sample raises for its arguments, DeadlineError, QueueFullError, and EngineStateError for a
+        batcher or engine that was closed.
+        """
+        check_callable("callback", callback, "StepEvent")
+        check_output_type(output_type)
+        room = 1e-3 * check_number("room_ms", room_ms, low=0.0, high=_MAX_MS)
+        deadline = math.inf if deadline_ms is None else time.monotonic() + self._seconds(deadline_ms)
+        self._check()
+        stages, request = self._resolved(steps=steps, plan=plan, seeds=seeds, x_T=x_T, **conditions)
+        num_samples = request.num_samples
+        with self._room(num_samples, room):
+            samples = np.empty((num_samples, *self._engine.network.sample_shape), np.float32)
+            call = Call(samples, self._result(output_type), callback, stages.ends_step, missing=num_samples)
+            walks = [
+                Walk(self._compute, self._engine.network, stages.chunk(index, 1), request.chunk(index, 1))
+                for index in range(num_samples)
+            ]
+            with self._changed:
+                self._check()
+                self._enter(
+                    [
+                        Member(next(self._arrivals), walk.rows, deadline, call=call, index=index, walk=walk)
+                        for index, walk in enumerate(walks)
+                    ]
+                )
+        return call.future
+
+    def close(self, *, drain: bool = True) -> None:
+        """Take no more requests, and return when those that were taken are done; without `drain` they are cancelled."""
+        check_flag("drain", drain)
+        with self._changed:
+            self._closed = True
+            members, worker = self._flight.members, self._worker
+            self._changed.notify_all()
+        if not drain:
+            for member in members:
+                member.call.future.cancel()
+        # A callback may close its own batcher: its thread cannot wait for itself.
+        if worker is not None and worker is not threading.current_thread():
+            worker.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check(self) -> None:
+        self._engine.runner.check()
+        if self._closed:
+            raise EngineStateError(
+                got="a batcher that was closed", expected="one in use", remedy="make another one: Batcher(engine)"
+            )
+
+    def _seconds(self, deadline_ms: float) -> float:
+        remedy = "pass milliseconds, such as deadline_ms=50.0"
+        deadline_ms = check_number("deadline_ms", deadline_ms, low=0.0, high=_MAX_MS, above=True, remedy=remedy)
+        if self._flight.policy.cost is None:
+            raise InputError(
+                got="deadline_ms= for a batcher that does not know what an evaluation costs",
+                expected="an engine that was calibrated at two batch sizes at least",
+                remedy="call engine.calibrate(batch_sizes=[1, 2, 4, 8, 16]), and make the batcher after that",
+            )
+        return 1e-3 * deadline_ms
+
+    def _resolved(
+        self,
+        *,
+        steps: int | None,
+        plan: Plan | Sequence[Plan] | None,
+        **arguments: Any,
+    ) -> tuple[Stages, SampleRequest]:
+        """The arguments of a request, checked."""
+        engine = self._engine
+        plans = engine.plans.choose(steps, plan)
+        stages = Stages.of(plans)
+        request = resolve_request(
+            engine.network, adds_noise=stages.adds_noise, num_plans=len(plans), device=engine.device, **arguments
+        )
+        engine.plans.check_guidance(plans, request.guidance)
+        if request.num_copies > self._flight.policy.max_rows:
+            raise InputError(
+                got="guidance with max_batch=1",
+                expected="max_batch of 2 or more: a guided sample has two rows in the network's batch",
+                remedy="make the batcher with max_batch=2 or more",
+            )
+        if request.num_samples > self._max_queue:
+            raise InputError(
+                got=f"{request.num_samples} samples in a request, with max_queue={self._max_queue}",
+                expected="no more than the queue holds",
+                remedy="submit them in several requests, or make the batcher with a larger max_queue",
+            )
+        return stages, request
+
+    def _result(self, output_type: OutputType) -> Callable[[Array], Any]:
+        def result(samples: Array) -> Any:
+            check_finite(samples)
+            return self._engine.runner.as_output(samples, output_type)
+
+        return result
+
+    @contextlib.contextmanager
+    def _room(self, num_samples: int, seconds: float) -> Iterator[None]:
+        """Places in the queue while a request is made ready; from then on its members hold them."""
+
+        def fits() -> bool:
+            return len(self._flight.members) + self._coming + num_samples <= self._max_queue
+
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or fits(), seconds)
+            self._check()
+            if not fits():
+                raise QueueFullError(
+                    got=f"{num_samples} samples for a queue that holds {self._max_queue}, all of them taken"
+                    if num_samples == 1
+                    else f"{num_samples} samples for a queue of {self._max_queue} with too little room",
+                    expected="room for every sample of the request",
+                    remedy="submit it again later, or pass room_ms=1000.0 to wait for room",
+                )
+            self._coming += num_samples
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._coming -= num_samples
+                self._changed.notify_all()
+
+    def _enter(self, members: list[Member]) -> None:
+        """Let them join at the next evaluation. Raises DeadlineError."""
+        flight = self._flight
+        flight.policy.admit(flight.members, members, time.monotonic())
+        flight.members = [*flight.members, *members]
+        self._changed.notify_all()
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._work, name="skipstep-batcher")
+            self._worker.start()
+
+    def _work(self) -> None:
+        """Evaluate while there is anything to do."""
+        flight = self._flight
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._closed or sum(each.width for each in flight.members) >= flight.policy.limit, self._wait
+            )
+        busy = True
+        while busy:
+            try:
+                self._engine.runner.check()
+                busy = flight.turn()
+            except BaseException as error:  # Whatever it is, no future waits for ever.
+                flight.fail(error)
+            with self._changed:
+                busy = busy or bool(flight.members)
+                if not busy:
+                    self._worker = None
