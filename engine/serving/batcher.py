@@ -83,6 +83,11 @@ class Batcher:
         self._worker: threading.Thread | None = None
         self._closed = False
 
+    @property
+    def evaluations(self) -> int:
+        """How often the network was evaluated."""
+        return self._flight.evaluations
+
     def submit(
         self,
         *,
@@ -249,14 +254,13 @@ class Batcher:
             self._changed.wait_for(
                 lambda: self._closed or sum(each.width for each in flight.members) >= flight.policy.limit, self._wait
             )
-        busy = True
-        while busy:
+        while True:
             try:
                 self._engine.runner.check()
-                busy = flight.turn()
+                flight.turn()
             except BaseException as error:  # Whatever it is, no future waits for ever.
                 flight.fail(error)
             with self._changed:
-                busy = busy or bool(flight.members)
-                if not busy:
+                if not flight.members:
                     self._worker = None
+                    return

@@ -105,9 +105,8 @@ class Flight:
         self.changed = threading.Condition()
         self.evaluations = self.rows = 0
 
-    def turn(self) -> bool:
-        """Evaluate the network once, and let those leave that are done, have failed or were cancelled. False: there was
-        nobody."""
+    def turn(self) -> None:
+        """Evaluate the network once, and let those leave that are done, have failed or were cancelled."""
         with self.changed:
             self._leave()
             chosen = self.policy.choose(self.members, self._clock())
@@ -120,7 +119,6 @@ class Flight:
         with self.changed:
             self._leave()
             self.changed.notify_all()
-        return bool(chosen)
 
     def fail(self, error: BaseException) -> None:
         """Every request that is under way ends with this error."""
@@ -128,6 +126,8 @@ class Flight:
             members = self.members
         for member in members:
             member.call.settle(error)
+        with self.changed:
+            self._leave()
 
     def _leave(self) -> None:
         for member in self.members:
