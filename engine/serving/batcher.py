@@ -4,8 +4,7 @@ with Batcher(engine) as batcher:
     futures = [batcher.submit(steps=20, seeds=seed, class_labels=seed % 10) for seed in range(8)]
     images = [future.result() for future in futures]
 
-A request joins at the next evaluation, whatever the others' plans, stages, guidance and conditions are, and leaves when
-it is done. A thread works while there is work; it ends with the last request.
+A request joins at the next evaluation, whatever the others' plans, stages and guidance are, and leaves when it is done.
 """
 
 from __future__ import annotations
@@ -15,10 +14,8 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self, Unpack
-
-import numpy as np
 
 from skipstep.calls.request import Conditions, SampleRequest, resolve_request
 from skipstep.calls.trajectory import Callback
@@ -33,8 +30,7 @@ from skipstep.errors import (
     check_number,
     check_type,
 )
-from skipstep.loops.contract import Array
-from skipstep.loops.runner import OutputType, check_finite, check_output_type
+from skipstep.loops.runner import OutputType, check_output_type
 from skipstep.loops.stepwise import HostLoop
 from skipstep.loops.walk import Walk
 from skipstep.networks.spec import MAX_BATCH_SIZE
@@ -116,25 +112,32 @@ class Batcher:
         check_callable("callback", callback, "StepEvent")
         check_output_type(output_type)
         room = 1e-3 * check_number("room_ms", room_ms, low=0.0, high=_MAX_MS)
-        deadline = math.inf if deadline_ms is None else time.monotonic() + self._seconds(deadline_ms)
+        deadline = math.inf
+        if deadline_ms is not None:
+            deadline_ms = check_number("deadline_ms", deadline_ms, low=0.0, high=_MAX_MS, above=True)
+            deadline = time.monotonic() + 1e-3 * deadline_ms
         self._check()
-        stages, request = self._resolved(steps=steps, plan=plan, seeds=seeds, x_T=x_T, **conditions)
-        num_samples = request.num_samples
-        with self._room(num_samples, room):
-            samples = np.empty((num_samples, *self._engine.network.sample_shape), np.float32)
-            call = Call(samples, self._result(output_type), callback, stages.ends_step, missing=num_samples)
+        stages, request = self._resolved(steps, plan, seeds=seeds, x_T=x_T, **conditions)
+        engine, flight = self._engine, self._flight
+        with self._room(request.num_samples, room):
+            call = Call(request.num_samples, engine, output_type, callback, stages.ends_step)
             walks = [
-                Walk(self._compute, self._engine.network, stages.chunk(index, 1), request.chunk(index, 1))
-                for index in range(num_samples)
+                Walk(self._compute, engine.network, stages.chunk(index, 1), request.chunk(index, 1))
+                for index in range(request.num_samples)
             ]
             with self._changed:
                 self._check()
-                self._enter(
-                    [
-                        Member(next(self._arrivals), walk.rows, deadline, call=call, index=index, walk=walk)
-                        for index, walk in enumerate(walks)
-                    ]
-                )
+                members = [
+                    Member(next(self._arrivals), walk.rows, deadline, call=call, index=index, walk=walk)
+                    for index, walk in enumerate(walks)
+                ]
+                flight.policy.admit(flight.members, members, time.monotonic())
+                if self._worker is None:
+                    worker = threading.Thread(target=self._work, name="skipstep-batcher")
+                    worker.start()
+                    self._worker = worker
+                flight.members = [*flight.members, *members]
+                self._changed.notify_all()
         return call.future
 
     def close(self, *, drain: bool = True) -> None:
@@ -164,52 +167,24 @@ class Batcher:
                 got="a batcher that was closed", expected="one in use", remedy="make another one: Batcher(engine)"
             )
 
-    def _seconds(self, deadline_ms: float) -> float:
-        remedy = "pass milliseconds, such as deadline_ms=50.0"
-        deadline_ms = check_number("deadline_ms", deadline_ms, low=0.0, high=_MAX_MS, above=True, remedy=remedy)
-        if self._flight.policy.cost is None:
-            raise InputError(
-                got="deadline_ms= for a batcher that does not know what an evaluation costs",
-                expected="an engine that was calibrated at two batch sizes at least",
-                remedy="call engine.calibrate(batch_sizes=[1, 2, 4, 8, 16]), and make the batcher after that",
-            )
-        return 1e-3 * deadline_ms
-
     def _resolved(
-        self,
-        *,
-        steps: int | None,
-        plan: Plan | Sequence[Plan] | None,
-        **arguments: Any,
+        self, steps: int | None, plan: Plan | Sequence[Plan] | None, **arguments: Any
     ) -> tuple[Stages, SampleRequest]:
         """The arguments of a request, checked."""
-        engine = self._engine
+        engine, most_rows = self._engine, self._flight.policy.max_rows
         plans = engine.plans.choose(steps, plan)
         stages = Stages.of(plans)
         request = resolve_request(
             engine.network, adds_noise=stages.adds_noise, num_plans=len(plans), device=engine.device, **arguments
         )
         engine.plans.check_guidance(plans, request.guidance)
-        if request.num_copies > self._flight.policy.max_rows:
+        if request.num_copies > most_rows or request.num_samples > self._max_queue:
             raise InputError(
-                got="guidance with max_batch=1",
-                expected="max_batch of 2 or more: a guided sample has two rows in the network's batch",
-                remedy="make the batcher with max_batch=2 or more",
-            )
-        if request.num_samples > self._max_queue:
-            raise InputError(
-                got=f"{request.num_samples} samples in a request, with max_queue={self._max_queue}",
-                expected="no more than the queue holds",
-                remedy="submit them in several requests, or make the batcher with a larger max_queue",
+                got=f"{request.num_samples} samples of {request.num_copies} rows each",
+                expected=f"up to max_queue={self._max_queue} samples of max_batch={most_rows} rows; guided ones have 2",
+                remedy="submit fewer at once, or make the batcher with a larger max_queue, and max_batch of 2 or more",
             )
         return stages, request
-
-    def _result(self, output_type: OutputType) -> Callable[[Array], Any]:
-        def result(samples: Array) -> Any:
-            check_finite(samples)
-            return self._engine.runner.as_output(samples, output_type)
-
-        return result
 
     @contextlib.contextmanager
     def _room(self, num_samples: int, seconds: float) -> Iterator[None]:
@@ -223,9 +198,7 @@ class Batcher:
             self._check()
             if not fits():
                 raise QueueFullError(
-                    got=f"{num_samples} samples for a queue that holds {self._max_queue}, all of them taken"
-                    if num_samples == 1
-                    else f"{num_samples} samples for a queue of {self._max_queue} with too little room",
+                    got=f"{num_samples} samples for a queue of {self._max_queue} without room for them",
                     expected="room for every sample of the request",
                     remedy="submit it again later, or pass room_ms=1000.0 to wait for room",
                 )
@@ -236,16 +209,6 @@ class Batcher:
             with self._changed:
                 self._coming -= num_samples
                 self._changed.notify_all()
-
-    def _enter(self, members: list[Member]) -> None:
-        """Let them join at the next evaluation. Raises DeadlineError."""
-        flight = self._flight
-        flight.policy.admit(flight.members, members, time.monotonic())
-        flight.members = [*flight.members, *members]
-        self._changed.notify_all()
-        if self._worker is None:
-            self._worker = threading.Thread(target=self._work, name="skipstep-batcher")
-            self._worker.start()
 
     def _work(self) -> None:
         """Evaluate while there is anything to do."""

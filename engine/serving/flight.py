@@ -12,14 +12,15 @@ import asyncio
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skipstep.calls.trajectory import Callback, StepEvent
-from skipstep.loops.contract import Array
+from skipstep.engine import Engine
+from skipstep.loops.runner import OutputType, check_finite
 from skipstep.loops.stepwise import HostLoop
 from skipstep.loops.walk import Walk
 from skipstep.serving.policy import Job, Policy
@@ -32,17 +33,21 @@ class SampleFuture(Future[Any]):
         return asyncio.wrap_future(self).__await__()
 
 
-@dataclass(slots=True, eq=False)
 class Call:
-    """One request: where its samples go, and how they become the future's result (or raise)."""
+    """One request: `missing` of its samples are not there yet. `over`: the future has what it waits for."""
 
-    samples: Array
-    result: Callable[[Array], Any]
-    callback: Callback | None = None
-    ends_step: Sequence[bool] = ()
-    future: SampleFuture = field(default_factory=SampleFuture)
-    missing: int = 0
-    over: bool = False
+    def __init__(
+        self,
+        num_samples: int,
+        engine: Engine,
+        output_type: OutputType = "np",
+        callback: Callback | None = None,
+        ends_step: Sequence[bool] = (),
+    ) -> None:
+        self.samples = np.empty((num_samples, *engine.network.sample_shape), np.float32)
+        self.missing, self.over, self.future = num_samples, False, SampleFuture()
+        self.callback, self.ends_step = callback, ends_step
+        self._runner, self._output_type = engine.runner, output_type
 
     def settle(self, error: BaseException | None = None) -> None:
         """Give the future what it waits for, once; a cancelled one is told that its work has ended."""
@@ -52,13 +57,12 @@ class Call:
         if not self.future.set_running_or_notify_cancel():
             return
         try:
-            result = self.result(self.samples) if error is None else None
+            if error is not None:
+                raise error
+            check_finite(self.samples)
+            self.future.set_result(self._runner.as_output(self.samples, self._output_type))
         except BaseException as failed:
-            error = failed
-        if error is None:
-            self.future.set_result(result)
-        else:
-            self.future.set_exception(error)
+            self.future.set_exception(failed)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from skipstep.errors import DeadlineError
+from skipstep.errors import DeadlineError, InputError
 from skipstep.latency.deadline import MARGIN
 from skipstep.serving.cost import Cost
 
@@ -93,9 +93,16 @@ class Policy:
         return sorted(jobs, key=rank)
 
     def admit(self, jobs: Sequence[Job], new: Sequence[Job], now: float) -> None:
-        """Raise DeadlineError where a new job's deadline cannot be met, or only by breaking one that holds so far."""
+        """Raise DeadlineError where a new job's deadline cannot be met, or only by breaking one that holds so far, and
+        InputError for a deadline without a cost."""
         if all(job.deadline == math.inf for job in new):
             return
+        if self.cost is None:
+            raise InputError(
+                got="deadline_ms= for a batcher that does not know what an evaluation costs",
+                expected="an engine that was calibrated at two batch sizes at least",
+                remedy="call engine.calibrate(batch_sizes=[1, 2, 4, 8, 16]), and make the batcher after that",
+            )
         before, after = self.finish_times(jobs, now), self.finish_times([*jobs, *new], now)
         needed = {job: (1.0 + MARGIN) * (after[job] - now) for job in new}
         late = any(now + needed[job] > job.deadline for job in new)

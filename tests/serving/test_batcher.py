@@ -406,7 +406,7 @@ def test_what_a_request_cannot_have_is_said_when_it_is_submitted(engine, batcher
         batcher.submit(plan=skipstep.Plan(**{**engine.plan_defaults, "steps": 77}), seeds=1, class_labels=0)
     with pytest.raises(InputError, match="neither steps nor plan"):
         batcher.submit(seeds=1, class_labels=0)
-    with Batcher(engine, max_batch=1) as alone, pytest.raises(InputError, match="max_batch=2"):
+    with Batcher(engine, max_batch=1) as alone, pytest.raises(InputError, match="max_batch=1 rows"):
         alone.submit(steps=5, seeds=1, class_labels=0, guidance_scale=2.0)
     with pytest.raises(InputError, match="a Engine"):
         Batcher("bundle")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serving_cases import SHAPE, random_request, serving_engine
+from serving_cases import random_request, serving_engine
 
 from skipstep.calls.request import resolve_request
 from skipstep.loops.walk import Walk
@@ -31,7 +31,7 @@ def member(engine: Any, compute: Any, arrival: int, arguments: dict[str, Any], d
     stages = Stages.of([arguments["plan"]])
     conditions = {name: value for name, value in arguments.items() if name != "plan"}
     request = resolve_request(engine.network, x_T=None, adds_noise=stages.adds_noise, **conditions)
-    call = Call(np.empty((1, *SHAPE), np.float32), lambda samples: samples, ends_step=stages.ends_step, missing=1)
+    call = Call(1, engine, ends_step=stages.ends_step)
     walk = Walk(compute, engine.network, stages, request)
     return Member(arrival, walk.rows, deadline, call=call, index=0, walk=walk)
 
