@@ -97,7 +97,11 @@ class DeviceMemoryError(SkipstepError, MemoryError):
 
 
 class DeadlineError(SkipstepError, TimeoutError):
-    """No plan of the engine is fast enough; the message lists how long each takes."""
+    """No plan of the engine is fast enough, or a batcher has too much to do; the message says how long it takes."""
+
+
+class QueueFullError(SkipstepError, RuntimeError):
+    """A batcher holds as many samples as it may; the request was not taken."""
 
 
 def shown(value: object) -> str:

@@ -21,6 +21,7 @@ from skipstep.calls.images import to_pil
 from skipstep.editing.interpolation import slerp, slerp_grid
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.scheduler_config import read_scheduler_config
+from skipstep.serving import Batcher
 from skipstep.storage.signature import generate_key, sign, verify
 
 SHAPE = (2, 1, 4, 4)
@@ -31,7 +32,7 @@ IMAGES = np.full(SHAPE, 0.25, np.float32)
 NOISE = np.random.default_rng(0).standard_normal(SHAPE, np.float32)
 
 # Functions beside those of the package itself that its pages tell users to call.
-FURTHER = (NetworkSpec, slerp, slerp_grid, to_pil, read_scheduler_config, generate_key, sign, verify)
+FURTHER = (Batcher, NetworkSpec, slerp, slerp_grid, to_pil, read_scheduler_config, generate_key, sign, verify)
 # Arguments with which a call succeeds, for each function that is walked. What is missing has its default.
 CALLS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Engine": lambda path: {"compiled": None},
@@ -69,6 +70,9 @@ CALLS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Engine.split": lambda path: {"num_samples": 3},
     "Engine.prepare": lambda path: {},
     "Engine.identity": lambda path: {},
+    "Batcher": lambda path: {},
+    "Batcher.submit": lambda path: {"steps": 3, "seeds": [1, 2], "class_labels": 1},
+    "Batcher.close": lambda path: {},
     "NoiseSchedule": lambda path: {"alpha_bar": [0.9, 0.5]},
     "NoiseSchedule.linear": lambda path: {},
     "NoiseSchedule.scaled_linear": lambda path: {},
@@ -133,5 +137,6 @@ def test_a_result_or_an_error_of_ours(
     monkeypatch.chdir(tmp_path)
     function = FUNCTIONS[name]
     first = next(iter(inspect.signature(function).parameters), None)
-    bound = {"engine": engine, "self": BOUND.get(name.split(".")[0], engine)}.get(str(first))
+    owner = Batcher(engine) if name.startswith("Batcher.") else BOUND.get(name.split(".")[0], engine)
+    bound = {"engine": engine, "self": owner}.get(str(first))
     walk(name, function if bound is None else functools.partial(function, bound), lambda: CALLS[name](tmp_path), SHAPE)

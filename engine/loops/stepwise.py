@@ -12,20 +12,16 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from skipstep.backends.denoiser import Denoiser, MakeDenoiser
-from skipstep.calls.conditioning import call_conditioning
-from skipstep.calls.noise import StageNoise, initial_state
 from skipstep.calls.request import SampleRequest
 from skipstep.errors import InputError
 from skipstep.kernels.launch import StepLaunch
-from skipstep.kernels.layout import StepFlags
-from skipstep.kernels.step_numpy import NumpyStep
-from skipstep.loops.contract import Array, LoopReport, Pending, Run, call_flags, replicate, run_observed
+from skipstep.loops.contract import Array, LoopReport, Pending, Run, run_observed
+from skipstep.loops.walk import Walk
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.stages import Stages
 
@@ -59,15 +55,21 @@ class HostLoop:
     @contextlib.contextmanager
     def start(self, stages: Stages, request: SampleRequest, *, keep_x0: bool = False) -> Iterator[Run]:
         with contextlib.ExitStack() as held:
-            denoiser = held.enter_context(self._buffers(request.num_copies * request.num_samples))
-            flags = call_flags(self._network, stages, request)
-            alone = None
-            if request.num_copies > 1 and any(each.doubled for each in flags):
-                alone = held.enter_context(self._buffers(request.num_samples))
-            yield HostRun(denoiser, alone, self._network, stages, request, flags)
+            denoiser = held.enter_context(self.buffers(request.num_copies * request.num_samples))
+            walk = Walk(
+                denoiser.compute,
+                self._network,
+                stages,
+                request,
+                network_input=denoiser.input,
+                output=denoiser.output,
+            )
+            halves = min(walk.rows) < len(walk.input)
+            yield HostRun(walk, denoiser, held.enter_context(self.buffers(min(walk.rows))) if halves else None)
 
     @contextlib.contextmanager
-    def _buffers(self, batch_size: int) -> Iterator[Denoiser]:
+    def buffers(self, batch_size: int) -> Iterator[Denoiser]:
+        """The network at a batch size, for one user at a time."""
         with self._lock:
             # The buffers that were used last are the likeliest to be in the processor's caches.
             denoiser = next((each for each in reversed(self._free) if each.batch_size == batch_size), None)
@@ -102,57 +104,26 @@ class HostRun:
     """A call under way on one set of buffers (skipstep.loops.contract.Run); stages that a guided call makes without
     guidance are evaluated on those of `alone`, for half the batch."""
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        alone: Denoiser | None,
-        network: NetworkSpec,
-        stages: Stages,
-        request: SampleRequest,
-        flags: tuple[StepFlags, ...],
-    ) -> None:
-        self._input, self._output, self._alone, self._flags = denoiser.input, denoiser.output, alone, flags
-        self._state: Array = initial_state(network, request)
-        self._x0 = np.empty_like(self._state)
-        self._step = NumpyStep(
-            state=self._state,
-            model_output=denoiser.output,
-            network_input=denoiser.input,
-            table=stages.table,
-            flags=flags,
-            guidance=request.guidance,
-            rescale=request.rescale,
-            thresholding=stages.thresholding,
-            noise=StageNoise(request.seeds, network.num_elements, len(stages))
-            if stages.adds_noise and request.seeds is not None
-            else None,
-            x0=self._x0,
-        )
-        timesteps = stages.network_timesteps(request.num_copies, request.num_samples)
-        self._values: Any = denoiser.compute(timesteps, call_conditioning(network, request))
+    def __init__(self, walk: Walk, denoiser: Denoiser, alone: Denoiser | None) -> None:
+        self._walk, self._alone = walk, alone
         self._enqueue = denoiser.new_context()
-        if alone is not None:
-            once = replace(request, guidance=None, rescale=None, negative_conditions={})
-            timesteps = stages.network_timesteps(1, request.num_samples)
-            self._values_alone: Any = alone.compute(timesteps, call_conditioning(network, once))
-            self._enqueue_alone = alone.new_context()
-        replicate(self._state, self._input)
+        self._enqueue_alone = None if alone is None else alone.new_context()
 
     def advance(self, stage: int) -> None:
-        if self._alone is not None and self._flags[stage].doubled:
-            self._alone.input[...] = self._state
-            self._enqueue_alone(self._values_alone, stage)
-            self._output[: len(self._state)] = self._alone.output
+        walk, rows = self._walk, self._walk.rows[stage]
+        if self._alone is not None and self._enqueue_alone is not None and rows < len(walk.input):
+            self._alone.input[...] = walk.state
+            self._enqueue_alone(walk.values(stage), stage)
+            walk.output[:rows] = self._alone.output
         else:
-            self._enqueue(self._values, stage)
-        self._step(stage)
+            self._enqueue(walk.values(stage), stage)
+        walk.step(stage)
 
     def state(self) -> Array:
-        return self._state.copy()
+        return self._walk.state.copy()
 
     def x0(self) -> Array:
-        return self._x0.copy()
+        return self._walk.x0.copy()
 
     def set_state(self, state: Array) -> None:
-        self._state[...] = state
-        replicate(self._state, self._input)
+        self._walk.set_state(state)
