@@ -171,7 +171,8 @@ def flow_heun(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
         _euler(weights, row, p)
         if p == 1.0:
             continue
-        (s, scale), (s_p, scale_p) = ((float(flow_time(level)), float(flow_scale(level))) for level in (a, p))
+        ends = np.array([a, p])
+        (s, s_p), (scale, scale_p) = flow_time(ends).tolist(), flow_scale(ends).tolist()
         half = (s_p - s) / 2
         weights.m_x[row], weights.m_x0[row], weights.m_eps[row] = scale / scale_p, -half / scale_p, half / scale_p
         weights.c_h0[row + 1], weights.c_x0[row + 1], weights.c_eps[row + 1] = 1.0, -half / scale_p, half / scale_p

@@ -162,8 +162,8 @@ def test_build_adds_engines(bundle, capsys, tmp_path):
     status, _, err = run(capsys, "build", copy, "--target", "rtx:sm89")
     assert status == 0, err
     engines = open_bundle(copy).manifest.engines
-    assert [engine.target for engine in engines] == ["rtx:sm89"] * 3
-    assert [engine.facts["compute_capability"] for engine in engines] == [89] * 3
+    assert [(engine.target, engine.facts["compute_capability"]) for engine in engines] == [("rtx:sm89", 89)]
+    assert engines[0].facts["profiles"] == [1, 2, 4], "one engine for all batch sizes"
     assert all(open_bundle(copy).read(engine.file) for engine in engines)
     # This engine, this library, this architecture: and no other.
     version = engines[0].facts["library_version"]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from faults import modules_after
 
+from skipstep.bundles.manifest import EngineEntry
 from skipstep.cuda.probe import DeviceFacts
 from skipstep.export import engines
 from skipstep.export.engines import build_engine_cached, built_engines
@@ -15,6 +16,7 @@ from skipstep.export.tensorrt_engine import EngineTarget
 from skipstep.networks.spec import NetworkSpec
 
 GPU = DeviceFacts("Orin", 87, 16, 64 << 30, 12060)
+NETWORK = NetworkSpec((1, 4, 4))
 NANO = dataclasses.replace(GPU, num_multiprocessors=8, memory_bytes=8 << 30)
 
 
@@ -23,6 +25,16 @@ def test_building_on_a_device_takes_no_torch():
     loaded = modules_after("import skipstep.export.engines, skipstep.commands.build")
     assert "skipstep.export.tensorrt_engine" in loaded
     assert not loaded & {"torch", "onnxscript", "onnxruntime", "triton", "diffusers"}
+
+
+@dataclasses.dataclass
+class Manifest:
+    """What is used of a bundle's."""
+
+    engines: tuple[EngineEntry, ...]
+    graphs: dict[str, str] = dataclasses.field(default_factory=lambda: {"step": "step.onnx"})
+    network: NetworkSpec = NETWORK
+    batch_sizes: tuple[int, ...] = (1, 2)
 
 
 @pytest.fixture
@@ -78,6 +90,27 @@ def test_what_an_architecture_runs_does_not_depend_on_the_machines_device(machin
         machine.gpu = gpu
         build_engine_cached(b"a graph", EngineTarget("tensorrt_rtx", 87), [1])
     assert len(machine.built) == 1
+
+
+def test_new_engines_take_the_place_of_those_of_the_same_target(machine, monkeypatch):
+    """Also of what an earlier version made: an engine for each batch size."""
+
+    def entry(target, *sizes, precision="float16", **facts):
+        return EngineEntry(f"{target} {precision} {sizes} {facts}", target, precision, {"profiles": sizes, **facts})
+
+    earlier = entry("rtx:sm87", 1), entry("rtx:sm87", 2)
+    others = entry("rtx:sm89", 1), entry("rtx:sm87", 1, precision="float32"), entry("tensorrt", 1, device="Orin")
+    new, written = entry("rtx:sm87", 1, 2), []
+    manifest = Manifest(engines=(*earlier, *others))
+    bundle = SimpleNamespace(manifest=manifest, read_graph=lambda name: b"")
+    monkeypatch.setattr(engines, "open_bundle", lambda path, **options: bundle)
+    monkeypatch.setattr(engines, "expand_weights", lambda graph: graph)
+    monkeypatch.setattr(engines, "built_engines", lambda *given, **options: [(new, b"an engine")])
+    monkeypatch.setattr(engines, "rewrite_bundle", lambda bundle, changed, files: written.append((changed, files)))
+    assert engines.add_engines("a bundle", [EngineTarget("tensorrt_rtx", 87)]) == [new.file]
+    [(changed, files)] = written
+    assert changed.engines == (*others, new)
+    assert files == {new.file: b"an engine"}
 
 
 def test_what_does_not_fuse_is_a_fact_of_an_engine_of_rtx(machine, monkeypatch):
