@@ -3,7 +3,7 @@
     a group norm   where the channels of a group are no power of two: statistics and result take a kernel more
     attention      in half precision up to a head dimension of 256; in float32 never
 
-Of release 1.7, on every architecture that it knows. Nothing is wrong with such a network: it launches more kernels.
+Of release 1.7, found on sm_75, sm_86 and sm_89. Nothing is wrong with such a network: it launches more kernels.
 """
 
 from __future__ import annotations

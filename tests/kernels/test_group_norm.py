@@ -221,9 +221,9 @@ def test_without_a_gpu_it_says_so(monkeypatch):
         launch_group_norm(torch.zeros(1, 4, 2, 2), 2)
 
 
-def test_operators_agree_with_what_they_promise():
+def test_operators_agree_with_what_they_promise(kernel_device):
     """Schema, fake implementation, and strides that the fake one foretells."""
-    ops, given = torch.ops.skipstep, operands("padded, one tile", torch.float16, True, "cpu")
+    ops, given = torch.ops.skipstep, operands("padded, one tile", torch.float16, True, kernel_device)
     x, image = given["x"], given["image"]
     arguments = (8, given["weight"], given["bias"], 1e-5, True)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
