@@ -16,7 +16,7 @@ SAMPLE_EXTRAS := cpu
 TEST_EXTRAS   := cpu,torch,export,diffusers,evaluate,sign,bench,test
 DEV_EXTRAS    := $(TEST_EXTRAS),dev
 
-.PHONY: help sample test check triton format types bench bench-report bench-compare bench-baseline readme-tables evaluate data bundle fuzz gpu clean
+.PHONY: help sample test check triton format types bench bench-cpu-limit bench-report bench-compare bench-baseline readme-tables evaluate data bundle fuzz gpu clean
 
 help:
 	@echo "make sample   draw clothes with the shipped model in 6 (fitted), 10, 20 and 50 steps (out/sample/grid.png)"
@@ -82,7 +82,6 @@ types: $(VENV)/.dev
 # To measure one part, run its line alone. After an interruption, what was measured at this commit is kept.
 BENCH_CASES := --plans 10,20,50 --batch 1,4,16 --resume
 bench: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check openvino
 	$(BIN)/skipstep bench --model fashion-mnist $(BENCH_CASES) --budget 20 --rounds 9 --measure throughput,process \
 		--out out/bench/fashion-mnist-cpu.json
 	$(BIN)/skipstep bench --model cifar10-architecture $(BENCH_CASES) --budget 20 --rounds 7 --measure process \
@@ -90,6 +89,17 @@ bench: $(VENV)/.dev
 	cp out/bench/fashion-mnist-cpu.json out/bench/cifar10-cpu.json $(RUNS)
 	$(MAKE) readme-tables
 	$(MAKE) bench-report
+
+# The CPU's peers, whole calls and cold start, in one run; and what bfloat16 costs.
+CPU_PEERS := textbook,diffusers,skipstep,skipstep-openvino,skipstep-openvino-bfloat16,onnxruntime,openvino,$\
+	openvino-bfloat16,aot-inductor,torch-bfloat16
+CPU_LIMIT := bench --model fashion-mnist --model cifar10-architecture --plans 10 --batch 1,4,16 --budget 120 --rounds 9 \
+	--compile-budget 900 --measure process --contenders $(CPU_PEERS) --resume --out out/bench/cpu-limit.json
+bench-cpu-limit: $(VENV)/.dev
+	$(BIN)/skipstep $(CPU_LIMIT)
+	$(BIN)/python -m skipstep.bench.finding out/bench/cpu-limit.json --command "make bench-cpu-limit" \
+		--out bench/results/findings/cpu-limit.json
+	$(BIN)/python -m skipstep.bench.quality.cpu_precisions --out bench/results/findings/cpu-precisions.json
 
 # A page and its plots, from what is committed.
 bench-report: $(VENV)/.dev

@@ -42,8 +42,8 @@ def rows(all_steps: list[int], num: int) -> tuple[list[list[str]], list[str]]:
                 continue
             try:
                 found = draw(backend, precision, steps, num)
-            except (MissingDependencyError, DeviceUnavailableError) as error:
-                absent.append(f"{backend} in {precision}: {error.got}")
+            except (MissingDependencyError, DeviceUnavailableError) as refused:
+                absent.append(f"{backend} in {precision}: {refused.got}")
                 continue
             error = np.abs(found - reference)
             seen = judge(found)[1]
