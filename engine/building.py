@@ -168,7 +168,10 @@ def build_network(
         stream = getattr(cuda.stream, "torch_stream", None)
         target = replace(target, device=str(cuda.torch_device), stream=stream, keep=CacheSlot)
     network = source.spec
-    report(f"make the network ready for {chosen.name}" + (": export it to ONNX" if chosen.loads_bundles else ""))
+    report(
+        f"make the network ready for {chosen.name}"
+        + (": export it to ONNX" if chosen.loads_bundles and opened.is_torch else "")
+    )
     make = chosen.denoisers(source, target)
 
     def reference() -> Denoiser:
