@@ -180,7 +180,10 @@ def build_network(
         stream = getattr(cuda.stream, "torch_stream", None)
         target = replace(target, device=str(cuda.torch_device), stream=stream)
     network = source.spec
-    report(f"make the network ready for {chosen.name}" + (": export it to ONNX" if chosen.loads_bundles else ""))
+    report(
+        f"make the network ready for {chosen.name}"
+        + (": export it to ONNX" if chosen.loads_bundles and opened.is_torch else "")
+    )
     target = replace(target, batch_sizes=tuple(network_batch_sizes(network, sizes)))
 
     def reference() -> Denoiser:

@@ -96,7 +96,7 @@ def read_checkpoint(
     root = config_folder(given, config) if given.is_file() or given.suffix == ".safetensors" else given
     if config is not None and root is given:
         raise InputError(
-            got=f"config={os.fspath(config)!r} beside the folder {given}",
+            got=f"config={shown(config)} beside the folder {given}",
             expected="a configuration for a single .safetensors file; a folder has its own",
             remedy="leave config out",
         )

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from skipstep.errors import IntegrityError
-from skipstep.storage.verified import check_relative_name, read_verified
+from skipstep.storage.verified import check_relative_name, read_below, read_verified
 
 hostile_text = st.text(st.sampled_from("abC./\\:~ \0\n\ud800é"), max_size=12)
 hostile_paths = st.lists(st.sampled_from(["..", ".", "", "a", "b.onnx", "link", "C:", "c:x", "~", "...", " .."])).map(
@@ -160,3 +160,17 @@ def test_a_file_that_changes_while_it_is_read_never_passes_unverified(root):
         thread.join()
     assert False not in outcomes
     assert "refused" in outcomes
+
+
+def test_read_below_stays_in_its_folder(tmp_path):
+    root = tmp_path / "root"
+    (root / "inner").mkdir(parents=True)
+    (root / "inner/file").write_bytes(b"content")
+    (tmp_path / "secret").write_bytes(b"secret")
+    (root / "link").symlink_to(tmp_path / "secret")
+    (root / "folder").symlink_to(tmp_path)
+    assert read_below(root, "inner/file", limit=100) == b"content"
+    assert read_below(root, "inner/file", limit=3) == b"con"
+    for name in ("../secret", "/etc/passwd", "link", "folder/secret", "inner", "missing", "inner/../../secret", ""):
+        with pytest.raises(IntegrityError):
+            read_below(root, name, limit=100)
