@@ -227,6 +227,14 @@ def test_cancelled_requests_leave_and_the_others_stay(engine, batcher, held):
         first.result(0)
 
 
+def test_a_cancelled_request_is_not_evaluated_again(batcher, held):
+    first, gate, _ = held
+    assert first.cancel()
+    gate.opened.set()
+    batcher.close()
+    assert batcher.evaluations == 1
+
+
 @pytest.mark.parametrize("error", [ValueError("mine"), SystemExit(3)])
 def test_what_a_callback_raises_is_the_result_of_its_request_alone(engine, batcher, held, error):
     first, gate, arguments = held
