@@ -13,7 +13,7 @@ from engines import build
 from tolerances import BACKENDS_AGREE, DIFFUSERS_LOOP
 
 from skipstep import Engine, NoiseSchedule, Plan, load
-from skipstep.errors import InputError, ModelFormatError
+from skipstep.errors import InputError
 from skipstep.export.graph_cost import partition_costs
 from skipstep.networks.graphs import Binding
 
@@ -166,9 +166,9 @@ def test_a_module_needs_the_number_of_tokens():
     assert "prompt_shape=(77, 24)" in caught.value.remedy
 
 
-def test_networks_that_take_more_are_refused(tmp_path):
+def test_conditions_that_no_configuration_describes_are_asked_for(tmp_path):
     tiny_text_unet().save_pretrained(tmp_path / "unet")
     config = json.loads((tmp_path / "unet" / "config.json").read_text())
-    (tmp_path / "unet" / "config.json").write_text(json.dumps({**config, "addition_embed_type": "text_time"}))
-    with pytest.raises(ModelFormatError, match="addition_embed_type='text_time'"):
+    (tmp_path / "unet" / "config.json").write_text(json.dumps({**config, "addition_embed_type": "text_image"}))
+    with pytest.raises(InputError, match="addition_embed_type='text_image'"):
         Engine.build(tmp_path, plans=[3], schedule=SCHEDULE)
