@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from engines import build
+from tiny_networks import tiny_text_unet
 from tolerances import BACKENDS_AGREE, DIFFUSERS_LOOP
 
 from skipstep import Engine, NoiseSchedule, Plan, load
@@ -20,26 +21,6 @@ from skipstep.networks.graphs import Binding
 SCHEDULE = NoiseSchedule.scaled_linear()
 PLAN = Plan(schedule=SCHEDULE, steps=4, convention="paper", spacing="leading")
 TOKENS, WIDTH = 7, 24
-
-
-def tiny_text_unet(**options):
-    """A UNet2DConditionModel of 0.1 M parameters for 4×8×8, random weights."""
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        **{
-            "sample_size": 8,
-            "in_channels": 4,
-            "out_channels": 4,
-            "layers_per_block": 1,
-            "block_out_channels": (16, 32),
-            "norm_num_groups": 4,
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            "cross_attention_dim": WIDTH,
-            "attention_head_dim": 8,
-            **options,
-        }
-    ).eval()
 
 
 @pytest.fixture(scope="module")
