@@ -74,19 +74,26 @@ def _batch_shapes(batch: Any, num_conditions: int) -> Any:
 def _traced(
     module: DenoisingModule, arguments: tuple[Tensor, ...], num_conditions: int
 ) -> tuple[torch.export.ExportedProgram, set[str]] | None:
-    """The module traced with a leading dimension for each input that torch brings together where the module does, and
-    the symbols of these; None where that fails, or makes one a constant. A batch size that is said to be one and the
-    same is refused for guards that hold for all sizes of use, as of diffusers' upsampling at 64 samples."""
-    try:
-        shapes = _batch_shapes({0: torch.export.Dim.AUTO}, num_conditions)
-        program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
-    except Exception:  # The exporter finds it again, and names the place.
-        return None
-    inputs = set(program.graph_signature.user_inputs)
-    leading = [node.meta["val"].shape[0] for node in program.graph.nodes if node.name in inputs]
-    symbols = {str(size) for size in leading if isinstance(size, torch.SymInt)}
-    whole = len(leading) == len(arguments) and all(re.fullmatch(r"s\d+", str(size)) for size in leading)
-    return (program, symbols) if whole else None
+    """The module traced with one symbol for the batch size, and that symbol; None where torch.export refuses.
+
+    Some modules ask whether a batch is large, and give the same numbers for either answer: diffusers' upsampling makes
+    its input contiguous from 64 samples on. They are traced for the sizes below, and the graph is good for all.
+    """
+    high: dict[str, int] = {}
+    for _ in range(2):
+        try:
+            shapes = _batch_shapes({0: torch.export.Dim(BATCH, min=1, **high)}, num_conditions)
+            program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
+        except Exception as error:  # The exporter finds it again, and names the place.
+            bound = re.search(rf"{BATCH} = Dim\('{BATCH}', max=(\d+)\)", str(error))
+            if bound is None or high:
+                return None
+            high = {"max": int(bound[1])}
+            continue
+        inputs = set(program.graph_signature.user_inputs)
+        leading = {str(node.meta["val"].shape[0]) for node in program.graph.nodes if node.name in inputs}
+        return (program, leading) if len(leading) == 1 else None
+    return None
 
 
 def _rename_batch(graph: GraphProto, symbols: set[str]) -> None:

@@ -96,10 +96,10 @@ def sequence() -> nn.Module:
         sample_size=32,
         in_channels=3,
         out_channels=3,
-        block_out_channels=(8, 16),
+        block_out_channels=(32, 32),
         down_block_types=("DownBlock1DNoSkip", "DownBlock1D"),
         up_block_types=("UpBlock1D", "UpBlock1DNoSkip"),
-        extra_in_channels=16,
+        extra_in_channels=64,
     ).eval()
 
 
