@@ -98,8 +98,8 @@ class Engine:
         """Compile `model` for the given plans and batch sizes.
 
         model           the path of a diffusers folder, an .onnx file or a .safetensors file (with config=); a diffusers
-                        pipeline with a unet; or an nn.Module called as network(x [N, C, H, W], t [N], labels [N]),
-                        which is put into eval mode.
+                        pipeline with a unet; or an nn.Module called as network(x [N, *sample_shape], t [N], …) with its
+                        conditions, which is put into eval mode.
         plans           step counts, made into DDIM plans with what the folder's scheduler configuration says, or Plans.
         batch_sizes     the numbers of samples to compile for; requests of any size are split over them.
         schedule        instead of the folder's scheduler configuration, which is then not read: prediction_type= and
@@ -184,8 +184,8 @@ class Engine:
                         place in the batch. They also key the noise that a plan adds.
         x_T             `[B, *sample_shape]` NumPy, torch or DLPack, the initial noise instead of that of the seeds. A
                         tensor on the engine's GPU is read there, in the order of the caller's stream.
-        conditions      class_labels, prompt_embeds, negative_prompt_embeds, guidance_scale and guidance_rescale
-                        (skipstep.calls.request.Conditions).
+        conditions      class_labels, prompt_embeds, negative_prompt_embeds, guidance_scale, guidance_rescale, and
+                        conditions= and negative_conditions= by name (skipstep.calls.request.Conditions).
         output_type     "np": float32 `[B, *sample_shape]` in the network's range, [-1, 1] for pixels; "pt": the same as
                         a torch tensor, on the engine's device; "pil": a list of 8-bit pictures.
         out             float32 `[B, *sample_shape]` to draw into, NumPy, torch or DLPack, in host memory or on the

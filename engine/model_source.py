@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 from skipstep.errors import ExportError, InputError, MissingDependencyError, ModelFormatError, check_flag
 from skipstep.networks.checkpoint import Checkpoint, load_unet
 from skipstep.networks.condition import Condition
+from skipstep.networks.families import config_conditions, state_shape
 from skipstep.networks.graphs import Partition, Values
-from skipstep.networks.spec import NetworkSpec, takes_fractional_timesteps
+from skipstep.networks.spec import LABELS, NetworkSpec, check_conditions, takes_fractional_timesteps
 
 if TYPE_CHECKING:
     from skipstep.backends.denoiser import Denoiser, NetworkSource
@@ -240,16 +241,19 @@ def specification(
             conditions=conditions,
             **time,
         )
+    config, known = checkpoint.unet_config, config_conditions(checkpoint.unet_config, check_conditions(conditions))
+    state = state_shape(config, checkpoint.class_name, known) if sample_shape is None else sample_shape
+    classes = None if LABELS in known else checkpoint.num_classes
     return NetworkSpec(
-        checkpoint.sample_shape if sample_shape is None else sample_shape,
-        checkpoint.num_classes if num_classes is None else num_classes,
+        checkpoint.sample_shape if state is None else state,
+        classes if num_classes is None else num_classes,
         checkpoint.null_label if null_label is None else null_label,
         checkpoint.class_names,
-        fractional_timesteps=takes_fractional_timesteps(checkpoint.unet_config)
+        fractional_timesteps=takes_fractional_timesteps(config)
         if fractional_timesteps is None
         else fractional_timesteps,
         prompt_shape=checkpoint.prompt_shape if prompt_shape is None else prompt_shape,
-        conditions=conditions or {},
+        conditions=known,
         **time,
     )
 

@@ -22,7 +22,7 @@ from skipstep.model_source import (
     read_model,
     specification,
 )
-from skipstep.networks.checkpoint import read_checkpoint, refuse_further_conditions
+from skipstep.networks.checkpoint import read_checkpoint
 from skipstep.networks.spec import NetworkSpec
 from skipstep.networks.weights import DOWNLOAD
 from skipstep.plans.scheduler_config import SchedulerConfig, read_scheduler_config
@@ -166,8 +166,6 @@ def _scheduler_of(scheduler: Any) -> SchedulerConfig | None:
 def _prompt_shape_of(pipeline: Any) -> tuple[int, int] | None:
     """Tokens and width of the prompts, None where the tokenizer or the network does not say."""
     config = getattr(pipeline.unet, "config", None)
-    if isinstance(config, Mapping):
-        refuse_further_conditions(config, f"the {type(pipeline.unet).__name__} of a {type(pipeline).__name__}")
     tokens = getattr(getattr(pipeline, "tokenizer", None), "model_max_length", None)
     width = getattr(config, "cross_attention_dim", None)
     if not isinstance(width, int) or not isinstance(tokens, int) or not 1 <= tokens <= _LONGEST_PROMPT:

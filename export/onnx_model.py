@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from onnx import GraphProto
 from torch import Tensor, nn
 
 from skipstep.backends.torch import DenoisingModule, zero_conditioning
 from skipstep.errors import ExportError, MissingDependencyError
 from skipstep.export.bundle_files import package_version
 from skipstep.export.graph_writer import OPSET, serialised
+from skipstep.networks.graphs import BATCH
 from skipstep.networks.spec import NetworkSpec
 
 # Part of the key of cached graphs. Raise it when this module writes another graph for the same network.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int | None = None) -> bytes:
@@ -40,32 +42,80 @@ def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int |
     conditioning = zero_conditioning(spec, traced)
     arguments += conditioning.values()
     names = ["sample", "timestep", *conditioning]
-    shapes = None
-    if batch_size is None:
-        batch = torch.export.Dim("batch", min=1)
-        # What the module takes as *conditioning is one entry of this tuple.
-        rest = (tuple({0: batch} for _ in conditioning),) if conditioning else ()
-        shapes = ({0: batch}, {0: batch}, *rest)
+    symbols: set[str] = set()
+    model: nn.Module | torch.export.ExportedProgram = module.eval()
     try:
         with _quiet_exporter():
-            program = _export(module.eval(), tuple(arguments), names, shapes)
+            shapes = None
+            if batch_size is None:
+                shapes = _batch_shapes({0: torch.export.Dim(BATCH, min=1)}, len(conditioning))
+                traced_program = _traced(module, tuple(arguments), len(conditioning))
+                if traced_program is not None:
+                    model, symbols = traced_program
+            program = _export(module, model, tuple(arguments), names, None if symbols else shapes)
     except ImportError as error:
         raise MissingDependencyError(
             got=f"no package {error.name}",
             expected="torch's ONNX exporter with onnx and onnxscript",
             remedy="pip install 'skipstep[export]'",
         ) from error
-    return serialised(program.model_proto)
+    exported = program.model_proto
+    if symbols:
+        _rename_batch(exported.graph, symbols)
+    return serialised(exported)
+
+
+def _batch_shapes(batch: Any, num_conditions: int) -> Any:
+    # What the module takes as *conditions is one entry of this tuple.
+    return (batch, batch, *([(batch,) * num_conditions] if num_conditions else []))
+
+
+def _traced(
+    module: DenoisingModule, arguments: tuple[Tensor, ...], num_conditions: int
+) -> tuple[torch.export.ExportedProgram, set[str]] | None:
+    """The module traced with one symbol for the batch size, and that symbol; None where torch.export refuses.
+
+    Some modules ask whether a batch is large, and give the same numbers for either answer: diffusers' upsampling makes
+    its input contiguous from 64 samples on. They are traced for the sizes below, and the graph is good for all.
+    """
+    high: dict[str, int] = {}
+    for _ in range(2):
+        try:
+            shapes = _batch_shapes({0: torch.export.Dim(BATCH, min=1, **high)}, num_conditions)
+            program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
+        except Exception as error:  # The exporter finds it again, and names the place.
+            bound = re.search(rf"{BATCH} = Dim\('{BATCH}', max=(\d+)\)", str(error))
+            if bound is None or high:
+                return None
+            high = {"max": int(bound[1])}
+            continue
+        inputs = set(program.graph_signature.user_inputs)
+        leading = {str(node.meta["val"].shape[0]) for node in program.graph.nodes if node.name in inputs}
+        return (program, leading) if len(leading) == 1 else None
+    return None
+
+
+def _rename_batch(graph: GraphProto, symbols: set[str]) -> None:
+    """One name for all symbols of the batch size, also in multiples of it."""
+    pattern = re.compile(rf"\b({'|'.join(sorted(symbols))})\b")
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = pattern.sub(BATCH, dim.dim_param)
 
 
 def _export(
-    module: DenoisingModule, arguments: tuple[Tensor, ...], names: list[str], shapes: Any
+    module: DenoisingModule,
+    model: nn.Module | torch.export.ExportedProgram,
+    arguments: tuple[Tensor, ...],
+    names: list[str],
+    shapes: Any,
 ) -> torch.onnx.ONNXProgram:
     """Raises ExportError, naming the submodule that could not be captured or the operator that ONNX lacks."""
     with _first_failure(module.network) as stopped_in:
         try:
             program = torch.onnx.export(
-                module,
+                model,
                 arguments,
                 dynamo=True,
                 opset_version=OPSET,

@@ -8,13 +8,14 @@
 A value depends on everything that its node's inputs depend on. Only the *shape* of a state is known before the loop: a
 Shape node depends on nothing, and is rewritten in terms of the batch dimension so that the other graphs need no state.
 The step network reads values of the earlier graphs as inputs: the last values before the state enters the computation.
-The earlier parts run on many stages and samples at once, as rows of a batch; a value without a row for each sample
-stays in the step.
+The earlier parts run on many stages and samples at once, as rows of a batch; a value without rows for each sample stays
+in the step. Inside of a part each sample may have several rows, between parts it has one.
 """
 
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 
@@ -85,23 +86,48 @@ def _time(binding: Binding) -> Binding:
 def _bindings(
     graph: GraphProto, nodes: Sequence[NodeProto], shapes: Mapping[str, list[int | str]]
 ) -> dict[str, Binding]:
-    bindings = {tensor.name: Binding.CONSTANT for tensor in graph.initializer}
+    inputs = {tensor.name: Binding.CONSTANT for tensor in graph.initializer}
     for each in graph.input:
-        if each.name not in bindings:
-            bindings[each.name] = _INPUT_BINDINGS.get(each.name, Binding.PROMPT)
-    for node in nodes:
-        binding = _binding_of(node, bindings)
-        # Stages and samples become rows of one batch, so a value may move only if it has a row for each.
-        moves = binding != Binding.CONSTANT and not binding & Binding.STEP
-        if moves and not all(_has_rows(shapes.get(output, [])) for output in node.output):
-            binding = Binding.STEP
-        bindings.update(dict.fromkeys(node.output, binding))
-    return bindings
+        if each.name not in inputs:
+            inputs[each.name] = _INPUT_BINDINGS.get(each.name, Binding.PROMPT)
+    # Values that a later part reads and that are no rows of a batch: they stay, and so does what follows from them.
+    kept: set[str] = set()
+    while True:
+        bindings = dict(inputs)
+        for node in nodes:
+            binding = _binding_of(node, bindings)
+            # Stages and samples become rows of one batch, so a value may move only if it has rows for each.
+            moves = binding != Binding.CONSTANT and not binding & Binding.STEP
+            rows = [_rows_each(shapes.get(output, [])) for output in node.output]
+            if moves and (0 in rows or not kept.isdisjoint(node.output)):
+                binding = Binding.STEP
+            bindings.update(dict.fromkeys(node.output, binding))
+        found = {
+            name
+            for node in nodes
+            for name in (*node.input, *_captured(node))
+            if _rows_each(shapes.get(name, [])) > 1
+            and _crosses(bindings.get(name, Binding.CONSTANT), bindings[node.output[0]])
+        }
+        if not found:
+            return bindings
+        kept |= found
 
 
-def _has_rows(shape: Sequence[int | str]) -> bool:
-    """Whether a value has a row for each sample, of a known size."""
-    return list(shape[:1]) == [BATCH] and all(isinstance(dim, int) for dim in shape[1:])
+def _crosses(earlier: Binding, later: Binding) -> bool:
+    """Whether a value of one binding time is an input of the other's graph."""
+    earlier, later = _time(earlier), _time(later)
+    return earlier not in (Binding.CONSTANT, later) and (later == Binding.STEP or earlier == Binding.PLAN)
+
+
+def _rows_each(shape: list[int | str]) -> int:
+    """How many rows of known size each sample has in the leading dimension, one after the other; 0 where that is not
+    known."""
+    leading = str(shape[0]) if shape and all(isinstance(each, int) for each in shape[1:]) else ""
+    if leading == BATCH:
+        return 1
+    several = re.fullmatch(rf"(\d+)\*{BATCH}", leading)
+    return int(several[1]) if several else 0
 
 
 def _binding_of(node: NodeProto, bindings: Mapping[str, Binding]) -> Binding:

@@ -30,6 +30,29 @@ def tiny_unet(**options: Any) -> nn.Module:
     return unet.eval()
 
 
+def tiny_text_unet(**options: Any) -> nn.Module:
+    """A UNet2DConditionModel of 0.1 M parameters for 4×8×8, random weights."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet: nn.Module = UNet2DConditionModel(
+        **{
+            "sample_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "layers_per_block": 1,
+            "block_out_channels": (16, 32),
+            "norm_num_groups": 4,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "cross_attention_dim": 24,
+            "attention_head_dim": 8,
+            **options,
+        }
+    )
+    return unet.eval()
+
+
 class Labelled(nn.Module):
     """Predicts from the sample, the timestep and the label in closed form, so that a test can say what comes out.
 

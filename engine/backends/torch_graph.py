@@ -4,8 +4,9 @@
     split(trace)    plan, prompt, call: run before the loop;  step: runs at every stage, on what the three computed
 
 The rule is data flow: a value follows from all that its inputs follow from (skipstep.networks.graphs). Earlier parts
-run on many stages and samples at once, as rows of a batch; a value without a row for each sample, and one that is drawn
-at random, stays in the step. The number of samples is known from any input, so it holds nothing back.
+run on many stages and samples at once, as rows of a batch; a value without rows for each sample, and one that is drawn
+at random, stays in the step. Inside of a part each sample may have several rows, between parts it has one. The number
+of samples is known from any input, so it holds nothing back.
 """
 
 from __future__ import annotations
@@ -171,19 +172,49 @@ def _time(binding: Binding) -> Binding:
 
 
 def _bindings(graph: fx.Graph) -> dict[fx.Node, Binding]:
-    bindings: dict[fx.Node, Binding] = {}
     of_inputs = {SAMPLE: Binding.STEP, "timestep": Binding.PLAN}
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            bindings[node] = of_inputs.get(str(node.target), Binding.PROMPT)
-            continue
-        binding = reduce(operator.or_, (bindings[used] for used in node.all_input_nodes), Binding.CONSTANT)
-        if _is_batch_size(node):
-            binding = Binding.CONSTANT
-        elif _is_random(node) or (_time(binding) not in (Binding.CONSTANT, Binding.STEP) and not _has_rows(node)):
-            binding = Binding.STEP
-        bindings[node] = binding
-    return bindings
+    # Values that a later part reads and that are no rows of a batch: they stay, and so does what follows from them.
+    kept: set[fx.Node] = set()
+    while True:
+        bindings: dict[fx.Node, Binding] = {}
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                bindings[node] = of_inputs.get(str(node.target), Binding.PROMPT)
+                continue
+            binding = reduce(operator.or_, (bindings[used] for used in node.all_input_nodes), Binding.CONSTANT)
+            moves = _time(binding) not in (Binding.CONSTANT, Binding.STEP)
+            if _is_batch_size(node):
+                binding = Binding.CONSTANT
+            elif _is_random(node) or (moves and (node in kept or not _has_rows(node))):
+                binding = Binding.STEP
+            bindings[node] = binding
+        found = {
+            used
+            for node in graph.nodes
+            for used in node.all_input_nodes
+            if _rows_each(used.meta.get("val")) > 1 and _crosses(bindings[used], bindings[node])
+        }
+        if not found:
+            return bindings
+        kept |= found
+
+
+def _crosses(earlier: Binding, later: Binding) -> bool:
+    """Whether a value of one binding time is an input of the other's graph."""
+    earlier, later = _time(earlier), _time(later)
+    return earlier not in (Binding.CONSTANT, later) and (later == Binding.STEP or earlier == Binding.PLAN)
+
+
+def _rows_each(value: Any) -> int:
+    """How many rows each sample has in the leading dimension of a value, one after the other; 0 where that is not a
+    multiple of the batch size."""
+    leading = value.shape[0] if isinstance(value, Tensor) and value.ndim else None
+    expression = leading.node.expr if isinstance(leading, torch.SymInt) else None
+    symbols = getattr(expression, "free_symbols", ())
+    if len(symbols) != 1:
+        return 0
+    several = expression / next(iter(symbols))
+    return int(several) if several.is_Integer else 0
 
 
 def _is_batch_size(node: fx.Node) -> bool:
@@ -195,11 +226,11 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def _has_rows(node: fx.Node) -> bool:
-    """Whether a value has a row for each sample. Several values (of chunk, split) have them if their input has, and are
+    """Whether a value has rows for each sample. Several values (of chunk, split) have them if their input has, and are
     not parts of its rows."""
     values = node.meta.get("val")
     if not isinstance(values, list | tuple):
-        return _batch_symbol(node) is not None
+        return _rows_each(values) > 0
     source = node.all_input_nodes[0].meta.get("val")
     return isinstance(source, Tensor) and all(each.shape[:1] == source.shape[:1] for each in values)
 

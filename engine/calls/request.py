@@ -97,13 +97,13 @@ class SampleRequest:
 
     def _changed(self, change: Callable[[Any], Any], of_condition: Callable[[Any], Any] | None = None) -> SampleRequest:
         """With `change` of each array, and `of_condition` of each condition's where that differs."""
-        arrays = {name: getattr(self, name) for name in ("seeds", "x_T", "guidance", "rescale")}
-        named = {name: getattr(self, name) for name in ("conditions", "negative_conditions")}
-        return replace(
-            self,
-            **{name: None if array is None else change(array) for name, array in arrays.items()},
-            **{name: {key: (of_condition or change)(a) for key, a in each.items()} for name, each in named.items()},
-        )
+        changed: dict[str, Any] = {}
+        for name in ("seeds", "x_T", "guidance", "rescale"):
+            array = getattr(self, name)
+            changed[name] = None if array is None else change(array)
+        for name in ("conditions", "negative_conditions"):
+            changed[name] = {key: (of_condition or change)(rows) for key, rows in getattr(self, name).items()}
+        return replace(self, **changed)
 
 
 def resolve_request(
@@ -138,7 +138,7 @@ def resolve_request(
     named = _named("conditions", conditions, {LABELS: class_labels, PROMPTS: prompt_embeds})
     negative = _named("negative_conditions", negative_conditions, {PROMPTS: negative_prompt_embeds})
     scales = _resolve_guidance(guidance_scale, network)
-    given = {
+    given: dict[str, NDArray[Any] | None] = {
         "seeds": None if seeds is None else resolve_seeds(seeds),
         "class_labels": None if LABELS in network.conditions else _resolve_labels(named.pop(LABELS, None), network),
         "guidance_scale": scales,

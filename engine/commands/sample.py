@@ -123,7 +123,7 @@ def _write_arrays(file: Path, drawn: Mapping[Plan, NDArray[np.float32]], seeds: 
 
     arrays: dict[str, NDArray[Any]] = {f"steps_{plan.num_evaluations}": samples for plan, samples in drawn.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(file, **arrays, seeds=np.array(seeds, np.uint64))
+    np.savez(file, **arrays, seeds=np.array(seeds, np.uint64))  # type: ignore[arg-type]
     return f"wrote {file} with {', '.join(arrays)} and seeds"
 
 

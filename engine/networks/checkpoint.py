@@ -29,6 +29,7 @@ from skipstep.errors import (
     check_path,
     shown,
 )
+from skipstep.networks.families import prompt_width
 from skipstep.networks.single_file import config_folder, is_original_layout, load_original
 from skipstep.networks.weights import DOWNLOAD, find_weights, tensor_shapes
 from skipstep.plans.scheduler_config import SchedulerConfig, read_scheduler_config
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # The networks that a configuration file may name: a name from a file never reaches an import.
-NETWORK_CLASSES = ("UNet2DModel", "UNet2DConditionModel")
+NETWORK_CLASSES = ("UNet2DModel", "UNet2DConditionModel", "UNet1DModel")
 
 # Where a folder has no tokenizer: what every CLIP text encoder is given.
 _CLIP_TOKENS = 77
@@ -49,8 +50,8 @@ _MOST_LAYERS = 256
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a folder says about its network. `sample_shape` is (C, H, W); `weights` are the safetensors files. `name` is
-    that of the folder, or of a single file.
+    """What a folder says about its network. `sample_shape` is what it reads, (C, H, W); `weights` are the safetensors
+    files. `name` is that of the folder, or of a single file.
 
     `num_classes` counts the real classes. Where the network embeds one class more than `id2label` names, the last one
     is `null_label`, which stands for "no class"; without `id2label` every embedded class is real. `prompt_shape` is
@@ -63,7 +64,7 @@ class Checkpoint:
     unet_config: Mapping[str, Any]
     weights: tuple[Path, ...]
     scheduler: SchedulerConfig | None
-    sample_shape: tuple[int, int, int]
+    sample_shape: tuple[int, ...]
     num_classes: int | None
     null_label: int | None
     class_names: tuple[str, ...] | None
@@ -246,40 +247,29 @@ def _classes(config: Mapping[str, Any], names: Sequence[str] | None) -> tuple[in
     return embedded, None
 
 
-def _sample_shape(config: Mapping[str, Any], path: Path) -> tuple[int, int, int]:
+def _sample_shape(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
     channels, size = config.get("in_channels"), config.get("sample_size")
-    sides = [size, size] if isinstance(size, int) else size
+    axes = 1 if config.get("_class_name") == "UNet1DModel" else 2
+    sides = [size] * axes if isinstance(size, int) else size
     if (
         not isinstance(channels, int)
         or not isinstance(sides, list)
         or not all(isinstance(n, int) for n in sides)
-        or len(sides) != 2
+        or len(sides) != axes
     ):
         raise ModelFormatError(
             got=f"in_channels={channels!r}, sample_size={size!r} in {path}",
             expected="an integer, and an integer or a pair of them",
             remedy="add them to config.json: the engine compiles for fixed shapes",
         )
-    return channels, sides[0], sides[1]
-
-
-def refuse_further_conditions(config: Mapping[str, Any], where: str) -> None:
-    """Raise ModelFormatError for a network that also reads what the engine does not give it."""
-    for key in ("addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"):
-        if config.get(key) is not None:
-            raise ModelFormatError(
-                got=f"{key}={config[key]!r} in {where}",
-                expected="a network that takes a sample, a timestep, prompt embeddings and at most class labels",
-                remedy="wrap the network in a module that computes the rest, and pass it to Engine.build",
-            )
+    return channels, *sides
 
 
 def _prompt_shape(config: Mapping[str, Any], root: Path) -> tuple[int, int] | None:
     """Tokens and width of the prompts that a text-conditional network attends to; the tokenizer says how many."""
     if config.get("_class_name") != "UNet2DConditionModel":
         return None
-    refuse_further_conditions(config, str(root))
-    width = config.get("cross_attention_dim", 1280)
+    width = prompt_width({"cross_attention_dim": 1280, **config})
     path = root / "tokenizer" / "tokenizer_config.json"
     tokens = read_json_object(path, remedy=DOWNLOAD).get("model_max_length") if path.exists() else _CLIP_TOKENS
     if not isinstance(width, int) or not isinstance(tokens, int) or width < 1 or not 1 <= tokens <= 1 << 16:

@@ -26,6 +26,7 @@ from skipstep.errors import (
     shown,
 )
 from skipstep.networks.condition import MAX_RANK, Condition, Side, check_shape
+from skipstep.networks.families import config_conditions, prompt_width, state_shape
 from skipstep.plans.parameterization import STATES, TIME_INPUTS, State, TimeInput
 from skipstep.storage.untrusted import ADDED_LATER, Length, Within
 
@@ -131,13 +132,7 @@ class NetworkSpec:
             object.__setattr__(self, "fractional_timesteps", True)
 
     def _check_conditions(self) -> None:
-        given = self.conditions
-        if not isinstance(given, Mapping) or len(given) > _MAX_CONDITIONS:
-            raise InputError(
-                got=f"conditions={shown(given)}",
-                expected=f"at most {_MAX_CONDITIONS} Conditions by name",
-                remedy="pass conditions={'text_embeds': Condition((1280,))}",
-            )
+        given = check_conditions(self.conditions)
         taken = {*_OWN_NAMES, *([LABELS] if self.num_classes else []), *([PROMPTS] if self.prompt_shape else [])}
         for name, condition in given.items():
             if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", name) or name in taken:
@@ -145,12 +140,6 @@ class NetworkSpec:
                     got=f"a condition called {shown(name)}",
                     expected=f"the name of an argument of the network, other than {', '.join(sorted(taken))}",
                     remedy="use the argument's name; num_classes and prompt_shape describe labels and prompts",
-                )
-            if not isinstance(condition, Condition):
-                raise InputError(
-                    got=f"conditions[{name!r}]={shown(condition)}",
-                    expected="a skipstep.Condition",
-                    remedy=f"pass conditions={{{name!r}: Condition(shape)}}",
                 )
             if condition.concat_to_state and condition.shape[1:] != self.sample_shape[1:]:
                 raise InputError(
@@ -224,18 +213,17 @@ class NetworkSpec:
         **time: Any,
     ) -> "NetworkSpec":
         """Complete the arguments from a diffusers-style `module.config`; InputError if something is still missing."""
-        config = getattr(module, "config", None)
+        config, name = getattr(module, "config", None), type(module).__name__
+        conditions = config_conditions(config, check_conditions(conditions), module)
         if sample_shape is None:
-            size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
-            sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
-            if size is None or channels is None or len(sides) != 2:
-                raise InputError(
-                    got=f"a {type(module).__name__} without a config that holds in_channels and sample_size",
-                    expected="the shape of one sample",
-                    remedy="pass sample_shape=(channels, height, width)",
-                )
-            sample_shape = (channels, *sides)
-        if num_classes is None:
+            sample_shape = state_shape(config, name, conditions)
+        if sample_shape is None:
+            raise InputError(
+                got=f"a {name} without a config that holds in_channels and sample_size",
+                expected="the shape of one sample",
+                remedy="pass sample_shape=(channels, height, width), or another state's",
+            )
+        if num_classes is None and LABELS not in conditions:
             embedded = getattr(config, "num_class_embeds", None)
             if embedded is not None:
                 embedded = check_integer("num_class_embeds", embedded, low=1)
@@ -244,8 +232,8 @@ class NetworkSpec:
                 num_classes = embedded - inside
         if fractional_timesteps is None:
             fractional_timesteps = takes_fractional_timesteps(config)
-        width = getattr(config, "cross_attention_dim", None)
-        if prompt_shape is None and width is not None:
+        width = prompt_width(config)
+        if prompt_shape is None and width is not None and PROMPTS not in conditions:
             raise InputError(
                 got=f"a {type(module).__name__} that attends to prompts of an unknown number of tokens",
                 expected="the shape of one prompt's embeddings",
@@ -257,9 +245,29 @@ class NetworkSpec:
             null_label,
             fractional_timesteps=fractional_timesteps,
             prompt_shape=prompt_shape,
-            conditions=conditions or {},
+            conditions=conditions,
             **time,
         )
+
+
+def check_conditions(given: Any) -> Mapping[str, Condition]:
+    """The conditions by name; None stands for none of them. Raises InputError."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or len(given) > _MAX_CONDITIONS:
+        raise InputError(
+            got=f"conditions={shown(given)}",
+            expected=f"at most {_MAX_CONDITIONS} Conditions by name",
+            remedy="pass conditions={'text_embeds': Condition((1280,))}",
+        )
+    for name, condition in given.items():
+        if not isinstance(name, str) or not isinstance(condition, Condition):
+            raise InputError(
+                got=f"conditions with {shown(name)}: {shown(condition)}",
+                expected="names, and a skipstep.Condition for each",
+                remedy="pass conditions={'text_embeds': Condition((1280,))}",
+            )
+    return given
 
 
 def check_plan_fits(plan: "Plan", network: NetworkSpec) -> None:

@@ -8,38 +8,19 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from engines import build
+from tiny_networks import tiny_text_unet
 from tolerances import BACKENDS_AGREE, DIFFUSERS_LOOP
 
 from skipstep import Engine, NoiseSchedule, Plan, load
-from skipstep.errors import InputError, ModelFormatError
+from skipstep.errors import InputError
 from skipstep.export.graph_cost import partition_costs
 from skipstep.networks.graphs import Binding
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 PLAN = Plan(schedule=SCHEDULE, steps=4, convention="paper", spacing="leading")
 TOKENS, WIDTH = 7, 24
-
-
-def tiny_text_unet(**options):
-    """A UNet2DConditionModel of 0.1 M parameters for 4×8×8, random weights."""
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        **{
-            "sample_size": 8,
-            "in_channels": 4,
-            "out_channels": 4,
-            "layers_per_block": 1,
-            "block_out_channels": (16, 32),
-            "norm_num_groups": 4,
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            "cross_attention_dim": WIDTH,
-            "attention_head_dim": 8,
-            **options,
-        }
-    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +147,9 @@ def test_a_module_needs_the_number_of_tokens():
     assert "prompt_shape=(77, 24)" in caught.value.remedy
 
 
-def test_networks_that_take_more_are_refused(tmp_path):
+def test_conditions_that_no_configuration_describes_are_asked_for(tmp_path):
     tiny_text_unet().save_pretrained(tmp_path / "unet")
     config = json.loads((tmp_path / "unet" / "config.json").read_text())
-    (tmp_path / "unet" / "config.json").write_text(json.dumps({**config, "addition_embed_type": "text_time"}))
-    with pytest.raises(ModelFormatError, match="addition_embed_type='text_time'"):
+    (tmp_path / "unet" / "config.json").write_text(json.dumps({**config, "addition_embed_type": "text_image"}))
+    with pytest.raises(InputError, match="addition_embed_type='text_image'"):
         Engine.build(tmp_path, plans=[3], schedule=SCHEDULE)

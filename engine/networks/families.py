@@ -1,0 +1,130 @@
+"""What a diffusers configuration tells of a network's state and conditions. ADD A FAMILY'S CONDITIONS here.
+
+    addition_embed_type "text_time"     text_embeds, time_ids          SDXL
+    time_cond_proj_dim                  timestep_cond                  consistency models: from the guidance scale
+    class_embed_type                    class_labels as numbers        "projection", "timestep", "identity"
+    encoder_hid_dim_type "ip_image_proj"  image_embeds_0, …            IP-Adapters
+    in_channels above those predicted   asked of the user              inpainting, super-resolution: concat_to_state
+
+`config` is a mapping, or an object with attributes, as modules hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from skipstep.errors import InputError, check_integer
+from skipstep.networks.condition import MAX_SIDE, Condition
+
+_REMEDY = "correct the network's config"
+# Embeddings that a state or its prompts alone are enough for.
+_KNOWN_ADDITIONS = (None, "text", "text_time")
+_KNOWN_PROJECTIONS = (None, "text_proj", "ip_image_proj")
+_TIME_IDS = 6
+
+
+def told(config: Any, key: str) -> Any:
+    return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+
+
+def config_conditions(config: Any, given: Mapping[str, Condition], module: Any = None) -> dict[str, Condition]:
+    """The conditions that the configuration tells, completed and overridden by `given`. Raises InputError where it
+    names some that are not in `given` and that it does not describe."""
+    found: dict[str, Condition] = {}
+    _check_described(config, given)
+    if told(config, "addition_embed_type") == "text_time":
+        width = _size(config, "projection_class_embeddings_input_dim")
+        each = _size(config, "addition_time_embed_dim")
+        if "text_embeds" not in given and width <= _TIME_IDS * each:
+            raise InputError(
+                got=f"projection_class_embeddings_input_dim={width} beside addition_time_embed_dim={each}",
+                expected=f"room for text_embeds beside {_TIME_IDS} time_ids",
+                remedy="pass conditions={'text_embeds': Condition((width,)), 'time_ids': Condition((count,))}",
+            )
+        if "text_embeds" not in given:
+            found["text_embeds"] = Condition((width - _TIME_IDS * each,))
+        found["time_ids"] = Condition((_TIME_IDS,), null="same")
+    if told(config, "time_cond_proj_dim") is not None:
+        found["timestep_cond"] = Condition((_size(config, "time_cond_proj_dim"),), from_guidance="embedding")
+    kind = told(config, "class_embed_type")
+    if kind in ("projection", "simple_projection"):
+        found["class_labels"] = Condition((_size(config, "projection_class_embeddings_input_dim"),))
+    elif kind == "timestep":
+        found["class_labels"] = Condition((), null="same")
+    elif kind == "identity":
+        first = (told(config, "block_out_channels") or (None,))[0]
+        width = check_integer("block_out_channels", first, low=1, high=MAX_SIDE // 4, remedy=_REMEDY)
+        found["class_labels"] = Condition((4 * width,))
+    if told(config, "encoder_hid_dim_type") == "ip_image_proj":
+        found |= _image_embeds(module, given)
+    return found | dict(given)
+
+
+def _check_described(config: Any, given: Mapping[str, Condition]) -> None:
+    for key, known in (("addition_embed_type", _KNOWN_ADDITIONS), ("encoder_hid_dim_type", _KNOWN_PROJECTIONS)):
+        value = told(config, key)
+        if value not in known and "image_embeds" not in given:
+            raise InputError(
+                got=f"{key}={value!r}, which takes conditions that the configuration does not describe",
+                expected="image_embeds among the conditions",
+                remedy="pass conditions={'image_embeds': Condition((width,))} with the image encoder's width, or wrap "
+                "the network in a module that computes the rest",
+            )
+
+
+def _image_embeds(module: Any, given: Mapping[str, Condition]) -> dict[str, Condition]:
+    """IP-Adapters read a list of embeddings, one for each adapter; zeros stand for no image."""
+    if any(name.startswith("image_embeds") for name in given):
+        return {}
+    layers = getattr(getattr(module, "encoder_hid_proj", None), "image_projection_layers", ())
+    widths = [getattr(getattr(layer, "image_embeds", None), "in_features", None) for layer in layers]
+    if not widths or None in widths:
+        raise InputError(
+            got="encoder_hid_dim_type='ip_image_proj' with image embeddings of unknown shape",
+            expected="the shape of those of each adapter",
+            remedy="pass conditions={'image_embeds_0': Condition((images, tokens, width), null=0.0)}",
+        )
+    return {f"image_embeds_{i}": Condition((1, width), null=0.0) for i, width in enumerate(widths)}
+
+
+def state_shape(config: Any, class_name: str, conditions: Mapping[str, Condition]) -> tuple[int, ...] | None:
+    """(channels, *sides) of the state; None where the configuration does not say. Raises InputError where the network
+    reads channels that are neither the state's nor of a condition."""
+    size, channels = told(config, "sample_size"), told(config, "in_channels")
+    # A single number is each side's; of videos the number of frames is not there.
+    axes = 1 if "1D" in class_name else None if "3D" in class_name else 2
+    sides = tuple(size) if isinstance(size, tuple | list) else (size,) * (axes or 0)
+    if channels is None or size is None or len(sides) != (axes or len(sides)) or not sides:
+        return None
+    sides = tuple(check_integer("sample_size", side, low=1, high=MAX_SIDE, remedy=_REMEDY) for side in sides)
+    channels = check_integer("in_channels", channels, low=1, high=MAX_SIDE, remedy=_REMEDY)
+    state = channels - sum(each.shape[0] for each in conditions.values() if each.concat_to_state)
+    predicted = told(config, "out_channels")
+    if predicted is None or predicted in (state, 2 * state):
+        return state, *sides
+    predicted = check_integer("out_channels", predicted, low=1, high=MAX_SIDE, remedy=_REMEDY)
+    if state > predicted:
+        shape = (state - predicted, *sides)
+        raise InputError(
+            got=f"a {class_name} that reads {channels} channels and predicts {predicted}",
+            expected=f"the other {state - predicted} channels as conditions",
+            remedy=f"pass conditions={{'concatenated': Condition({shape}, null='same', concat_to_state=True)}}, in the "
+            "order in which the network reads them where there are several",
+        )
+    raise InputError(
+        got=f"a {class_name} that predicts {predicted} channels for a state of {state}",
+        expected=f"{state}, or {2 * state} where the variance is learned",
+        remedy="check in_channels and out_channels of config.json, and the conditions with concat_to_state=True",
+    )
+
+
+def prompt_width(config: Any) -> int | None:
+    """Of the prompt embeddings that a network attends to; None where it attends to none."""
+    key = "encoder_hid_dim" if told(config, "encoder_hid_dim_type") == "text_proj" else "cross_attention_dim"
+    width = told(config, key)
+    return width[0] if isinstance(width, tuple | list) and width else width
+
+
+def _size(config: Any, key: str) -> int:
+    return check_integer(key, told(config, key), low=1, high=MAX_SIDE, remedy=_REMEDY)

@@ -1,0 +1,240 @@
+"""Networks of diffusers with all kinds of conditions, and the textbook's loop over each, as pipelines call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ControlNetModel, UNet1DModel
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection, get_timestep_embedding
+from engines import build
+from tiny_networks import tiny_text_unet
+from torch import Tensor, nn
+
+from skipstep import Condition, Engine, NoiseSchedule, Plan
+from skipstep.networks.graphs import Binding
+
+SCHEDULE = NoiseSchedule.scaled_linear()
+PLAN = Plan(schedule=SCHEDULE, steps=4, convention="paper", spacing="leading", clip=None)
+PROMPT, LATENTS, SCALE = (7, 24), (4, 8, 8), 2.5
+RNG = np.random.default_rng(0)
+# A few float32 evaluations and steps in another order of operations, relative to the largest value of a sample.
+TOLERANCE = 1e-5
+
+
+def rows(*shape: int, count: int = 2) -> np.ndarray:
+    return RNG.standard_normal((count, *shape), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A network, the options that complete its configuration, what a call passes, and how its own loop calls it.
+
+    `given` and `without` have a row for each of two samples: with the conditions, and of the unconditional half.
+    `told`: the names of conditions that the configuration told; `hoisted`: whose values cross into the loop.
+    """
+
+    network: Callable[[], nn.Module]
+    call: Callable[..., Any]
+    given: dict[str, Any]
+    without: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    told: tuple[str, ...] = ()
+    shape: tuple[int, ...] = LATENTS
+    from_guidance: bool = False
+    hoisted: Binding = Binding.PROMPT
+
+    @property
+    def passed(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """conditions=, negative_conditions=: what guidance cannot find itself."""
+        return self.given, {name: rows for name, rows in self.without.items() if rows is not None}
+
+
+def controlnet_residuals() -> dict[str, np.ndarray]:
+    torch.manual_seed(1)
+    control = ControlNetModel(
+        in_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        cross_attention_dim=24,
+        attention_head_dim=8,
+        conditioning_embedding_out_channels=(8, 16),
+    ).eval()
+    for parameter in control.parameters():  # Its output layers begin at zero.
+        nn.init.normal_(parameter, std=0.05)
+    state, hint = torch.from_numpy(rows(*LATENTS)), torch.from_numpy(rows(3, 16, 16))
+    with torch.inference_mode():
+        down, mid = control(state, 500, torch.from_numpy(rows(*PROMPT)), hint, return_dict=False)
+    found = {f"down_block_additional_residuals_{i}": each.numpy() for i, each in enumerate(down)}
+    return {**found, "mid_block_additional_residual": mid.numpy()}
+
+
+def ip_adapter() -> nn.Module:
+    unet: Any = tiny_text_unet()
+    unet.encoder_hid_proj = MultiIPAdapterImageProjection([ImageProjection(12, 24, num_image_text_embeds=3)])
+    unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    processors = dict(unet.attn_processors)
+    for name in processors:
+        if name.endswith("attn2.processor"):
+            hidden = unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
+            processors[name] = IPAdapterAttnProcessor2_0(hidden, cross_attention_dim=24, num_tokens=(3,))
+    unet.set_attn_processor(processors)
+    return unet.eval()
+
+
+def sequence() -> nn.Module:
+    torch.manual_seed(0)
+    return UNet1DModel(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(32, 32),
+        down_block_types=("DownBlock1DNoSkip", "DownBlock1D"),
+        up_block_types=("UpBlock1D", "UpBlock1DNoSkip"),
+        extra_in_channels=64,
+    ).eval()
+
+
+def guidance_embedding(scale: float, count: int) -> Tensor:
+    """As the pipelines of consistency models have it: sines before cosines, 1000·(scale - 1)."""
+    return get_timestep_embedding(torch.full((count,), 1000 * (scale - 1)), 16, downscale_freq_shift=1)
+
+
+RESIDUALS = controlnet_residuals()
+PROMPTS = {"encoder_hidden_states": rows(*PROMPT)}
+NEGATIVE = {"encoder_hidden_states": rows(*PROMPT)}
+TEXT = {"prompt_shape": PROMPT}
+MASK = np.arange(7) < np.array([[3], [6]])
+FAMILIES = {
+    "SDXL": Family(
+        lambda: tiny_text_unet(
+            addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=68
+        ),
+        lambda unet, x, t, p, text_embeds, time_ids: unet(
+            x, t, p, added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids}
+        ),
+        {**PROMPTS, "text_embeds": rows(20), "time_ids": np.float32([[8, 8, 0, 0, 8, 8], [8, 8, 2, 1, 8, 8]])},
+        {**NEGATIVE, "text_embeds": rows(20)},
+        TEXT,
+        ("text_embeds", "time_ids"),
+        hoisted=Binding.CALL,
+    ),
+    "LCM": Family(
+        lambda: tiny_text_unet(time_cond_proj_dim=16),
+        lambda unet, x, t, p: unet(x, t, p, timestep_cond=guidance_embedding(SCALE, len(x))),
+        PROMPTS,
+        {},
+        TEXT,
+        ("timestep_cond",),
+        from_guidance=True,
+        hoisted=Binding.CALL,
+    ),
+    "inpainting": Family(
+        lambda: tiny_text_unet(in_channels=9),
+        lambda unet, x, t, p, mask, masked_image: unet(torch.cat([x, mask, masked_image], 1), t, p),
+        {**PROMPTS, "mask": (rows(1, 8, 8) > 0).astype(np.float32), "masked_image": rows(4, 8, 8)},
+        NEGATIVE,
+        {
+            **TEXT,
+            "conditions": {
+                "mask": Condition((1, 8, 8), null="same", concat_to_state=True),
+                "masked_image": Condition((4, 8, 8), null="same", concat_to_state=True),
+            },
+        },
+    ),
+    "super-resolution": Family(
+        lambda: tiny_text_unet(in_channels=7, num_class_embeds=50),
+        lambda unet, x, t, p, class_labels, image: unet(torch.cat([x, image], 1), t, p, class_labels),
+        {**PROMPTS, "class_labels": np.array([20, 3]), "image": rows(3, 8, 8)},
+        NEGATIVE,
+        {**TEXT, "conditions": {"image": Condition((3, 8, 8), null="same", concat_to_state=True)}},
+        hoisted=Binding.CALL,
+    ),
+    "ControlNet": Family(
+        tiny_text_unet,
+        lambda unet, x, t, p, *residuals: unet(
+            x, t, p, down_block_additional_residuals=residuals[:-1], mid_block_additional_residual=residuals[-1]
+        ),
+        {**PROMPTS, **RESIDUALS},
+        {**NEGATIVE, **{name: np.zeros_like(each) for name, each in RESIDUALS.items()}},
+        {**TEXT, "conditions": {name: Condition(each.shape[1:]) for name, each in RESIDUALS.items()}},
+    ),
+    "attention mask": Family(
+        tiny_text_unet,
+        lambda unet, x, t, p, encoder_attention_mask: unet(x, t, p, encoder_attention_mask=encoder_attention_mask),
+        {**PROMPTS, "encoder_attention_mask": MASK},
+        {**NEGATIVE, "encoder_attention_mask": ~MASK},
+        {**TEXT, "conditions": {"encoder_attention_mask": Condition((7,), "bool")}},
+    ),
+    "IP-Adapter": Family(
+        ip_adapter,
+        lambda unet, x, t, p, image_embeds_0: unet(x, t, p, added_cond_kwargs={"image_embeds": [image_embeds_0]}),
+        {**PROMPTS, "image_embeds_0": rows(1, 12)},
+        {**NEGATIVE, "image_embeds_0": None},  # Its null is zeros.
+        TEXT,
+        ("image_embeds_0",),
+    ),
+    "number labels": Family(
+        lambda: tiny_text_unet(class_embed_type="projection", projection_class_embeddings_input_dim=10),
+        lambda unet, x, t, p, class_labels: unet(x, t, p, class_labels),
+        {**PROMPTS, "class_labels": rows(10)},
+        {**NEGATIVE, "class_labels": rows(10)},
+        TEXT,
+        ("class_labels",),
+        hoisted=Binding.CALL,
+    ),
+    "sequence": Family(sequence, lambda unet, x, t: unet(x, t), {}, shape=(3, 32), hoisted=Binding.PLAN),
+}
+GUIDED = [name for name, family in FAMILIES.items() if family.given]
+X_T = {name: rows(*family.shape) for name, family in FAMILIES.items()}
+
+
+@cache
+def engine_of(name: str, backend: str) -> Engine:
+    family = FAMILIES[name]
+    return build(family.network(), plans=[PLAN], schedule=None, batch_sizes=[2], backend=backend, **family.options)
+
+
+@torch.inference_mode()
+def textbook(name: str, *, guided: bool) -> np.ndarray:
+    """DDIM (eq. 12 of the paper, eta 0), with the network called as its own pipelines call it."""
+    family = FAMILIES[name]
+    network, doubled = family.network(), guided and not family.from_guidance
+    values = [torch.from_numpy(np.asarray(each)) for each in family.given.values()]
+    if doubled:
+        nulls = []
+        for key, each in zip(family.given, values, strict=True):
+            null = family.without.get(key, each)
+            nulls.append(torch.zeros_like(each) if null is None else torch.as_tensor(null))
+        values = [torch.cat(both) for both in zip(values, nulls, strict=True)]
+    alpha_bar = torch.tensor(SCHEDULE.alpha_bar, dtype=torch.float64)
+    x = torch.from_numpy(X_T[name]).double()
+    for t, s in zip(PLAN.timesteps, (*PLAN.timesteps[1:], None), strict=True):
+        a = alpha_bar[int(t)]
+        p = torch.tensor(PLAN.final_alpha_bar).double() if s is None else alpha_bar[int(s)]
+        state = torch.cat([x, x]) if doubled else x
+        eps = family.call(network, state.float(), torch.full((len(state),), int(t)), *values).sample.double()
+        if doubled:
+            conditional, unconditional = eps.chunk(2)
+            eps = unconditional + SCALE * (conditional - unconditional)
+        x = p.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - p).sqrt() * eps
+    return x.numpy()
+
+
+def arguments(name: str, *, guided: bool) -> dict[str, Any]:
+    given, without = FAMILIES[name].passed
+    found: dict[str, Any] = {"plan": PLAN, "x_T": X_T[name], "conditions": given}
+    if guided:
+        found |= {"guidance_scale": SCALE, "negative_conditions": without}
+    return found
+
+
+def assert_drawn(found: np.ndarray, expected: np.ndarray) -> None:
+    assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max()
