@@ -42,8 +42,8 @@ BFLOAT16_ULP = 2.0**-7
 GROUP_NORM = 4e-6
 
 # The same sample alone and in a batch, pixels in [-1, 1]: a convolution may sum in another order at another batch size
-# (float32, a few layers), and a loop of a few steps carries that on.
-BATCH_INVARIANCE = 1e-4
+# (float32, a few layers), and a loop of a few steps carries that on. torch is off by up to 1.2e-4 with AVX-512 of AMD.
+BATCH_INVARIANCE = 3e-4
 
 # Two float32 implementations of one network over a few guided steps, pixels in [-1, 1].
 BACKENDS_AGREE = 1e-3

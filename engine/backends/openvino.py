@@ -35,8 +35,9 @@ from skipstep.backends.openvino_library import (
 from skipstep.backends.prefetch import Lazy
 from skipstep.calls.conditioning import Conditioning
 from skipstep.errors import ExportError
+from skipstep.networks.condition import MAX_ELEMENTS
 from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs, Values
-from skipstep.networks.spec import MAX_ELEMENTS, NetworkSpec
+from skipstep.networks.spec import NetworkSpec
 
 __all__ = ["capabilities", "denoisers"]
 

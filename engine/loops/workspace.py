@@ -122,7 +122,7 @@ class Workspace:
         # What the step inputs follow from: the stages of the plan block, the conditions' bytes; and the values that all
         # stages share. Whether those of a stage follow from the conditions, too, is seen when they are computed.
         self._stages: Stages | None = None
-        self._conditions: tuple[bytes | None, ...] | None = None
+        self._conditions: tuple[tuple[str, bytes], ...] | None = None
         self._values: dict[str, NDArray[Any]] = {}
         self._stages_depend = True
         self.state = self._call.tensors["state"]

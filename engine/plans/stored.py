@@ -31,6 +31,11 @@ def with_tables(plan: Plan, coefficients: NDArray[np.float32], evaluation_timest
         array = array.copy()
         array.setflags(write=False)
         object.__setattr__(stored, name, array)
-    tables = {"evaluation_timesteps": stored.evaluation_timesteps, "coefficients": stored.coefficients}
-    object.__setattr__(stored, "key", plan_key(stored.stage_flags, stored.thresholding, **tables))
+    key = plan_key(
+        stored.stage_flags,
+        stored.thresholding,
+        evaluation_timesteps=stored.evaluation_timesteps,
+        coefficients=stored.coefficients,
+    )
+    object.__setattr__(stored, "key", key)
     return stored
