@@ -32,10 +32,14 @@ from skipstep.export.onnx_roles import (
     choose_output,
     declared,
     free_inputs,
+    further_conditions,
 )
+from skipstep.export.onnx_state import SCALED, scaled_state
+from skipstep.networks.condition import Condition
 from skipstep.networks.graphs import BATCH, PREDICTION, SAMPLE
-from skipstep.networks.spec import NetworkSpec
+from skipstep.networks.spec import NetworkSpec, check_conditions
 
+_ELEMENTS = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "bool": TensorProto.BOOL}
 _INSIDE = "file/"  # Before every name of the file's, so that none is one of ours.
 
 
@@ -67,6 +71,7 @@ def read_onnx(
     null_label: int | None = None,
     prompt_shape: tuple[int, int] | None = None,
     fractional_timesteps: bool | None = None,
+    conditions: Mapping[str, Condition] | None = None,
     **time: Any,
 ) -> OnnxNetwork:
     """Read `path`. `inputs` are names of the file by ours; `config` is the network's diffusers configuration, where one
@@ -76,7 +81,11 @@ def read_onnx(
     """
     said = check_names(inputs)
     model = read_onnx_model(path)
-    roles, guessed = assign_roles(free_inputs(model.graph), said)
+    found = free_inputs(model.graph)
+    roles, guessed = assign_roles(found, said)
+    others, further = further_conditions(found, roles, check_conditions(conditions))
+    guessed += further
+    by_name = {each.name: each for each in found}
     output = choose_output(declared(model.graph.output), said.get(PREDICTION), roles[SAMPLE])
     shape = _shape(roles[SAMPLE], sample_shape, _configured_shape(config), "sample_shape", "(4, 64, 64)")
     prompts = None
@@ -108,10 +117,23 @@ def read_onnx(
                 remedy="leave fractional_timesteps out",
             )
         takes_fractions = fractional_timesteps
+    if not takes_fractions and time.get("time_input", "timestep") != "timestep":
+        raise InputError(
+            got=f"time_input={time['time_input']!r} for a network that takes {roles[TIMESTEP]}",
+            expected="a time in floating point",
+            remedy="leave time_input out",
+        )
     spec = NetworkSpec(
-        shape, num_classes, null_label, fractional_timesteps=takes_fractions, prompt_shape=prompts, **time
+        shape,
+        num_classes,
+        null_label,
+        fractional_timesteps=takes_fractions,
+        prompt_shape=prompts,
+        conditions=others,
+        **time,
     )
     batch = roles[SAMPLE].dims[0]
+    roles |= {name: by_name[name] for name in others}
     graph, channels = _standard(modernised(model, path), roles, output.name, spec, batch)
     if channels != spec.sample_shape[0]:
         spec = replace(spec, learns_variance=True)
@@ -242,14 +264,11 @@ def _set_interface(model: ModelProto, roles: Mapping[str, FileValue], output: st
         SAMPLE: (TensorProto.FLOAT, spec.sample_shape),
         TIMESTEP: (TensorProto.FLOAT if spec.fractional_timesteps else TensorProto.INT64, ()),
     }
-    if spec.prompt_shape is not None:
-        ours[PROMPTS] = (TensorProto.FLOAT, spec.prompt_shape)
-    if LABELS in roles:
-        ours[LABELS] = (TensorProto.INT64, ())
-    before = []
+    ours |= {name: (_ELEMENTS[each.dtype], each.shape) for name, each in spec.all_conditions.items()}
+    before = scaled_state(graph, spec)
     for role, (_, shape) in ours.items():
         value, inner = roles[role], _INSIDE + roles[role].name
-        given = role
+        given = SCALED if role == SAMPLE and before else role
         if len(value.dims) > 1 + len(shape):
             axes = f"{role}/axes"
             trailing = list(range(1, len(value.dims)))

@@ -14,6 +14,7 @@ from onnx import GraphProto, TensorProto, ValueInfoProto
 
 from skipstep.calls.conditioning import LABELS, PROMPTS
 from skipstep.errors import InputError, ModelFormatError, check_text, shown
+from skipstep.networks.condition import Condition
 from skipstep.networks.graphs import PREDICTION, SAMPLE
 
 TIMESTEP: Final = "timestep"
@@ -126,7 +127,7 @@ def check_names(inputs: object) -> dict[str, str]:
 
 
 def assign_roles(found: Sequence[FileValue], said: Mapping[str, str]) -> tuple[dict[str, FileValue], list[str]]:
-    """The input of each role, and what of that was guessed, in words.
+    """The input of each role, and what of that was guessed, in words. Inputs that are left are conditions.
 
     Raises InputError for names that are not there or do not fit, ModelFormatError where a role stays open.
     """
@@ -167,14 +168,42 @@ def assign_roles(found: Sequence[FileValue], said: Mapping[str, str]) -> tuple[d
                     guessed.append(f"{role.name} is {candidates[0].name!r}, by {reason}")
             elif by_shape and role.required:
                 raise _lacks(role, listed, found)
-    further = [str(each) for each in found if each not in chosen.values()]
-    if further:
-        raise ModelFormatError(
-            got=f"a network that also reads {', '.join(further)}",
-            expected=f"at most {', '.join(role.name for role in ROLES)}",
-            remedy="export it again with these as constants: wrap the network in a module that fills them in",
-        )
     return chosen, guessed
+
+
+def further_conditions(
+    found: Sequence[FileValue], chosen: Mapping[str, FileValue], said: Mapping[str, Condition]
+) -> tuple[dict[str, Condition], list[str]]:
+    """The conditions that the other inputs of the file are, by its own names, and what of that was guessed, in words.
+
+    Raises InputError for a condition that the file does not read, ModelFormatError where a shape is open.
+    """
+    further = {each.name: each for each in found if each not in chosen.values()}
+    for name, condition in said.items():
+        if name not in further or condition.concat_to_state:
+            raise InputError(
+                got=f"the condition {name!r}, {condition}, for a network that also reads "
+                f"{', '.join(further) or 'nothing'}",
+                expected="one of these, without concat_to_state: the file's own input is the condition",
+                remedy="name the condition as the file's input, or leave it out",
+            )
+    conditions, guessed = {}, []
+    for name, value in further.items():
+        if name in said:
+            conditions[name] = said[name]
+            continue
+        dtype = "float32" if value.is_float else "int64" if value.is_integer else "bool"
+        if None in value.dims[1:] or not (value.is_float or value.is_integer or value.elem_type == TensorProto.BOOL):
+            raise ModelFormatError(
+                got=f"a network that also reads {value}",
+                expected="an input of a known shape, of floats, integers or truth values",
+                remedy=f"pass conditions={{{name!r}: Condition(shape)}}, or export it again with that as a constant",
+            )
+        shape = tuple(dim for dim in value.dims[1:] if dim is not None)
+        shape = () if value.one_per_sample else shape
+        conditions[name] = Condition(shape, dtype, null="same")  # type: ignore[arg-type]
+        guessed.append(f"{name!r} is a condition of shape {shape}, the same in both halves of guidance")
+    return conditions, guessed
 
 
 def _lacks(role: Role, listed: str, found: Sequence[FileValue]) -> ModelFormatError:

@@ -19,7 +19,7 @@ from skipstep.networks.graphs import SAMPLE, StepInputs
 from skipstep.networks.spec import NetworkSpec
 
 # ONNX's numbers for element types.
-_DTYPES = {1: np.float32, 6: np.int32, 7: np.int64, 10: np.float16, 11: np.float64}
+_DTYPES = {1: np.float32, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16, 11: np.float64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,9 @@ class FileDenoiser:
     def _given(self, each: FileInput, values: StepInputs, stage: int, sample: int) -> NDArray[np.generic]:
         if each.role == SAMPLE:
             row = self.input[sample]
+            if self._spec.state != "vp":
+                table, rows = values.row("timestep", stage)
+                row = row * self._spec.state_scale(table[rows[sample]])
         else:
             table, rows = values.row(each.role, stage)
             row = table[rows[sample]]

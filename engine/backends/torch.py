@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, Target
 from skipstep.backends.module_call import ModuleCall
-from skipstep.backends.state_scale import StateScale
 from skipstep.calls.condition_rows import filled_rows
 from skipstep.calls.conditioning import Conditioning, distinct
 from skipstep.errors import InputError
@@ -35,11 +34,12 @@ class DenoisingModule(nn.Module):
         super().__init__()
         self.network = network
         self._call = ModuleCall.of(network, {} if spec is None else spec.all_conditions)
-        self._scale = None if spec is None or spec.state == "vp" else StateScale(spec)
+        self._spec = spec
 
     def forward(self, sample: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
-        if self._scale is not None:
-            sample = self._scale(sample, timestep)
+        if self._spec is not None and self._spec.state != "vp":
+            scale = self._spec.state_scale(timestep.float(), of=torch)
+            sample = sample * scale.to(sample.dtype).reshape(-1, *[1] * (sample.ndim - 1))
         sample, arguments, keywords = self._call.arranged(sample, conditions)
         output = self.network(sample, timestep, *arguments, **keywords)
         if isinstance(output, Tensor):

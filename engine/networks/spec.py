@@ -27,7 +27,7 @@ from skipstep.errors import (
 )
 from skipstep.networks.condition import MAX_RANK, Condition, Side, check_shape
 from skipstep.networks.families import config_conditions, prompt_width, state_shape
-from skipstep.plans.parameterization import STATES, TIME_INPUTS, State, TimeInput
+from skipstep.plans.parameterization import STATES, TIME_INPUTS, State, TimeInput, state_scale
 from skipstep.storage.untrusted import ADDED_LATER, Length, Within
 
 if TYPE_CHECKING:
@@ -194,6 +194,11 @@ class NetworkSpec:
     def can_guide(self) -> bool:
         """Whether it can predict with and without its conditions, as classifier-free guidance needs."""
         return not self.takes_guidance and any(each.null != "same" for each in self.all_conditions.values())
+
+    def state_scale(self, time: Any, *, of: Any = np) -> Any:
+        """What it reads, against a plan's state, at its time inputs (skipstep.plans.parameterization)."""
+        options = {"state": self.state, "time_input": self.time_input, "sigma_data": self.sigma_data}
+        return state_scale(time, **options, of=of)  # type: ignore[arg-type]
 
     @property
     def timestep_dtype(self) -> type[np.float32] | type[np.int64]:

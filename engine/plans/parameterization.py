@@ -16,7 +16,7 @@ d is sigma_data, the spread of the data, and c_noise is ln(sigma)/4. `log_snr` i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 
@@ -28,6 +28,31 @@ TimeInput = Literal["timestep", "sigma", "c_noise", "log_snr", "alpha_bar", "flo
 State = Literal["vp", "ve", "edm", "flow"]
 STATES: tuple[str, ...] = get_args(State)
 FLOW_TIMESTEPS: Final = 1000.0
+
+
+def state_scale(time: Any, *, state: str, time_input: str, sigma_data: float | None, of: Any = np) -> Any:
+    """What a network's state is, against x, at its time inputs, an array of the module `of`: numpy or torch.
+
+    image and noise are the weights of x0 and eps, up to a factor: sigma, noise/image, may be infinite.
+    """
+    one = of.ones_like(time)
+    match time_input:
+        case "sigma":
+            image, noise = one, time
+        case "c_noise":
+            image, noise = one, of.exp(4 * time)
+        case "log_snr":
+            image, noise = one, of.exp(-time / 2)
+        case "alpha_bar":
+            image, noise = of.sqrt(time), of.sqrt(1 - time)
+        case _:
+            image, noise = 1 - time / FLOW_TIMESTEPS, time / FLOW_TIMESTEPS
+    both = of.sqrt(image * image + noise * noise)
+    if state == "ve":
+        return both / image
+    if state == "edm":
+        return both / of.sqrt(noise * noise + (sigma_data or 0.0) ** 2 * image * image)
+    return both / (image + noise)
 
 
 def noise_to_signal(alpha_bars: Levels) -> Levels:

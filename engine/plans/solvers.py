@@ -16,7 +16,8 @@ probability-flow ODE is dx̄/ds = eps, so the classical rules apply as they stan
     ipndm           on eps, with its weights for equal steps (Liu et al. 2022, arXiv 2202.09778)  order 2, S
     and:
     flow_heun       Heun's rule in s of flow matching: the slope is eps - x0                      order 2, 2S - 1
-    lcm             x0 of a consistency model, and fresh noise (arXiv 2310.04378, algorithm 3)    stochastic, S
+    consistency     x0 and fresh noise (Song et al. 2023, arXiv 2303.01469, algorithm 1)          stochastic, S
+    lcm             the same, x0 mixed with the state (arXiv 2310.04378, algorithm 3)             stochastic, S
     ddpm            the posterior mean and a variance (Ho et al. 2020, arXiv 2006.11239, eq. 7)   stochastic, S
     ddim_inversion  Euler's rule from the image up to the noise                                   order 1, S
     fitted          weights that were fitted to a network's own trajectories (skipstep.fitting)   S
@@ -180,14 +181,19 @@ def flow_heun(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
     return weights
 
 
+def consistency(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
+    """The image that a consistency model predicts, noised anew for the next level."""
+    weights = one_row_per_step(alpha_bars)
+    weights.c_x0, weights.sigma = np.sqrt(alpha_bars[1:]), np.sqrt(1.0 - alpha_bars[1:])
+    return weights
+
+
 def lcm(alpha_bars: Levels, options: SolverOptions) -> UpdateWeights:
     """The image of a consistency model, c_skip·x + c_out·x0, and noise for the next level; sigma_data is 0.5, and the
     time that scales them ten times the timestep, as it was trained."""
-    weights = one_row_per_step(alpha_bars)
-    p, time = alpha_bars[1:], 10.0 * options.timesteps
-    weights.c_x = np.sqrt(p) * 0.25 / (time**2 + 0.25)
-    weights.c_x0 = np.sqrt(p) * time / np.sqrt(time**2 + 0.25)
-    weights.sigma = np.sqrt(1.0 - p)
+    weights, time = consistency(alpha_bars, options), 10.0 * options.timesteps
+    weights.c_x = weights.c_x0 * 0.25 / (time**2 + 0.25)
+    weights.c_x0 *= time / np.sqrt(time**2 + 0.25)
     return weights
 
 
@@ -223,6 +229,7 @@ SOLVERS: Mapping[str, Solver] = {
     "dpm_solver_1": Solver(dpm_solver_1),
     "dpm_solver_2": Solver(dpm_solver_2, takes=frozenset({"midpoints"}), sees_clip_in_eps=True, diverges_at_zero=True),
     "flow_heun": Solver(flow_heun, sees_clip_in_eps=True),
+    "consistency": Solver(consistency),
     "lcm": Solver(lcm),
     "dpm_solver_pp_2m": Solver(partial(dpm_solver_pp, order=2)),
     "dpm_solver_pp_3m": Solver(partial(dpm_solver_pp, order=3), diverges_at_zero=True),

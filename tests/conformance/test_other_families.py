@@ -147,7 +147,7 @@ def test_a_bundle_keeps_what_its_network_reads(tmp_path):
         (InputError, {"state": "latent", "time_input": "sigma"}, "one of vp, ve"),
         (InputError, {"time_input": "sigma", "sigma_data": 1.0}, "leave sigma_data out"),
         (InputError, {"time_input": "sigma", "state": "edm", "sigma_data": -1.0}, "sigma_data"),
-        (PlanError, {"time_input": "sigmas"}, "one of timestep, sigma"),
+        (InputError, {"time_input": "sigmas"}, "one of timestep, sigma"),
         (PlanError, {"plans": [Plan(schedule=NoiseSchedule.karras(4), steps=2)], "time_input": "sigma"}, "time_input="),
     ],
 )

@@ -4,9 +4,10 @@ import pytest
 from onnx import TensorProto
 
 from skipstep.errors import InputError, ModelFormatError
-from skipstep.export.onnx_roles import FileValue, assign_roles, check_names, choose_output
+from skipstep.export.onnx_roles import FileValue, assign_roles, check_names, choose_output, further_conditions
+from skipstep.networks.condition import Condition
 
-FLOAT, INT = TensorProto.FLOAT, TensorProto.INT64
+FLOAT, INT, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 STATE = FileValue("x", FLOAT, (None, 1, 8, 8))
 TIME = FileValue("t", INT, (None,))
 
@@ -67,15 +68,30 @@ def test_several_candidates_and_the_remedy(names):
         roles(*found)
     said = eval(caught.value.remedy.split("inputs=")[1])
     assert said == {"timestep": names[0]}
-    # Then the other is what is left over, and said to be.
-    with pytest.raises(ModelFormatError, match=f"also reads {names[1]} float32"):
-        roles(*found, **said)
+    # Then the other is a condition.
+    chosen, _ = assign_roles(found, said)
+    assert further_conditions(found, chosen, {})[0] == {names[1]: Condition((), null="same")}
 
 
-def test_inputs_that_belong_to_nothing():
-    with pytest.raises(ModelFormatError, match=r"also reads time_ids float32 \[\?, 6\]") as caught:
-        roles(STATE, TIME, FileValue("time_ids", FLOAT, (None, 6)))
-    assert "as constants" in caught.value.remedy
+def test_other_inputs_are_conditions():
+    others = [FileValue("time_ids", FLOAT, (None, 6)), FileValue("kind", INT, (1,)), FileValue("flag", BOOL, (None,))]
+    chosen, _ = assign_roles([STATE, TIME, *others], {})
+    found, guessed = further_conditions([STATE, TIME, *others], chosen, {"kind": Condition((), "int64", 7)})
+    assert found == {
+        "time_ids": Condition((6,), null="same"),
+        "kind": Condition((), "int64", 7),
+        "flag": Condition((), "bool", null="same"),
+    }
+    assert len(guessed) == 2
+    assert "'time_ids' is a condition of shape (6,)" in guessed[0]
+    for name, condition in (("other", Condition()), ("kind", Condition((1, 8, 8), concat_to_state=True))):
+        with pytest.raises(InputError, match="also reads time_ids, kind, flag"):
+            further_conditions([STATE, TIME, *others], chosen, {name: condition})
+    open_shape = FileValue("mask", FLOAT, (None, None))
+    with pytest.raises(ModelFormatError, match=r"also reads mask float32 \[\?, \?\]") as caught:
+        further_conditions([open_shape], {}, {})
+    assert "conditions={'mask': Condition(shape)}" in caught.value.remedy
+    assert further_conditions([open_shape], {}, {"mask": Condition((5,))})[0] == {"mask": Condition((5,))}
 
 
 @pytest.mark.parametrize("said", [{"timestep": "nothing"}, {"timestep": "x"}, {"sample": "t"}])

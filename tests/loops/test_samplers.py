@@ -90,6 +90,7 @@ def test_evaluations_are_counted_and_stated():
         "ddpm": 10,
         "heun": 19,
         "flow_heun": 19,
+        "consistency": 10,
         "lcm": 10,
         "rk4": 37,
         "dpm_solver_1": 10,
