@@ -78,7 +78,7 @@ def _image_embeds(module: Any, given: Mapping[str, Condition]) -> dict[str, Cond
     if any(name.startswith("image_embeds") for name in given):
         return {}
     layers = getattr(getattr(module, "encoder_hid_proj", None), "image_projection_layers", ())
-    widths = [getattr(getattr(layer, "image_embeds", None), "in_features", None) for layer in layers]
+    widths: list[Any] = [getattr(getattr(layer, "image_embeds", None), "in_features", None) for layer in layers]
     if not widths or None in widths:
         raise InputError(
             got="encoder_hid_dim_type='ip_image_proj' with image embeddings of unknown shape",
@@ -122,8 +122,9 @@ def state_shape(config: Any, class_name: str, conditions: Mapping[str, Condition
 def prompt_width(config: Any) -> int | None:
     """Of the prompt embeddings that a network attends to; None where it attends to none."""
     key = "encoder_hid_dim" if told(config, "encoder_hid_dim_type") == "text_proj" else "cross_attention_dim"
-    width = told(config, key)
-    return width[0] if isinstance(width, tuple | list) and width else width
+    told_width: Any = told(config, key)
+    width: int | None = told_width[0] if isinstance(told_width, tuple | list) and told_width else told_width
+    return width
 
 
 def _size(config: Any, key: str) -> int:
