@@ -19,7 +19,7 @@ from skipstep.backends.onnxruntime import EarlyGraphs
 from skipstep.calls.conditioning import distinct
 from skipstep.export.graph_writer import GraphWriter, rename_graph
 from skipstep.export.onnx_loop import INDEX_NAMES, StepNetwork
-from skipstep.networks.condition import Condition, embedding_frequencies
+from skipstep.networks.condition import Condition, embedding_frequencies, null_row
 from skipstep.networks.graphs import Binding, Partition
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.plan import Plan
@@ -99,14 +99,14 @@ def _write_conditioning(writer: GraphWriter, network: NetworkSpec, *, guided: bo
         else:
             other = f"negative_{name}" if condition.null == "given" else name
             if condition.fills:
-                row = condition.null_row()
+                row = null_row(condition)
                 null = numpy_helper.from_array(row.reshape(-1)[:1], "value")
                 other = writer.add("ConstantOfShape", writer.add("Shape", name), value=null)
             writer.add("Concat", name, other, axis=0, to=prefix + name)
 
 
 def _write_of_guidance(writer: GraphWriter, condition: Condition, name: str) -> None:
-    """As Condition.of_guidance, from the input guidance_scale [B]."""
+    """As guidance_rows, from the input guidance_scale [B]."""
     if condition.from_guidance == "scale":
         writer.add("Identity", "guidance_scale", to=name)
         return

@@ -1,4 +1,4 @@
-"""Networks of diffusers with all kinds of conditions, and the textbook's loop over each, as pipelines call it."""
+"""Networks of diffusers with all kinds of conditions, and the textbook's loop over each as pipelines call it."""
 
 from __future__ import annotations
 

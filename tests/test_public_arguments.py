@@ -92,8 +92,6 @@ CALLS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Plan.options": lambda path: {},
     "load": lambda path: {"path": BUNDLE, "allow_hard_links": True, "num_threads": 1},
     "Condition": lambda path: {"shape": (1, 4)},
-    "Condition.null_row": lambda path: {},
-    "Condition.of_guidance": lambda path: {"scales": np.ones(2, np.float32)},
     "NetworkSpec": lambda path: {"sample_shape": (1, 4, 4)},
     "NetworkSpec.of_module": lambda path: {"module": Labelled(), "sample_shape": (1, 4, 4)},
     "slerp": lambda path: {"a": NOISE[0], "b": NOISE[1], "weights": [0.0, 1.0]},

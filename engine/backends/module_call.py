@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -69,8 +69,11 @@ class ModuleCall:
         _check_items([place for _, place in places])
         return cls(tuple(channels), tuple(positional), tuple(places), bool(conditions))
 
-    def arranged(self, sample: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor], dict[str, Any]]:
-        """What the network reads as its state, its positional arguments after the timestep, and those by name."""
+    def arranged(
+        self, sample: Tensor, values: Sequence[Tensor], entries: Callable[[], dict[str, Any]] = dict
+    ) -> tuple[Tensor, Sequence[Tensor], dict[str, Any]]:
+        """What the network reads as its state, its positional arguments after the timestep, and those by name;
+        `entries` makes the mapping of an argument that is one."""
         if not self.known:
             return sample, values, {}
         if self.channels:
@@ -79,12 +82,28 @@ class ModuleCall:
         for number, place in self.places:
             target, key = keywords, place.argument
             if place.entry is not None:
-                target, key = keywords.setdefault(place.argument, {}), place.entry
+                target, key = keywords.setdefault(place.argument, entries()), place.entry
             if place.item is None:
                 target[key] = values[number]
             else:
                 target.setdefault(key, []).append(values[number])
         return sample, [values[number] for number in self.positional], keywords
+
+
+class Watched(dict[str, Any]):
+    """A mapping that knows which of its entries were read: networks ignore those that they do not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.seen.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.seen.add(key)
+        return super().get(key, default)
 
 
 def _parameters(network: nn.Module) -> tuple[set[str], bool]:

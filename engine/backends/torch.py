@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, Target
-from skipstep.backends.module_call import ModuleCall
+from skipstep.backends.module_call import ModuleCall, Watched
 from skipstep.calls.condition_rows import filled_rows
 from skipstep.calls.conditioning import Conditioning, distinct
 from skipstep.errors import InputError
@@ -37,10 +38,26 @@ class DenoisingModule(nn.Module):
         self._spec = spec
 
     def forward(self, sample: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
-        if self._spec is not None and self._spec.state != "vp":
-            scale = self._spec.state_scale(timestep.float(), of=torch)
-            sample = sample * scale.to(sample.dtype).reshape(-1, *[1] * (sample.ndim - 1))
-        sample, arguments, keywords = self._call.arranged(sample, conditions)
+        sample, arguments, keywords = self._call.arranged(self._scaled(sample, timestep), conditions)
+        return self._evaluated(timestep, sample, arguments, keywords)
+
+    def ignored(self, sample: Tensor, timestep: Tensor, *conditions: Tensor) -> tuple[Tensor, set[str]]:
+        """The prediction, and the conditions that the network did not look at."""
+        sample, arguments, keywords = self._call.arranged(self._scaled(sample, timestep), conditions, Watched)
+        output = self._evaluated(timestep, sample, arguments, keywords)
+        found = [each for each in keywords.values() if isinstance(each, Watched)]
+        return output, {name for each in found for name in each.keys() - each.seen}
+
+    def _scaled(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """The state as the network reads it (skipstep.plans.parameterization)."""
+        if self._spec is None or self._spec.state == "vp":
+            return sample
+        scale = self._spec.state_scale(timestep.float(), of=torch)
+        return sample * scale.to(sample.dtype).reshape(-1, *[1] * (sample.ndim - 1))
+
+    def _evaluated(
+        self, timestep: Tensor, sample: Tensor, arguments: Sequence[Tensor], keywords: Mapping[str, Any]
+    ) -> Tensor:
         output = self.network(sample, timestep, *arguments, **keywords)
         if isinstance(output, Tensor):
             return output
@@ -75,7 +92,7 @@ def prepare_module(network: nn.Module, spec: NetworkSpec) -> tuple[DenoisingModu
     ]
     with torch.inference_mode():
         try:
-            output = module(sample, timestep, *conditioning)
+            output, ignored = module.ignored(sample, timestep, *conditioning)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise InputError(
                 got=f"{type(error).__name__} from the network: {error}",
@@ -85,6 +102,12 @@ def prepare_module(network: nn.Module, spec: NetworkSpec) -> tuple[DenoisingModu
                 remedy="check sample_shape, prompt_shape, num_classes and conditions, or wrap the network in a module "
                 "with this signature",
             ) from error
+    if ignored:
+        raise InputError(
+            got=f"conditions that the network does not read: {', '.join(sorted(ignored))}",
+            expected="those that its configuration asks for",
+            remedy="leave them out, or check their names",
+        )
     learns_variance = output.shape == (1, *replace(spec, learns_variance=True).output_shape)
     if output.shape != sample.shape and not learns_variance:
         raise InputError(

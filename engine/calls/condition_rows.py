@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from skipstep.arrays import float32, from_dlpack, host_array, host_floats, is_tensor, number_array, unreadable
 from skipstep.errors import InputError, shown
-from skipstep.networks.condition import Condition
+from skipstep.networks.condition import Condition, guidance_rows, null_row
 from skipstep.networks.spec import LABELS, PROMPTS, NetworkSpec
 
 Rows = dict[str, NDArray[Any]]
@@ -54,12 +54,12 @@ def resolve_conditions(
             if condition.from_guidance is not None:
                 if half == 0:
                     ones = np.ones(1, np.float32)
-                    found[half][name] = condition.of_guidance(ones if scales is None else scales.reshape(-1))
+                    found[half][name] = guidance_rows(condition, ones if scales is None else scales.reshape(-1))
                 continue
             value = values.get(name)
             if value is None:
                 if half == 0 and condition.fills:
-                    found[half][name] = condition.null_row()
+                    found[half][name] = null_row(condition)
                 elif half == 0 or (guided and condition.null == "given"):
                     raise _missing(said, condition, half)
                 continue

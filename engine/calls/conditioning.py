@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from skipstep.networks.condition import null_row
 from skipstep.networks.spec import LABELS, PROMPTS
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _rows_of(name: str, condition: Condition, request: SampleRequest) -> tuple[N
     if request.guidance is not None:
         null = request.negative_conditions.get(name)
         if null is None:
-            null = condition.null_row() if condition.fills else values
+            null = null_row(condition) if condition.fills else values
         halves.append(null)
     if not condition.shape:
         return distinct(np.concatenate([np.broadcast_to(half, count) for half in halves]))

@@ -68,9 +68,14 @@ class Condition:
             )
         if self.from_guidance is None:
             return
-        known = self.from_guidance in ("embedding", "scale")
-        shape = len(self.shape) == 1 and self.shape[0] >= 4 if self.from_guidance == "embedding" else self.shape == ()
-        if not (known and shape) or self.dtype != "float32" or self.concat_to_state:
+        known = isinstance(self.from_guidance, str) and self.from_guidance in ("embedding", "scale")
+        embedded = len(self.shape) == 1 and self.shape[0] >= 4
+        if (
+            not known
+            or not (embedded if self.from_guidance == "embedding" else self.shape == ())
+            or self.dtype != "float32"
+            or self.concat_to_state
+        ):
             raise InputError(
                 got=f"from_guidance={shown(self.from_guidance)} for {self.dtype} {self.shape}",
                 expected="'embedding' of float32 (width,), at least 4, or 'scale' of float32 ()",
@@ -82,7 +87,7 @@ class Condition:
             return self.null in ("given", "same")
         if isinstance(self.null, bool | np.bool_):
             return self.dtype == "bool"
-        if not isinstance(self.null, int | float) or not math.isfinite(self.null) or abs(self.null) > 1 << 31:
+        if not isinstance(self.null, int | float) or not abs(self.null) <= 1 << 31:
             return False
         return self.dtype == "float32" or (self.dtype == "int64" and float(self.null).is_integer())
 
@@ -91,21 +96,23 @@ class Condition:
         """Whether `null` is a number."""
         return not isinstance(self.null, str)
 
-    def null_row(self) -> NDArray[Any]:
-        """`[1, *shape]` of what stands for none."""
-        return np.full((1, *self.shape), self.null, DTYPES[self.dtype])
 
-    def of_guidance(self, scales: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Rows `[B, *shape]` for guidance scales `[B]`.
+def null_row(condition: Condition) -> NDArray[Any]:
+    """`[1, *shape]` of what stands for none."""
+    return np.full((1, *condition.shape), condition.null, DTYPES[condition.dtype])
 
-        The embedding is that of Kingma et al. (arXiv 2107.00630) as consistency distillation uses it (arXiv
-        2310.04378): sines and cosines of 1000·(scale - 1).
-        """
-        if self.from_guidance == "scale":
-            return scales
-        angles = (scales - np.float32(1.0))[:, None] * embedding_frequencies(self.shape[0])
-        padding = np.zeros((len(scales), self.shape[0] % 2), np.float32)
-        return np.concatenate([np.sin(angles), np.cos(angles), padding], axis=1)
+
+def guidance_rows(condition: Condition, scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows `[B, *shape]` for guidance scales `[B]`.
+
+    The embedding is that of Kingma et al. (arXiv 2107.00630) as consistency distillation uses it (arXiv 2310.04378):
+    sines and cosines of 1000·(scale - 1).
+    """
+    if condition.from_guidance == "scale":
+        return scales
+    angles = (scales - np.float32(1.0))[:, None] * embedding_frequencies(condition.shape[0])
+    padding = np.zeros((len(scales), condition.shape[0] % 2), np.float32)
+    return np.concatenate([np.sin(angles), np.cos(angles), padding], axis=1)
 
 
 def embedding_frequencies(width: int) -> NDArray[np.float32]:

@@ -122,9 +122,9 @@ def state_shape(config: Any, class_name: str, conditions: Mapping[str, Condition
 def prompt_width(config: Any) -> int | None:
     """Of the prompt embeddings that a network attends to; None where it attends to none."""
     key = "encoder_hid_dim" if told(config, "encoder_hid_dim_type") == "text_proj" else "cross_attention_dim"
-    width: Any = told(config, key)
-    found: int | None = width[0] if isinstance(width, tuple | list) and width else width
-    return found
+    told_width: Any = told(config, key)
+    width: int | None = told_width[0] if isinstance(told_width, tuple | list) and told_width else told_width
+    return width
 
 
 def _size(config: Any, key: str) -> int:

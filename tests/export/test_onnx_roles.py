@@ -74,7 +74,7 @@ def test_several_candidates_and_the_remedy(names):
 
 
 def test_other_inputs_are_conditions():
-    others = [FileValue("time_ids", FLOAT, (None, 6)), FileValue("kind", INT, (1,)), FileValue("flag", BOOL, (None,))]
+    others = [FileValue("time_ids", FLOAT, (None, 6)), FileValue("kind", INT, (1, 1)), FileValue("flag", BOOL, (None,))]
     chosen, _ = assign_roles([STATE, TIME, *others], {})
     found, guessed = further_conditions([STATE, TIME, *others], chosen, {"kind": Condition((), "int64", 7)})
     assert found == {
