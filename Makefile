@@ -118,11 +118,17 @@ bench-baseline: $(VENV)/.dev
 readme-tables: $(VENV)/.dev
 	$(BIN)/python -m skipstep.bench.report bench/results $(READMES)
 
-# With fitted plans of more step counts than the bundle carries.
+# With fitted plans of more step counts than the bundle carries; and fitted plans alone on a second network, without
+# classes (bench/quality/train_unet.py has its recipe).
 evaluate: $(VENV)/.dev $(DATA)
 	test -d out/evaluated.bundle || { mkdir -p out && cp -r engine/demo/fashion-mnist.bundle out/tuned.bundle && \
 		$(BIN)/skipstep tune out/tuned.bundle --steps 5 10 --guidance 2 --rounds 4 && mv out/tuned.bundle out/evaluated.bundle; }
 	$(BIN)/skipstep evaluate --model out/evaluated.bundle --out bench/results/evaluation --data $(DATA)
+	test -d out/unconditional.bundle || { $(BIN)/skipstep export --model bench/quality/unconditional --steps 10 \
+		--license Apache-2.0 --out out/untuned.bundle --overwrite && $(BIN)/skipstep tune out/untuned.bundle --steps 4 5 6 8 10 \
+		--rounds 4 && mv out/untuned.bundle out/unconditional.bundle; }
+	$(BIN)/skipstep evaluate --model out/unconditional.bundle --tables fitted-plans --data $(DATA) \
+		--out bench/results/evaluation-unconditional
 
 bundle: $(VENV)/.dev
 	$(BIN)/skipstep export --model engine/demo/fashion-mnist --out engine/demo/fashion-mnist.bundle --overwrite \
