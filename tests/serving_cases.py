@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
+import torch
 from engines import build
 from tiny_networks import Labelled
 
@@ -42,3 +44,31 @@ def random_request(engine: Engine, rng: np.random.Generator, *, num_samples: int
         if rng.random() < 0.3:
             request["guidance_rescale"] = float(rng.uniform(0.1, 1.0))
     return request
+
+
+SECONDS = 60.0
+
+
+class Troubled(Labelled):
+    """NaN for the label 2, and an error for every batch that holds the label 1."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if (labels == 1).any():
+            raise RuntimeError("label 1")
+        return super().forward(x, t, labels).masked_fill((labels == 2).view(-1, 1, 1, 1), torch.nan)
+
+
+class Gate:
+    """A callback that holds the batcher's thread at its first step, until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached, self.opened, self.events = threading.Event(), threading.Event(), []
+
+    def __call__(self, event: Any) -> None:
+        self.events.append(event)
+        self.reached.set()
+        assert self.opened.wait(SECONDS)
+
+
+def workers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "skipstep-batcher"]
