@@ -47,7 +47,7 @@ def test_a_pipelines_prompts(pipeline):
     with pytest.raises(InputError, match=r"prompt_shape=\(77, 6\)"):
         open_model(whole)
     unet.register_to_config(addition_embed_type="text_time")
-    with pytest.raises(ModelFormatError, match="addition_embed_type"):
+    with pytest.raises(InputError, match="projection_class_embeddings_input_dim"):
         open_model(whole)
 
 

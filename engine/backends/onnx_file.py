@@ -16,7 +16,7 @@ from skipstep.backends.denoiser import Enqueue
 from skipstep.backends.onnxruntime import make_session, run_session
 from skipstep.calls.conditioning import Conditioning, distinct
 from skipstep.networks.graphs import SAMPLE, StepInputs
-from skipstep.networks.spec import NetworkSpec
+from skipstep.networks.spec import NetworkSpec, network_state_scale
 
 # ONNX's numbers for element types.
 _DTYPES = {1: np.float32, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16, 11: np.float64}
@@ -72,7 +72,7 @@ class FileDenoiser:
             row = self.input[sample]
             if self._spec.state != "vp":
                 table, rows = values.row("timestep", stage)
-                row = row * self._spec.state_scale(table[rows[sample]])
+                row = row * network_state_scale(self._spec, table[rows[sample]])
         else:
             table, rows = values.row(each.role, stage)
             row = table[rows[sample]]

@@ -19,7 +19,7 @@ from skipstep.calls.condition_rows import filled_rows
 from skipstep.calls.conditioning import Conditioning, distinct
 from skipstep.errors import InputError
 from skipstep.networks.graphs import StepInputs
-from skipstep.networks.spec import NetworkSpec
+from skipstep.networks.spec import NetworkSpec, network_state_scale
 
 NETWORK_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -52,7 +52,7 @@ class DenoisingModule(nn.Module):
         """The state as the network reads it (skipstep.plans.parameterization)."""
         if self._spec is None or self._spec.state == "vp":
             return sample
-        scale = self._spec.state_scale(timestep.float(), of=torch)
+        scale = network_state_scale(self._spec, timestep.float(), of=torch)
         return sample * scale.to(sample.dtype).reshape(-1, *[1] * (sample.ndim - 1))
 
     def _evaluated(

@@ -195,11 +195,6 @@ class NetworkSpec:
         """Whether it can predict with and without its conditions, as classifier-free guidance needs."""
         return not self.takes_guidance and any(each.null != "same" for each in self.all_conditions.values())
 
-    def state_scale(self, time: Any, *, of: Any = np) -> Any:
-        """What it reads, against a plan's state, at its time inputs (skipstep.plans.parameterization)."""
-        options = {"state": self.state, "time_input": self.time_input, "sigma_data": self.sigma_data}
-        return state_scale(time, **options, of=of)  # type: ignore[arg-type]
-
     @property
     def timestep_dtype(self) -> type[np.float32] | type[np.int64]:
         return np.float32 if self.fractional_timesteps else np.int64
@@ -215,7 +210,9 @@ class NetworkSpec:
         prompt_shape: tuple[int, int] | None = None,
         fractional_timesteps: bool | None = None,
         conditions: Mapping[str, Condition] | None = None,
-        **time: Any,
+        time_input: TimeInput = "timestep",
+        state: State = "vp",
+        sigma_data: float | None = None,
     ) -> "NetworkSpec":
         """Complete the arguments from a diffusers-style `module.config`; InputError if something is still missing."""
         config, name = getattr(module, "config", None), type(module).__name__
@@ -251,7 +248,9 @@ class NetworkSpec:
             fractional_timesteps=fractional_timesteps,
             prompt_shape=prompt_shape,
             conditions=conditions,
-            **time,
+            time_input=time_input,
+            state=state,
+            sigma_data=sigma_data,
         )
 
 
@@ -273,6 +272,11 @@ def check_conditions(given: Any) -> Mapping[str, Condition]:
                 remedy="pass conditions={'text_embeds': Condition((1280,))}",
             )
     return given
+
+
+def network_state_scale(network: NetworkSpec, time: Any, *, of: Any = np) -> Any:
+    """What it reads, against a plan's state, at its time inputs (skipstep.plans.parameterization)."""
+    return state_scale(time, state=network.state, time_input=network.time_input, sigma_data=network.sigma_data, of=of)
 
 
 def check_plan_fits(plan: "Plan", network: NetworkSpec) -> None:

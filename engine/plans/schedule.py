@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,6 +19,9 @@ from numpy.typing import ArrayLike, NDArray
 from skipstep.arrays import number_array
 from skipstep.errors import PlanError, ScheduleError, check_integer, check_number
 from skipstep.plans.diffusers_config import MAX_TIMESTEPS, read_diffusers_config
+
+# Noise to signal of a level whose alpha_bar is 1e-16, the last that 1 - alpha_bar tells from none.
+_MAX_SIGMA: Final = 1e8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,7 +112,7 @@ class NoiseSchedule:
         A plan over all T timesteps visits exactly these levels.
         """
         low = check_number("sigma_min", sigma_min, low=0.0, above=True, error=ScheduleError)
-        high = check_number("sigma_max", sigma_max, low=low, above=True, error=ScheduleError)
+        high = check_number("sigma_max", sigma_max, low=low, high=_MAX_SIGMA, above=True, error=ScheduleError)
         root = 1.0 / check_number("rho", rho, low=0.0, above=True, error=ScheduleError)
         sigmas = np.linspace(high**root, low**root, _checked_length(num_timesteps)) ** (1.0 / root)
         return cls.from_sigmas(sigmas, name=f"karras {low:g} to {high:g}")
@@ -130,10 +133,10 @@ class NoiseSchedule:
     def from_sigmas(cls, sigmas: ArrayLike, *, name: str = "sigmas") -> NoiseSchedule:
         """From noise to signal `[T]`, decreasing, the noisiest first: alpha_bar is 1/(1+sigma²)."""
         sigma = _float64_vector(sigmas, what="sigmas")
-        if not (np.all(sigma > 0.0) and np.all(np.diff(sigma) < 0.0)):
+        if not (np.all(sigma > 0.0) and sigma[0] <= _MAX_SIGMA and np.all(np.diff(sigma) < 0.0)):
             raise ScheduleError(
                 got=f"sigmas between {sigma.min():.6g} and {sigma.max():.6g}",
-                expected="positive numbers that decrease, the noisiest first",
+                expected=f"positive numbers up to {_MAX_SIGMA:g} that decrease, the noisiest first",
                 remedy="leave the last 0 of diffusers' scheduler.sigmas out: a plan ends without noise by itself",
             )
         return cls(1.0 / (1.0 + sigma[::-1] ** 2), name=name)

@@ -50,8 +50,8 @@ def read_scheduler_config(source: str | Path | Mapping[str, Any]) -> SchedulerCo
     """
     contents = scheduler_contents(source)
     class_name = contents.get("_class_name")
-    if class_name in FAMILIES:
-        return SchedulerConfig(**read_family(str(class_name), contents))
+    if isinstance(class_name, str) and class_name in FAMILIES:
+        return SchedulerConfig(**read_family(class_name, contents))
     read = read_diffusers_config(contents)
     schedule = NoiseSchedule.from_diffusers(contents)
     is_consistency = class_name == "LCMScheduler"

@@ -108,8 +108,8 @@ def _ascending(spacing: str, schedule: NoiseSchedule, steps: int, offset: int) -
     if spacing == "trailing":
         return _rounded_ratio(num_timesteps * np.arange(1, steps + 1), steps) - 1
     if spacing == "lcm":
-        numbers = _LCM_STEPS - _LCM_STEPS * np.arange(steps)[::-1] // steps
-        return numbers * (num_timesteps // _LCM_STEPS) - 1
+        count = min(_LCM_STEPS, num_timesteps)
+        return (count - count * np.arange(steps)[::-1] // steps) * (num_timesteps // count) - 1
     # i of S-1: with S = 1 the whole way.
     i, whole = (np.arange(steps), steps - 1) if steps > 1 else (np.ones(1, np.int64), 1)
     return _BY_SHARE[spacing](schedule, i, whole)

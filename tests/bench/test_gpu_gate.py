@@ -234,7 +234,8 @@ def test_the_correctness_tasks_run_the_tests_that_use_the_gpu():
         group, *lines = text.splitlines()
         found[group] = [line for line in lines if "::" in line]
     assert [line for line in found["kernels"] if "test_aot" in line] == [
-        "tests/kernels/test_aot.py::test_generated_code[device]"
+        "tests/kernels/test_aot.py::test_generated_code[device]",
+        "tests/kernels/test_aot.py::test_generated_code_of_norms[device]",
     ]
     assert sum("test_step_kernel" in line for line in found["kernels"]) > 20
     assert sum("test_cuda.py" in line for line in found["engine"]) > 10

@@ -23,7 +23,7 @@ from skipstep.edge.step_binary import StepBinaryFacts
 from skipstep.errors import InputError
 from skipstep.export.cubins import ARCHITECTURES, compile_step_kernels, needed_variants, parse_architecture
 from skipstep.kernels.layout import NUM_COLUMNS, StepFlags
-from skipstep.loops.stepwise import call_flags
+from skipstep.loops.contract import call_flags
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.stages import Stages
 
@@ -243,7 +243,7 @@ def test_variants_are_those_of_the_calls():
 
 
 def test_plans_need_the_variants_that_their_loop_runs():
-    """Against skipstep.loops.stepwise.call_flags, which decides for every call."""
+    """Against skipstep.loops.contract.call_flags, which decides for every call."""
     schedule = NoiseSchedule.linear()
     plans = [Plan(schedule=schedule, steps=5), Plan(schedule=schedule, steps=5, eta=1.0)]
     network = NetworkSpec((1, 4, 4), num_classes=10, null_label=10)

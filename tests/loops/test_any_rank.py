@@ -36,7 +36,7 @@ def device_engine(monkeypatch, kernel_device):
         pytest.skip("the stand-in device runs Triton's interpreter")
     device = FakeDevice()
     install(monkeypatch, device)
-    monkeypatch.setattr("skipstep.building._resolve_device", lambda name: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr("skipstep.building._resolve_device", lambda name, **_: SimpleNamespace(type="cuda"))
     monkeypatch.setattr("skipstep.cuda.device.CudaDevice", lambda torch_device: device)
     return engine_of
 
@@ -63,7 +63,7 @@ def test_kernels_draw_what_the_host_draws(shape, device_engine):
     on_device = device_engine(shape)
     assert on_device.captures
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skipstep.building._resolve_device", torch.device)
+        patch.setattr("skipstep.building._resolve_device", lambda name, **_: torch.device(name))
         host = engine_of(shape)
     for plan in PLANS.values():
         found, expected = on_device.sample(plan=plan, **CALL), host.sample(plan=plan, **CALL)

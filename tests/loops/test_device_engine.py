@@ -39,7 +39,7 @@ def device(monkeypatch, kernel_device):
         pytest.skip("on a GPU tests/test_cuda.py runs the engine itself")
     device = FakeDevice()
     install(monkeypatch, device)
-    monkeypatch.setattr("skipstep.building._resolve_device", lambda name: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr("skipstep.building._resolve_device", lambda name, **_: SimpleNamespace(type="cuda"))
     monkeypatch.setattr("skipstep.cuda.device.CudaDevice", lambda torch_device: device)
     return device
 
@@ -50,7 +50,7 @@ def build(network=None, **options) -> Engine:
 
 def on_the_cpu(network=None, **options) -> Engine:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skipstep.building._resolve_device", torch.device)
+        patch.setattr("skipstep.building._resolve_device", lambda name, **_: torch.device(name))
         return build(network, **options)
 
 

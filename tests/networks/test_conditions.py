@@ -74,7 +74,7 @@ def test_every_form_of_the_loop_reads_them(takes_guidance, monkeypatch, kernel_d
     engines = {backend: build(Conditioned(), backend=backend, **options) for backend in ("torch", "onnxruntime")}
     device = FakeDevice()
     install(monkeypatch, device)
-    monkeypatch.setattr("skipstep.building._resolve_device", lambda name: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr("skipstep.building._resolve_device", lambda name, **_: SimpleNamespace(type="cuda"))
     monkeypatch.setattr("skipstep.cuda.device.CudaDevice", lambda torch_device: device)
     engines["device"] = build(Conditioned(), **options)
     drawn = {name: engine.sample(plan=PLAN, **call) for name, engine in engines.items()}
