@@ -126,8 +126,8 @@ evaluate: $(VENV)/.dev $(DATA)
 	$(BIN)/skipstep evaluate --model out/evaluated.bundle --out bench/results/evaluation --data $(DATA)
 	test -d out/unconditional.bundle || { $(BIN)/skipstep export --model bench/quality/unconditional --steps 10 \
 		--license Apache-2.0 --out out/untuned.bundle --overwrite && $(BIN)/skipstep tune out/untuned.bundle --steps 4 5 6 8 10 \
-		--rounds 4 && mv out/untuned.bundle out/unconditional.bundle; }
-	$(BIN)/skipstep evaluate --model out/unconditional.bundle --tables fitted-plans --data $(DATA) \
+		--nodes 112 --rounds 4 && mv out/untuned.bundle out/unconditional.bundle; }
+	$(BIN)/skipstep evaluate --model out/unconditional.bundle --nodes 112 --tables fitted-plans --data $(DATA) \
 		--out bench/results/evaluation-unconditional
 
 bundle: $(VENV)/.dev

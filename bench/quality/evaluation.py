@@ -46,7 +46,6 @@ from skipstep.plans.update_weights import SolverOptions
 from skipstep.storage.atomic import atomic_write
 
 CHUNK = 100
-NODES = 56  # Timesteps of the trajectories that lead to the converged images.
 MAX_CONVERGED = 1000
 SHORT = 20  # Evaluations; cases of more are measured after everything else.
 LONG = 100  # Evaluations above which `num_long` samples are drawn.
@@ -98,6 +97,7 @@ class Evaluation:
 
     num         samples of a case of up to 100 evaluations, `num_long` of a longer one.
     prompts     `[M, L, D]` for a network that takes prompts: sample i has the embedding i mod M.
+    nodes       timesteps of the trajectories that lead to the converged images.
 
     Raises InputError for numbers that are too small, and for a folder with rows of another network or judge.
     """
@@ -113,6 +113,7 @@ class Evaluation:
         num_long: int = 500,
         grid: Grid | None = None,
         prompts: Floats | None = None,
+        nodes: int = 56,
     ) -> None:
         if min(num, num_long) < 2 or num > len(reference):
             raise InputError(
@@ -121,7 +122,7 @@ class Evaluation:
                 remedy=f"pass --num {min(2000, len(reference))} --num-long 500, or more reference images",
             )
         self.engine, self.folder, self.num, self.num_long = engine, folder, num, num_long
-        self.grid, self.reference, self._prompts = grid or Grid(), reference, prompts
+        self.grid, self.reference, self._prompts, self._nodes = grid or Grid(), reference, prompts, nodes
         self._judge = judge
         self._features, self._seen = judge(reference)
         self._frechet = FrechetDistance(self._features)
@@ -298,9 +299,9 @@ class Evaluation:
         def drawn() -> dict[str, NDArray[Any]]:
             given = conditions_of(self.engine.network, len(seeds), self.conditions(seeds, guidance))
             denoiser = Denoiser.of(self.engine, seeds.astype(np.uint64), **given)
-            return {"ends": integrate(denoiser, grid_of(denoiser.schedule, NODES)).ends}
+            return {"ends": integrate(denoiser, grid_of(denoiser.schedule, self._nodes)).ends}
 
-        path = self.folder / "cache" / f"converged-{guidance:g}" / f"{seeds[0]}-{len(seeds)}.npz"
+        path = self.folder / "cache" / f"converged-{self._nodes}-{guidance:g}" / f"{seeds[0]}-{len(seeds)}.npz"
         ends: Floats = _stored(path, drawn)["ends"]
         return ends
 

@@ -52,7 +52,7 @@ class DenoisingModule(nn.Module):
         """The state as the network reads it (skipstep.plans.parameterization)."""
         if self._spec is None or self._spec.state == "vp":
             return sample
-        scale = network_state_scale(self._spec, timestep.float(), of=torch)
+        scale: Tensor = network_state_scale(self._spec, timestep.float(), of=torch)
         return sample * scale.to(sample.dtype).reshape(-1, *[1] * (sample.ndim - 1))
 
     def _evaluated(

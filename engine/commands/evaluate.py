@@ -42,6 +42,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--num-long", type=int, default=500, help="samples of plans of more than 100 evaluations (default: 500)"
     )
     parser.add_argument(
+        "--nodes", type=int, default=56, metavar="J", help="timesteps of the converged trajectories (default: 56)"
+    )
+    parser.add_argument(
         "--tables",
         nargs="+",
         metavar="NAME",
@@ -100,6 +103,7 @@ def run(options: argparse.Namespace) -> None:
         num_long=options.num_long,
         grid=Grid(tables=tuple(tables)),
         prompts=prompts,
+        nodes=options.nodes,
     )
     print(f"wrote {evaluate(evaluation, command=_command(options))}")
 
@@ -110,6 +114,8 @@ def _command(options: argparse.Namespace) -> str:
     given |= {name: getattr(options, name) for name in ("features", "reference", "prompts")}
     given |= {"num": options.num, "num-long": options.num_long}
     said = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
+    if options.nodes != 56:
+        said += ["--nodes", str(options.nodes)]
     if options.tables is not None:
         said += ["--tables", *options.tables]
     return shlex.join(["skipstep", "evaluate", *said])
