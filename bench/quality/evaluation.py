@@ -37,7 +37,7 @@ from skipstep.bench.quality.statistics import (
     share,
 )
 from skipstep.bench.record import environment, write_json
-from skipstep.errors import InputError, PlanError
+from skipstep.errors import InputError, PlanError, check_integer
 from skipstep.fitting.judge import Floats, Judge
 from skipstep.fitting.reference import Denoiser, conditions_of, grid_of, integrate
 from skipstep.plans.fit import Fit
@@ -122,7 +122,8 @@ class Evaluation:
                 remedy=f"pass --num {min(2000, len(reference))} --num-long 500, or more reference images",
             )
         self.engine, self.folder, self.num, self.num_long = engine, folder, num, num_long
-        self.grid, self.reference, self._prompts, self._nodes = grid or Grid(), reference, prompts, nodes
+        self.grid, self.reference, self._prompts = grid or Grid(), reference, prompts
+        self._nodes = check_integer("nodes", nodes, low=8, high=1 << 12)
         self._judge = judge
         self._features, self._seen = judge(reference)
         self._frechet = FrechetDistance(self._features)
@@ -131,7 +132,7 @@ class Evaluation:
             "judge": judge.digest,
             "reference": hashlib.sha256(reference.tobytes()).hexdigest(),
             "samples": [num, num_long],
-        }
+        } | ({} if nodes == 56 else {"nodes": nodes})
         self._path = folder / "rows.json"
         self.rows: dict[str, Row] = {}
         if self._path.exists():
