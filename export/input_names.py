@@ -39,6 +39,14 @@ def layer_names(parts: Partition) -> dict[str, str]:
     return _unique(wanted, taken)
 
 
+def layer_of(parameter: str) -> str | None:
+    """down_blocks.0.conv for network.down_blocks.0.conv.weight; None for what is not called like a parameter."""
+    if not _PARAMETER.fullmatch(parameter):
+        return None
+    layer = parameter.removeprefix(_PREFIX)
+    return layer.rpartition(".")[0] or layer
+
+
 def _layer_before(name: str, graph: GraphProto) -> str | None:
     made = {output: node for node in graph.node for output in node.output}
     return _nearest([made[name]], graph, lambda node: [made[each] for each in node.input if each in made])
@@ -62,9 +70,8 @@ def _nearest(start: Iterable[NodeProto], graph: GraphProto, onward: Onward) -> s
     queue, seen = list(start), set()
     for node in queue:  # It grows while it is read.
         for name in node.input:
-            if name in weights and _PARAMETER.fullmatch(name):
-                layer = name.removeprefix(_PREFIX)
-                return layer.rpartition(".")[0] or layer
+            if name in weights and (layer := layer_of(name)):
+                return layer
         for each in onward(node):
             if each.output[0] not in seen:
                 seen.add(each.output[0])

@@ -93,11 +93,17 @@ def _steps(plan: PlanEntry) -> Any:
 
 
 def _engine_lines(engine: EngineEntry) -> list[tuple[str, str]]:
-    """The engine, and what of the network takes more kernels in it than it could."""
-    found = engine.facts.get("not_fused")
-    unfused = [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
+    """The engine, its kernels, and what of the network takes more kernels in it than it could."""
+    counts = engine.facts.get("kernels")
+    profiles = engine.facts.get("profiles")
     lines = [("engine", f"{engine.target}, {engine.precision}, {engine.file}")]
-    return [*lines, *(("  not fused", each) for each in unfused)]
+    if isinstance(counts, list) and counts:
+        sizes = f" at batch {', '.join(map(str, profiles))}" if isinstance(profiles, list) and profiles else ""
+        lines.append(("  kernels", f"{', '.join(map(str, counts))} an evaluation{sizes}"))
+    for name, fact in (("  largest", "largest"), ("  not fused", "not_fused")):
+        found = engine.facts.get(fact)
+        lines += [(name, each) for each in (found if isinstance(found, list) else []) if isinstance(each, str)]
+    return lines
 
 
 def _kernel_lines(bundle: Bundle) -> list[str]:
