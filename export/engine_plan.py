@@ -10,20 +10,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
-
-import onnx
 
 from skipstep.errors import ExportError
-from skipstep.export.graph_cost import at_batch_one, node_flops, shapes_and_sizes
-from skipstep.export.input_names import layer_of
 
 # What a step of the plan is, by the library's names; all else in `main` names memory or runs on the host.
 _LAUNCHES = frozenset({"function", "corrltn", "fully_connected", "runtime_function", "runtime_fusion"})
 _SECTION = re.compile(rb"\nmain \{\n(.*?)\n\}", re.DOTALL)
 _ENTRY = re.compile(r"^ *([a-z_]+)=\{ *name=\"?([^\s\"]+)(.*)", re.MULTILINE)
 _LAYERS = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
-_LARGEST = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,27 +56,3 @@ def launches(engine: bytes) -> list[list[Launch]]:
             remedy="build it with pip install 'skipstep[rtx]', or count in a profiler on the device",
         )
     return launched
-
-
-def describe_launches(engine: bytes, step_graph: bytes) -> dict[str, Any]:
-    """`kernels` of an evaluation at each profile, and the `largest` ten, by the operations of one sample, in words.
-
-    `step_graph` is what the engine was built from. Raises ExportError as `kernels` does.
-    """
-    plans = launches(engine)
-    graph = at_batch_one(onnx.load_from_string(step_graph)).graph
-    shapes, _ = shapes_and_sizes(graph)
-    weights = {tensor.name for tensor in graph.initializer}
-    costs = {node.name: node_flops(node, shapes) for node in graph.node}
-    layers = {}
-    for node in graph.node:
-        # In half precision a weight's name may say its type behind a slash.
-        found = [layer_of(name.partition("/")[0]) for name in node.input if name in weights]
-        layers[node.name] = next((layer for layer in found if layer), None)
-    sized = [(sum(costs.get(node, 0) for node in each.nodes), each) for each in plans[0]]
-    sized.sort(key=lambda pair: -pair[0])
-    largest = []
-    for flops, each in sized[:_LARGEST]:
-        where = dict.fromkeys(layer for node in each.nodes if (layer := layers.get(node)))
-        largest.append(f"{flops / 1e6:.2f} MFLOP in {' + '.join(where) or ' + '.join(each.nodes)}")
-    return {"kernels": [len(plan) for plan in plans], "largest": largest}

@@ -26,7 +26,7 @@ from skipstep.bundles.manifest import EngineEntry
 from skipstep.cuda.probe import cuda_device
 from skipstep.errors import ExportError
 from skipstep.export.bundle_rewriter import rewrite_bundle
-from skipstep.export.engine_plan import describe_launches
+from skipstep.export.engine_sizes import describe_launches
 from skipstep.export.fusion import not_fused
 from skipstep.export.tensorrt_engine import EngineTarget, build_engine
 from skipstep.export.weight_storage import expand_weights

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,6 +93,21 @@ def test_inspect_says_what_an_engine_launches_and_does_not_fuse():
         "  not fused 1 × norm",
         "engine      tensorrt, float16, engines/b.engine",
     ]
+
+
+def test_inspect_lists_every_kernel_of_an_engine():
+    """Of TensorRT-RTX alone: engines of full TensorRT have no plan in text."""
+    plan = b'\nmain {\n  function={ name=__myl_Add layers="[ONNX Layer: a][ONNX Layer: b]" }\n  corrltn={ name="c" }\n}'
+    files = {"engines/a.engine": plan, "engines/b.engine": b"another"}
+    bundle = SimpleNamespace(manifest=SimpleNamespace(engines=ENGINES), read=files.__getitem__)
+    assert json.loads(json.dumps(inspect._kernels(bundle))) == {
+        "engines/a.engine": [
+            [
+                {"kind": "function", "name": "__myl_Add", "nodes": ["a", "b"]},
+                {"kind": "corrltn", "name": "c", "nodes": ["c"]},
+            ]
+        ]
+    }
 
 
 def test_verify_hashes_and_draws(bundle, capsys, tmp_path):
