@@ -5,7 +5,6 @@ trtexec itself needs a GPU. Its options are compared with a list of those that i
 
 from __future__ import annotations
 
-import re
 import shlex
 import subprocess
 import sys
@@ -23,7 +22,6 @@ from skipstep import Engine, Plan, load
 from skipstep.demo import SHIPPED_MODEL
 from skipstep.errors import ExportError, InputError
 from skipstep.export import trtexec
-from skipstep.export.input_names import layer_names
 from skipstep.export.trtexec import check_trtexec, step_tables
 from skipstep.networks.condition import Condition
 from skipstep.networks.spec import NetworkSpec
@@ -199,16 +197,6 @@ def test_a_null_label_inside_the_table_has_the_last_row():
     assert table.shape[:2] == (len(Stages.of([plan])), 5)
     assert (table[:, 4] == table[:, 1]).all()
     assert (table[:, 4] != table[:, 3]).all()
-
-
-def test_names_are_those_of_parameters_or_the_values_own():
-    from step_networks import parts
-
-    names = layer_names(parts())
-    assert sorted(names.values()) == ["both", "prompt", "time"]
-    plain = layer_names(parts_of(Labelled(), NetworkSpec((1, 4, 4), num_classes=4, null_label=1)))
-    assert all(re.fullmatch(r"[\w.-]+", name) for name in plain.values())
-    assert plain == {name: name for name in plain}
 
 
 @pytest.mark.slow
