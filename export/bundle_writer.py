@@ -31,6 +31,7 @@ from skipstep.export.onnx_sampler import build_sampler
 from skipstep.export.precision_check import step_graph
 from skipstep.export.request import BundleRequest
 from skipstep.export.targets import Targets
+from skipstep.export.trtexec import check_trtexec, trtexec_files
 from skipstep.export.weight_storage import compress_weights
 from skipstep.latency.calibration import FILE_NAME as CALIBRATION_NAME
 from skipstep.latency.calibration import write_calibrations
@@ -86,6 +87,8 @@ class _BundleDraft:
         """Every file but the manifest and its signature: the manifest, and the golden samples."""
         engine, request, network = self.engine, self.request, self.engine.network
         plans = list(engine.plans.values())
+        if self.targets.trtexec:
+            check_trtexec(network, plans)
         defaults = dict(engine.plan_defaults)
         default_schedule = defaults.pop("schedule", None)
         schedules = list(dict.fromkeys(each for each in (*(p.schedule for p in plans), default_schedule) if each))
@@ -103,6 +106,8 @@ class _BundleDraft:
         samplers = self._samplers() if self.targets.onnx_loop else []
         if self.targets.server:
             self._server()
+        if self.targets.trtexec:
+            self._trtexec(step)
         self.report("golden samples")
         golden, arrays = draw_golden(engine)
         self.files.add(GOLDEN_FILE, save_arrays(arrays))
@@ -178,6 +183,15 @@ class _BundleDraft:
         graphs = {f"{self.request.name}-{name}": graph for _, name, graph in self._sampler_graphs()}
         for name, data in model_repository(graphs).items():
             self.files.add(f"server/{name}", data)
+
+    def _trtexec(self, step: bytes) -> None:
+        self.report("networks and arrays for trtexec")
+        engine, precision = self.engine, self.request.precision
+        if not (self.targets.engines or self.targets.step_network):  # Else `step` is in that precision.
+            step = step_graph(self.parts, precision)
+        plans = list(engine.plans.values())
+        for name, data in trtexec_files(self.parts, step, engine.network, plans, engine.batch_sizes, precision):
+            self.files.add(f"trtexec/{name}", data)
 
     def _sampler_graphs(self) -> Iterator[tuple[str, str, bytes]]:
         """Key, name and graph of each plan's whole loop, for any batch size."""

@@ -5,6 +5,7 @@ Nothing here needs torch: a device needs the bundle, ONNX and TensorRT.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,7 +24,9 @@ from skipstep.bundles.cache import ArtefactCache
 from skipstep.bundles.cache_key import Part, cache_key
 from skipstep.bundles.manifest import EngineEntry
 from skipstep.cuda.probe import cuda_device
+from skipstep.errors import ExportError
 from skipstep.export.bundle_rewriter import rewrite_bundle
+from skipstep.export.engine_sizes import describe_launches
 from skipstep.export.fusion import not_fused
 from skipstep.export.tensorrt_engine import EngineTarget, build_engine
 from skipstep.export.weight_storage import expand_weights
@@ -100,6 +103,9 @@ def built_engines(
     )
     if target.library == "tensorrt_rtx":
         facts = {**facts, "not_fused": not_fused(step)}
+        # Another release may write its plan otherwise: an engine is as good without the description.
+        with contextlib.suppress(ExportError):
+            facts |= describe_launches(data, step)
     name = f"engines/{_file_word(target, facts)}-{precision}-batch{'-'.join(map(str, sizes))}.engine"
     return [(EngineEntry(name, str(target), precision, facts), data)]
 

@@ -6,6 +6,7 @@ sm_87            step kernels compiled for that architecture
 tensorrt         the step network in the precision asked for; skipstep build makes engines of it on the device
 onnx-loop        the whole loop of each plan as one ONNX graph, for hosts that are not Python
 server           the same graphs as a model repository for Triton Inference Server
+trtexec          the step network, the plans as arrays and the loop as examples, for TensorRT's own tools
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from skipstep.errors import InputError, check_items, check_text
 from skipstep.export.tensorrt_engine import EngineTarget, parse_targets
 
-_OTHERS = {"tensorrt": "step_network", "onnx-loop": "onnx_loop", "server": "server"}
+_OTHERS = {"tensorrt": "step_network", "onnx-loop": "onnx_loop", "server": "server", "trtexec": "trtexec"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Targets:
     step_network: bool = False
     onnx_loop: bool = False
     server: bool = False
+    trtexec: bool = False
 
     @classmethod
     def parse(cls, words: Iterable[str]) -> Targets:
@@ -52,7 +54,7 @@ class Targets:
             elif word != "cpu":
                 raise InputError(
                     got=f"target {word!r}",
-                    expected="cpu, rtx:smNN, sm_NN, tensorrt, onnx-loop or server",
+                    expected="cpu, rtx:smNN, sm_NN, tensorrt, onnx-loop, server or trtexec",
                     remedy=remedy,
                 )
         return cls(tuple(engines), tuple(kernels), **others)

@@ -6,6 +6,7 @@
     network/*.onnx        the network by binding time: plan, prompt, call, and step, which a loop runs at every stage
     engines/, kernels/    TensorRT engines and step kernels, by target
     onnx-loop/, server/   whole loops as ONNX graphs for other hosts, where requested
+    trtexec/              the step network, plans and examples for TensorRT's own tools, where requested
     calibration.json      measured latencies of its plans, by device (skipstep.latency.calibration)
 
 Nothing is parsed before its hash matches the manifest, and the very bytes that were hashed are the bytes that are

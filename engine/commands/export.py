@@ -29,6 +29,7 @@ targets, with commas between them:
   tensorrt    the step network in --precision, of which skipstep build makes an engine on the device
   onnx-loop   each plan's whole loop as one ONNX graph, for hosts that are not Python
   server      a model repository for Triton Inference Server, one model for each plan
+  trtexec     the step network at each batch size, the plans as arrays, run.sh and the loop as examples
 """
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,21 +16,39 @@ if TYPE_CHECKING:
     from skipstep.bundles.bundle import Bundle
     from skipstep.bundles.manifest import EngineEntry, PlanEntry
 
-DESCRIPTION = "Read a bundle's manifest, and no other file of it, and list its contents."
+DESCRIPTION = "Read a bundle's manifest, and no other file of it unless --kernels asks for one, and list its contents."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "bundle", type=Path, nargs="?", default=SHIPPED_BUNDLE, help="its folder (default: the shipped bundle)"
     )
-    parser.add_argument("--json", action="store_true", help="the whole manifest, as JSON")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="the whole manifest, as JSON")
+    form.add_argument(
+        "--kernels", action="store_true", help="every kernel of each TensorRT-RTX engine and what it computes, as JSON"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     from skipstep.bundles.bundle import open_bundle
 
     bundle = open_bundle(options.bundle)
+    if options.kernels:
+        print(json.dumps(_kernels(bundle), indent=1))
+        return
     print(bundle.manifest.to_json().decode().rstrip() if options.json else describe(bundle))
+
+
+def _kernels(bundle: Bundle) -> dict[str, Any]:
+    """By file of an engine its profiles, each a list of kernels in order."""
+    from skipstep.export.engine_plan import launches
+
+    return {
+        entry.file: [[asdict(each) for each in plan] for plan in launches(bundle.read(entry.file))]
+        for entry in bundle.manifest.engines
+        if entry.target.startswith("rtx")
+    }
 
 
 def describe_bundle(path: str | os.PathLike[str]) -> str:
@@ -93,11 +113,17 @@ def _steps(plan: PlanEntry) -> Any:
 
 
 def _engine_lines(engine: EngineEntry) -> list[tuple[str, str]]:
-    """The engine, and what of the network takes more kernels in it than it could."""
-    found = engine.facts.get("not_fused")
-    unfused = [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
+    """The engine, its kernels, and what of the network takes more kernels in it than it could."""
+    counts = engine.facts.get("kernels")
+    profiles = engine.facts.get("profiles")
     lines = [("engine", f"{engine.target}, {engine.precision}, {engine.file}")]
-    return [*lines, *(("  not fused", each) for each in unfused)]
+    if isinstance(counts, list) and counts:
+        sizes = f" at batch {', '.join(map(str, profiles))}" if isinstance(profiles, list) and profiles else ""
+        lines.append(("  kernels", f"{', '.join(map(str, counts))} an evaluation{sizes}"))
+    for name, fact in (("  largest", "largest"), ("  not fused", "not_fused")):
+        found = engine.facts.get(fact)
+        lines += [(name, each) for each in (found if isinstance(found, list) else []) if isinstance(each, str)]
+    return lines
 
 
 def _kernel_lines(bundle: Bundle) -> list[str]:

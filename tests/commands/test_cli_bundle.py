@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,10 +56,11 @@ def run(capsys, *arguments):
     return status, captured.out, captured.err
 
 
+LAUNCHES = {"kernels": [9, 8], "profiles": [1, 2], "largest": ["2.00 MFLOP in mid.conv", None]}
 ENGINES = (
-    EngineEntry("engines/a.engine", "rtx:sm89", "float16", {"not_fused": ["1 × norm", 3]}),
+    EngineEntry("engines/a.engine", "rtx:sm89", "float16", {"not_fused": ["1 × norm", 3], **LAUNCHES}),
     # Of an earlier version, or damaged.
-    EngineEntry("engines/b.engine", "tensorrt", "float16", {"not_fused": "1 × norm"}),
+    EngineEntry("engines/b.engine", "tensorrt", "float16", {"not_fused": "1 × norm", "kernels": 3}),
 )
 
 
@@ -82,13 +84,30 @@ def test_inspect_says_what_is_inside(bundle, capsys):
     assert json.loads(out)["model"] == "little"
 
 
-def test_inspect_says_what_an_engine_does_not_fuse():
+def test_inspect_says_what_an_engine_launches_and_does_not_fuse():
     said = [f"{name:<12}{value}" for engine in ENGINES for name, value in inspect._engine_lines(engine)]
     assert said == [
         "engine      rtx:sm89, float16, engines/a.engine",
+        "  kernels   9, 8 an evaluation at batch 1, 2",
+        "  largest   2.00 MFLOP in mid.conv",
         "  not fused 1 × norm",
         "engine      tensorrt, float16, engines/b.engine",
     ]
+
+
+def test_inspect_lists_every_kernel_of_an_engine():
+    """Of TensorRT-RTX alone: engines of full TensorRT have no plan in text."""
+    plan = b'\nmain {\n  function={ name=__myl_Add layers="[ONNX Layer: a][ONNX Layer: b]" }\n  corrltn={ name="c" }\n}'
+    files = {"engines/a.engine": plan, "engines/b.engine": b"another"}
+    bundle = SimpleNamespace(manifest=SimpleNamespace(engines=ENGINES), read=files.__getitem__)
+    assert json.loads(json.dumps(inspect._kernels(bundle))) == {
+        "engines/a.engine": [
+            [
+                {"kind": "function", "name": "__myl_Add", "nodes": ["a", "b"]},
+                {"kind": "corrltn", "name": "c", "nodes": ["c"]},
+            ]
+        ]
+    }
 
 
 def test_verify_hashes_and_draws(bundle, capsys, tmp_path):
