@@ -61,7 +61,7 @@ class Normalisation:
     def undone(self, values: Array) -> Array:
         """Values as the data set has them, from normalised `[…, channels]`."""
         shift, scale = self.terms(1)
-        return values * scale + shift if self.mode == "mean_std" else (values + 1) / 2 * scale + shift
+        return float32(values * scale + shift if self.mode == "mean_std" else (values + 1) / 2 * scale + shift)
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,13 @@ def from_policy(
 
     Raises InputError, PlanError, ModelFormatError, ExportError, MissingDependencyError.
     """
+    reserved = {"conditions", "sample_shape", "scheduler"} & options.keys()
+    if reserved:
+        raise InputError(
+            got=f"{', '.join(sorted(reserved))} beside a policy",
+            expected="what the policy itself says",
+            remedy="leave it out",
+        )
     if solver is not None:
         check_choice("solver", solver, ("ddpm", "ddim"))
     if isinstance(policy, str | os.PathLike):
@@ -84,21 +91,14 @@ def from_policy(
     from skipstep.robotics.encoder import export_observations  # Needs torch.
 
     graph, width = export_observations(policy, spec)
-    reserved = {"conditions", "sample_shape", "scheduler"} & options.keys()
-    if reserved:
-        raise InputError(
-            got=f"{', '.join(sorted(reserved))} beside a policy",
-            expected="what the policy itself says",
-            remedy="leave it out",
-        )
+    options["scheduler"] = policy.diffusion.noise_scheduler
+    options["sample_shape"] = (spec.horizon, *spec.action.shape)
+    options["conditions"] = {CONDITION: Condition((width,), null="same")}
     unet = policy.diffusion.unet
     engine = Engine.build(
         getattr(unet, "_orig_mod", unet),  # What torch.compile was given.
         plans=made,
         batch_sizes=batch_sizes,
-        scheduler=policy.diffusion.noise_scheduler,
-        sample_shape=(spec.horizon, *spec.action.shape),
-        conditions={CONDITION: Condition((width,), null="same")},
         **options,
     )
     return PolicyEngine(engine, spec, graph)

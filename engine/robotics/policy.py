@@ -65,7 +65,7 @@ class PolicyEngine:
         from skipstep.backends.onnxruntime import run_session
 
         given = self.spec.checked(observations, lead=("batch", "n_obs_steps"))
-        return run_session(self._session, [FEATURES], given)[FEATURES]
+        return float32(run_session(self._session, [FEATURES], given)[FEATURES])
 
     def sample(
         self,
@@ -85,7 +85,8 @@ class PolicyEngine:
                 remedy="pass observations",
             )
         condition = self.encode(observations) if observations is not None else global_cond
-        drawn: Array = self.engine.sample(**arguments, conditions={CONDITION: condition})
+        arguments["conditions"] = {CONDITION: condition}
+        drawn: Array = self.engine.sample(**arguments)
         return drawn
 
     def predict(self, observations: Mapping[str, Any], **arguments: Unpack[SampleArguments]) -> Array:

@@ -165,7 +165,7 @@ class PolicyRunner:
     def _initial(self, seed: int) -> Array:
         noise = sample_noise(self.policy.engine.network, np.array([seed], np.uint64), Stream.INITIAL)[0]
         if self._previous is None or self.warm_start == 0.0:
-            return noise
+            return float32(noise)
         after = np.arange(self.n_action_steps, self.n_action_steps + len(noise))
         shifted = self._previous[np.minimum(after, len(noise) - 1)]
         w = np.float32(self.warm_start)
