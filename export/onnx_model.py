@@ -45,7 +45,7 @@ def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int |
     symbols: set[str] = set()
     model: nn.Module | torch.export.ExportedProgram = module.eval()
     try:
-        with _quiet_exporter():
+        with quiet_exporter():
             shapes = None
             if batch_size is None:
                 shapes = _batch_shapes({0: torch.export.Dim(BATCH, min=1)}, len(conditioning))
@@ -190,7 +190,7 @@ def exporter_versions() -> str:
 
 
 @contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """The exporter logs which optional packages it does not find (torchvision); users need not read that."""
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
