@@ -47,7 +47,7 @@ def test_a_pipelines_prompts(pipeline):
     with pytest.raises(InputError, match=r"prompt_shape=\(77, 6\)"):
         open_model(whole)
     unet.register_to_config(addition_embed_type="text_time")
-    with pytest.raises(ModelFormatError, match="addition_embed_type"):
+    with pytest.raises(InputError, match="projection_class_embeddings_input_dim"):
         open_model(whole)
 
 
@@ -61,7 +61,7 @@ def test_a_schedule_replaces_the_pipelines(pipeline):
 
 
 def test_what_is_no_model(pipeline):
-    for wrong in (SimpleNamespace(transformer=tiny_unet()), 3, None, {"unet": tiny_unet()}):
+    for wrong in (SimpleNamespace(vae=tiny_unet()), 3, None, {"unet": tiny_unet()}):
         with pytest.raises(InputError, match=r"pipeline\.unet"):
             open_model(wrong)
     with pytest.raises(InputError, match="leave config out"):

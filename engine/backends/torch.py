@@ -40,8 +40,8 @@ class DenoisingModule(nn.Module):
     def forward(self, sample: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
         if self._scale is not None:
             sample = self._scale(sample, timestep)
-        sample, arguments, keywords = self._call.arranged(sample, conditions)
-        output = self.network(sample, timestep, *arguments, **keywords)
+        arguments, keywords = self._call.arranged(sample, timestep, conditions)
+        output = self.network(*arguments, **keywords)
         if isinstance(output, Tensor):
             return output
         predicted = getattr(output, "sample", None)

@@ -36,7 +36,9 @@ def test_what_follows_from_conditions_and_time_leaves_the_loop(name):
     assert engine.network.takes_guidance == family.from_guidance
 
 
-@pytest.mark.parametrize("name", ["SDXL", "LCM", "inpainting", "attention mask", "IP-Adapter", "sequence"])
+@pytest.mark.parametrize(
+    "name", ["SDXL", "LCM", "inpainting", "attention mask", "IP-Adapter", "DiT", "PixArt", "sequence"]
+)
 def test_a_bundle_takes_the_same_conditions(name, tmp_path):
     engine = engine_of(name, "onnxruntime")
     engine.save(tmp_path / "bundle", license="MIT", targets=["cpu", "onnx-loop"])
@@ -74,7 +76,7 @@ def test_every_form_of_the_loop_reads_them(takes_guidance, monkeypatch, kernel_d
     engines = {backend: build(Conditioned(), backend=backend, **options) for backend in ("torch", "onnxruntime")}
     device = FakeDevice()
     install(monkeypatch, device)
-    monkeypatch.setattr("skipstep.building._resolve_device", lambda name: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr("skipstep.building._resolve_device", lambda *_, **__: SimpleNamespace(type="cuda"))
     monkeypatch.setattr("skipstep.cuda.device.CudaDevice", lambda torch_device: device)
     engines["device"] = build(Conditioned(), **options)
     drawn = {name: engine.sample(plan=PLAN, **call) for name, engine in engines.items()}
