@@ -20,7 +20,8 @@ from skipstep.bundles.cache_key import cache_key
 from skipstep.demo import SHIPPED_MODEL
 from skipstep.errors import InputError
 from skipstep.networks.checkpoint import Checkpoint, load_unet, read_checkpoint
-from skipstep.networks.spec import NetworkSpec, takes_fractional_timesteps
+from skipstep.networks.families import takes_fractional_timesteps
+from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.plan import Plan
 
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 from skipstep.errors import ExportError, InputError, MissingDependencyError, ModelFormatError, check_flag
 from skipstep.networks.checkpoint import Checkpoint, load_unet
 from skipstep.networks.condition import Condition
-from skipstep.networks.families import config_conditions, state_shape
+from skipstep.networks.families import config_conditions, state_shape, takes_fractional_timesteps
 from skipstep.networks.graphs import Partition, Values
-from skipstep.networks.spec import LABELS, NetworkSpec, check_conditions, takes_fractional_timesteps
+from skipstep.networks.spec import LABELS, NetworkSpec, check_conditions
 
 if TYPE_CHECKING:
     from skipstep.backends.denoiser import Denoiser, NetworkSource

@@ -22,7 +22,8 @@ from skipstep.model_source import (
     read_model,
     specification,
 )
-from skipstep.networks.checkpoint import read_checkpoint
+from skipstep.networks.checkpoint import NETWORK_FOLDERS, read_checkpoint
+from skipstep.networks.families import prompt_tokens, prompt_width
 from skipstep.networks.spec import NetworkSpec
 from skipstep.networks.weights import DOWNLOAD
 from skipstep.plans.scheduler_config import SchedulerConfig, read_scheduler_config
@@ -92,16 +93,18 @@ def open_model(
             remedy="leave config out",
         )
     found = None
-    if not is_module(model) and is_module(getattr(model, "unet", None)):
+    network = next((each for name in NETWORK_FOLDERS if is_module(each := getattr(model, name, None))), None)
+    if not is_module(model) and network is not None:
         found = _scheduler_of(getattr(model, "scheduler", None)) if with_scheduler else None
         if said.get("prompt_shape") is None:
-            said["prompt_shape"] = _prompt_shape_of(model)
-        model = model.unet
+            said["prompt_shape"] = _prompt_shape_of(network, getattr(model, "tokenizer", None))
+        model = network
     if not is_module(model):
         raise InputError(
             got=f"a model of type {type(model).__name__}",
-            expected="a torch.nn.Module, a diffusers pipeline with a unet, or the path of a diffusers folder or file",
-            remedy="pass pipeline.unet, or the folder that pipeline.save_pretrained() wrote",
+            expected="a torch.nn.Module, a diffusers pipeline with a unet or transformer, or the path of a diffusers "
+            "folder or file",
+            remedy="pass pipeline.unet, pipeline.transformer, or the folder that pipeline.save_pretrained() wrote",
         )
     return _opened_module(model, found, said)
 
@@ -163,11 +166,11 @@ def _scheduler_of(scheduler: Any) -> SchedulerConfig | None:
     return read_scheduler_config({"_class_name": type(scheduler).__name__, **config})
 
 
-def _prompt_shape_of(pipeline: Any) -> tuple[int, int] | None:
+def _prompt_shape_of(network: Any, tokenizer: Any) -> tuple[int, int] | None:
     """Tokens and width of the prompts, None where the tokenizer or the network does not say."""
-    config = getattr(pipeline.unet, "config", None)
-    tokens = getattr(getattr(pipeline, "tokenizer", None), "model_max_length", None)
-    width = getattr(config, "cross_attention_dim", None)
+    config = getattr(network, "config", None)
+    tokens = prompt_tokens(config, getattr(tokenizer, "model_max_length", 0))
+    width = prompt_width(config)
     if not isinstance(width, int) or not isinstance(tokens, int) or not 1 <= tokens <= _LONGEST_PROMPT:
         return None
     return tokens, width

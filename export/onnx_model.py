@@ -21,7 +21,7 @@ from skipstep.networks.graphs import BATCH
 from skipstep.networks.spec import NetworkSpec
 
 # Part of the key of cached graphs. Raise it when this module writes another graph for the same network.
-_FORMAT = 2
+_FORMAT = 3
 
 
 def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int | None = None) -> bytes:
@@ -89,10 +89,21 @@ def _traced(
                 return None
             high = {"max": int(bound[1])}
             continue
+        _drop_empty_squeezes(program)
         inputs = set(program.graph_signature.user_inputs)
         leading = {str(node.meta["val"].shape[0]) for node in program.graph.nodes if node.name in inputs}
         return (program, leading) if len(leading) == 1 else None
     return None
+
+
+def _drop_empty_squeezes(program: torch.export.ExportedProgram) -> None:
+    """torch leaves a side as it is that is not 1; the exporter writes a Squeeze for it, which no runtime takes."""
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.squeeze.dim and node.meta["val"].ndim == node.args[0].meta["val"].ndim:
+            node.replace_all_uses_with(node.args[0], lambda user: user.op != "output")
+            if not node.users:
+                program.graph.erase_node(node)
+    program.graph_module.recompile()
 
 
 def _rename_batch(graph: GraphProto, symbols: set[str]) -> None:

@@ -9,7 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ControlNetModel, UNet1DModel
+from diffusers import (
+    ControlNetModel,
+    DiTTransformer2DModel,
+    PixArtTransformer2DModel,
+    Transformer2DModel,
+    UNet1DModel,
+)
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection, get_timestep_embedding
 from engines import build
@@ -35,7 +41,8 @@ def rows(*shape: int, count: int = 2) -> np.ndarray:
 class Family:
     """A network, the options that complete its configuration, what a call passes, and how its own loop calls it.
 
-    `given` and `without` have a row for each of two samples: with the conditions, and of the unconditional half.
+    `given` and `without` have a row for each of two samples: with the conditions, and of the unconditional half, where
+    a number is the null that the engine fills in itself.
     `told`: the names of conditions that the configuration told; `hoisted`: whose values cross into the loop.
     """
 
@@ -52,7 +59,7 @@ class Family:
     @property
     def passed(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """conditions=, negative_conditions=: what guidance cannot find itself."""
-        return self.given, {name: rows for name, rows in self.without.items() if rows is not None}
+        return self.given, {name: rows for name, rows in self.without.items() if not isinstance(rows, int)}
 
 
 def controlnet_residuals() -> dict[str, np.ndarray]:
@@ -100,6 +107,16 @@ def sequence() -> nn.Module:
         up_block_types=("UpBlock1D", "UpBlock1DNoSkip"),
         extra_in_channels=64,
     ).eval()
+
+
+def transformer(kind: type[nn.Module], **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 8, "num_layers": 2}
+    network = kind(**sizes, num_attention_heads=2, attention_head_dim=12, **options)
+    for name, parameter in network.named_parameters():  # At their own scale the image hardly depends on conditions.
+        if "norm1" in name or "caption" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return network.eval()
 
 
 def guidance_embedding(scale: float, count: int) -> Tensor:
@@ -177,7 +194,7 @@ FAMILIES = {
         ip_adapter,
         lambda unet, x, t, p, image_embeds_0: unet(x, t, p, added_cond_kwargs={"image_embeds": [image_embeds_0]}),
         {**PROMPTS, "image_embeds_0": rows(1, 12)},
-        {**NEGATIVE, "image_embeds_0": None},  # Its null is zeros.
+        {**NEGATIVE, "image_embeds_0": 0},
         TEXT,
         ("image_embeds_0",),
     ),
@@ -188,6 +205,40 @@ FAMILIES = {
         {**NEGATIVE, "class_labels": rows(10)},
         TEXT,
         ("class_labels",),
+        hoisted=Binding.CALL,
+    ),
+    "DiT": Family(
+        lambda: transformer(DiTTransformer2DModel, num_embeds_ada_norm=10),
+        lambda dit, x, t, class_labels: dit(x, t, class_labels),
+        {"class_labels": np.array([3, 7])},
+        {"class_labels": 10},
+        hoisted=Binding.CALL,
+    ),
+    "Transformer2DModel": Family(
+        lambda: transformer(
+            Transformer2DModel, num_embeds_ada_norm=10, norm_type="ada_norm_zero", norm_elementwise_affine=False
+        ),
+        lambda dit, x, t, class_labels: dit(x, timestep=t, class_labels=class_labels),
+        {"class_labels": np.array([3, 7])},
+        {"class_labels": 10},
+        hoisted=Binding.CALL,
+    ),
+    "PixArt": Family(
+        lambda: transformer(
+            PixArtTransformer2DModel, cross_attention_dim=24, caption_channels=24, use_additional_conditions=True
+        ),
+        lambda dit, x, t, p, resolution, aspect_ratio, mask: dit(
+            x, p, t, {"resolution": resolution, "aspect_ratio": aspect_ratio}, encoder_attention_mask=mask
+        ),
+        {
+            **PROMPTS,
+            "resolution": np.float32([[64, 64], [64, 32]]),
+            "aspect_ratio": np.float32([[1], [2]]),
+            "encoder_attention_mask": MASK,
+        },
+        {**NEGATIVE, "encoder_attention_mask": ~MASK},
+        {**TEXT, "conditions": {"encoder_attention_mask": Condition((7,), "bool")}},
+        ("resolution", "aspect_ratio"),
         hoisted=Binding.CALL,
     ),
     "sequence": Family(sequence, lambda unet, x, t: unet(x, t), {}, shape=(3, 32), hoisted=Binding.PLAN),
@@ -212,7 +263,7 @@ def textbook(name: str, *, guided: bool) -> np.ndarray:
         nulls = []
         for key, each in zip(family.given, values, strict=True):
             null = family.without.get(key, each)
-            nulls.append(torch.zeros_like(each) if null is None else torch.as_tensor(null))
+            nulls.append(torch.full_like(each, null) if isinstance(null, int) else torch.as_tensor(null))
         values = [torch.cat(both) for both in zip(values, nulls, strict=True)]
     alpha_bar = torch.tensor(SCHEDULE.alpha_bar, dtype=torch.float64)
     x = torch.from_numpy(X_T[name]).double()
@@ -220,7 +271,8 @@ def textbook(name: str, *, guided: bool) -> np.ndarray:
         a = alpha_bar[int(t)]
         p = torch.tensor(PLAN.final_alpha_bar).double() if s is None else alpha_bar[int(s)]
         state = torch.cat([x, x]) if doubled else x
-        eps = family.call(network, state.float(), torch.full((len(state),), int(t)), *values).sample.double()
+        eps = family.call(network, state.float(), torch.full((len(state),), int(t)), *values).sample
+        eps = eps[:, : len(x[0])].double()  # Without a learned variance.
         if doubled:
             conditional, unconditional = eps.chunk(2)
             eps = unconditional + SCALE * (conditional - unconditional)

@@ -61,7 +61,7 @@ def test_a_schedule_replaces_the_pipelines(pipeline):
 
 
 def test_what_is_no_model(pipeline):
-    for wrong in (SimpleNamespace(transformer=tiny_unet()), 3, None, {"unet": tiny_unet()}):
+    for wrong in (SimpleNamespace(vae=tiny_unet()), 3, None, {"unet": tiny_unet()}):
         with pytest.raises(InputError, match=r"pipeline\.unet"):
             open_model(wrong)
     with pytest.raises(InputError, match="leave config out"):

@@ -6,6 +6,7 @@
     the argument added_cond_kwargs              an entry of that mapping, or an item of a list there (diffusers' UNets)
     none of these                               labels and prompts the next positional argument, anything else an error
 
+The timestep is the second argument, or the later one of the name `timestep` (diffusers' transformers).
 `concat_to_state` conditions are appended to the channels of the state.
 """
 
@@ -25,6 +26,7 @@ from skipstep.networks.condition import Condition
 from skipstep.networks.spec import LABELS, PROMPTS
 
 _ENTRIES: Final = "added_cond_kwargs"
+_TIME: Final = "timestep"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +40,19 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class ModuleCall:
-    """`channels`, `positional`: the numbers of the conditions that go there; `places` of the others, by number."""
+    """`channels`, `positional`: the numbers of the conditions that go there; `places` of the others, by number.
+    `names_time`: the timestep is passed by its name."""
 
     channels: tuple[int, ...] = ()
     positional: tuple[int, ...] = ()
     places: tuple[tuple[int, _Place], ...] = ()
     known: bool = False
+    names_time: bool = False
 
     @classmethod
     def of(cls, network: nn.Module, conditions: Mapping[str, Condition]) -> ModuleCall:
         """Raises InputError for a condition that the network has no argument for."""
-        parameters, takes_any = _parameters(network)
+        parameters, takes_any, names_time = _parameters(network)
         channels, positional, places = [], [], []
         for number, (name, condition) in enumerate(conditions.items()):
             place = _place(name, parameters, takes_any)
@@ -67,18 +71,24 @@ class ModuleCall:
                 )
         places.sort(key=lambda each: each[1].item or 0)
         _check_items([place for _, place in places])
-        return cls(tuple(channels), tuple(positional), tuple(places), bool(conditions))
+        return cls(tuple(channels), tuple(positional), tuple(places), bool(conditions), names_time)
 
     def arranged(
-        self, sample: Tensor, values: Sequence[Tensor], entries: Callable[[], dict[str, Any]] = dict
-    ) -> tuple[Tensor, Sequence[Tensor], dict[str, Any]]:
-        """What the network reads as its state, its positional arguments after the timestep, and those by name;
-        `entries` makes the mapping of an argument that is one."""
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        values: Sequence[Tensor],
+        entries: Callable[[], dict[str, Any]] = dict,
+    ) -> tuple[Sequence[Tensor], dict[str, Any]]:
+        """The network's positional arguments and those by name; `entries` makes the mapping of an argument that is
+        one."""
+        time: dict[str, Any] = {_TIME: timestep} if self.names_time else {}
+        first = () if self.names_time else (timestep,)
         if not self.known:
-            return sample, values, {}
+            return (sample, *first, *values), time
         if self.channels:
             sample = torch.cat([sample, *(values[number] for number in self.channels)], dim=1)
-        keywords: dict[str, Any] = {}
+        keywords = time
         for number, place in self.places:
             target, key = keywords, place.argument
             if place.entry is not None:
@@ -87,7 +97,7 @@ class ModuleCall:
                 target[key] = values[number]
             else:
                 target.setdefault(key, []).append(values[number])
-        return sample, [values[number] for number in self.positional], keywords
+        return (sample, *first, *(values[number] for number in self.positional)), keywords
 
 
 class Watched(dict[str, Any]):
@@ -106,14 +116,18 @@ class Watched(dict[str, Any]):
         return super().get(key, default)
 
 
-def _parameters(network: nn.Module) -> tuple[set[str], bool]:
-    """The names of the arguments of `forward` after state and timestep, and whether it takes any name."""
+def _parameters(network: nn.Module) -> tuple[set[str], bool, bool]:
+    """The names of the arguments of `forward` after state and timestep, whether it takes any name, and whether the
+    timestep is none of the first two."""
     try:
         found = list(inspect.signature(network.forward).parameters.values())
     except (TypeError, ValueError):  # Compiled modules may have none.
-        return set(), False
+        return set(), False, False
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {each.name for each in found[2:] if each.kind in named}, any(each.kind is each.VAR_KEYWORD for each in found)
+    names = [each.name for each in found[1:] if each.kind in named]
+    names_time = _TIME in names[1:]
+    others = set(names) - {_TIME} if names_time else set(names[1:])
+    return others, any(each.kind is each.VAR_KEYWORD for each in found), names_time
 
 
 def _place(name: str, parameters: set[str], takes_any: bool) -> _Place | None:

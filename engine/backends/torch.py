@@ -38,13 +38,12 @@ class DenoisingModule(nn.Module):
         self._spec = spec
 
     def forward(self, sample: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
-        sample, arguments, keywords = self._call.arranged(self._scaled(sample, timestep), conditions)
-        return self._evaluated(timestep, sample, arguments, keywords)
+        return self._evaluated(*self._call.arranged(self._scaled(sample, timestep), timestep, conditions))
 
     def ignored(self, sample: Tensor, timestep: Tensor, *conditions: Tensor) -> tuple[Tensor, set[str]]:
         """The prediction, and the conditions that the network did not look at."""
-        sample, arguments, keywords = self._call.arranged(self._scaled(sample, timestep), conditions, Watched)
-        output = self._evaluated(timestep, sample, arguments, keywords)
+        arguments, keywords = self._call.arranged(self._scaled(sample, timestep), timestep, conditions, Watched)
+        output = self._evaluated(arguments, keywords)
         found = [each for each in keywords.values() if isinstance(each, Watched)]
         return output, {name for each in found for name in each.keys() - each.seen}
 
@@ -55,10 +54,8 @@ class DenoisingModule(nn.Module):
         scale: Tensor = network_state_scale(self._spec, timestep.float(), of=torch)
         return sample * scale.to(sample.dtype).reshape(-1, *[1] * (sample.ndim - 1))
 
-    def _evaluated(
-        self, timestep: Tensor, sample: Tensor, arguments: Sequence[Tensor], keywords: Mapping[str, Any]
-    ) -> Tensor:
-        output = self.network(sample, timestep, *arguments, **keywords)
+    def _evaluated(self, arguments: Sequence[Tensor], keywords: Mapping[str, Any]) -> Tensor:
+        output = self.network(*arguments, **keywords)
         if isinstance(output, Tensor):
             return output
         predicted = getattr(output, "sample", None)

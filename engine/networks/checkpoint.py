@@ -1,11 +1,11 @@
 """diffusers checkpoint folders, read without running anything that is in them.
 
     model_index.json        optional; its `id2label` names the classes, as in diffusers' DiTPipeline
-    unet/config.json        the network's class and arguments
+    unet/config.json        the network's class and arguments; of transformers transformer/config.json
     unet/*.safetensors      its weights, in one file or in shards with an index
     scheduler/scheduler_config.json
 
-A folder that holds config.json itself is taken as the unet folder alone; scheduler_config.json may lie beside it.
+A folder that holds config.json itself is taken as the network's folder alone; scheduler_config.json may lie beside it.
 A single .safetensors file is taken with the folder of its configuration, `config`, or with the one that it lies in; the
 names of its tensors may be those of the original latent-diffusion code (skipstep.networks.single_file).
 Weights are safetensors or nothing: a pickle runs code when it is loaded, so it is refused unread.
@@ -29,7 +29,7 @@ from skipstep.errors import (
     check_path,
     shown,
 )
-from skipstep.networks.families import prompt_width
+from skipstep.networks.families import check_class, classes_in_table, prompt_tokens, prompt_width
 from skipstep.networks.single_file import config_folder, is_original_layout, load_original
 from skipstep.networks.weights import DOWNLOAD, find_weights, tensor_shapes
 from skipstep.plans.scheduler_config import SchedulerConfig, read_scheduler_config
@@ -38,11 +38,8 @@ from skipstep.storage.untrusted import read_json_object
 if TYPE_CHECKING:
     from torch import nn
 
-# The networks that a configuration file may name: a name from a file never reaches an import.
-NETWORK_CLASSES = ("UNet2DModel", "UNet2DConditionModel", "UNet1DModel")
-
-# Where a folder has no tokenizer: what every CLIP text encoder is given.
-_CLIP_TOKENS = 77
+# Where a pipeline's folder holds its network.
+NETWORK_FOLDERS = ("unet", "transformer")
 # Of a configuration's numbers, and of those that count layers or items.
 _LARGEST_SIZE = 1 << 20
 _MOST_LAYERS = 256
@@ -107,26 +104,22 @@ def read_checkpoint(
             expected="a folder written by diffusers' save_pretrained()",
             remedy="check the path",
         )
-    unet = root if (root / "config.json").exists() else root / "unet"
-    if not (unet / "config.json").exists():
+    places = (root, *(root / name for name in NETWORK_FOLDERS))
+    unet = next((place for place in places if (place / "config.json").exists()), None)
+    if unet is None:
         raise ModelFormatError(
-            got=f"the folder {root} without config.json or unet/config.json",
+            got=f"the folder {root} without config.json, {' or '.join(f'{n}/config.json' for n in NETWORK_FOLDERS)}",
             expected="a folder written by diffusers' save_pretrained()",
-            remedy="pass a pipeline's folder, or its unet folder",
+            remedy="pass a pipeline's folder, or its unet or transformer folder",
         )
-    weights = find_weights(unet) if root is given else (given,)
     configuration = read_json_object(unet / "config.json", remedy=DOWNLOAD)
     class_name = configuration.get("_class_name")
-    if class_name not in NETWORK_CLASSES:
-        raise ModelFormatError(
-            got=f"_class_name={class_name!r} in {unet / 'config.json'}",
-            expected=f"one of {', '.join(NETWORK_CLASSES)}",
-            remedy="load the network yourself and pass the module to Engine.build",
-        )
+    check_class(class_name, configuration, f"_class_name={class_name!r} in {unet / 'config.json'}")
+    weights = find_weights(unet) if root is given else (given,)
     for path in weights:
         tensor_shapes(path)
-    places = (root / "scheduler" / "scheduler_config.json", root / "scheduler_config.json")
-    scheduler_file = next((path for path in places if scheduler and path.exists()), None)
+    files = (root / "scheduler" / "scheduler_config.json", root / "scheduler_config.json")
+    scheduler_file = next((path for path in files if scheduler and path.exists()), None)
     names = _class_names(root / "model_index.json")
     num_classes, null_label = _classes(configuration, names)
     return Checkpoint(
@@ -231,7 +224,7 @@ def _class_names(index: Path) -> tuple[str, ...] | None:
 
 
 def _classes(config: Mapping[str, Any], names: Sequence[str] | None) -> tuple[int | None, int | None]:
-    embedded = config.get("num_class_embeds")
+    embedded, null = classes_in_table(config)
     if embedded is None:
         return None, None
     remedy = "correct config.json"
@@ -240,11 +233,11 @@ def _classes(config: Mapping[str, Any], names: Sequence[str] | None) -> tuple[in
         return len(names), len(names)
     if names is not None and embedded != len(names):
         raise ModelFormatError(
-            got=f"{len(names)} class names for num_class_embeds={embedded}",
+            got=f"{len(names)} class names for {embedded} embedded classes",
             expected="as many, or one fewer where the last embedding stands for no class",
             remedy="correct id2label in model_index.json",
         )
-    return embedded, None
+    return embedded - (null is not None), null
 
 
 def _sample_shape(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
@@ -267,14 +260,16 @@ def _sample_shape(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
 
 def _prompt_shape(config: Mapping[str, Any], root: Path) -> tuple[int, int] | None:
     """Tokens and width of the prompts that a text-conditional network attends to; the tokenizer says how many."""
-    if config.get("_class_name") != "UNet2DConditionModel":
+    default = {"cross_attention_dim": 1280} if config.get("_class_name") == "UNet2DConditionModel" else {}
+    width = prompt_width({**default, **config})
+    if not default and width is None:
         return None
-    width = prompt_width({"cross_attention_dim": 1280, **config})
     path = root / "tokenizer" / "tokenizer_config.json"
-    tokens = read_json_object(path, remedy=DOWNLOAD).get("model_max_length") if path.exists() else _CLIP_TOKENS
+    says = read_json_object(path, remedy=DOWNLOAD).get("model_max_length", 0) if path.exists() else None
+    tokens = prompt_tokens(config, says)
     if not isinstance(width, int) or not isinstance(tokens, int) or width < 1 or not 1 <= tokens <= 1 << 16:
         raise ModelFormatError(
-            got=f"cross_attention_dim={width!r} and model_max_length={tokens!r} in {root}",
+            got=f"prompts of the width {width!r} and model_max_length={tokens!r} in {root}",
             expected="the width of a prompt's embeddings, and how many tokens a prompt has",
             remedy="pass prompt_shape=(tokens, width) with the network itself to Engine.build",
         )

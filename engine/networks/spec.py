@@ -26,7 +26,14 @@ from skipstep.errors import (
     shown,
 )
 from skipstep.networks.condition import MAX_RANK, Condition, Side, check_shape
-from skipstep.networks.families import config_conditions, prompt_width, state_shape
+from skipstep.networks.families import (
+    check_module,
+    classes_in_table,
+    config_conditions,
+    prompt_width,
+    state_shape,
+    takes_fractional_timesteps,
+)
 from skipstep.plans.parameterization import STATES, TIME_INPUTS, State, TimeInput, state_scale
 from skipstep.storage.untrusted import ADDED_LATER, Length, Within
 
@@ -214,7 +221,11 @@ class NetworkSpec:
         state: State = "vp",
         sigma_data: float | None = None,
     ) -> "NetworkSpec":
-        """Complete the arguments from a diffusers-style `module.config`; InputError if something is still missing."""
+        """Complete the arguments from a diffusers-style `module.config`.
+
+        Raises InputError if something is still missing, ModelFormatError for a transformer that takes other inputs.
+        """
+        check_module(module)
         config, name = getattr(module, "config", None), type(module).__name__
         conditions = config_conditions(config, check_conditions(conditions), module)
         if sample_shape is None:
@@ -226,9 +237,10 @@ class NetworkSpec:
                 remedy="pass sample_shape=(channels, height, width), or another state's",
             )
         if num_classes is None and LABELS not in conditions:
-            embedded = getattr(config, "num_class_embeds", None)
+            embedded, null = classes_in_table(config)
             if embedded is not None:
                 embedded = check_integer("num_class_embeds", embedded, low=1)
+                null_label = null if null_label is None else null_label
                 # A null label inside the table is not one of the classes.
                 inside = null_label is not None and check_integer("null_label", null_label, low=0) < embedded
                 num_classes = embedded - inside
@@ -305,9 +317,3 @@ def check_plan_fits(plan: "Plan", network: NetworkSpec) -> None:
 def network_batch_sizes(network: NetworkSpec, batch_sizes: Iterable[int]) -> list[int]:
     """The network's own batch sizes for these numbers of samples: guidance evaluates it on twice as many."""
     return sorted({copies * size for size in batch_sizes for copies in ((1, 2) if network.can_guide else (1,))})
-
-
-def takes_fractional_timesteps(config: Any) -> bool:
-    """Whether a diffusers configuration names a time embedding that is a smooth function of the timestep."""
-    kind = config.get("time_embedding_type") if isinstance(config, Mapping) else None
-    return kind in ("positional", "fourier")

@@ -36,7 +36,9 @@ def test_what_follows_from_conditions_and_time_leaves_the_loop(name):
     assert engine.network.takes_guidance == family.from_guidance
 
 
-@pytest.mark.parametrize("name", ["SDXL", "LCM", "inpainting", "attention mask", "IP-Adapter", "sequence"])
+@pytest.mark.parametrize(
+    "name", ["SDXL", "LCM", "inpainting", "attention mask", "IP-Adapter", "DiT", "PixArt", "sequence"]
+)
 def test_a_bundle_takes_the_same_conditions(name, tmp_path):
     engine = engine_of(name, "onnxruntime")
     engine.save(tmp_path / "bundle", license="MIT", targets=["cpu", "onnx-loop"])
