@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -78,7 +79,7 @@ class ModuleCall:
         sample: Tensor,
         timestep: Tensor,
         values: Sequence[Tensor],
-        entries: Callable[[], dict[str, Any]] = dict,
+        entries: Callable[[], MutableMapping[str, Any]] = dict,
     ) -> tuple[Sequence[Tensor], dict[str, Any]]:
         """The network's positional arguments and those by name; `entries` makes the mapping of an argument that is
         one."""
@@ -100,7 +101,7 @@ class ModuleCall:
         return (sample, *first, *(values[number] for number in self.positional)), keywords
 
 
-class Watched(dict[str, Any]):
+class Watched(UserDict[str, Any]):
     """A mapping that knows which of its entries were read: networks ignore those that they do not know."""
 
     def __init__(self) -> None:
@@ -110,10 +111,6 @@ class Watched(dict[str, Any]):
     def __getitem__(self, key: str) -> Any:
         self.seen.add(key)
         return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.seen.add(key)
-        return super().get(key, default)
 
 
 def _parameters(network: nn.Module) -> tuple[set[str], bool, bool]:

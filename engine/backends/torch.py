@@ -43,8 +43,10 @@ class DenoisingModule(nn.Module):
     def ignored(self, sample: Tensor, timestep: Tensor, *conditions: Tensor) -> tuple[Tensor, set[str]]:
         """The prediction, and the conditions that the network did not look at."""
         arguments, keywords = self._call.arranged(self._scaled(sample, timestep), timestep, conditions, Watched)
-        output = self._evaluated(arguments, keywords)
         found = [each for each in keywords.values() if isinstance(each, Watched)]
+        for each in found:
+            each.seen.clear()  # Lists of entries were read to be filled.
+        output = self._evaluated(arguments, keywords)
         return output, {name for each in found for name in each.keys() - each.seen}
 
     def _scaled(self, sample: Tensor, timestep: Tensor) -> Tensor:

@@ -161,9 +161,8 @@ def test_tensorrt_builds_each_network(saved):
 @pytest.mark.parametrize("network", [LearnedVariance(), Wide()], ids=lambda each: type(each).__name__)
 def test_networks_without_labels(network, tmp_path):
     """One with twice the channels, and one that reads the timestep itself in its step."""
-    wide = isinstance(network, LearnedVariance)
     plan = Plan(schedule=SCHEDULE, steps=3)
-    spec = {"sample_shape": (1, 4, 4), "learns_variance": wide, "fractional_timesteps": True}
+    spec = {"sample_shape": (1, 4, 4), "fractional_timesteps": True}
     engine = make(network, plans=[plan], batch_sizes=[2], **spec)
     engine.save(tmp_path / "bundle", license="MIT", targets=["trtexec"])
     found = draw(tmp_path / "bundle" / "trtexec", "step_b2_float32", plan)
