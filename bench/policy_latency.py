@@ -27,10 +27,10 @@ CASES = {"DDIM": 10, "DDPM": 100}
 def import_lerobot(module: str) -> Any:
     """A module of lerobot's. Beside a torch without CUDA, PyPI's torchvision cannot load its own operators, which it
     only declares shapes for on import; they are declared first. Nothing calls them."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
     return importlib.import_module(f"lerobot.{module}")
 
 

@@ -14,6 +14,7 @@ import pytest
 from argument_walk import walk
 from engines import labelled_engine
 from tiny_networks import Labelled
+from tiny_policy import Config, TinyPolicy, random_observations
 
 import skipstep
 from skipstep import Engine, NoiseSchedule, Plan
@@ -21,6 +22,7 @@ from skipstep.calls.images import to_pil
 from skipstep.editing.interpolation import slerp, slerp_grid
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.scheduler_config import read_scheduler_config
+from skipstep.robotics import PolicyEngine, PolicyRunner, from_policy, load_policy
 from skipstep.serving import Batcher
 from skipstep.storage.signature import generate_key, sign, verify
 
@@ -31,8 +33,15 @@ BUNDLE = skipstep.__path__[0] + "/demo/fashion-mnist.bundle"
 IMAGES = np.full(SHAPE, 0.25, np.float32)
 NOISE = np.random.default_rng(0).standard_normal(SHAPE, np.float32)
 
+OBSERVATION = random_observations(Config(), np.random.default_rng(0))
+OBSERVATIONS = random_observations(Config(), np.random.default_rng(0), 1, 2)
+CHUNKS = np.zeros((1, 8, 2), np.float32)
+
 # Functions beside those of the package itself that its pages tell users to call.
-FURTHER = (Batcher, NetworkSpec, slerp, slerp_grid, to_pil, read_scheduler_config, generate_key, sign, verify)
+FURTHER = (
+    *(Batcher, NetworkSpec, slerp, slerp_grid, to_pil, read_scheduler_config, generate_key, sign, verify),
+    *(PolicyEngine, PolicyRunner, from_policy, load_policy),
+)
 # Arguments with which a call succeeds, for each function that is walked. What is missing has its default.
 CALLS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Engine": lambda path: {"compiled": None},
@@ -73,6 +82,18 @@ CALLS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Batcher": lambda path: {},
     "Batcher.submit": lambda path: {"steps": 3, "seeds": [1, 2], "class_labels": 1},
     "Batcher.close": lambda path: {},
+    "PolicyEngine": lambda path: {"engine": None, "spec": None, "graph": b""},
+    "PolicyEngine.save": lambda path: {"path": path, "license": "none"},  # As for Engine.save.
+    "PolicyEngine.encode": lambda path: {"observations": OBSERVATIONS},
+    "PolicyEngine.sample": lambda path: {"observations": OBSERVATIONS, "steps": 2, "seeds": [1]},
+    "PolicyEngine.predict": lambda path: {"observations": OBSERVATIONS, "steps": 2, "seeds": [1]},
+    "PolicyEngine.actions": lambda path: {"chunks": CHUNKS},
+    "PolicyRunner": lambda path: {"policy": policy()},
+    "PolicyRunner.reset": lambda path: {},
+    "PolicyRunner.select_action": lambda path: {"observation": OBSERVATION},
+    # The folder is none of LeRobot's: what else is wrong is found before it is read, or it is.
+    "from_policy": lambda path: {"policy": path, "plans": [2]},
+    "load_policy": lambda path: {"path": path},
     "NoiseSchedule": lambda path: {"alpha_bar": [0.9, 0.5]},
     "NoiseSchedule.linear": lambda path: {},
     "NoiseSchedule.scaled_linear": lambda path: {},
@@ -104,7 +125,8 @@ CALLS: dict[str, Callable[[Any], dict[str, Any]]] = {
 }
 # Called with an engine or a plan; those that end the engine are not walked, and have no parameters.
 BOUND: dict[str, Any] = {"Plan": PLAN, "NoiseSchedule": SCHEDULE}
-NOT_WALKED = {"Engine.close"}
+# A loop runs as many steps as it is told: tests/robotics/test_runner.py has its arguments.
+NOT_WALKED = {"Engine.close", "PolicyEngine.close", "PolicyRunner.run"}
 
 
 def _functions() -> Iterator[tuple[str, Any]]:
@@ -118,6 +140,11 @@ def _functions() -> Iterator[tuple[str, Any]]:
 
 
 FUNCTIONS = dict(_functions())
+
+
+@functools.cache
+def policy() -> PolicyEngine:
+    return from_policy(TinyPolicy(steps=2), device="cpu", backend="torch")
 
 
 @pytest.fixture(scope="module")
@@ -139,5 +166,8 @@ def test_a_result_or_an_error_of_ours(
     function = FUNCTIONS[name]
     first = next(iter(inspect.signature(function).parameters), None)
     owner = Batcher(engine) if name.startswith("Batcher.") else BOUND.get(name.split(".")[0], engine)
-    bound = {"engine": engine, "self": owner}.get(str(first))
+    if name.startswith("Policy"):
+        owner = PolicyRunner(policy()) if name.startswith("PolicyRunner.") else policy()
+    firsts = {"engine": engine, "self": owner, "policy": owner}
+    bound = None if name in ("PolicyEngine", "PolicyRunner", "from_policy") else firsts.get(str(first))
     walk(name, function if bound is None else functools.partial(function, bound), lambda: CALLS[name](tmp_path), SHAPE)

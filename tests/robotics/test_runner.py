@@ -184,3 +184,18 @@ def test_a_failed_call_leaves_the_queues_as_they_were(policy):
     with pytest.raises(InputError):
         runner.select_action(good, x_T=np.zeros((8, 3), np.float32))
     np.testing.assert_array_equal(runner.select_action(good), PolicyRunner(policy).select_action(good))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (0.0, dict, print, 1),
+        (float("nan"), dict, print, 1),
+        (10.0, None, print, 1),
+        (10.0, dict, 3, 1),
+        (10.0, dict, print, 0),
+    ],
+)
+def test_a_loop_that_cannot_be_is_refused(policy, arguments):
+    with pytest.raises(InputError):
+        PolicyRunner(policy).run(*arguments)
