@@ -8,7 +8,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 PINS   := pyproject.toml .ci/constraints.txt
 OUT    ?= out/gpu
 RUNS   := bench/results/runs
-READMES := $(wildcard README.md */README.md)
+READMES := $(wildcard README.md */README.md engine/networks/README.md)
 WORKERS ?= 2
 DATA   := .data/usr/share/datasets/fashion-mnist
 
@@ -16,7 +16,7 @@ SAMPLE_EXTRAS := cpu
 TEST_EXTRAS   := cpu,torch,export,diffusers,evaluate,sign,bench,test
 DEV_EXTRAS    := $(TEST_EXTRAS),dev
 
-.PHONY: help sample test check triton format types bench bench-cpu-limit bench-report bench-compare bench-baseline readme-tables evaluate data bundle fuzz gpu clean
+.PHONY: help sample test check triton format types bench bench-cpu-limit bench-report bench-compare bench-baseline readme-tables evaluate families data bundle fuzz gpu clean
 
 help:
 	@echo "make sample   draw clothes with the shipped model in 6 (fitted), 10, 20 and 50 steps (out/sample/grid.png)"
@@ -29,6 +29,7 @@ help:
 	@echo "make bench-compare   measure a few cases and fail if skipstep is slower than this machine class's baseline"
 	@echo "make bench-baseline  measure them with more rounds and make that the baseline"
 	@echo "make evaluate measure every sampler on the shipped model; writes bench/results/evaluation/"
+	@echo "make families measure what each family of networks was tested with; writes a finding and engine/networks/README.md"
 	@echo "make data     fetch Fashion-MNIST (31 MB, a Debian package) into .data/"
 	@echo "make bundle   compile the shipped checkpoint into the shipped bundle again"
 	@echo "make fuzz     attack every public argument, and the readers with a hundred thousand damaged files of each kind"
@@ -142,6 +143,12 @@ ATTACKS := tests/test_public_arguments.py tests/test_further_arguments.py tests/
 fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=1 SKIPSTEP_FUZZ=100000 SKIPSTEP_ATTACKS=bench/results/findings/attacks.json \
 		$(BIN)/python -m pytest $(ATTACKS) -m "" -k "any_ or arguments or kill or hostile_checkpoint" --timeout 7200
+
+# What each family of networks can do, and how far it is from its own loop.
+families: $(VENV)/.dev
+	OMP_NUM_THREADS=1 SKIPSTEP_FAMILIES=bench/results/findings/families.json \
+		$(BIN)/python -m pytest tests/networks/test_matrix.py -m ""
+	$(MAKE) readme-tables
 
 # Debian's package of Fashion-MNIST, unpacked here: no root is needed, and nothing is installed.
 data: $(DATA)

@@ -93,12 +93,12 @@ def open_model(
             remedy="leave config out",
         )
     found = None
-    network = next((each for name in NETWORK_FOLDERS if is_module(each := getattr(model, name, None))), None)
-    if not is_module(model) and network is not None:
+    inside = next((each for name in NETWORK_FOLDERS if is_module(each := getattr(model, name, None))), None)
+    if not is_module(model) and inside is not None:
         found = _scheduler_of(getattr(model, "scheduler", None)) if with_scheduler else None
         if said.get("prompt_shape") is None:
-            said["prompt_shape"] = _prompt_shape_of(network, getattr(model, "tokenizer", None))
-        model = network
+            said["prompt_shape"] = _prompt_shape_of(inside, getattr(model, "tokenizer", None))
+        model = inside
     if not is_module(model):
         raise InputError(
             got=f"a model of type {type(model).__name__}",

@@ -22,6 +22,7 @@ from skipstep.networks.spec import NetworkSpec
 
 # Part of the key of cached graphs. Raise it when this module writes another graph for the same network.
 _FORMAT = 3
+_MOST_BYTES = 1 << 31
 
 
 def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int | None = None) -> bytes:
@@ -31,8 +32,10 @@ def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int |
     loads the graph. Inputs: sample float32 `[N, *sample_shape]`, timestep int64 `[N]` (float32 if the network takes
     fractional ones), encoder_hidden_states float32 `[N, L, D]` and class_labels int64 `[N]` if it takes them. Output:
     out_sample float32 `[N, *output_shape]`.
-    Raises MissingDependencyError without onnx and onnxscript, and ExportError naming what could not be captured.
+    Raises MissingDependencyError without onnx and onnxscript, and ExportError naming what could not be captured, or for
+    weights of 2 GiB and more.
     """
+    _check_size(module)
     # The exporter specialises a dimension of size 1, so a symbolic one is traced at 2.
     traced = batch_size or 2
     arguments = [
@@ -63,6 +66,18 @@ def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int |
     if symbols:
         _rename_batch(exported.graph, symbols)
     return serialised(exported)
+
+
+def _check_size(module: nn.Module) -> None:
+    """Before minutes of tracing: a graph carries its weights, and protobuf ends at 2 GiB."""
+    tensors = {id(each): each for each in (*module.parameters(), *module.buffers())}
+    size = sum(each.numel() * each.element_size() for each in tensors.values())
+    if size >= _MOST_BYTES:
+        raise ExportError(
+            got=f"a network of {size / 1e9:.1f} GB of weights, in float32",
+            expected="below 2 GiB, which is what one ONNX graph with its weights may be",
+            remedy="use backend='torch', which runs the module itself",
+        )
 
 
 def _batch_shapes(batch: Any, num_conditions: int) -> Any:

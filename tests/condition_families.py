@@ -1,10 +1,10 @@
-"""Networks of diffusers with all kinds of conditions, and the textbook's loop over each as pipelines call it."""
+"""Networks of diffusers of all families, with all kinds of conditions, and how their own pipelines call them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,19 +18,16 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection, get_timestep_embedding
-from engines import build
-from tiny_networks import tiny_text_unet
+from tiny_networks import tiny_text_unet, tiny_unet
 from torch import Tensor, nn
 
-from skipstep import Condition, Engine, NoiseSchedule, Plan
+from skipstep import Condition, NoiseSchedule, Plan
 from skipstep.networks.graphs import Binding
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 PLAN = Plan(schedule=SCHEDULE, steps=4, convention="paper", spacing="leading", clip=None)
 PROMPT, LATENTS, SCALE = (7, 24), (4, 8, 8), 2.5
 RNG = np.random.default_rng(0)
-# A few float32 evaluations and steps in another order of operations, relative to the largest value of a sample.
-TOLERANCE = 1e-5
 
 
 def rows(*shape: int, count: int = 2) -> np.ndarray:
@@ -43,6 +40,7 @@ class Family:
 
     `given` and `without` have a row for each of two samples: with the conditions, and of the unconditional half, where
     a number is the null that the engine fills in itself.
+    `from_file`: the engine is built from an .onnx file of the network.
     `told`: the names of conditions that the configuration told; `hoisted`: whose values cross into the loop.
     """
 
@@ -52,6 +50,8 @@ class Family:
     without: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     told: tuple[str, ...] = ()
+    plan: Plan = PLAN
+    from_file: bool = False
     shape: tuple[int, ...] = LATENTS
     from_guidance: bool = False
     hoisted: Binding = Binding.PROMPT
@@ -243,50 +243,42 @@ FAMILIES = {
     ),
     "sequence": Family(sequence, lambda unet, x, t: unet(x, t), {}, shape=(3, 32), hoisted=Binding.PLAN),
 }
+SIGMA_DATA = 0.7
+EDM = Plan(
+    schedule=NoiseSchedule.karras(4),
+    steps=4,
+    prediction_type="edm",
+    time_input="c_noise",
+    sigma_data=SIGMA_DATA,
+    clip=None,
+)
+FLOW = Plan(
+    schedule=NoiseSchedule.flow(),
+    steps=4,
+    convention="paper",
+    spacing="leading",
+    prediction_type="flow",
+    time_input="flow",
+    clip=None,
+)
+prompted = partial(
+    Family, tiny_text_unet, lambda unet, x, t, p: unet(x, t, p), PROMPTS, NEGATIVE, hoisted=Binding.PROMPT
+)
+# Those that other tests sample, too.
+PLAIN = {
+    "UNet2DModel": Family(
+        lambda: tiny_unet(num_class_embeds=4),
+        lambda unet, x, t, class_labels: unet(x, t, class_labels),
+        {"class_labels": np.array([0, 2])},
+        {"class_labels": 3},
+        {"null_label": 3},
+        shape=(1, 8, 8),
+    ),
+    "UNet2DConditionModel": prompted(TEXT),
+    "an .onnx file": prompted(TEXT, from_file=True),
+    "EDM": prompted({**TEXT, "time_input": "c_noise", "state": "edm", "sigma_data": SIGMA_DATA}, plan=EDM),
+    "flow matching": prompted({**TEXT, "time_input": "flow", "state": "flow"}, plan=FLOW),
+}
+ALL = FAMILIES | PLAIN
 GUIDED = [name for name, family in FAMILIES.items() if family.given]
-X_T = {name: rows(*family.shape) for name, family in FAMILIES.items()}
-
-
-@cache
-def engine_of(name: str, backend: str) -> Engine:
-    family = FAMILIES[name]
-    return build(family.network(), plans=[PLAN], schedule=None, batch_sizes=[2], backend=backend, **family.options)
-
-
-@torch.inference_mode()
-def textbook(name: str, *, guided: bool) -> np.ndarray:
-    """DDIM (eq. 12 of the paper, eta 0), with the network called as its own pipelines call it."""
-    family = FAMILIES[name]
-    network, doubled = family.network(), guided and not family.from_guidance
-    values = [torch.from_numpy(np.asarray(each)) for each in family.given.values()]
-    if doubled:
-        nulls = []
-        for key, each in zip(family.given, values, strict=True):
-            null = family.without.get(key, each)
-            nulls.append(torch.full_like(each, null) if isinstance(null, int) else torch.as_tensor(null))
-        values = [torch.cat(both) for both in zip(values, nulls, strict=True)]
-    alpha_bar = torch.tensor(SCHEDULE.alpha_bar, dtype=torch.float64)
-    x = torch.from_numpy(X_T[name]).double()
-    for t, s in zip(PLAN.timesteps, (*PLAN.timesteps[1:], None), strict=True):
-        a = alpha_bar[int(t)]
-        p = torch.tensor(PLAN.final_alpha_bar).double() if s is None else alpha_bar[int(s)]
-        state = torch.cat([x, x]) if doubled else x
-        eps = family.call(network, state.float(), torch.full((len(state),), int(t)), *values).sample
-        eps = eps[:, : len(x[0])].double()  # Without a learned variance.
-        if doubled:
-            conditional, unconditional = eps.chunk(2)
-            eps = unconditional + SCALE * (conditional - unconditional)
-        x = p.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - p).sqrt() * eps
-    return x.numpy()
-
-
-def arguments(name: str, *, guided: bool) -> dict[str, Any]:
-    given, without = FAMILIES[name].passed
-    found: dict[str, Any] = {"plan": PLAN, "x_T": X_T[name], "conditions": given}
-    if guided:
-        found |= {"guidance_scale": SCALE, "negative_conditions": without}
-    return found
-
-
-def assert_drawn(found: np.ndarray, expected: np.ndarray) -> None:
-    assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max()
+X_T = {name: rows(*family.shape) for name, family in ALL.items()}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from condition_families import FAMILIES, NEGATIVE, PLAN, PROMPT, PROMPTS, TEXT, assert_drawn, engine_of, rows
+from condition_families import FAMILIES, NEGATIVE, PLAN, PROMPT, PROMPTS, TEXT, rows
 from engines import build
+from family_loops import assert_drawn, engine_of
 from tiny_networks import tiny_text_unet
 
 from skipstep import Condition

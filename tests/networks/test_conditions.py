@@ -8,9 +8,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from condition_families import FAMILIES, GUIDED, PLAN, arguments, assert_drawn, engine_of, rows, textbook
+from condition_families import FAMILIES, GUIDED, PLAN, rows
 from engines import build
 from fake_cuda import FakeDevice, install
+from family_loops import arguments, assert_drawn, engine_of, textbook
 from torch import Tensor, nn
 
 from skipstep import Condition, load
