@@ -9,8 +9,8 @@ once the numbers that the exporter froze are taken out of them:
     a constant of b equal rows -> one row, repeated where it is joined to others
     a timestep []              -> [batch], where it only becomes one row of a batch later
 
-Nothing of this is trusted: shapes are inferred at two batch sizes, and must be the same but for the batch; and whoever
-takes the graph compares it with the file itself (skipstep.backends.onnx_file).
+Nothing of this is trusted: shapes are inferred at two batch sizes, and must be the same but for the batch; and the
+engine compares the graph with the file itself before it is used (skipstep.backends.onnx_file).
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def main() -> None:
     command = f"python -m skipstep.bench.quality.equal_quality --rounds {options.rounds}"
     note = (
         f"Whole calls at guidance {GUIDANCE:g}, medians of {options.rounds} rounds; in brackets, times as fast as "
-        f"{BASE}, and intervals of 95 % of resampled noises."
+        f"{BASE}, and intervals of 95 % of resampled noises; the quality is that of bench/results/evaluation."
     )
     write_json(
         options.out, {"commit": facts["commit"], "command": command, "header": header, "rows": rows, "note": note}

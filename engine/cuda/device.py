@@ -43,7 +43,7 @@ class Stream(Protocol):
         ...
 
     def record(self, again: Any = None) -> Any:
-        """An event after all that the stream was given so far: a new one, or `again`, which nobody waits for now."""
+        """An event after all work of the stream so far: a new one, or `again`, if no wait for that is pending."""
         ...
 
     def wait(self, event: Any) -> None:

@@ -100,8 +100,8 @@ class SharedInputs:
 
 
 class Flight:
-    """`members` in the order of arrival; whoever reads or changes them holds `changed`, which tells of the end of every
-    turn. One thread at a time takes turns."""
+    """`members` in the order of arrival. A thread that reads or changes them holds the condition `changed`, which is
+    notified after every turn. One thread at a time takes turns."""
 
     def __init__(self, policy: Policy, loop: HostLoop, clock: Callable[[], float]) -> None:
         self.policy, self._loop, self._clock = policy, loop, clock

@@ -31,7 +31,7 @@ def test_a_deadline_that_cannot_be_met_any_more_has_no_precedence():
     assert Policy(16, LAUNCHES).order([first, missed, soon], now=0.0) == [soon, first, missed]
 
 
-def test_nobody_joins_where_a_larger_batch_gains_nothing():
+def test_no_request_joins_where_a_larger_batch_gains_nothing():
     waiting = jobs(*[math.inf] * 5)
     assert Policy(16, ARITHMETIC).choose(waiting, now=0.0) == waiting[:1]
     assert Policy(16, KNEE).choose(waiting, now=0.0) == waiting[:4]
@@ -153,5 +153,5 @@ def check_choice(policy: Policy, present: list[Job], chosen: list[Job], now: flo
     for job in others:
         fits = rows + job.width <= policy.limit
         harms = any(ms(rows) <= left(each) < ms(rows + job.width) for each in chosen)
-        assert not fits or harms, "room was left although a job waited that would have harmed nobody"
+        assert not fits or harms, "room was left although a job waited that would have made no other late"
         assert not (fits and job in starving)
