@@ -231,41 +231,16 @@ def add_group_norm(
     return out, total
 
 
-@group_norm.register_kernel("cpu")
-def _(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    silu: bool,
-    vector: Tensor | None,
-) -> Tensor:
-    return group_norm_reference(x, num_groups, weight, bias, eps=eps, silu=silu, vector=vector)[0]
-
-
-@add_group_norm.register_kernel("cpu")
-def _(
-    x: Tensor, image: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
-) -> tuple[Tensor, Tensor]:
-    return group_norm_reference(x, num_groups, weight, bias, eps=eps, silu=silu, image=image)
-
-
-@group_norm.register_fake
-def _(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    silu: bool,
-    vector: Tensor | None,
-) -> Tensor:
-    return torch.empty_like(dense(x))
-
-
-@add_group_norm.register_fake
-def _(
-    x: Tensor, image: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(dense(x)), torch.empty_like(dense(x))
+# In host memory, and of tensors without values.
+group_norm.register_kernel("cpu")(
+    lambda x, groups, weight, bias, eps, silu, vector: group_norm_reference(
+        x, groups, weight, bias, eps=eps, silu=silu, vector=vector
+    )[0]
+)
+add_group_norm.register_kernel("cpu")(
+    lambda x, image, groups, weight, bias, eps, silu: group_norm_reference(
+        x, groups, weight, bias, eps=eps, silu=silu, image=image
+    )
+)
+group_norm.register_fake(lambda x, *_: torch.empty_like(dense(x)))
+add_group_norm.register_fake(lambda x, *_: (torch.empty_like(dense(x)), torch.empty_like(dense(x))))

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import deque
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -217,6 +218,13 @@ class FakeDevice:
     def finish(self) -> None:
         for stream in (self.stream, self._caller):
             self.run_until(stream.record())
+
+
+def build_on(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> None:
+    """Let Engine.build take the device for the machine's GPU."""
+    install(monkeypatch, device)
+    monkeypatch.setattr("skipstep.building._resolve_device", lambda name, **_: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr("skipstep.cuda.device.CudaDevice", lambda torch_device: device)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipstep.calls.conditioning import Conditioning, distinct
+from skipstep.errors import ExportError
 from skipstep.networks.graphs import StepInputs, Values
 from skipstep.networks.spec import NetworkSpec
 
@@ -38,7 +39,7 @@ class EarlyParts(ABC):
         each_timestep, index = distinct(timesteps)
         plan = self.tables_at(each_timestep)
         rows = dict(conditioning.rows)
-        prompt: Values = {**rows, **self._run("prompt", rows)}
+        prompt: Values = {**rows, **self._outputs("prompt", rows)}
         call: Values = {}
         pair_index = index
         if "call" in self.graphs:
@@ -48,7 +49,7 @@ class EarlyParts(ABC):
             of_time, of_prompt = np.divmod(pairs, conditioning.num_rows)
             given = {name: values[of_time] for name, values in plan.items()}
             given |= {name: values[of_prompt] for name, values in rows.items()}
-            call = self._run("call", given)
+            call = self._outputs("call", given)
         return StepInputs(plan, call, prompt, index, pair_index, conditioning.index)
 
     def tables_at(self, timesteps: NDArray[np.float64]) -> Values:
@@ -59,10 +60,30 @@ class EarlyParts(ABC):
                 while len(self.tables) >= _MAX_TABLES:
                     self.tables.pop(next(iter(self.tables)))
                 given: Values = {"timestep": timesteps.astype(self.spec.timestep_dtype)}
-                self.tables[key] = {**given, **self._run("plan", given)}
+                self.tables[key] = {**given, **self._outputs("plan", given)}
             return self.tables[key]
+
+    def _outputs(self, name: str, given: Mapping[str, NDArray[np.generic]]) -> Values:
+        """The outputs of the part of that name, a row for each of the `given` rows; nothing where there is no such
+        part. Raises ExportError for outputs that are none."""
+        if name not in self.graphs:
+            return {}
+        values, num_rows = self._run(name, given), len(next(iter(given.values())))
+        for output, value in values.items():
+            if not isinstance(value, np.ndarray) or value.dtype.kind not in "iufb" or value.shape[:1] != (num_rows,):
+                raise graph_failed(f"{name} output {output!r} is not an array of {num_rows} rows")
+        return values
 
     @abstractmethod
     def _run(self, name: str, given: Mapping[str, NDArray[np.generic]]) -> Values:
-        """The outputs of the part of that name, a row for each of the `given` rows; nothing where there is no such
-        part."""
+        """The outputs of the part of that name, which is there."""
+
+
+def graph_failed(why: Exception | str) -> ExportError:
+    """The error for a graph that a runtime takes and that does not do what the export promises."""
+    what = why if isinstance(why, str) else f"{type(why).__name__}: {why}"
+    return ExportError(
+        got=f"a graph that failed: {what:.500}",
+        expected="one that this version of skipstep exported",
+        remedy="export the network again; report it if that does not help",
+    )

@@ -20,7 +20,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, Target
-from skipstep.backends.early import EarlyParts
+from skipstep.backends.early import EarlyParts, graph_failed
 from skipstep.backends.prefetch import Lazy
 from skipstep.backends.processor import processor
 from skipstep.calls.conditioning import Conditioning
@@ -55,15 +55,8 @@ class EarlyGraphs(EarlyParts):
         return self._sessions.setdefault(name, made)
 
     def _run(self, name: str, given: Mapping[str, NDArray[np.generic]]) -> Values:
-        if name not in self.graphs:
-            return {}
         session = self._session(name).get()
-        values = run_session(session, [each.name for each in session.get_outputs()], given)
-        num_rows = len(next(iter(given.values())))
-        for output, value in values.items():
-            if not isinstance(value, np.ndarray) or value.dtype.kind not in "iufb" or value.shape[:1] != (num_rows,):
-                raise _failed(f"{name} output {output!r} is not an array of {num_rows} rows")
-        return values
+        return run_session(session, [each.name for each in session.get_outputs()], given)
 
 
 class OnnxRuntimeDenoiser:
@@ -100,13 +93,10 @@ class OnnxRuntimeDenoiser:
 
     def _enqueue(self, values: StepInputs, stage: int) -> None:
         try:
-            for name, buffer in self._buffers.items():
-                table, rows = values.row(name, stage)
-                # "clip" because "raise" would copy; the indices are our own.
-                table.take(rows, axis=0, out=buffer, mode="clip")
+            values.fill(self._buffers, stage)
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # ONNX Runtime's own, and NumPy's for tables of another shape.
-            raise _failed(error) from error
+            raise graph_failed(error) from error
 
 
 def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:
@@ -161,11 +151,11 @@ def _check_interface(session: onnxruntime.InferenceSession, spec: NetworkSpec) -
         each = found.get(name)
         if each is None or each.type != "tensor(float)" or tuple(each.shape[1:]) != shape:
             described = "missing" if each is None else f"{each.type} {each.shape}"
-            raise _failed(f"its {name!r} is {described}, not float [batch, {', '.join(map(str, shape))}]")
+            raise graph_failed(f"its {name!r} is {described}, not float [batch, {', '.join(map(str, shape))}]")
     for each in session.get_inputs():
         fixed = all(isinstance(n, int) and n > 0 for n in each.shape[1:])
         if each.type not in _NUMPY_TYPES or not fixed or math.prod(each.shape[1:]) > MAX_ELEMENTS:
-            raise _failed(f"its input {each.name!r} is {each.type} {each.shape}")
+            raise graph_failed(f"its input {each.name!r} is {each.type} {each.shape}")
 
 
 _NUMPY_TYPES = {
@@ -219,14 +209,5 @@ def run_session(
     try:
         results = session.run(outputs, {each.name: given[each.name] for each in session.get_inputs()})
     except Exception as error:  # As above; a KeyError is an input without a value.
-        raise _failed(error) from error
+        raise graph_failed(error) from error
     return dict(zip(outputs, results, strict=True))
-
-
-def _failed(why: Exception | str) -> ExportError:
-    what = why if isinstance(why, str) else f"{type(why).__name__}: {why}"
-    return ExportError(
-        got=f"a graph that failed: {what:.500}",
-        expected="one that this version of skipstep exported",
-        remedy="export the network again; report it if that does not help",
-    )

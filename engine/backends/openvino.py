@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, Target
-from skipstep.backends.early import EarlyParts
+from skipstep.backends.early import EarlyParts, graph_failed
 from skipstep.backends.openvino_library import (
     capabilities,
     check_precision,
@@ -34,7 +34,6 @@ from skipstep.backends.openvino_library import (
 )
 from skipstep.backends.prefetch import Lazy
 from skipstep.calls.conditioning import Conditioning
-from skipstep.errors import ExportError
 from skipstep.networks.condition import MAX_ELEMENTS
 from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs, Values
 from skipstep.networks.spec import NetworkSpec
@@ -50,22 +49,16 @@ class EarlyModels(EarlyParts):
     _compiled: dict[str, Lazy[Any]] = field(default_factory=dict)
 
     def _run(self, name: str, given: Mapping[str, NDArray[np.generic]]) -> Values:
-        if name not in self.graphs:
-            return {}
         graph, config = self.graphs[name], settings("float32", self.num_threads)
         # setdefault: of two threads one entry stays, and that compiles once.
         made = self._compiled.setdefault(name, Lazy(lambda: compile_model(read_model(graph), "float32", config)))
-        compiled, num_rows = made.get(), len(next(iter(given.values())))
+        compiled = made.get()
         try:
             inputs = {each: given[name] for name, each in input_ports(compiled).items()}
             results = compiled.create_infer_request().infer(inputs)
-            values = {name: results[each] for each in compiled.outputs for name in each.get_names()}
+            return {name: results[each] for each in compiled.outputs for name in each.get_names()}
         except Exception as error:  # OpenVINO's own; a KeyError is an input without a value.
-            raise _failed(error) from error
-        for output, value in values.items():
-            if value.dtype.kind not in "iufb" or value.shape[:1] != (num_rows,):
-                raise _failed(f"{name} output {output!r} is not an array of {num_rows} rows")
-        return values
+            raise graph_failed(error) from error
 
 
 class StepModels:
@@ -142,14 +135,11 @@ class OpenVinoDenoiser:
 
     def _enqueue(self, values: StepInputs, stage: int) -> None:
         try:
-            for name, buffer in self._buffers.items():
-                table, rows = values.row(name, stage)
-                # "clip" because "raise" would copy; the indices are our own.
-                table.take(rows, axis=0, out=buffer, mode="clip")
+            values.fill(self._buffers, stage)
             # What it returns is looked at nowhere; shared, it is not copied either.
             self._request.infer(share_outputs=True)
         except Exception as error:  # OpenVINO's own, and NumPy's for tables of another shape.
-            raise _failed(error) from error
+            raise graph_failed(error) from error
 
 
 def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:
@@ -167,21 +157,12 @@ def _check_port(name: str, port: Any, array: NDArray[Any]) -> None:
     """Raise ExportError for an input or output of the step graph that is not the network's."""
     found = "missing" if port is None else f"{port.element_type.get_type_name()} {port.partial_shape}"
     if found != f"f32 [{','.join(map(str, array.shape))}]":
-        raise _failed(f"its {name!r} is {found}, not float32 {list(array.shape)}")
+        raise graph_failed(f"its {name!r} is {found}, not float32 {list(array.shape)}")
 
 
 def _zeros(name: str, port: Any, batch_size: int) -> NDArray[Any]:
     shape, dtype = port.partial_shape, port.element_type.to_dtype()
     sizes = shape.to_shape() if shape.is_static else ()
     if tuple(sizes[:1]) != (batch_size,) or dtype.kind not in "iufb" or math.prod(sizes[1:]) > MAX_ELEMENTS:
-        raise _failed(f"its input {name!r} is {port.element_type.get_type_name()} {shape}")
+        raise graph_failed(f"its input {name!r} is {port.element_type.get_type_name()} {shape}")
     return np.zeros(tuple(sizes), dtype)
-
-
-def _failed(why: Exception | str) -> ExportError:
-    what = why if isinstance(why, str) else f"{type(why).__name__}: {why}"
-    return ExportError(
-        got=f"a graph that failed: {what:.500}",
-        expected="one that this version of skipstep exported",
-        remedy="export the network again; report it if that does not help",
-    )

@@ -48,8 +48,6 @@ class TorchEarly(EarlyParts):
         self._inputs = {name: input_names(part.graph) for name, part in self.graphs.items()}
 
     def _run(self, name: str, given: Mapping[str, NDArray[np.generic]]) -> Values:
-        if name not in self.graphs:
-            return {}
         part: fx.GraphModule = self.graphs[name]
         # torch warns of memory that it may not write to.
         inputs = [torch.from_numpy(np.require(given[each], requirements="W")) for each in self._inputs[name]]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from engines import SCHEDULE, build
-from fake_cuda import FakeDevice, install
+from fake_cuda import FakeDevice, build_on
 from tiny_networks import Labelled
 from tolerances import BATCH_INVARIANCE, FLOAT32_LOOP
 
@@ -35,9 +33,7 @@ def device_engine(monkeypatch, kernel_device):
     if kernel_device != "cpu":
         pytest.skip("the stand-in device runs Triton's interpreter")
     device = FakeDevice()
-    install(monkeypatch, device)
-    monkeypatch.setattr("skipstep.building._resolve_device", lambda name, **_: SimpleNamespace(type="cuda"))
-    monkeypatch.setattr("skipstep.cuda.device.CudaDevice", lambda torch_device: device)
+    build_on(monkeypatch, device)
     return engine_of
 
 

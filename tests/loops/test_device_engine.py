@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
-from types import SimpleNamespace
 
 import engines
 import numpy as np
 import pytest
 import torch
 from engines import SCHEDULE
-from fake_cuda import FakeDevice, install
+from fake_cuda import FakeDevice, build_on
 from tiny_networks import Curve, Labelled, tiny_unet
 from tolerances import BACKENDS_AGREE
 
@@ -38,9 +37,7 @@ def device(monkeypatch, kernel_device):
     if kernel_device != "cpu":
         pytest.skip("on a GPU tests/test_cuda.py runs the engine itself")
     device = FakeDevice()
-    install(monkeypatch, device)
-    monkeypatch.setattr("skipstep.building._resolve_device", lambda name, **_: SimpleNamespace(type="cuda"))
-    monkeypatch.setattr("skipstep.cuda.device.CudaDevice", lambda torch_device: device)
+    build_on(monkeypatch, device)
     return device
 
 

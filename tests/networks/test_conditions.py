@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 from condition_families import FAMILIES, GUIDED, PLAN, rows
 from engines import build
-from fake_cuda import FakeDevice, install
+from fake_cuda import FakeDevice, build_on
 from family_loops import arguments, assert_drawn, engine_of, textbook
 from torch import Tensor, nn
 
@@ -76,9 +74,7 @@ def test_every_form_of_the_loop_reads_them(takes_guidance, monkeypatch, kernel_d
     }
     engines = {backend: build(Conditioned(), backend=backend, **options) for backend in ("torch", "onnxruntime")}
     device = FakeDevice()
-    install(monkeypatch, device)
-    monkeypatch.setattr("skipstep.building._resolve_device", lambda name, **_: SimpleNamespace(type="cuda"))
-    monkeypatch.setattr("skipstep.cuda.device.CudaDevice", lambda torch_device: device)
+    build_on(monkeypatch, device)
     engines["device"] = build(Conditioned(), **options)
     drawn = {name: engine.sample(plan=PLAN, **call) for name, engine in engines.items()}
     for name in ("onnxruntime", "device"):
