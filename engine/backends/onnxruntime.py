@@ -26,7 +26,7 @@ from skipstep.backends.processor import processor
 from skipstep.calls.conditioning import Conditioning
 from skipstep.errors import ExportError
 from skipstep.networks.condition import MAX_ELEMENTS
-from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs, Values
+from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs, Values, fill_buffers
 from skipstep.networks.spec import NetworkSpec
 
 # Some builds write usage events to the user's cache folder; a library that is embedded in products sends nothing.
@@ -93,7 +93,7 @@ class OnnxRuntimeDenoiser:
 
     def _enqueue(self, values: StepInputs, stage: int) -> None:
         try:
-            values.fill(self._buffers, stage)
+            fill_buffers(self._buffers, values, stage)
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # ONNX Runtime's own, and NumPy's for tables of another shape.
             raise graph_failed(error) from error

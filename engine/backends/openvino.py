@@ -35,7 +35,7 @@ from skipstep.backends.openvino_library import (
 from skipstep.backends.prefetch import Lazy
 from skipstep.calls.conditioning import Conditioning
 from skipstep.networks.condition import MAX_ELEMENTS
-from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs, Values
+from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs, Values, fill_buffers
 from skipstep.networks.spec import NetworkSpec
 
 __all__ = ["capabilities", "denoisers"]
@@ -135,7 +135,7 @@ class OpenVinoDenoiser:
 
     def _enqueue(self, values: StepInputs, stage: int) -> None:
         try:
-            values.fill(self._buffers, stage)
+            fill_buffers(self._buffers, values, stage)
             # What it returns is looked at nowhere; shared, it is not copied either.
             self._request.infer(share_outputs=True)
         except Exception as error:  # OpenVINO's own, and NumPy's for tables of another shape.

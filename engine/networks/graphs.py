@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntFlag
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,13 +99,6 @@ class StepInputs:
             return self.call[name], self.call_index[stage]
         return self.prompt[name], self.prompt_index
 
-    def fill(self, buffers: Mapping[str, NDArray[Any]], stage: int) -> None:
-        """Write the rows of one stage into buffers `[N, …]`, by the names of the values."""
-        for name, buffer in buffers.items():
-            table, rows = self.row(name, stage)
-            # "clip" because "raise" would copy; the indices are our own.
-            table.take(rows, axis=0, out=buffer, mode="clip")
-
     def expanded(self, name: str) -> NDArray[np.generic]:
         """A row for each stage and sample `[E, N, …]`, or for each sample `[N, …]` where stages share it."""
         if name in self.plan:
@@ -113,3 +106,17 @@ class StepInputs:
         if name in self.call:
             return self.call[name][self.call_index]
         return self.prompt[name][self.prompt_index]
+
+
+class Rows(Protocol):
+    """Step inputs as a denoiser in host memory reads them: StepInputs, and what stands for several of them."""
+
+    def row(self, name: str, stage: int) -> tuple[NDArray[np.generic], NDArray[np.int64]]: ...
+
+
+def fill_buffers(buffers: Mapping[str, NDArray[Any]], values: Rows, stage: int) -> None:
+    """Write the rows of one stage into buffers `[N, …]`, by the names of the values."""
+    for name, buffer in buffers.items():
+        table, rows = values.row(name, stage)
+        # "clip" because "raise" would copy; the indices are our own.
+        table.take(rows, axis=0, out=buffer, mode="clip")
