@@ -179,6 +179,7 @@ def test_a_network_that_is_off_is_neither_used_nor_kept(cache, monkeypatch):
     assert cache.entries() == []
 
 
+@pytest.mark.slow
 def test_each_batch_size_is_compared_before_the_engine_exists(monkeypatch):
     seen = []
     real = agreement.NetworkProbe.check
@@ -238,6 +239,7 @@ def test_auto_finds_the_backend_that_has_the_precision(bfloat16):
         assert (rounded.backend, exact.backend) == ("openvino", "onnxruntime")
 
 
+@pytest.mark.slow
 def test_an_engine_in_bfloat16_is_not_saved(bfloat16, tmp_path):
     options = {"plans": [2], "sample_shape": (1, 8, 8), "fractional_timesteps": True}
     with build(tiny_unet(), precision="bfloat16", backend="openvino", **options) as engine:

@@ -43,7 +43,9 @@ def test_the_rule():
     assert kernels_of(torch.ops.aten.view.default, ()) == 0
 
 
-@pytest.mark.parametrize("model", MOST)
+@pytest.mark.parametrize(
+    "model", [pytest.param(each, marks=[pytest.mark.slow] if each == "cifar10-architecture" else []) for each in MOST]
+)
 def test_no_change_adds_a_launch(model, tmp_path):
     found = torch_counts(open_subject(model, folder=tmp_path)).values()
     for counted_kernels, most in zip((each.kernels.total() for each in found), MOST[model], strict=True):
@@ -51,6 +53,7 @@ def test_no_change_adds_a_launch(model, tmp_path):
     assert sorted(MOST[model], reverse=True) == list(MOST[model])
 
 
+@pytest.mark.slow
 def test_the_cifar_step_is_of_few_operations(tmp_path):
     found = torch_counts(open_subject("cifar10-architecture", folder=tmp_path))["torch, the step"]
     assert found.operations.total() <= 180

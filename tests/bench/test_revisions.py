@@ -6,6 +6,8 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from skipstep.bench.revisions import CASES, FIRST_MEMORY, START, main
 
 _PACKAGE = """
@@ -42,6 +44,7 @@ def _commit(folder: Path, **facts: float) -> str:
     return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=folder, text=True).strip()
 
 
+@pytest.mark.slow
 def test_what_is_slower_and_larger_shows_in_every_case(tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     before = _commit(repository, nap=0.005, held=1)

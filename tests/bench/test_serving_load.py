@@ -57,6 +57,7 @@ def test_latency_counts_from_the_planned_arrival(engine):
     assert rate == pytest.approx(3 / latencies[-1], rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_finding(tmp_path, monkeypatch):
     file = tmp_path / "load.json"
     monkeypatch.setattr(

@@ -57,7 +57,12 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+QUICK = ("graph, dynamic", "script, one number", "script, batch of 3, one number")
+
+
+@pytest.mark.parametrize(
+    "form", [form if form in QUICK else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
+)
 def test_samples_are_those_of_the_module(form, tmp_path, expected):
     batch, timestep, dynamic, graph_exporter = FORMS[form]
     file = write_onnx(
@@ -82,7 +87,7 @@ def test_samples_are_those_of_the_module(form, tmp_path, expected):
         np.testing.assert_allclose(found, same, rtol=0, atol=1e-5 * float(np.abs(same).max()))
 
 
-@pytest.mark.parametrize("graph_exporter", [True, False])
+@pytest.mark.parametrize("graph_exporter", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_prompts_and_names_as_optimum_writes_them(graph_exporter, tmp_path):
     dynamic = {
         "sample": {0: "batch", 2: "height", 3: "width"},

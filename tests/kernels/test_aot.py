@@ -115,7 +115,7 @@ def test_generated_code(arch):
         assert kernel["registers"] <= (72 if variant in ("learned_variance", "ring") else 64), case
 
 
-@pytest.mark.parametrize("arch", architectures(90))
+@pytest.mark.parametrize("arch", architectures())
 def test_generated_code_of_norms(arch):
     facts = compiled("compile_norms.py", arch)
     # Four norms, two dtypes, two orders in memory, two added operands; the one of latents takes two launches.

@@ -15,11 +15,17 @@ from torch import Tensor, nn
 from skipstep import Condition, load
 from skipstep.export.onnx_sampler import build_sampler
 
+QUICK = ("SDXL", "DiT")
+# Exports take long: of those, a family with every kind of condition and one without guidance are quick enough.
+CASES = [
+    pytest.param(name, guided, backend, marks=[pytest.mark.slow] if backend != "torch" and name not in QUICK else [])
+    for name in FAMILIES
+    for guided in (False, True)[: 1 + (name in GUIDED)]
+    for backend in ("torch", "onnxruntime")
+]
 
-@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
-@pytest.mark.parametrize(
-    ("name", "guided"), [(name, guided) for name in FAMILIES for guided in (False, True)[: 1 + (name in GUIDED)]]
-)
+
+@pytest.mark.parametrize(("name", "guided", "backend"), CASES)
 def test_draws_what_the_networks_own_loop_draws(name, guided, backend):
     if FAMILIES[name].from_guidance and not guided:
         pytest.skip("its network has no other loop")
