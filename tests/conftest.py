@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 
 def _has_gpu() -> bool:
@@ -22,9 +23,10 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-# A deadline for an example would fail on a busy machine; pytest-timeout bounds whole tests.
-settings.register_profile("quick", max_examples=25, deadline=None)
-settings.register_profile("all", max_examples=100, deadline=None)
+# What limits the time of examples would fail on a busy machine; pytest-timeout bounds whole tests.
+BUSY: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("quick", max_examples=25, **BUSY)
+settings.register_profile("all", max_examples=100, **BUSY)
 
 
 def pytest_configure(config: pytest.Config) -> None:

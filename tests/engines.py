@@ -18,7 +18,7 @@ from tiny_networks import Labelled
 from torch import nn
 
 from skipstep import Engine, NoiseSchedule
-from skipstep.backends.torch import DenoisingModule
+from skipstep.backends.torch import DenoisingModule, zero_conditioning
 from skipstep.bundles.cache import ArtefactCache
 from skipstep.export import onnx_model
 from skipstep.export.partition import partition
@@ -52,12 +52,13 @@ def labelled_engine() -> Engine:
 
 
 def exported(module: nn.Module, spec: NetworkSpec, *, batch_size: int | None = None) -> bytes:
-    """`export_onnx` through the session's cache. What cannot be pickled is exported anew."""
+    """`export_onnx` through the session's cache, by what the exporter reads. What no pickle holds is exported anew."""
     network = module if isinstance(module, DenoisingModule) else DenoisingModule(module)
     network.eval()
+    given = (network, spec.sample_shape, spec.fractional_timesteps, zero_conditioning(spec, 2), batch_size)
     content = io.BytesIO()
     try:
-        _Content(content, protocol=5).dump((network, spec, batch_size))
+        _Content(content, protocol=5).dump(given)
     except (pickle.PicklingError, AttributeError, TypeError):  # A class that a test function defines, or a hook.
         return _export(network, spec, batch_size=batch_size)
     return ArtefactCache().get_or_build(

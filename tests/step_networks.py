@@ -58,7 +58,7 @@ def early_graphs() -> EarlyGraphs:
 @cache
 def unet_step(**options: Any) -> bytes:
     """The step network of a small UNet for 1×8×8, its batch open."""
-    module, spec = prepare_module(tiny_unet(**options), NetworkSpec((1, 8, 8)))
+    module, spec = prepare_module(tiny_unet(**options), NetworkSpec((1, 8, 8), fractional_timesteps=True))
     return parts_of(module, spec).graphs.step
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx
 import pytest
 import torch
+from engines import exported
 from tiny_networks import tiny_unet
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ def dims(value: onnx.ValueInfoProto) -> list[int | str]:
 
 
 def test_inputs_outputs_and_opset_are_as_said():
-    graph = onnx.load_from_string(export_onnx(DenoisingModule(tiny_unet()), SPEC))
+    graph = onnx.load_from_string(exported(tiny_unet(), SPEC))
     assert graph.opset_import[0].version == OPSET
     assert {each.name: dims(each) for each in graph.graph.input} == {
         "sample": ["batch", 1, 8, 8],

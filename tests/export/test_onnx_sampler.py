@@ -170,6 +170,7 @@ def test_draws_what_the_engine_draws(labelled, name, guided, form):
     assert_close(found["x_0"], samples)
 
 
+@pytest.mark.slow
 @both_forms
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])

@@ -39,7 +39,12 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+SLOW = ("unconditional UNet", "integer timesteps")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(each, marks=[pytest.mark.slow] if each in SLOW else []) for each in CASES]
+)
 def case(request):
     graph, spec = export(*CASES[request.param])
     return request.param, graph, spec

@@ -57,7 +57,7 @@ def test_one_that_overflows_is_refused():
 
 @pytest.fixture(scope="module")
 def unet():
-    return partition(exported(tiny_unet(), NetworkSpec((1, 8, 8))))
+    return partition(exported(tiny_unet(), NetworkSpec((1, 8, 8), fractional_timesteps=True)))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

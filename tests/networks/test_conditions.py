@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from skipstep import Condition, load
 from skipstep.export.onnx_sampler import build_sampler
 
-QUICK = ("SDXL", "DiT")
 # Exports take long: of those, a family with every kind of condition and one without guidance are quick enough.
+EXPORTED = [pytest.param(name, marks=[] if name in ("SDXL", "DiT") else [pytest.mark.slow]) for name in FAMILIES]
 CASES = [
-    pytest.param(name, guided, backend, marks=[pytest.mark.slow] if backend != "torch" and name not in QUICK else [])
-    for name in FAMILIES
-    for guided in (False, True)[: 1 + (name in GUIDED)]
+    pytest.param(*name.values, guided, backend, marks=[] if backend == "torch" else name.marks)
+    for name in EXPORTED
+    for guided in (False, True)[: 1 + (name.values[0] in GUIDED)]
     for backend in ("torch", "onnxruntime")
 ]
 
@@ -32,7 +32,7 @@ def test_draws_what_the_networks_own_loop_draws(name, guided, backend):
     assert_drawn(engine_of(name, backend).sample(**arguments(name, guided=guided)), textbook(name, guided=guided))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EXPORTED)
 def test_what_follows_from_conditions_and_time_leaves_the_loop(name):
     family, engine = FAMILIES[name], engine_of(name, "onnxruntime")
     assert tuple(engine.network.conditions)[: len(family.told)] == family.told
@@ -41,9 +41,10 @@ def test_what_follows_from_conditions_and_time_leaves_the_loop(name):
     assert engine.network.takes_guidance == family.from_guidance
 
 
-@pytest.mark.parametrize(
-    "name", ["SDXL", "LCM", "inpainting", "attention mask", "IP-Adapter", "DiT", "PixArt", "sequence"]
-)
+SAVED = ("SDXL", "LCM", "inpainting", "attention mask", "IP-Adapter", "DiT", "PixArt", "sequence")
+
+
+@pytest.mark.parametrize("name", [each for each in EXPORTED if each.values[0] in SAVED])
 def test_a_bundle_takes_the_same_conditions(name, tmp_path):
     engine = engine_of(name, "onnxruntime")
     engine.save(tmp_path / "bundle", license="MIT", targets=["cpu", "onnx-loop"])
