@@ -313,6 +313,7 @@ def save_bundle(
         )
     asked = BundleRequest(**request)
     targets = check_request(path, asked)
-    from skipstep.export.bundle_writer import write_bundle
+    from skipstep.export.bundle_writer import check_engine, write_bundle
 
+    check_engine(engine, targets)
     write_bundle(engine, source.partition(), path, asked, targets, open_again=open_again, progress=progress)

@@ -43,6 +43,14 @@ from skipstep.version import __version__
 _TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "triton", "tensorrt-rtx", "tensorrt", "numpy")
 
 
+def check_engine(engine: Sampler, targets: Targets) -> None:
+    """What can be known to fail before the network is exported. Raises InputError."""
+    if not engine.plans:
+        raise InputError(got="an engine without plans", expected="at least one", remedy="call add_plan first")
+    if targets.trtexec:
+        check_trtexec(engine.network, engine.plans.values())
+
+
 def write_bundle(
     engine: Sampler,
     parts: Partition,
@@ -57,8 +65,6 @@ def write_bundle(
 
     `open_again` loads the bundle at a path, as skipstep.load does.
     """
-    if not engine.plans:
-        raise InputError(got="an engine without plans", expected="at least one", remedy="call add_plan first")
     with atomic_folder(path, replace=request.overwrite) as folder:
         draft = _BundleDraft(engine, parts, request, targets, BundleFiles(folder), progress or (lambda message: None))
         manifest, golden = draft.write()
@@ -87,8 +93,6 @@ class _BundleDraft:
         """Every file but the manifest and its signature: the manifest, and the golden samples."""
         engine, request, network = self.engine, self.request, self.engine.network
         plans = list(engine.plans.values())
-        if self.targets.trtexec:
-            check_trtexec(network, plans)
         defaults = dict(engine.plan_defaults)
         default_schedule = defaults.pop("schedule", None)
         schedules = list(dict.fromkeys(each for each in (*(p.schedule for p in plans), default_schedule) if each))
