@@ -46,7 +46,7 @@ def main() -> None:
     for name in MODELS:
         with tempfile.TemporaryDirectory() as folder:
             step = partition(open_subject(name, folder=Path(folder)).exported).graphs.step
-        graphs = {"float32": step, "float16": lower_precision(step, "float16", half_norms=True)}
+        graphs = {"float32": step, "float16": lower_precision(step, "float16")}
         for precision, graph in graphs.items():
             for row in rows_of(name, precision, graph):
                 print(*row, sep="  ", flush=True)

@@ -148,8 +148,7 @@ def rtx_counts(subject: Subject) -> Iterator[tuple[str, int]]:
     step = partition(subject.exported).graphs.step
     graphs = {
         "float32": step,
-        "float16, norms in float32": lower_precision(step, "float16"),
-        "float16": lower_precision(step, "float16", half_norms=True),
+        "float16": lower_precision(step, "float16"),
     }
     for name, graph in graphs.items():
         built = build_engine(graph, library="tensorrt_rtx", compute_capability=89, batch_sizes=(1,))

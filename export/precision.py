@@ -6,9 +6,8 @@
     all others   Softmax, norms, …   in float32: whatever sums over many elements, and whatever is unknown
 
 So a normalisation is float32 from the addition before it to the activation after it, and none of what lies between is
-rounded. With `half_norms` its input and output are in the network's dtype: runtimes sum in float32 inside it, and
-launch fewer kernels, but what it sees is rounded first. Casts stand only where a value changes dtype, one for all its
-readers. If, Loop and Scan carry float32.
+rounded; TensorRT computes all of that in one kernel (skipstep.export.norms). Casts stand only where a value changes
+dtype, one for all its readers. If, Loop and Scan carry float32.
 
 We have our own pass because the maintained ones do less: those of ONNX Runtime and onnxconverter-common support only
 float16 and clamp weights that do not fit; Model Optimizer's AutoCast needs older releases of onnx and onnxruntime-gpu.
@@ -24,7 +23,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from skipstep.errors import ExportError, check_choice, check_flag
+from skipstep.errors import ExportError, check_choice
 from skipstep.export.graph_writer import load_graph
 
 HalfPrecision = Literal["float16", "bfloat16"]
@@ -36,7 +35,6 @@ _MOVES = frozenset({
     "GatherND", "Identity", "MaxPool", "Pad", "Reshape", "Resize", "ScatterElements", "ScatterND", "Slice",
     "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Trilu", "Unsqueeze",
 })
-_NORMS = frozenset({"GroupNormalization", "InstanceNormalization", "LayerNormalization"})
 # What stays near the range of its inputs: no powers, no roots, no exponentials.
 _ARITHMETIC = frozenset({
     "Abs", "Add", "Celu", "Clip", "Div", "Dropout", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu",
@@ -47,7 +45,7 @@ _ARITHMETIC = frozenset({
 _BFLOAT16_OPSET = 22
 
 
-def lower_precision(step_graph: bytes, dtype: HalfPrecision, *, half_norms: bool = False) -> bytes:
+def lower_precision(step_graph: bytes, dtype: HalfPrecision) -> bytes:
     """The same network with weights, activations, float32 inputs and outputs in `dtype`; names and shapes stay.
 
     For bfloat16 the graph moves on to opset 22. Integers, booleans and values of other float types are left alone.
@@ -55,11 +53,10 @@ def lower_precision(step_graph: bytes, dtype: HalfPrecision, *, half_norms: bool
     float16 (65504), or one of which nothing is left but zeros; and for a graph whose types cannot be inferred.
     """
     check_choice("dtype", dtype, get_args(HalfPrecision))
-    check_flag("half_norms", half_norms)
     low = ir.DataType.FLOAT16 if dtype == "float16" else ir.DataType.BFLOAT16
     try:
         model = _typed(step_graph, _BFLOAT16_OPSET if low == ir.DataType.BFLOAT16 else 0)
-        _Lowering(model, low, _PRODUCTS | _NORMS if half_norms else _PRODUCTS).run()
+        _Lowering(model, low).run()
         lowered = ir.to_proto(model)
         onnx.checker.check_model(lowered, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -94,10 +91,10 @@ def _typed(graph: bytes, least_opset: int) -> ir.Model:
 class _Lowering:
     """The lowering of one model, in place."""
 
-    def __init__(self, model: ir.Model, low: ir.DataType, always: frozenset[str]) -> None:
+    def __init__(self, model: ir.Model, low: ir.DataType) -> None:
         self._model = model
         self._graph = model.graph
-        self._low, self._always = low, always
+        self._low = low
         self._nodes = list(model.graph.all_nodes())  # Each before its readers.
         self._types = {node: _type_parameters(node, model, low) for node in self._nodes}
         self._lowered: set[ir.Node] = set()
@@ -138,17 +135,16 @@ class _Lowering:
         """Choose the nodes that compute in the low dtype: first forwards by their inputs, then backwards by readers."""
         accurate: set[ir.Value] = set()
         for node in self._nodes:
-            left = node.op_type in _NORMS and node.op_type not in self._always
-            if self._types[node] is None or left or not self._follows_low(node, accurate):
+            if self._types[node] is None or not self._follows_low(node, accurate):
                 accurate.update(value for value in node.outputs if value.dtype == ir.DataType.FLOAT)
             else:
                 self._lowered.add(node)
         for node in reversed(self._nodes):
-            if node.op_type not in self._always and node in self._lowered and self._is_read_as_float(node):
+            if node.op_type not in _PRODUCTS and node in self._lowered and self._is_read_as_float(node):
                 self._lowered.remove(node)
 
     def _follows_low(self, node: ir.Node, accurate: set[ir.Value]) -> bool:
-        if node.op_type in self._always:
+        if node.op_type in _PRODUCTS:
             return True
         if node.op_type == "ConstantOfShape":
             return _fits(_fill(node), self._low)
@@ -250,7 +246,7 @@ def _fill(node: ir.Node) -> ir.TensorProtocol:
 
 def _type_parameters(node: ir.Node, model: ir.Model, low: ir.DataType) -> frozenset[int] | None:
     """Inputs of the type that the operator's result has, by its schema; None where that may not be the low dtype."""
-    if node.op_type not in _PRODUCTS | _NORMS | _MOVES | _ARITHMETIC or node.domain not in ("", "ai.onnx"):
+    if node.op_type not in _PRODUCTS | _MOVES | _ARITHMETIC or node.domain not in ("", "ai.onnx"):
         return None
     schema = onnx.defs.get_schema(node.op_type, model.opset_imports[""], "")
     result = schema.outputs[0]

@@ -23,27 +23,17 @@ from skipstep.networks.graphs import Partition
 
 _LARGEST = float(np.finfo(np.float16).max)
 _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-# Normalisations in half precision save launches. Rounding what they see costs 1.5 times the error of all the rest in
-# UNets; far more where they see small differences between large values.
-_NORMS_MAY_COST = 2.0
 
 
 def step_graph(parts: Partition, precision: str) -> bytes:
-    """The step network in "float32", "float16" or "bfloat16". Raises ExportError where it cannot be lowered.
-
-    Its normalisations are in half precision too, where that does not double the error.
-    """
+    """The step network in "float32", "float16" or "bfloat16". Raises ExportError where it cannot be lowered."""
     step = parts.graphs.step
     if precision == "float32":
         return step
     dtype: HalfPrecision = "float16" if precision == "float16" else "bfloat16"
     lowered = lower_precision(step, dtype)
-    error = check_precision(lowered, step, dtype)
-    norms_too = lower_precision(step, dtype, half_norms=True)
-    try:
-        return norms_too if check_precision(norms_too, step, dtype) <= _NORMS_MAY_COST * error else lowered
-    except ExportError:
-        return lowered
+    check_precision(lowered, step, dtype)
+    return lowered
 
 
 def check_precision(lowered: bytes, exact: bytes, dtype: HalfPrecision) -> float:

@@ -24,6 +24,7 @@ from skipstep.backends.denoiser import Library
 from skipstep.backends.tensorrt_library import EXTRAS, import_library
 from skipstep.cuda.probe import DeviceFacts, cuda_device
 from skipstep.errors import ExportError, InputError, MissingDependencyError, SkipstepError
+from skipstep.export.norms import write_out_norms
 from skipstep.export.tensorrt_engine import Progress
 from skipstep.export.tensorrt_graph import BATCH, batch_profiles, checked_graph, messages
 
@@ -70,6 +71,7 @@ def _build(
     report("check the graph", 0, 1)
     model = checked_graph(onnx_model)
     profiles = batch_profiles(model, request["batch_sizes"])
+    write_out_norms(model)
     report("check the graph", 1, 1)
 
     logger = _error_logger(trt)

@@ -34,6 +34,7 @@ from skipstep.calls.noise import standard_normal
 from skipstep.errors import ExportError, InputError
 from skipstep.export.graph_writer import serialised
 from skipstep.export.input_names import layer_names
+from skipstep.export.norms import write_out_norms
 from skipstep.export.tensorrt_graph import batch_profiles
 from skipstep.kernels.layout import NUM_COLUMNS, Column, Stream
 from skipstep.networks.graphs import SAMPLE, Partition
@@ -166,6 +167,7 @@ def static_network(step: bytes, names: dict[str, str], batch_size: int) -> bytes
     """The step graph at one batch size, its inputs renamed and, as its outputs, in float32."""
     model = onnx.load_from_string(step)
     batch_profiles(model, [batch_size])
+    write_out_norms(model)
     # Other values' shapes are left to the reader, which infers them.
     del model.graph.value_info[:]
     for node in model.graph.node:

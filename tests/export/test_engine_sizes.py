@@ -26,7 +26,7 @@ def test_the_largest_kernels_are_named_after_their_layers(step, precision):
     from engine_builds import build
 
     if precision == "float16":
-        step = lower_precision(step, "float16", half_norms=True)
+        step = lower_precision(step, "float16")
     engine = build(step, 89, batch_sizes=(1, 2)).engine
     described = describe_launches(engine, step)
     assert described["kernels"] == [each.total() for each in kernels(engine)]
