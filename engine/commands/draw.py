@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     load = LoadOptions(device=options.device, num_threads=threads, allow_hard_links=options.model == SHIPPED_BUNDLE)
     if options.require_signature is not None:
         load["require_signature"] = str(options.require_signature.absolute())
-    with verified_engine(str(options.model), None, compile_on_miss=True, **load) as engine:
+    with verified_engine(str(options.model), None, compile_on_miss=True, **{**load, "device": "cpu"}) as engine:
         which = {"steps": options.steps} if options.plan is None else {"plan": options.plan}
         plan = call_arguments(engine, {"seeds": 0, **which})["plan"]
         labels = resolve_classes(engine, options.classes, engine.network.num_classes or 0)

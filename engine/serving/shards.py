@@ -16,7 +16,7 @@ import os
 import resource
 import tarfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -36,7 +36,7 @@ from skipstep.errors import (
     check_choice,
     check_integer,
 )
-from skipstep.loading import LoadOptions, load
+from skipstep.loading import load
 from skipstep.serving.requests import call_arguments
 from skipstep.storage.atomic import atomic_write, check_writable, storage_errors
 from skipstep.storage.verified import read_regular
@@ -103,7 +103,7 @@ class ShardWriter:
     bundle: str
     folder: str
     drawing: Drawing
-    options: LoadOptions
+    options: Mapping[str, Any]
     engine: Engine | None = None
 
     def __call__(self, shard: int) -> dict[str, Any]:
@@ -165,13 +165,15 @@ def verified_engine(bundle: str, network: str | None, *, compile_on_miss: bool =
     return engine
 
 
+_in_this_process: list[ShardWriter] = []
+
+
 def _begin(writer: ShardWriter) -> None:
-    global _continue_with
-    _continue_with = writer
+    _in_this_process[:] = [writer]
 
 
 def _continue(shard: int) -> dict[str, Any]:
-    return _continue_with(shard)
+    return _in_this_process[0](shard)
 
 
 def _parquet(job: Drawing, seeds: list[int], labels: list[int] | None, samples: NDArray[np.float32]) -> bytes:

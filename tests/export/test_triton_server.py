@@ -17,7 +17,8 @@ from tiny_networks import Labelled
 from skipstep import Plan
 from skipstep.errors import ExportError, InputError
 from skipstep.export.onnx_sampler import build_sampler
-from skipstep.export.triton_server import model_config, model_repository
+from skipstep.export.triton_server import batcher_repository, model_config, model_repository
+from skipstep.networks.condition import Condition
 from skipstep.networks.spec import NetworkSpec
 
 QUIET, NOISY = Plan(schedule=SCHEDULE, steps=3), Plan(schedule=SCHEDULE, steps=3, eta=1.0)
@@ -151,3 +152,26 @@ def test_tensor_names_are_quoted():
     graph = helper.make_graph([helper.make_node("Abs", [name], ["out"])], "g", [tensor], [out])
     config, _ = parsed(model_config("a", onnx.ModelProto(graph=graph).SerializeToString()))
     assert config.input[0].name == name
+
+
+def test_a_batcher_takes_what_the_network_does(graphs):
+    conditions = {"style": Condition((5,)), "strength": Condition((), null=0.0)}
+    network = NetworkSpec((1, 4, 4), num_classes=9, null_label=9, conditions=conditions)
+    files = batcher_repository("a", network, instances=2, decoupled=True, num_threads="3")
+    assert files.keys() == {"a/config.pbtxt", "a/1/model.py"}
+    compile(files["a/1/model.py"], "model.py", "exec")
+    config, schema = parsed(files["a/config.pbtxt"].decode())
+    assert (config.backend, config.max_batch_size, config.model_transaction_policy.decoupled) == ("python", 16, True)
+    assert {key: each.string_value for key, each in config.parameters.items()} == {
+        "bundle": "../../..",
+        "num_threads": "3",
+    }
+    assert (config.instance_group[0].count, config.instance_group[0].kind) == (2, schema.ModelInstanceGroup.KIND_CPU)
+    assert [each.name for each in config.input if not each.optional] == ["seeds"]
+    found = shapes(config.input)
+    assert found["seeds"] == found["plan"] == found["class_labels"] == found["strength"] == ([1], [])
+    assert found["style"] == found["negative_style"] == ([5], [5])
+    assert "negative_strength" not in found
+    assert shapes(config.output) == {"samples": ([1, 4, 4], [1, 4, 4])}
+    with pytest.raises(InputError, match="max_batch_size"):
+        batcher_repository("a", network, max_batch_size=0)
