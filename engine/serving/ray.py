@@ -12,28 +12,24 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.errors import (
-    DeadlineError,
-    DeviceUnavailableError,
-    InputError,
-    MissingDependencyError,
-    QueueFullError,
-    SkipstepError,
-    check_integer,
-)
+from skipstep import errors
+from skipstep.errors import InputError, MissingDependencyError, SkipstepError, check_integer, check_path, check_text
+from skipstep.loading import LoadOptions
 from skipstep.serving.batcher import Batcher
 from skipstep.serving.requests import Limits, call_arguments, draw_rows
 from skipstep.serving.shards import ShardWriter, verified_engine
 from skipstep.storage.untrusted import parse_json
 
 MAX_REQUEST_BYTES = 1 << 24
-SAMPLE = "sample"
+_STATUS = ((errors.QueueFullError, 503), (errors.DeadlineError, 504), (ValueError, 400), (LookupError, 400))
+SAMPLE, ERROR = "sample", "error"
 
 
 class Sampler:
@@ -42,7 +38,7 @@ class Sampler:
     A block that is drawn again after a worker's death has the same rows, and so the same bits.
     """
 
-    def __init__(self, bundle: str, network: str | None = None, **options: Any) -> None:
+    def __init__(self, bundle: str, network: str | None = None, **options: Unpack[LoadOptions]) -> None:
         self._engine = verified_engine(bundle, network, **options)
 
     def __call__(self, batch: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -56,18 +52,22 @@ class _Shards:
         self._writer = writer
 
     def __call__(self, batch: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        done = [self._writer(int(shard)) for shard in batch["shard"]]
-        return {name: np.array([each[name] for each in done]) for name in done[0]}
+        (shard,) = batch["shard"]
+        try:
+            done = self._writer(int(shard))
+        except SkipstepError as error:  # Ray would wrap it in texts of its own.
+            done = {ERROR: type(error).__name__, "got": error.got, "expected": error.expected, "remedy": error.remedy}
+        return {name: np.array([value]) for name, value in done.items()}
 
 
-def workers(bundle: str, num: int, *, network: str | None = None, **options: Any) -> dict[str, Any]:
+def workers(bundle: str, num: int, *, network: str | None = None, **options: Unpack[LoadOptions]) -> dict[str, Any]:
     """The arguments of map_batches beside the class: `num` workers with an engine each, with options of skipstep.load.
 
     On the CPU a worker takes `num_threads` cores, 1 unless it is said; on a GPU a whole one.
     """
-    options = _with_threads(options)
-    given = {"bundle": str(bundle), "network": network, **options}
-    return {"fn_constructor_kwargs": given, **_compute(num), **_resources(options)}
+    share, resources = _shares(options)
+    given = {"bundle": check_path("bundle", bundle), "network": network, **share}
+    return {"fn_constructor_kwargs": given, **_compute(num), **resources}
 
 
 def draw_with_ray(
@@ -79,30 +79,17 @@ def draw_with_ray(
     worker died is drawn again by another one. Raises InputError, DeviceUnavailableError.
     """
     ray = _ray()
-    writer.options = _with_threads(writer.options)
-    connect(address, cores=num * writer.options["num_threads"] if _on_cpu(writer.options) else num)
+    share, resources = _shares(writer.options)
+    writer = replace(writer, options=share)
+    connect(address, cores=num * resources.get("num_cpus", 1))
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
-    drawn = rows.map_batches(
-        _Shards, fn_constructor_args=[writer], batch_size=1, **_compute(num), **_resources(writer.options)
-    )
-    for row in _own_errors(drawn.iter_rows()):
+    drawn = rows.map_batches(_Shards, fn_constructor_args=[writer], batch_size=1, **_compute(num), **resources)
+    for row in drawn.iter_rows():
+        if ERROR in row:
+            words = {name: str(row[name]) for name in ("got", "expected", "remedy")}
+            raise getattr(errors, str(row[ERROR]))(**words)
         yield {name: value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
-
-
-def _own_errors(rows: Iterable[Any]) -> Iterator[Any]:
-    """Raise an error of ours that a worker raised, without what Ray wraps it in."""
-    try:
-        yield from rows
-    except Exception as error:
-        inner: Any = error
-        while inner is not None and not (
-            isinstance(inner, SkipstepError) and type(inner).__module__.startswith("skip")
-        ):
-            inner = getattr(inner, "cause", None) or inner.__cause__
-        if inner is None:
-            raise
-        raise inner from None
 
 
 def connect(address: str = "auto", *, cores: int = 1, **options: Any) -> None:
@@ -115,7 +102,7 @@ def connect(address: str = "auto", *, cores: int = 1, **options: Any) -> None:
         ray.init(address, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         if address != "auto":
-            raise DeviceUnavailableError(
+            raise errors.DeviceUnavailableError(
                 got=f"no Ray cluster at {address} ({str(error)[:200]})",
                 expected="the address of a cluster that runs, such as 10.0.0.1:6379",
                 remedy="start one there (ray start --head), or leave the address out",
@@ -123,8 +110,8 @@ def connect(address: str = "auto", *, cores: int = 1, **options: Any) -> None:
         # Ray listens on loopback alone where it supports no clusters: so it is told here, in its own processes, too.
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
         os.environ.update(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_USAGE_STATS_ENABLED="0")
-        cores = max(cores, os.cpu_count() or 1)
-        ray.init("local", num_cpus=cores, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+        options |= {"num_cpus": max(cores, os.cpu_count() or 1), "include_dashboard": False}
+        ray.init("local", _node_ip_address="127.0.0.1", **options)
 
 
 class SampleServer:
@@ -135,7 +122,7 @@ class SampleServer:
         self._engine, self._limits = verified_engine(bundle, None, **options), limits
         self._batcher = Batcher(self._engine, **batcher)
 
-    async def sample(self, **fields: Any) -> NDArray[np.float32]:
+    async def sample(self, /, **fields: Any) -> NDArray[np.float32]:
         samples: NDArray[np.float32] = await self._batcher.submit(**call_arguments(self._engine, fields, self._limits))
         return samples
 
@@ -143,7 +130,7 @@ class SampleServer:
         from starlette.responses import Response
 
         try:
-            samples = await self.sample(**_fields(await _body(request)))
+            samples = await self.sample(**await _fields(request))
         except SkipstepError as error:
             words = {"error": type(error).__name__, "message": str(error)}
             return Response(json.dumps(words), status_of(error), media_type="application/json")
@@ -160,58 +147,50 @@ def deployment(
     bundle: str,
     *,
     limits: Limits | None = None,
-    batcher: Mapping[str, Any] | None = None,
-    deployment_options: Mapping[str, Any] | None = None,
-    **options: Any,
+    batcher: Any = None,
+    deployment_options: Any = None,
+    **options: Unpack[LoadOptions],
 ) -> Any:
     """An application for ray.serve.run. `batcher` are options of Batcher, `deployment_options` of serve.deployment
     (num_replicas and so on), further options those of skipstep.load."""
     _ray()
     from ray import serve
 
-    options = _with_threads(options)
-    given = {"name": "skipstep", "ray_actor_options": _resources(options), **(deployment_options or {})}
-    made = serve.deployment(SampleServer).options(**given)
-    return made.bind(str(bundle), limits or Limits(), dict(batcher or {}), options)
+    share, resources = _shares(options)
+    given = {"name": "skipstep", "ray_actor_options": resources, **(deployment_options or {})}
+    return (
+        serve.deployment(SampleServer)
+        .options(**given)
+        .bind(check_path("bundle", bundle), limits or Limits(), dict(batcher or {}), share)
+    )
 
 
 def status_of(error: SkipstepError) -> int:
     """HTTP's number for an error: the caller's, one of load, or the server's."""
-    if isinstance(error, QueueFullError):
-        return 503
-    if isinstance(error, DeadlineError):
-        return 504
-    return 400 if isinstance(error, ValueError | LookupError) else 500
+    return next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
 
 
-async def _body(request: Any) -> bytes:
+async def _fields(request: Any) -> dict[str, Any]:
+    """The JSON object of a request."""
     body = bytearray()
     async for piece in request.stream():
         body += piece
         if len(body) > MAX_REQUEST_BYTES:
-            raise InputError(
-                got="a longer request", expected=f"at most {MAX_REQUEST_BYTES} bytes", remedy="ask for fewer samples"
-            )
-    return bytes(body)
+            break
+    fields = parse_json(bytes(body), "the request") if len(body) <= MAX_REQUEST_BYTES else None
+    if isinstance(fields, dict):
+        return fields
+    expected = f'one such as {{"seeds": [1], "steps": 10}} of at most {MAX_REQUEST_BYTES} bytes'
+    raise InputError(got="no JSON object, or too long a one", expected=expected, remedy="send such a one")
 
 
-def _fields(body: bytes) -> dict[str, Any]:
-    fields = parse_json(body, "the request")
-    if not isinstance(fields, dict):
-        raise InputError(got="no JSON object", expected='such as {"seeds": [1], "steps": 10}', remedy="send one")
-    return fields
-
-
-def _on_cpu(options: Mapping[str, Any]) -> bool:
-    return bool(options.get("device", "cpu") == "cpu")
-
-
-def _with_threads(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {**({"num_threads": 1} if _on_cpu(options) else {}), **options}
-
-
-def _resources(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {"num_cpus": options["num_threads"]} if _on_cpu(options) else {"num_gpus": 1}
+def _shares(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of skipstep.load for one of many on a machine, and what of Ray's resources that takes."""
+    if check_text("device", options.get("device", "cpu")) != "cpu":
+        return dict(options), {"num_gpus": 1}
+    threads = options.get("num_threads")
+    threads = 1 if threads is None else check_integer("num_threads", threads, low=1)
+    return {**options, "num_threads": threads}, {"num_cpus": threads}
 
 
 def _compute(num: int) -> dict[str, Any]:

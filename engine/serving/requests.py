@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from skipstep.arrays import number_array
 from skipstep.engine import Engine
 from skipstep.errors import InputError, PlanNotFoundError, shown
 from skipstep.latency.deadline import choose_plan
@@ -51,8 +52,9 @@ def call_arguments(engine: Engine, fields: Mapping[str, Any], limits: Limits | N
                 expected=f"names among {', '.join((*PLAN_NAMES, *NAMES, *known))}",
                 remedy="leave it out, or call it by its name",
             )
-    seeds = fields.get("seeds")
-    num_samples = len(seeds) if isinstance(seeds, list | tuple | np.ndarray) and np.ndim(seeds) else 1
+    seeds: Any = fields.get("seeds")
+    several = isinstance(seeds, list | tuple) or (isinstance(seeds, np.ndarray) and seeds.ndim)
+    num_samples = len(seeds) if several else 1
     if limits is not None:
         _check("samples", num_samples, limits.samples)
         _check("bytes of samples", 4 * num_samples * math.prod(engine.network.sample_shape), limits.bytes)
@@ -89,8 +91,8 @@ def _groups(values: NDArray[Any]) -> Iterator[NDArray[np.int64]]:
 def _plan(engine: Engine, fields: Mapping[str, Any], num_samples: int) -> Plan:
     steps, key, deadline = (fields.get(name) for name in PLAN_NAMES)
     if steps is None and key is None and deadline is not None:
-        scale = fields.get("guidance_scale")
-        guided = engine.network.can_guide and scale is not None and bool(np.any(np.asarray(scale) != 1.0))
+        scales = number_array(fields.get("guidance_scale"))
+        guided = engine.network.can_guide and scales is not None and bool((scales != 1.0).any())
         plans, sizes = engine.plans.values(), engine.split(num_samples)
         return choose_plan(engine.calibration, plans, sizes, deadline_ms=deadline, guided=guided)
     if key is None:

@@ -35,6 +35,7 @@ from skipstep.errors import (
     MissingDependencyError,
     check_choice,
     check_integer,
+    check_text,
 )
 from skipstep.loading import load
 from skipstep.serving.requests import call_arguments
@@ -156,7 +157,8 @@ def draw_shards(writer: ShardWriter, shards: Iterable[int], *, workers: int = 1)
 def verified_engine(bundle: str, network: str | None, *, compile_on_miss: bool = False, **options: Any) -> Engine:
     """The engine of a bundle, whose files are verified. Raises IntegrityError for another network than the caller's."""
     engine = load(bundle, compile_on_miss=compile_on_miss, **options)
-    if network is not None and engine.plans.network_digest != network:
+    if network is not None and engine.plans.network_digest != check_text("network", network):
+        engine.close()
         raise IntegrityError(
             got=f"another network in {bundle}",
             expected=f"that of sha256 {network[:12]}…",

@@ -32,6 +32,8 @@ def test_a_request_is_a_call(engine):
         ({"seeds": [1], "plan": ["x"]}, "plan="),
         ({"seeds": [1], "plan": "none", "steps": 5}, "beside steps=5"),
         ({"seeds": [1], "deadline_ms": 5.0}, "not calibrated"),
+        ({"seeds": [1], "deadline_ms": 5.0, "guidance_scale": [[1], 2]}, "not calibrated"),
+        ({"seeds": [], "deadline_ms": 5.0}, "num_samples=0"),
         ({"seeds": list(range(9)), "steps": 5}, "9 samples"),
         ({"seeds": np.arange(9), "steps": 5}, "9 samples"),
         ({"seeds": list(range(8)), "steps": 5}, "512 bytes of samples"),
@@ -42,6 +44,12 @@ def test_what_is_wrong_or_too_much_is_refused(engine, fields, words):
     limits = Limits(samples=8, evaluations=5, bytes=511)
     with pytest.raises((InputError, PlanNotFoundError), match=words):
         call_arguments(engine, fields, limits)
+
+
+@pytest.mark.parametrize("seeds", [[[1], 2], [[1, 2]], [], "1", None, [True], [1.5], {}])
+def test_seeds_of_any_form_are_a_result_or_an_error(engine, seeds):
+    with pytest.raises(InputError):
+        engine.sample(**call_arguments(engine, {"seeds": seeds, "steps": 1}, Limits()))
 
 
 def test_a_deadline_chooses_the_plan(engine):

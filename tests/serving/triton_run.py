@@ -181,9 +181,11 @@ def over_stream(server: Server, num: int) -> tuple[dict[int, np.ndarray], float]
 
     async def client(mine: range) -> dict[int, np.ndarray]:
         async with grpc_aio.InferenceServerClient(f"127.0.0.1:{server.grpc}") as connection:
+            room = asyncio.Semaphore(8)  # Under way at once: together fewer than the Batcher's queue takes.
 
             async def asked() -> Any:
                 for n in mine:
+                    await room.acquire()
                     yield {
                         "model_name": "fashion-stream",
                         "inputs": request(grpc, **fields_of(n)),
@@ -193,6 +195,7 @@ def over_stream(server: Server, num: int) -> tuple[dict[int, np.ndarray], float]
             found = {}
             async for result, error in connection.stream_infer(asked()):
                 assert error is None, error
+                room.release()
                 found[int(result.get_response().id)] = result.as_numpy("samples")
                 if len(found) == len(mine):
                     break
