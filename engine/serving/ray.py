@@ -70,9 +70,7 @@ def workers(bundle: str, num: int, *, network: str | None = None, **options: Unp
     return {"fn_constructor_kwargs": given, **_compute(num), **resources}
 
 
-def draw_with_ray(
-    writer: ShardWriter, shards: list[int], *, address: str = "auto", num: int = 1
-) -> Iterator[dict[str, Any]]:
+def draw_with_ray(writer: ShardWriter, shards: list[int], *, address: str = "auto", num: int = 1) -> Iterator[Any]:
     """As draw_shards, by `num` workers of the cluster at `address`: its folder and bundle are on every machine.
 
     "auto" is the running cluster, and where there is none a new one on this machine, for loopback alone. A shard whose
@@ -101,11 +99,11 @@ def connect(address: str = "auto", *, cores: int = 1, **options: Any) -> None:
     try:
         ray.init(address, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        if address != "auto":
+        if address != "auto" or not isinstance(error, ConnectionError):
             raise errors.DeviceUnavailableError(
-                got=f"no Ray cluster at {address} ({str(error)[:200]})",
-                expected="the address of a cluster that runs, such as 10.0.0.1:6379",
-                remedy="start one there (ray start --head), or leave the address out",
+                got=f"no Ray cluster to join at {address} ({str(error)[:200]})",
+                expected="the address of one that runs, such as 10.0.0.1:6379",
+                remedy="start one there with the same Ray (ray start --head), or pass 'auto' where none runs",
             ) from error
         # Ray listens on loopback alone where it supports no clusters: so it is told here, in its own processes, too.
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
@@ -123,8 +121,7 @@ class SampleServer:
         self._batcher = Batcher(self._engine, **batcher)
 
     async def sample(self, /, **fields: Any) -> NDArray[np.float32]:
-        samples: NDArray[np.float32] = await self._batcher.submit(**call_arguments(self._engine, fields, self._limits))
-        return samples
+        return np.asarray(await self._batcher.submit(**call_arguments(self._engine, fields, self._limits)))
 
     async def __call__(self, request: Any) -> Any:
         from starlette.responses import Response
@@ -148,16 +145,16 @@ def deployment(
     *,
     limits: Limits | None = None,
     batcher: Any = None,
-    deployment_options: Any = None,
+    served: Any = None,
     **options: Unpack[LoadOptions],
 ) -> Any:
-    """An application for ray.serve.run. `batcher` are options of Batcher, `deployment_options` of serve.deployment
+    """An application for ray.serve.run. `batcher` are options of Batcher, `served` of serve.deployment
     (num_replicas and so on), further options those of skipstep.load."""
     _ray()
     from ray import serve
 
     share, resources = _shares(options)
-    given = {"name": "skipstep", "ray_actor_options": resources, **(deployment_options or {})}
+    given = {"name": "skipstep", "ray_actor_options": resources, **(served or {})}
     return (
         serve.deployment(SampleServer)
         .options(**given)

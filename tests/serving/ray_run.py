@@ -186,7 +186,6 @@ def main() -> None:
     with load(SHIPPED_BUNDLE, compile_on_miss=True, **LINKED) as engine:
         plan = engine.select_plan(steps=2)
         drawing = Drawing(engine.plans.network_digest, plan.key, 2, options.num, shard_size=options.num // 20)
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # A busy machine starts slowly.
     connect("auto", cores=4, object_store_memory=200 << 20)
     with tempfile.TemporaryDirectory() as work:
         rows, killed = bulk(drawing, Path(work), options.workers)
