@@ -34,9 +34,7 @@ SAMPLE, ERROR = "sample", "error"
 
 class Sampler:
     """For `ray.data.Dataset.map_batches`: rows of what `Engine.sample` takes (skipstep.serving.requests) get a sample.
-
-    A block that is drawn again after a worker's death has the same rows, and so the same bits.
-    """
+    A block that is drawn again after a worker's death has the same rows, and so the same bits."""
 
     def __init__(self, bundle: str, network: str | None = None, **options: Unpack[LoadOptions]) -> None:
         self._engine = verified_engine(bundle, network, **options)
@@ -61,10 +59,8 @@ class _Shards:
 
 
 def workers(bundle: str, num: int, *, network: str | None = None, **options: Unpack[LoadOptions]) -> dict[str, Any]:
-    """The arguments of map_batches beside the class: `num` workers with an engine each, with options of skipstep.load.
-
-    On the CPU a worker takes `num_threads` cores, 1 unless it is said; on a GPU a whole one.
-    """
+    """The arguments of map_batches beside the class, for `num` engines; `options` are of skipstep.load. On the CPU each
+    takes `num_threads` cores, 1 unless it is said, else a GPU."""
     share, resources = _shares(options)
     given = {"bundle": check_path("bundle", bundle), "network": network, **share}
     return {"fn_constructor_kwargs": given, **_compute(num), **resources}
@@ -85,8 +81,7 @@ def draw_with_ray(writer: ShardWriter, shards: list[int], *, address: str = "aut
     drawn = rows.map_batches(_Shards, fn_constructor_args=[writer], batch_size=1, **_compute(num), **resources)
     for row in drawn.iter_rows():
         if ERROR in row:
-            words = {name: str(row[name]) for name in ("got", "expected", "remedy")}
-            raise getattr(errors, str(row[ERROR]))(**words)
+            raise getattr(errors, str(row[ERROR]))(**{name: str(row[name]) for name in ("got", "expected", "remedy")})
         yield {name: value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from engines import SCHEDULE, parts_of
+from engines import SCHEDULE, labelled_engine, parts_of
 from google.protobuf import text_format
 from onnx import TensorProto, helper
 from onnxruntime import InferenceSession
 from tiny_networks import Labelled
 
 from skipstep import Plan
+from skipstep.bundles.bundle import open_bundle
 from skipstep.errors import ExportError, InputError
 from skipstep.export.onnx_sampler import build_sampler
 from skipstep.export.triton_server import batcher_repository, model_config, model_repository
@@ -175,3 +176,15 @@ def test_a_batcher_takes_what_the_network_does(graphs):
     assert shapes(config.output) == {"samples": ([1, 4, 4], [1, 4, 4])}
     with pytest.raises(InputError, match="max_batch_size"):
         batcher_repository("a", network, max_batch_size=0)
+
+
+def test_an_export_holds_the_graphs_and_the_bundle_behind_a_batcher(tmp_path):
+    with labelled_engine() as engine:
+        engine.save(tmp_path / "a.bundle", license="none", targets=["server"])
+    opened = open_bundle(tmp_path / "a.bundle")
+    opened.refuse_other_files()
+    for name, decoupled in (("Labelled-batcher", False), ("Labelled-stream", True)):
+        config, _ = parsed(opened.read(f"server/{name}/config.pbtxt").decode())
+        assert (config.name, config.model_transaction_policy.decoupled) == (name, decoupled)
+        version = opened.path / f"server/{name}/1"
+        assert (version / config.parameters["bundle"].string_value).resolve() == opened.path.resolve()
