@@ -16,7 +16,7 @@ SAMPLE_EXTRAS := cpu
 TEST_EXTRAS   := cpu,torch,export,diffusers,evaluate,sign,bench,test
 DEV_EXTRAS    := $(TEST_EXTRAS),dev
 
-.PHONY: help sample test check triton format types bench bench-cpu-limit bench-report bench-compare bench-baseline readme-tables evaluate families data bundle fuzz gpu clean
+.PHONY: help sample test check triton format types bench bench-cpu-limit bench-report bench-compare bench-baseline readme-tables evaluate families outside data bundle fuzz gpu clean
 
 help:
 	@echo "make sample   draw clothes with the shipped model in 6 (fitted), 10, 20 and 50 steps (out/sample/grid.png)"
@@ -30,6 +30,7 @@ help:
 	@echo "make bench-baseline  measure them with more rounds and make that the baseline"
 	@echo "make evaluate measure every sampler on the shipped model; writes bench/results/evaluation/"
 	@echo "make families measure what each family of networks was tested with; writes a finding and engine/networks/README.md"
+	@echo "make outside  run Ray and Triton Inference Server on this machine, and measure both"
 	@echo "make data     fetch Fashion-MNIST (31 MB, a Debian package) into .data/"
 	@echo "make bundle   compile the shipped checkpoint into the shipped bundle again"
 	@echo "make fuzz     attack every public argument, and the readers with a hundred thousand damaged files of each kind"
@@ -143,6 +144,17 @@ ATTACKS := tests/test_public_arguments.py tests/test_further_arguments.py tests/
 fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=1 SKIPSTEP_FUZZ=100000 SKIPSTEP_ATTACKS=bench/results/findings/attacks.json \
 		$(BIN)/python -m pytest $(ATTACKS) -m "" -k "any_ or arguments or kill or hostile_checkpoint" --timeout 7200
+
+# Ray and Triton Inference Server, each in an environment of its own: both are large, and the server wants numpy 1.
+# The tests that need them run with the slow ones from then on.
+outside: $(VENV)/.test
+	for name in ray triton-server; do test -x build/$$name/bin/python || $(PYTHON) -m venv build/$$name; done
+	build/ray/bin/python -m pip install --quiet --disable-pip-version-check 'ray[data,serve]==2.60.*' -e '.[cpu]'
+	build/triton-server/bin/python -m pip install --quiet --disable-pip-version-check nvidia-pytriton==0.7.0 onnx \
+		-e '.[cpu]'
+	$(BIN)/python -m pytest tests/serving/test_ray.py tests/serving/test_triton_model.py -m ""
+	build/ray/bin/python tests/serving/ray_run.py --out bench/results/findings/ray.json
+	build/triton-server/bin/python tests/serving/triton_run.py --out bench/results/findings/triton-server.json
 
 # What each family of networks can do, and how far it is from its own loop.
 families: $(VENV)/.dev

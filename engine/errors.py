@@ -10,6 +10,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -22,6 +23,10 @@ class SkipstepError(Exception):
         self.got = got
         self.expected = expected
         self.remedy = remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """An error of a worker process arrives as what it was."""
+        return partial(type(self), got=self.got, expected=self.expected, remedy=self.remedy), ()
 
 
 class ScheduleError(SkipstepError, ValueError):

@@ -181,11 +181,14 @@ class _BundleDraft:
         ]
 
     def _server(self) -> None:
-        from skipstep.export.triton_server import model_repository
+        from skipstep.export.triton_server import batcher_repository, model_repository
 
         self.report("model repository")
-        graphs = {f"{self.request.name}-{name}": graph for _, name, graph in self._sampler_graphs()}
-        for name, data in model_repository(graphs).items():
+        own = self.request.name
+        graphs = {f"{own}-{name}": graph for _, name, graph in self._sampler_graphs()}
+        batcher = batcher_repository(f"{own}-batcher", self.engine.network)
+        stream = batcher_repository(f"{own}-stream", self.engine.network, decoupled=True)
+        for name, data in {**model_repository(graphs), **batcher, **stream}.items():
             self.files.add(f"server/{name}", data)
 
     def _trtexec(self, step: bytes) -> None:

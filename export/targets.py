@@ -5,7 +5,7 @@ rtx:sm86         TensorRT-RTX engines for that architecture
 sm_87            step kernels compiled for that architecture
 tensorrt         the step network in the precision asked for; skipstep build makes engines of it on the device
 onnx-loop        the whole loop of each plan as one ONNX graph, for hosts that are not Python
-server           the same graphs as a model repository for Triton Inference Server
+server           the same graphs, and the bundle itself, as models for Triton Inference Server
 trtexec          the step network, the plans as arrays and the loop as examples, for TensorRT's own tools
 """
 

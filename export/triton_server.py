@@ -1,7 +1,8 @@
-"""A model repository for NVIDIA's Triton Inference Server: self-contained graphs that the unmodified server runs.
+"""Model repositories for NVIDIA's Triton Inference Server: self-contained graphs that the unmodified server runs, and a
+bundle behind its batcher for the server's Python backend (skipstep.serving.triton_model).
 
     NAME/config.pbtxt    the description of a graph for the server, made from the graph's inputs and outputs
-    NAME/1/model.onnx    the graph, which the server's onnxruntime backend runs
+    NAME/1/model.onnx    the graph, which the server's onnxruntime backend runs; or model.py
 
 The server batches requests itself where the first dimension of every input and output is one open batch: then
 max_batch_size counts samples, and the dims leave that dimension out. Any other graph takes the shapes that it states
@@ -21,6 +22,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 from onnx import TensorProto, ValueInfoProto
 
 from skipstep.errors import ExportError, InputError, check_integer
+from skipstep.networks.spec import NetworkSpec
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 _TYPES: Mapping[int, str] = {
@@ -33,6 +35,7 @@ _TYPES: Mapping[int, str] = {
     TensorProto.BOOL: "TYPE_BOOL",
 }
 _OPEN = -1
+_MODEL = b"from skipstep.serving.triton_model import TritonPythonModel  # noqa: F401\n"
 Device = Literal["cpu", "gpu"]
 
 
@@ -92,6 +95,49 @@ def model_config(
     if batched and max_batch_size > 1:
         lines.append("dynamic_batching { }")
     return "\n".join(lines) + "\n"
+
+
+def batcher_repository(
+    name: str,
+    network: NetworkSpec,
+    *,
+    bundle: str = "../../..",
+    max_batch_size: int = 16,
+    instances: int = 1,
+    decoupled: bool = False,
+    **parameters: str,
+) -> dict[str, bytes]:
+    """The files of a model that draws from `bundle`, a path from the version's folder, through a Batcher.
+
+    max_batch_size  the most samples of a request, and of the requests that the server brings together.
+    instances       processes, each with an engine of its own.
+    decoupled       requests join evaluations that are under way; only streams (gRPC) and `generate` (HTTP) reach it.
+    parameters      num_threads, max_batch, max_wait_ms, max_queue, require_signature: skipstep.serving.triton_model.
+
+    Raises InputError.
+    """
+    _check(name, max_batch_size, "cpu", instances)
+    single = {"steps": "TYPE_INT32", "plan": "TYPE_STRING", "deadline_ms": "TYPE_FP32", "guidance_scale": "TYPE_FP32"}
+    inputs = [_Tensor("seeds", "TYPE_UINT64", (_OPEN,), "B")]
+    inputs += [_Tensor(each, kind, (_OPEN,), "B") for each, kind in {**single, "guidance_rescale": "TYPE_FP32"}.items()]
+    if network.num_classes is not None:
+        inputs.append(_Tensor("class_labels", "TYPE_INT64", (_OPEN,), "B"))
+    for key, each in network.passed_conditions.items():
+        kind = "TYPE_INT64" if each.dtype == "int64" else "TYPE_FP32"
+        for prefix in ("", "negative_") if each.null == "given" else ("",):
+            inputs.append(_Tensor(f"{prefix}{key}", kind, (_OPEN, *each.shape), "B"))
+    lines = [f"name: {_quoted(name)}", 'backend: "python"', f"max_batch_size: {max_batch_size}"]
+    for tensor in inputs:
+        optional = [] if tensor.name == "seeds" else ["optional: true"]
+        lines += ["input {", *(f"  {line}" for line in (*tensor.described(True), *optional)), "}"]
+    output = _Tensor("samples", "TYPE_FP32", (_OPEN, *network.sample_shape), "B")
+    lines += ["output {", *(f"  {line}" for line in output.described(True)), "}"]
+    lines += ["instance_group {", f"  count: {instances}", "  kind: KIND_CPU", "}", "dynamic_batching { }"]
+    for key, value in {"bundle": bundle, **parameters}.items():
+        lines += ["parameters {", f"  key: {_quoted(key)}", f"  value {{ string_value: {_quoted(value)} }}", "}"]
+    if decoupled:
+        lines.append("model_transaction_policy { decoupled: true }")
+    return {f"{name}/config.pbtxt": ("\n".join(lines) + "\n").encode(), f"{name}/1/model.py": _MODEL}
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.scheduler_config import read_scheduler_config
 from skipstep.robotics import PolicyEngine, PolicyRunner, from_policy, load_policy
 from skipstep.serving import Batcher
+from skipstep.serving.ray import Sampler, deployment, workers
 from skipstep.storage.signature import generate_key, sign, verify
 
 SHAPE = (2, 1, 4, 4)
@@ -40,7 +41,7 @@ CHUNKS = np.zeros((1, 8, 2), np.float32)
 # Functions beside those of the package itself that its pages tell users to call.
 FURTHER = (
     *(Batcher, NetworkSpec, slerp, slerp_grid, to_pil, read_scheduler_config, generate_key, sign, verify),
-    *(PolicyEngine, PolicyRunner, from_policy, load_policy),
+    *(PolicyEngine, PolicyRunner, from_policy, load_policy, Sampler, workers, deployment),
 )
 # Arguments with which a call succeeds, for each function that is walked. What is missing has its default.
 CALLS: dict[str, Callable[[Any], dict[str, Any]]] = {
@@ -82,6 +83,9 @@ CALLS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Batcher": lambda path: {},
     "Batcher.submit": lambda path: {"steps": 3, "seeds": [1, 2], "class_labels": 1},
     "Batcher.close": lambda path: {},
+    "Sampler": lambda path: {"bundle": BUNDLE, "allow_hard_links": True, "num_threads": 1},
+    "workers": lambda path: {"bundle": BUNDLE, "num": 2},  # Here without Ray, as the next one.
+    "deployment": lambda path: {"bundle": BUNDLE},
     "PolicyEngine": lambda path: {"engine": None, "spec": None, "graph": b""},
     "PolicyEngine.save": lambda path: {"path": path, "license": "none"},  # As for Engine.save.
     "PolicyEngine.encode": lambda path: {"observations": OBSERVATIONS},

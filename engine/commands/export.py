@@ -28,7 +28,7 @@ targets, with commas between them:
   sm_NN       step kernels as machine code (skipstep[torch], for Triton)
   tensorrt    the step network in --precision, of which skipstep build makes an engine on the device
   onnx-loop   each plan's whole loop as one ONNX graph, for hosts that are not Python
-  server      a model repository for Triton Inference Server, one model for each plan
+  server      models for Triton Inference Server: one for each plan, and the bundle behind a Batcher
   trtexec     the step network at each batch size, the plans as arrays, run.sh and the loop as examples
 """
 

@@ -17,6 +17,7 @@ from skipstep.version import __version__
 # The name of each command's module, and its line in `skipstep --help`.
 COMMANDS: Final[Mapping[str, str]] = {
     "sample": "draw samples with one or several step counts",
+    "draw": "draw very many samples into files, here or on a Ray cluster",
     "export": "compile a model into a bundle that runs without torch",
     "inspect": "show what a bundle contains",
     "verify": "check a bundle's files and signature, and draw its golden samples",

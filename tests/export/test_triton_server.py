@@ -8,16 +8,18 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from engines import SCHEDULE, parts_of
+from engines import SCHEDULE, labelled_engine, parts_of
 from google.protobuf import text_format
 from onnx import TensorProto, helper
 from onnxruntime import InferenceSession
 from tiny_networks import Labelled
 
 from skipstep import Plan
+from skipstep.bundles.bundle import open_bundle
 from skipstep.errors import ExportError, InputError
 from skipstep.export.onnx_sampler import build_sampler
-from skipstep.export.triton_server import model_config, model_repository
+from skipstep.export.triton_server import batcher_repository, model_config, model_repository
+from skipstep.networks.condition import Condition
 from skipstep.networks.spec import NetworkSpec
 
 QUIET, NOISY = Plan(schedule=SCHEDULE, steps=3), Plan(schedule=SCHEDULE, steps=3, eta=1.0)
@@ -151,3 +153,38 @@ def test_tensor_names_are_quoted():
     graph = helper.make_graph([helper.make_node("Abs", [name], ["out"])], "g", [tensor], [out])
     config, _ = parsed(model_config("a", onnx.ModelProto(graph=graph).SerializeToString()))
     assert config.input[0].name == name
+
+
+def test_a_batcher_takes_what_the_network_does(graphs):
+    conditions = {"style": Condition((5,)), "strength": Condition((), null=0.0)}
+    network = NetworkSpec((1, 4, 4), num_classes=9, null_label=9, conditions=conditions)
+    files = batcher_repository("a", network, instances=2, decoupled=True, num_threads="3")
+    assert files.keys() == {"a/config.pbtxt", "a/1/model.py"}
+    compile(files["a/1/model.py"], "model.py", "exec")
+    config, schema = parsed(files["a/config.pbtxt"].decode())
+    assert (config.backend, config.max_batch_size, config.model_transaction_policy.decoupled) == ("python", 16, True)
+    assert {key: each.string_value for key, each in config.parameters.items()} == {
+        "bundle": "../../..",
+        "num_threads": "3",
+    }
+    assert (config.instance_group[0].count, config.instance_group[0].kind) == (2, schema.ModelInstanceGroup.KIND_CPU)
+    assert [each.name for each in config.input if not each.optional] == ["seeds"]
+    found = shapes(config.input)
+    assert found["seeds"] == found["plan"] == found["class_labels"] == found["strength"] == ([1], [])
+    assert found["style"] == found["negative_style"] == ([5], [5])
+    assert "negative_strength" not in found
+    assert shapes(config.output) == {"samples": ([1, 4, 4], [1, 4, 4])}
+    with pytest.raises(InputError, match="max_batch_size"):
+        batcher_repository("a", network, max_batch_size=0)
+
+
+def test_an_export_holds_the_graphs_and_the_bundle_behind_a_batcher(tmp_path):
+    with labelled_engine() as engine:
+        engine.save(tmp_path / "a.bundle", license="none", targets=["server"])
+    opened = open_bundle(tmp_path / "a.bundle")
+    opened.refuse_other_files()
+    for name, decoupled in (("Labelled-batcher", False), ("Labelled-stream", True)):
+        config, _ = parsed(opened.read(f"server/{name}/config.pbtxt").decode())
+        assert (config.name, config.model_transaction_policy.decoupled) == (name, decoupled)
+        version = opened.path / f"server/{name}/1"
+        assert (version / config.parameters["bundle"].string_value).resolve() == opened.path.resolve()
