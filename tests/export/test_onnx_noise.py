@@ -3,35 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
+from noise_graphs import noise_graph
 from onnxruntime import InferenceSession
 
 from skipstep.calls.noise import standard_normal
-from skipstep.export.graph_writer import OPSET, GraphWriter, floats
-from skipstep.export.onnx_noise import write_normals
 from skipstep.kernels.layout import Stream
 
 SEEDS = np.array([0, 1, 2**32 - 1, 2**32, 2**63, 2**64 - 1, 0x0123456789ABCDEF], np.uint64)
-
-
-def noise_graph(num_elements: int, stream: Stream) -> bytes:
-    writer = GraphWriter("noise")
-    normals = write_normals(writer, "seeds", "stages", num_elements, stream)
-    graph = helper.make_graph(
-        writer.nodes,
-        "noise",
-        [
-            helper.make_tensor_value_info("seeds", TensorProto.UINT64, ["batch"]),
-            helper.make_tensor_value_info("stages", TensorProto.INT64, ["stages"]),
-        ],
-        [floats(normals, ["stages", "batch", num_elements])],
-        writer.constants,
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
-    onnx.checker.check_model(model, full_check=True)
-    return model.SerializeToString()
 
 
 @pytest.mark.parametrize("stream", Stream)
