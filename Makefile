@@ -196,8 +196,8 @@ $(VENV)/.sample: $(PINS) | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.demo: $(PINS) | $(VENV)/bin/python
-	@echo "installing skipstep[$(SAMPLE_EXTRAS)] and onnx into $(VENV)"
-	$(INSTALL) --editable '.[$(SAMPLE_EXTRAS)]' onnx
+	@echo "installing skipstep[$(SAMPLE_EXTRAS)] and onnx's tools into $(VENV)"
+	$(INSTALL) --editable '.[$(SAMPLE_EXTRAS)]' onnx onnxscript
 	@touch $@ $(VENV)/.sample
 
 $(VENV)/.test: $(PINS) | $(VENV)/bin/python

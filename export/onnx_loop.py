@@ -23,7 +23,7 @@ from skipstep.export.graph_writer import Dims, GraphWriter, floats, rename_graph
 from skipstep.export.onnx_noise import write_normals
 from skipstep.export.onnx_step import write_step
 from skipstep.export.onnx_table import loop_columns
-from skipstep.kernels.layout import NUM_COLUMNS, StepFlags, Stream
+from skipstep.kernels.layout import StepFlags, Stream
 from skipstep.kernels.statistics import Thresholding
 from skipstep.networks.graphs import Binding, Partition
 from skipstep.networks.spec import NetworkSpec
@@ -117,7 +117,12 @@ def loop_body(
     elif flags.add_noise:
         noise = writer.add("Gather", "noise/flat", "stage", axis=0)
     carried = carried_states(flags)
-    columns = writer.split(writer.add("Gather", "table", "stage", axis=0), NUM_COLUMNS, axis=1)
+    weights, axis = writer.add("Gather", "table", "stage", axis=0), writer.constant([1])
+
+    def column(number: int) -> str:
+        # A Split would have more outputs than one kernel of WebGPU can write.
+        return writer.add("Slice", weights, writer.constant([number]), writer.constant([number + 1]), axis)
+
     after = write_evaluation(
         writer,
         step,
@@ -125,7 +130,7 @@ def loop_body(
         {name: f"{name}_now" for name in carried},
         network,
         flags,
-        row={column: columns[column] for column in loop_columns(stages)},
+        row={number: column(number) for number in loop_columns(stages)},
         noise=noise,
         thresholding=stages.thresholding,
     )
