@@ -14,7 +14,7 @@ from typing import Any
 
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OPTIONS = (
-    *("--headless", "--no-sandbox", "--remote-debugging-pipe", "--no-first-run", "--mute-audio", "--disable-gpu"),
+    *("--headless", "--no-sandbox", "--remote-debugging-pipe", "--no-first-run", "--mute-audio"),
     *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
 )
 
@@ -22,13 +22,24 @@ OPTIONS = (
 class Page:
     """`messages` are the console's errors, `requests` the addresses that were asked for."""
 
-    def __init__(self, profile: Path, *, before: str = "", options: tuple[str, ...] = ()) -> None:
+    def __init__(self, profile: Path, *, before: str = "", gpu: bool = False, options: tuple[str, ...] = ()) -> None:
         assert PROGRAM
         (ours_in, theirs_out), (theirs_in, ours_out) = os.pipe(), os.pipe()
         # Chromium reads file descriptor 3 and writes 4.
         command = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'
         self._process = subprocess.Popen(
-            ["bash", "-c", command, "-", PROGRAM, *OPTIONS, *options, f"--user-data-dir={profile}", "about:blank"],
+            [
+                "bash",
+                "-c",
+                command,
+                "-",
+                PROGRAM,
+                *OPTIONS,
+                *(() if gpu else ("--disable-gpu",)),
+                *options,
+                f"--user-data-dir={profile}",
+                "about:blank",
+            ],
             pass_fds=(theirs_in, theirs_out),
             stderr=subprocess.DEVNULL,
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -25,13 +26,12 @@ import skipstep
 from skipstep.bundles.bundle import Bundle, open_bundle
 from skipstep.calls.images import to_pil
 from skipstep.demo import SHIPPED_BUNDLE
-from skipstep.errors import MissingDependencyError, check_integer
+from skipstep.errors import InputError, MissingDependencyError, SkipstepError, check_integer
 from skipstep.export.onnx_sampler import build_sampler
 from skipstep.export.partition import partition_of
 from skipstep.export.weight_storage import compress_weights, expand_weights
-from skipstep.networks.graphs import NetworkGraphs
 from skipstep.plans.plan import Plan
-from skipstep.storage.atomic import storage_errors
+from skipstep.storage.atomic import check_writable, storage_errors
 
 WEB = Path(__file__).parent / "web"
 RUNTIME = (
@@ -62,11 +62,11 @@ def write_site(folder: Path, packages: Path) -> None:
             expected="onnxruntime-web as engine/demo/web/package.json pins it",
             remedy="run make demo, which installs it with npm",
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
+    (folder / "ort").mkdir(parents=True, exist_ok=True)
     for page in WEB.iterdir():
         if page.suffix in (".html", ".js", ".css"):
             shutil.copy(page, folder)
-    (folder / "ort").mkdir(exist_ok=True)
     for name in RUNTIME:
         shutil.copy(runtime / name, folder / "ort")
     bundle = open_bundle(SHIPPED_BUNDLE, allow_hard_links=True)
@@ -100,11 +100,10 @@ def write_site(folder: Path, packages: Path) -> None:
 def site_graphs(bundle: Bundle, plans: Sequence[Plan]) -> Iterator[tuple[str, bytes]]:
     """Name and graph of each plan, and of the inversion of each that has one."""
     manifest = bundle.manifest
-    parts = {part: expand_weights(bundle.read_graph(file)) for part, file in manifest.graphs.items()}
-    graphs = NetworkGraphs(parts.get("plan"), parts.get("prompt"), parts.get("call"), parts["step"])
+    parts = partition_of({part: expand_weights(bundle.read_graph(file)) for part, file in manifest.graphs.items()})
     build = partial(
         build_sampler,
-        partition_of(graphs),
+        parts,
         manifest.network,
         batch_size=None,
         noise="seeds",
@@ -135,10 +134,16 @@ class _Handler(SimpleHTTPRequestHandler):
 
 
 def server(folder: Path, port: int = 0) -> ThreadingHTTPServer:
-    """A server of `folder` on 127.0.0.1; port 0 is any free one. Raises InputError and StorageError."""
+    """A server of `folder` on 127.0.0.1; port 0 is any free one. Raises InputError."""
     check_integer("port", port, low=0, high=65535)
-    with storage_errors(folder):
+    try:
         return ThreadingHTTPServer(("127.0.0.1", port), partial(_Handler, directory=str(folder)))
+    except OSError as error:
+        raise InputError(
+            got=f"port {port}, which cannot be used ({error.strerror})",
+            expected="a free port",
+            remedy="repeat the command with --port 0, which takes any",
+        ) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -148,11 +153,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8017, help="on 127.0.0.1 (default: 8017)")
     parser.add_argument("--only-write", action="store_true", help="serve nothing")
     options = parser.parse_args(arguments)
-    write_site(options.out, options.packages)
-    if options.only_write:
-        print(f"wrote {options.out}")
-        return
-    with server(options.out, options.port) as serving:
+    try:
+        with storage_errors(options.out):
+            write_site(options.out, options.packages)
+        if options.only_write:
+            print(f"wrote {options.out}")
+            return
+        serving = server(options.out, options.port)
+    except SkipstepError as error:
+        sys.exit(str(error))
+    with serving:
         print(f"http://127.0.0.1:{serving.server_port}/ draws clothes in your browser; Ctrl+C ends it", flush=True)
         try:
             serving.serve_forever()

@@ -172,6 +172,23 @@ def test_it_is_used_by_keyboard_and_told_to_a_screen_reader(opened):
     assert "18446744073709551615" in page.evaluate("document.querySelector('#seed').validationMessage")
 
 
+def test_webgpu_draws_the_same(address, tmp_path, drawn):
+    """On SwiftShader, Chromium's Vulkan driver without a GPU: slow, and the same shaders."""
+    options = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
+    with chromium.Page(tmp_path / "profile", gpu=True, options=(*options, "--use-vulkan=swiftshader")) as page:
+        page.open(address)
+        text(page, "#check")
+        if page.evaluate("document.querySelector('#provider').options[1].disabled"):
+            pytest.skip("this Chromium has no WebGPU")
+        page.evaluate("document.querySelector('#provider').value = 'webgpu'")
+        page.evaluate("document.querySelector('#plan').selectedIndex = 0")
+        assert "same as the picture of make sample" in act(page, click("#draw-one"), "#check")
+        assert difference(pixels(page, "#picture"), drawn(4, seed=0, label=0)) <= 1
+        assert "WebGPU" in page.evaluate("document.querySelector('#runtime').textContent")
+        assert any("asyncify" in each for each in page.requests)
+        assert page.messages == []
+
+
 @pytest.mark.parametrize(
     ("before", "said", "remedy"),
     [
