@@ -16,10 +16,11 @@ SAMPLE_EXTRAS := cpu
 TEST_EXTRAS   := cpu,torch,export,diffusers,evaluate,sign,bench,test
 DEV_EXTRAS    := $(TEST_EXTRAS),dev
 
-.PHONY: help sample test check triton format types bench bench-cpu-limit bench-report bench-compare bench-baseline readme-tables evaluate families outside data bundle fuzz gpu clean
+.PHONY: help sample demo test check triton format types bench bench-cpu-limit bench-report bench-compare bench-baseline readme-tables evaluate families outside data bundle fuzz gpu clean
 
 help:
 	@echo "make sample   draw clothes with the shipped model in 6 (fitted), 10, 20 and 50 steps (out/sample/grid.png)"
+	@echo "make demo     draw them in your browser: a page at http://127.0.0.1:8017 (needs npm, for onnxruntime-web)"
 	@echo "make test     run the test suite, without the slow tests"
 	@echo "make check    formatting, lint, types and all tests, slow ones included: what CI runs"
 	@echo "make triton   compile the kernels under the oldest supported Triton, and run the GPU gate dry under it"
@@ -40,6 +41,17 @@ help:
 
 sample: $(VENV)/.sample
 	$(BIN)/skipstep sample --steps 6 10 20 50 --num 10 --out out/sample
+
+# The packages are those of the lock file; no script of theirs runs.
+DEMO := build/demo
+demo: $(VENV)/.demo $(DEMO)/node_modules
+	$(BIN)/python -m skipstep.demo.browser --packages $(DEMO)/node_modules --out $(DEMO)/site
+
+$(DEMO)/node_modules: engine/demo/web/package.json engine/demo/web/package-lock.json
+	mkdir -p $(DEMO)
+	cp engine/demo/web/package.json engine/demo/web/package-lock.json $(DEMO)
+	cd $(DEMO) && npm ci --silent --ignore-scripts
+	@touch $@
 
 # One process a core with one thread each: more threads would wait for each other. Exports are shared (tests/engines.py).
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
@@ -195,15 +207,20 @@ $(VENV)/.sample: $(PINS) | $(VENV)/bin/python
 	$(INSTALL) --editable '.[$(SAMPLE_EXTRAS)]'
 	@touch $@
 
+$(VENV)/.demo: $(PINS) | $(VENV)/bin/python
+	@echo "installing skipstep[$(SAMPLE_EXTRAS)] and onnx's tools into $(VENV)"
+	$(INSTALL) --editable '.[$(SAMPLE_EXTRAS)]' onnx onnxscript
+	@touch $@ $(VENV)/.sample
+
 $(VENV)/.test: $(PINS) | $(VENV)/bin/python
 	@echo "installing skipstep[$(TEST_EXTRAS)] into $(VENV)"
 	$(INSTALL) --editable '.[$(TEST_EXTRAS)]'
-	@touch $@ $(VENV)/.sample
+	@touch $@ $(VENV)/.sample $(VENV)/.demo
 
 $(VENV)/.dev: $(PINS) | $(VENV)/bin/python
 	@echo "installing skipstep[$(DEV_EXTRAS)] into $(VENV)"
 	$(INSTALL) --editable '.[$(DEV_EXTRAS)]'
-	@touch $@ $(VENV)/.test $(VENV)/.sample
+	@touch $@ $(VENV)/.test $(VENV)/.sample $(VENV)/.demo
 
 clean:
 	rm -rf $(VENV) .data build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -45,8 +45,9 @@ def save(
     license     of the weights, as an SPDX expression or in words: it travels with them.
     name        of the model; the checkpoint folder's or the module's class where left out.
     targets     "cpu"; "rtx:sm86" and the like; "sm_87" for step kernels; "tensorrt" for the graph of which skipstep
-                build makes an engine on its device; "onnx-loop" for whole loops as ONNX graphs; "server" for a Triton
-                Inference Server repository; "trtexec" for TensorRT's own tools (skipstep.export.targets).
+                build makes an engine on its device; "onnx-loop" and "onnx-unrolled" for whole loops as ONNX graphs;
+                "server" for a Triton Inference Server repository; "trtexec" for TensorRT's own tools
+                (skipstep.export.targets).
     precision   of the network for GPUs: "float32", "float16" or "bfloat16". The CPU's is float32.
     sign_key    an Ed25519 private key to sign the manifest with (skipstep.storage.signature).
 

@@ -27,7 +27,7 @@ from skipstep.errors import InputError
 from skipstep.export.bundle_files import BundleFiles, package_version
 from skipstep.export.engines import Progress, built_engines
 from skipstep.export.graph_cost import costs_as_json, partition_costs
-from skipstep.export.onnx_sampler import build_sampler
+from skipstep.export.onnx_sampler import MOST_UNROLLED, Form, Noise, build_sampler, check_unrolled
 from skipstep.export.precision_check import step_graph
 from skipstep.export.request import BundleRequest
 from skipstep.export.targets import Targets
@@ -44,11 +44,13 @@ _TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "triton", "
 
 
 def check_engine(engine: Sampler, targets: Targets) -> None:
-    """What can be known to fail before the network is exported. Raises InputError."""
+    """What can be known to fail before the network is exported. Raises InputError and PlanError."""
     if not engine.plans:
         raise InputError(got="an engine without plans", expected="at least one", remedy="call add_plan first")
     if targets.trtexec:
         check_trtexec(engine.network, engine.plans.values())
+    if targets.onnx_unrolled:
+        check_unrolled(engine.plans.values())
 
 
 def write_bundle(
@@ -107,7 +109,9 @@ class _BundleDraft:
                 self.files.add(entry.file, data)
                 engines.append(entry)
         kernels = self._kernels() if self.targets.kernels else []
-        samplers = self._samplers() if self.targets.onnx_loop else []
+        samplers = self._samplers("loop", "seeds") if self.targets.onnx_loop else []
+        if self.targets.onnx_unrolled:
+            samplers += self._samplers("unrolled", "given")
         if self.targets.server:
             self._server()
         if self.targets.trtexec:
@@ -172,12 +176,15 @@ class _BundleDraft:
             entries.append(KernelEntry(name, facts.to_json()))
         return entries
 
-    def _samplers(self) -> list[SamplerEntry]:
-        self.report("whole loops as ONNX graphs")
+    def _samplers(self, form: Form, noise: Noise) -> list[SamplerEntry]:
+        self.report(f"whole loops as ONNX graphs ({form})")
         guided = self.engine.network.can_guide
         return [
-            SamplerEntry(self.files.add_graph(f"onnx-loop/{name}.onnx", compress_weights(graph)), key, "loop", guided)
-            for key, name, graph in self._sampler_graphs()
+            SamplerEntry(
+                self.files.add_graph(f"onnx-{form}/{name}.onnx", compress_weights(graph)),
+                *(key, form, guided, noise),
+            )
+            for key, name, graph in self._sampler_graphs(form, noise)
         ]
 
     def _server(self) -> None:
@@ -185,7 +192,7 @@ class _BundleDraft:
 
         self.report("model repository")
         own = self.request.name
-        graphs = {f"{own}-{name}": graph for _, name, graph in self._sampler_graphs()}
+        graphs = {f"{own}-{name}": graph for _, name, graph in self._sampler_graphs("loop", "given")}
         batcher = batcher_repository(f"{own}-batcher", self.engine.network)
         stream = batcher_repository(f"{own}-stream", self.engine.network, decoupled=True)
         for name, data in {**model_repository(graphs), **batcher, **stream}.items():
@@ -200,11 +207,14 @@ class _BundleDraft:
         for name, data in trtexec_files(self.parts, step, engine.network, plans, engine.batch_sizes, precision):
             self.files.add(f"trtexec/{name}", data)
 
-    def _sampler_graphs(self) -> Iterator[tuple[str, str, bytes]]:
-        """Key, name and graph of each plan's whole loop, for any batch size."""
+    def _sampler_graphs(self, form: Form, noise: Noise) -> Iterator[tuple[str, str, bytes]]:
+        """Key, name and graph of each plan's whole loop, for any batch size; unrolled, of each that is short enough."""
         network = self.engine.network
         for plan in self.engine.plans.values():
-            graph = build_sampler(self.parts, network, plan, batch_size=None, guided=network.can_guide)
+            if form == "unrolled" and plan.num_evaluations > MOST_UNROLLED:
+                continue
+            guided = network.can_guide
+            graph = build_sampler(self.parts, network, plan, batch_size=None, guided=guided, form=form, noise=noise)
             yield plan.key, f"{plan.steps}-{plan.key}", graph
 
 

@@ -5,7 +5,8 @@
                     table [E, 1 or B, NUM_COLUMNS]                              skipstep.export.onnx_table
                     NAME or NAME/rows for each step input; plan_index and call_index [E, N] say which row each stage and
                     sample reads                                                skipstep.export.onnx_prologue
-                    noise [E, B, n] if the plan adds noise; guidance [B, 1], batch_size and copies with guidance
+                    noise/flat [E, B, n], or seeds, if the plan adds noise
+                    guidance [B, 1], batch_size and copies with guidance
 
 N is the network's batch: 2B with guidance, else B. The network's weights are initializers of the loop's body: ONNX
 Runtime would not prepack them if they were outside.
@@ -19,9 +20,10 @@ from dataclasses import dataclass
 from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from skipstep.export.graph_writer import Dims, GraphWriter, floats, rename_graph, renamed_nodes, renamed_value
+from skipstep.export.onnx_noise import write_normals
 from skipstep.export.onnx_step import write_step
 from skipstep.export.onnx_table import loop_columns
-from skipstep.kernels.layout import NUM_COLUMNS, StepFlags
+from skipstep.kernels.layout import StepFlags, Stream
 from skipstep.kernels.statistics import Thresholding
 from skipstep.networks.graphs import Binding, Partition
 from skipstep.networks.spec import NetworkSpec
@@ -96,15 +98,31 @@ def loop_body(
     *,
     shape: Dims,
     kept: Sequence[str] = (),
-    noise: str = "noise",
+    seeds: bool = False,
+    first_stage: str | None = None,
 ) -> GraphProto:
     """One evaluation and its step as the body of a Loop over states of `shape` `[B, n]`.
 
-    `flags` are the union of the stages' flags. The values named by `kept`, x0 or x, are collected over all stages.
+    `flags` are the union of the stages' flags. The values named by `kept`, x0 or x, are collected over all stages. The
+    loop starts at the stage that `first_stage` names a value of, or at 0.
     """
     writer = GraphWriter("body")
+    if first_stage is not None:
+        writer.add("Add", "iteration", first_stage, to="stage")
+    noise = None
+    if flags.add_noise and seeds:
+        place = writer.add("Reshape", "stage", writer.constant([1]))
+        noise = write_normals(writer, "seeds", place, network.num_elements, Stream.STEP)
+        noise = writer.add("Reshape", noise, writer.constant([-1, network.num_elements]))
+    elif flags.add_noise:
+        noise = writer.add("Gather", "noise/flat", "stage", axis=0)
     carried = carried_states(flags)
-    columns = writer.split(writer.add("Gather", "table", "stage", axis=0), NUM_COLUMNS, axis=1)
+    weights, axis = writer.add("Gather", "table", "stage", axis=0), writer.constant([1])
+
+    def column(number: int) -> str:
+        # A Split would have more outputs than one kernel of WebGPU can write.
+        return writer.add("Slice", weights, writer.constant([number]), writer.constant([number + 1]), axis)
+
     after = write_evaluation(
         writer,
         step,
@@ -112,8 +130,8 @@ def loop_body(
         {name: f"{name}_now" for name in carried},
         network,
         flags,
-        row={column: columns[column] for column in loop_columns(stages)},
-        noise=writer.add("Gather", noise, "stage", axis=0) if flags.add_noise else None,
+        row={number: column(number) for number in loop_columns(stages)},
+        noise=noise,
         thresholding=stages.thresholding,
     )
     writer.add("Identity", "go_on", to="still_go_on")
@@ -123,7 +141,7 @@ def loop_body(
         writer.nodes,
         "evaluation",
         [
-            helper.make_tensor_value_info("stage", TensorProto.INT64, []),
+            helper.make_tensor_value_info("stage" if first_stage is None else "iteration", TensorProto.INT64, []),
             helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
             *(floats(f"{name}_now", shape) for name in carried),
         ],

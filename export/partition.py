@@ -79,6 +79,17 @@ def partition(exported: bytes) -> Partition:
     )
 
 
+def partition_of(parts: Mapping[str, bytes]) -> Partition:
+    """The partition that a bundle's graphs are, by part: what crosses is what earlier ones give. No node is named."""
+    graphs = NetworkGraphs(parts.get("plan"), parts.get("prompt"), parts.get("call"), parts["step"])
+    times = {Binding.PLAN: graphs.plan, Binding.PROMPT: graphs.prompt, Binding.CALL: graphs.call}
+    crossing = {
+        time: tuple(each.name for each in onnx.load_from_string(graph).graph.output) if graph is not None else ()
+        for time, graph in times.items()
+    }
+    return Partition(graphs, crossing, nodes={})
+
+
 def _time(binding: Binding) -> Binding:
     return Binding.STEP if binding & Binding.STEP else binding
 

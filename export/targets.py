@@ -4,8 +4,9 @@ cpu              ONNX Runtime: the step network, its earlier parts and tables; e
 rtx:sm86         TensorRT-RTX engines for that architecture
 sm_87            step kernels compiled for that architecture
 tensorrt         the step network in the precision asked for; skipstep build makes engines of it on the device
-onnx-loop        the whole loop of each plan as one ONNX graph, for hosts that are not Python
-server           the same graphs, and the bundle itself, as models for Triton Inference Server
+onnx-loop        the whole loop of each plan from seeds as one ONNX graph, for hosts that are not Python
+onnx-unrolled    the same without control flow from given noise, for providers without Loop or uint64; of short plans
+server           the loops from given noise, and the bundle itself, as models for Triton Inference Server
 trtexec          the step network, the plans as arrays and the loop as examples, for TensorRT's own tools
 """
 
@@ -18,7 +19,13 @@ from dataclasses import dataclass
 from skipstep.errors import InputError, check_items, check_text
 from skipstep.export.tensorrt_engine import EngineTarget, parse_targets
 
-_OTHERS = {"tensorrt": "step_network", "onnx-loop": "onnx_loop", "server": "server", "trtexec": "trtexec"}
+_OTHERS = {
+    "tensorrt": "step_network",
+    "onnx-loop": "onnx_loop",
+    "onnx-unrolled": "onnx_unrolled",
+    "server": "server",
+    "trtexec": "trtexec",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +36,7 @@ class Targets:
     kernels: tuple[int, ...] = ()
     step_network: bool = False
     onnx_loop: bool = False
+    onnx_unrolled: bool = False
     server: bool = False
     trtexec: bool = False
 
@@ -54,7 +62,7 @@ class Targets:
             elif word != "cpu":
                 raise InputError(
                     got=f"target {word!r}",
-                    expected="cpu, rtx:smNN, sm_NN, tensorrt, onnx-loop, server or trtexec",
+                    expected="cpu, rtx:smNN, sm_NN, tensorrt, onnx-loop, onnx-unrolled, server or trtexec",
                     remedy=remedy,
                 )
         return cls(tuple(engines), tuple(kernels), **others)

@@ -32,6 +32,7 @@ _TYPES: Mapping[int, str] = {
     TensorProto.BFLOAT16: "TYPE_BF16",
     TensorProto.INT64: "TYPE_INT64",
     TensorProto.INT32: "TYPE_INT32",
+    TensorProto.UINT64: "TYPE_UINT64",
     TensorProto.BOOL: "TYPE_BOOL",
 }
 _OPEN = -1

@@ -5,7 +5,7 @@
     golden.safetensors    samples that the builder drew; skipstep verify draws them again
     network/*.onnx        the network by binding time: plan, prompt, call, and step, which a loop runs at every stage
     engines/, kernels/    TensorRT engines and step kernels, by target
-    onnx-loop/, server/   whole loops as ONNX graphs for other hosts, where requested
+    onnx-*/, server/      whole loops as ONNX graphs for other hosts, where requested
     trtexec/              the step network, plans and examples for TensorRT's own tools, where requested
     calibration.json      measured latencies of its plans, by device (skipstep.latency.calibration)
 

@@ -57,13 +57,15 @@ class PlanEntry:
 class SamplerEntry:
     """One plan's whole loop as one self-contained ONNX graph (skipstep.export.onnx_sampler), for other hosts.
 
-    `plan` is the plan's key, `form` "loop" or "unrolled"; a `guided` one takes guidance_scale.
+    `plan` is the plan's key, `form` "loop" or "unrolled"; a `guided` one takes guidance_scale. `noise` is where a
+    sample's noise comes from: its "seeds", on runtimes with operators of uint64, or "given" as x_T and noise.
     """
 
     file: FileName
     plan: Key
     form: Literal["loop", "unrolled"]
     guided: bool
+    noise: Annotated[Literal["seeds", "given"], ADDED_LATER] = "given"
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,8 @@ from skipstep.networks.spec import NetworkSpec
 
 _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
-_MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_WEYL = 0x9E3779B9, 0xBB67AE85
+MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+WEYL = 0x9E3779B9, 0xBB67AE85
 
 Words = tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32]]
 
@@ -42,8 +42,8 @@ def philox4x32(counter: tuple[NDArray[np.uint32], ...], key: NDArray[np.uint64])
     keys = np.asarray(key, np.uint64)
     k0, k1 = keys & _LOW, keys >> _32
     for r in range(PHILOX_ROUNDS):
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        bumped0, bumped1 = (k0 + np.uint64(r * _WEYL[0])) & _LOW, (k1 + np.uint64(r * _WEYL[1])) & _LOW
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        bumped0, bumped1 = (k0 + np.uint64(r * WEYL[0])) & _LOW, (k1 + np.uint64(r * WEYL[1])) & _LOW
         c0, c1, c2, c3 = (p1 >> _32) ^ c1 ^ bumped0, p1 & _LOW, (p0 >> _32) ^ c3 ^ bumped1, p0 & _LOW
     w0, w1, w2, w3 = (word.astype(np.uint32) for word in np.broadcast_arrays(c0, c1, c2, c3))
     return w0, w1, w2, w3

@@ -27,7 +27,8 @@ targets, with commas between them:
   rtx:smNN    TensorRT-RTX engines (skipstep[rtx])
   sm_NN       step kernels as machine code (skipstep[torch], for Triton)
   tensorrt    the step network in --precision, of which skipstep build makes an engine on the device
-  onnx-loop   each plan's whole loop as one ONNX graph, for hosts that are not Python
+  onnx-loop   each plan's whole loop from seeds as one ONNX graph, for hosts that are not Python
+  onnx-unrolled  the same without control flow, from given noise, of plans of at most 20 evaluations
   server      models for Triton Inference Server: one for each plan, and the bundle behind a Batcher
   trtexec     the step network at each batch size, the plans as arrays, run.sh and the loop as examples
 """

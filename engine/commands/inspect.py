@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from skipstep.bundles.bundle import Bundle
     from skipstep.bundles.manifest import EngineEntry, PlanEntry
 
+_NOISE = {"seeds": "from seeds", "given": "from given noise"}
 DESCRIPTION = "Read a bundle's manifest, and no other file of it unless --kernels asks for one, and list its contents."
 
 
@@ -81,7 +82,10 @@ def describe(bundle: Bundle) -> str:
         ),
         *(each for engine in manifest.engines for each in _engine_lines(engine)),
         *(("kernels", line) for line in _kernel_lines(bundle)),
-        *(("onnx loop", f"plan {s.plan}{', guided' if s.guided else ''}, {s.file}") for s in manifest.samplers),
+        *(
+            ("onnx loop", f"plan {s.plan}, {s.form}, {_NOISE[s.noise]}{', guided' if s.guided else ''}, {s.file}")
+            for s in manifest.samplers
+        ),
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
     ]
     parts = [

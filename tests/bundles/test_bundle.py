@@ -13,13 +13,16 @@ from tolerances import BACKENDS_AGREE, BATCH_INVARIANCE
 
 from skipstep import Plan, load
 from skipstep.bundles.bundle import open_bundle
+from skipstep.calls.noise import sample_noise, standard_normal
 from skipstep.errors import (
     InputError,
     IntegrityError,
+    PlanError,
     PlanNotFoundError,
     StorageError,
 )
 from skipstep.export.weight_storage import expand_weights
+from skipstep.kernels.layout import Stream
 
 
 def test_a_loaded_engine_draws_what_the_saved_one_drew(engine, saved):
@@ -55,22 +58,39 @@ def test_it_takes_any_new_plan(engine, saved):
 
 
 def test_whole_loops_for_other_hosts(engine, tmp_path):
-    """The target onnx-loop: a graph a plan, which ONNX Runtime alone runs to the samples of the engine."""
-    engine.save(tmp_path / "bundle", license="MIT", targets=["onnx-loop"])
+    """A graph a plan, which ONNX Runtime alone runs to the samples of the engine: from seeds in a loop, and from given
+    noise where nothing of the graph needs control flow or uint64."""
+    engine.save(tmp_path / "bundle", license="MIT", targets=["onnx-loop,onnx-unrolled"])
     bundle = open_bundle(tmp_path / "bundle")
-    samplers = {each.plan: each for each in bundle.manifest.samplers}
-    assert samplers.keys() == {plan.key for plan in bundle.manifest.plans}
-    x_T = np.random.default_rng(0).standard_normal((3, 1, 8, 8), dtype=np.float32)
-    given = {"x_T": x_T, "class_labels": np.array([0, 2, 1]), "guidance_scale": np.full(3, 2.0, np.float32)}
+    samplers = {(each.plan, each.form): each for each in bundle.manifest.samplers}
+    size = 3
+    seeds, labels = np.arange(size, dtype=np.uint64), np.arange(size) % 3
+    given = {"class_labels": labels, "guidance_scale": np.full(size, 2.0, np.float32)}
     for plan in engine.plans.values():
-        entry = samplers[plan.key]
-        assert (entry.form, entry.guided) == ("loop", True)
-        if plan.adds_noise:
-            continue
-        session = onnxruntime.InferenceSession(bundle.read(entry.file), providers=["CPUExecutionProvider"])
-        expected = engine.sample(plan=plan, x_T=x_T, class_labels=[0, 2, 1], guidance_scale=2.0)
-        [drawn] = session.run(["x_0"], given)
-        np.testing.assert_allclose(drawn, expected, rtol=0, atol=BATCH_INVARIANCE)
+        expected = engine.sample(plan=plan, seeds=list(range(size)), class_labels=list(labels), guidance_scale=2.0)
+        for form, noise in {"loop": "seeds", "unrolled": "given"}.items():
+            entry = samplers[plan.key, form]
+            assert (entry.noise, entry.guided) == (noise, True)
+            session = onnxruntime.InferenceSession(bundle.read(entry.file), providers=["CPUExecutionProvider"])
+            draws = {"seeds": seeds}
+            if noise == "given":
+                draws = {"x_T": sample_noise(engine.network, seeds, Stream.INITIAL)}
+                if plan.adds_noise:
+                    steps = standard_normal(seeds, 64, stage=range(plan.num_evaluations), stream=Stream.STEP)
+                    draws["noise"] = steps.reshape(-1, size, 1, 8, 8)
+            [drawn] = session.run(["x_0"], given | draws)
+            np.testing.assert_allclose(drawn, expected, rtol=0, atol=BATCH_INVARIANCE)
+
+
+def test_no_plan_may_be_too_long_to_unroll(tmp_path):
+    """Those of at most 20 evaluations are unrolled, and one must be there."""
+    built = make(tiny_unet(), plans=[21])
+    with pytest.raises(PlanError, match="21 and more") as caught:
+        built.save(tmp_path / "bundle", license="MIT", targets=["onnx-unrolled"])
+    assert "--steps 10" in caught.value.remedy
+    short = built.add_plan(2)
+    built.save(tmp_path / "bundle", license="MIT", targets=["onnx-unrolled"])
+    assert [each.plan for each in open_bundle(tmp_path / "bundle").manifest.samplers] == [short.key]
 
 
 def test_a_half_precision_network_is_one_more_file(engine, tmp_path):

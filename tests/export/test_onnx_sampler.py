@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 from engines import SCHEDULE, build
-from onnxruntime import InferenceSession
+from onnxruntime import InferenceSession, SessionOptions
 from tiny_networks import Curve, LearnedVariance, tiny_unet
 from tolerances import STATIC_SHAPES
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from skipstep import Plan
 from skipstep.calls.noise import standard_normal
 from skipstep.errors import InputError, PlanError
+from skipstep.export.graph_writer import inner_graphs
 from skipstep.export.onnx_sampler import build_sampler
+from skipstep.export.weight_storage import compress_weights
 from skipstep.kernels.layout import Stream
 
 OPTIONS = {
@@ -58,7 +60,7 @@ def sampler_of(engine, plan, **options):
 
 def run(session, plan, **given):
     """Outputs by name. The graph must read all that is given, and nothing else but the noise of SEEDS."""
-    if plan.adds_noise:
+    if plan.adds_noise and "seeds" not in given:
         shape = given["x_T"].shape
         noise = standard_normal(
             np.array(SEEDS[: shape[0]], np.uint64),
@@ -170,6 +172,83 @@ def test_draws_what_the_engine_draws(labelled, name, guided, form):
     assert_close(found["x_0"], samples)
 
 
+def from_seeds(engine, plan):
+    """What the engine draws from SEEDS, and the inputs of a guided graph that shall draw the same."""
+    samples = engine.sample(plan=plan, seeds=SEEDS, class_labels=LABELS, guidance_scale=SCALES)
+    given = {"seeds": np.array(SEEDS, np.uint64), "class_labels": np.array(LABELS)}
+    return samples, given | {"guidance_scale": np.array(SCALES, np.float32)}
+
+
+@both_forms
+@pytest.mark.parametrize("name", ["ddim", "eta", "ddpm", "lms"])
+def test_draws_from_seeds(labelled, name, form):
+    plan = PLANS[name]
+    samples, given = from_seeds(labelled, plan)
+    options = {"guided": True, "form": form, "noise": "seeds"}
+    found = run(sampler_of(labelled, plan, batch_size=None, **options), plan, **given)
+    np.testing.assert_array_equal(found["x_0"], samples)
+    assert_close(run(sampler_of(labelled, plan, batch_size=3, **options), plan, **given)["x_0"], samples)
+
+
+@pytest.mark.parametrize("name", ["ddim", "eta", "unipc_3", "lms", "rk4"])
+def test_a_loop_can_be_resumed(labelled, name):
+    plan = PLANS[name]
+    samples, given = from_seeds(labelled, plan)
+    options = {"guided": True, "noise": "seeds", "trajectory": True, "resumable": True, "batch_size": None}
+    session = sampler_of(labelled, plan, **options)
+    slots = [each.name[5:] for each in session.get_outputs() if each.name.startswith("next_")]
+    assert slots == [f"h{slot}" for slot in sorted({slot for f in plan.stage_flags for slot in f.written_slots})]
+    nothing = np.zeros((0, 1, 8, 8), np.float32)
+
+    def stages(first, count, x_T=nothing, **history):
+        history = dict.fromkeys(slots, nothing) | history
+        place = {"first_stage": np.array(first), "num_stages": np.array(count)}
+        return run(session, plan, x_T=x_T, **place, **history, **given)
+
+    whole = stages(0, plan.num_evaluations)
+    np.testing.assert_array_equal(whole["x_0"], samples)
+    initial = stages(0, 0)
+    expected = standard_normal(given["seeds"], 64, stage=0, stream=Stream.INITIAL).reshape(3, 1, 8, 8)
+    np.testing.assert_array_equal(initial["x_0"], expected)
+    assert len(initial["x0"]) == len(initial["x_t"]) == 0
+    state = stages(0, 0, x_T=X_T)
+    np.testing.assert_array_equal(state["x_0"], X_T)
+    for parts in ([1] * plan.num_evaluations, [2, plan.num_evaluations - 2]):
+        done, state, seen = 0, {"x_0": nothing}, []
+        for count in parts:
+            history = {name[5:]: value for name, value in state.items() if name.startswith("next_")}
+            state = stages(done, count, x_T=state["x_0"], **history)
+            done += count
+            seen.append(state["x0"])
+        np.testing.assert_array_equal(state["x_0"], samples)
+        np.testing.assert_array_equal(np.concatenate(seen), whole["x0"])
+
+
+@both_forms
+def test_weights_stored_as_float16_are_cast_when_the_model_is_loaded(tmp_path, form):
+    """Never in a run: the model that ONNX Runtime executes has no cast of a weight, in the loop's body either."""
+    network = Small().eval()
+    network.load_state_dict({name: value.half().float() for name, value in network.state_dict().items()})
+    engine = engine_of(network, [PLANS["ddim"]], **LABELLED)
+    graph = build_sampler(engine.source.partition(), engine.network, PLANS["ddim"], form=form)
+    stored = compress_weights(graph)
+    assert casts_of_weights(onnx.load_from_string(stored).graph) > 2
+    assert len(stored) < len(graph)
+    options = SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "executed.onnx")
+    session = InferenceSession(stored, options, providers=["CPUExecutionProvider"])
+    assert casts_of_weights(onnx.load(tmp_path / "executed.onnx").graph) == 0
+    given = {"x_T": X_T[:1], "class_labels": np.array([1])}
+    exact = InferenceSession(graph, providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(["x_0"], given)[0], exact.run(["x_0"], given)[0])
+
+
+def casts_of_weights(graph):
+    stored = {tensor.name for tensor in graph.initializer}
+    here = sum(node.op_type == "Cast" and node.input[0] in stored for node in graph.node)
+    return here + sum(casts_of_weights(inner) for node in graph.node for inner in inner_graphs(node))
+
+
 @pytest.mark.slow
 @both_forms
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
@@ -262,6 +341,11 @@ def test_what_does_not_fit_is_refused():
         build_sampler(parts, network, plan, guided=True)
     with pytest.raises(InputError, match="form='flat'"):
         build_sampler(parts, network, plan, form="flat")
+    with pytest.raises(InputError, match="noise='drawn'"):
+        build_sampler(parts, network, plan, noise="drawn")
+    for wrong in ({"noise": "given"}, {"form": "unrolled"}, {"batch_size": 1}):
+        with pytest.raises(InputError, match="resumable=True"):
+            build_sampler(parts, network, plan, **{"noise": "seeds", "batch_size": None} | wrong, resumable=True)
     for batch_size in (0, True, 1.5):
         with pytest.raises(InputError, match="batch_size="):
             build_sampler(parts, network, plan, batch_size=batch_size)

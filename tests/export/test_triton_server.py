@@ -34,6 +34,7 @@ def graphs():
         "open": build_sampler(parts, network, QUIET, batch_size=None, guided=True),
         "fixed": build_sampler(parts, network, QUIET, batch_size=2),
         "noisy": build_sampler(parts, network, NOISY, batch_size=None),
+        "seeded": build_sampler(parts, network, NOISY, batch_size=None, noise="seeds"),
         "seen": build_sampler(parts, network, QUIET, batch_size=None, trajectory=True),
     }
 
@@ -69,6 +70,15 @@ def test_an_open_batch_is_the_servers_to_fill(graphs):
         "x_T": schema.TYPE_FP32,
         "class_labels": schema.TYPE_INT64,
         "guidance_scale": schema.TYPE_FP32,
+    }
+
+
+def test_seeds_are_numbers_of_64_bits(graphs):
+    config, schema = parsed(model_config("fashion-3", graphs["seeded"]))
+    assert config.max_batch_size == 8
+    assert {each.name: each.data_type for each in config.input} == {
+        "seeds": schema.TYPE_UINT64,
+        "class_labels": schema.TYPE_INT64,
     }
 
 

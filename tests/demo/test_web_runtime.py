@@ -1,0 +1,106 @@
+"""Whole loops in onnxruntime-web under Node: WebAssembly draws what the engine draws, from the same seeds."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engines import labelled_engine
+from noise_graphs import noise_graph
+
+import skipstep
+from skipstep import NoiseSchedule, Plan
+from skipstep.calls.images import to_pil
+from skipstep.calls.noise import standard_normal
+from skipstep.demo import SHIPPED_BUNDLE
+from skipstep.demo.browser import WEB
+from skipstep.editing.interpolation import slerp
+from skipstep.export.onnx_sampler import build_sampler
+from skipstep.kernels.layout import Stream
+
+pytestmark = pytest.mark.slow
+
+# What an image may be off by in another runtime, in float32.
+IMAGES_AGREE = 1e-5
+SEEDS = [0, 7, 2**64 - 1]
+
+
+@pytest.fixture(scope="module")
+def in_node(packages):
+    def run(model, **asked):
+        asked |= {"model": str(model), "sampler": str(WEB / "sampler.js")}
+        asked["runtime"] = str(packages / "onnxruntime-web" / "dist" / "ort.node.min.mjs")
+        done = subprocess.run(
+            ["node", str(Path(__file__).parent / "web.mjs")],
+            input=json.dumps(asked),
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
+
+
+def tensor(array):
+    return [array.dtype.name, list(array.shape), base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()]
+
+
+def floats(text, *shape):
+    return np.frombuffer(base64.b64decode(text), np.float32).reshape(shape)
+
+
+def test_the_noise_has_the_engines_bits(in_node, tmp_path):
+    (tmp_path / "noise.onnx").write_bytes(noise_graph(50_000, Stream.STEP))
+    seeds = np.array(SEEDS, np.uint64)
+    found = in_node(tmp_path / "noise.onnx", run={"seeds": tensor(seeds), "stages": tensor(np.array([0, 49]))})
+    expected = np.stack([standard_normal(seeds, 50_000, stage=stage, stream=Stream.STEP) for stage in (0, 49)])
+    (values,) = found.values()
+    np.testing.assert_array_equal(floats(values, 2, 3, 50_000).view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.parametrize("evaluations", [6, 10, 50])
+def test_the_demo_draws_the_engines_images(in_node, site, evaluations):
+    """As the page does: stage by stage, through its own module."""
+    about = json.loads((site / "site.json").read_text())
+    plan = next(each for each in about["plans"] if each["evaluations"] == evaluations)
+    asked = {"seeds": [str(seed) for seed in SEEDS], "labels": [0, 7, 9], "guidance": 2.0}
+    found = in_node(site / "graphs" / f"{plan['key']}.onnx", plan=plan, shape=about["shape"], draw=asked)
+    with skipstep.load(SHIPPED_BUNDLE, allow_hard_links=True, backend="onnxruntime") as engine:
+        drawn = engine.plans[plan["key"]]
+        expected = engine.sample(plan=drawn, seeds=SEEDS, class_labels=[0, 7, 9], guidance_scale=2.0)
+    images, noise = floats(found["x_0"], 3, 1, 28, 28), floats(found["noise"], 3, 1, 28, 28)
+    np.testing.assert_allclose(images, expected, rtol=0, atol=IMAGES_AGREE)
+    assert found["stages"] == [3 * 784] * evaluations
+    assert found["stopped"]
+    normals = standard_normal(np.array(SEEDS, np.uint64), 784, stage=0, stream=Stream.INITIAL)
+    np.testing.assert_array_equal(noise.reshape(3, 784), normals)
+    between = floats(found["between"], 1, 28, 28)
+    np.testing.assert_allclose(between, slerp(noise[0], noise[1], [0.25])[0], rtol=0, atol=1e-6)
+    pixels = np.frombuffer(base64.b64decode(found["pixels"]), np.uint8).reshape(3, 28, 28)
+    np.testing.assert_array_equal(pixels, np.stack([np.asarray(picture) for picture in to_pil(images)]))
+
+
+@pytest.mark.parametrize("form", ["loop", "unrolled"])
+def test_both_forms_run(in_node, tmp_path, form):
+    """With fresh noise at each step: drawn from the seeds in a loop, given where nothing of the graph is uint64."""
+    engine = labelled_engine()
+    plan = engine.add_plan(Plan(schedule=NoiseSchedule.linear(1000), timesteps=[599, 399, 199], solver="ddpm"))
+    given, seeds = {"class_labels": np.array([0, 2])}, np.array(SEEDS[1:], np.uint64)
+    if form == "loop":
+        given["seeds"] = seeds
+    else:
+        given["x_T"] = standard_normal(seeds, 16, stage=0, stream=Stream.INITIAL).reshape(2, 1, 4, 4)
+        steps = standard_normal(seeds, 16, stage=range(3), stream=Stream.STEP)
+        given["noise"] = steps.reshape(3, 2, 1, 4, 4)
+    noise = "seeds" if form == "loop" else "given"
+    graph = build_sampler(engine.source.partition(), engine.network, plan, batch_size=None, form=form, noise=noise)
+    (tmp_path / "loop.onnx").write_bytes(graph)
+    found = in_node(tmp_path / "loop.onnx", run={name: tensor(value) for name, value in given.items()})
+    expected = engine.sample(plan=plan, seeds=SEEDS[1:], class_labels=[0, 2])
+    np.testing.assert_allclose(floats(found["x_0"], 2, 1, 4, 4), expected, rtol=0, atol=IMAGES_AGREE)
