@@ -1,8 +1,8 @@
 """The kernels of a loop compiled ahead of time, for any NVIDIA architecture, on a machine without a GPU.
 
-`compile_step_kernels` and `compile_noise_kernels` make what skipstep.edge.launcher runs on a machine without Triton: cubins, each with the facts
-that a launch needs. The facts come from the compiler's output: arguments from the PTX, checked against the kernel's
-declaration; shared memory and registers from the machine code.
+`compile_step_kernels` and `compile_noise_kernels` make what skipstep.edge.launcher runs on a machine without Triton:
+cubins, each with the facts that a launch needs. The facts come from the compiler's output: arguments from the PTX,
+checked against the kernel's declaration; shared memory and registers from the machine code.
 """
 
 from __future__ import annotations

@@ -93,7 +93,8 @@ class StepBinaryFacts:
     """What a launcher must know of one compiled kernel. Raises ModelFormatError for impossible facts.
 
     `purpose`: the step, or what comes before the first: x_T of the seeds, unless the state is given, into state and
-    network input; of its flags only `guided` counts, which doubles the network's batch. `target` is the compiler's, "sm_90a" for `architecture` 90: with a suffix the cubin runs there and nowhere else.
+    network input; of its flags only `guided` counts, which doubles the network's batch.
+    `target` is the compiler's, "sm_90a" for `architecture` 90: with a suffix the cubin runs there and nowhere else.
     The kernel was compiled for one set of flags, `per_sample` tables or not, and with or without an output for x̂0.
     It assumes pointers at multiples of `pointer_alignment` bytes, and C·H·W a multiple of `num_elements_multiple`.
     `registers` are per thread; shared memory is in bytes per program. `toolkit` is the CUDA release of the assembler:
