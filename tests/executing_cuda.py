@@ -8,6 +8,7 @@ interpreted by the NumPy twins of the kernels. What a real driver would crash on
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import enum
 import json
@@ -227,7 +228,8 @@ class ExecutingCuda:
         return OK
 
     def cuStreamBeginCapture(self, stream, mode):
-        assert mode == 1 and not self._any_recording()
+        assert mode == 1
+        assert not self._any_recording()
         self.streams[stream].recording = []
         return OK
 
@@ -284,7 +286,8 @@ class ExecutingCuda:
 
     def cuLaunchKernel(self, kernel, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
         facts: StepBinaryFacts = self.handles[kernel]
-        assert (bx, by, bz) == (facts.threads_per_block, 1, 1) and shared == facts.dynamic_shared_bytes
+        assert (bx, by, bz) == (facts.threads_per_block, 1, 1)
+        assert shared == facts.dynamic_shared_bytes
         pointers = (ctypes.c_void_p * len(facts.arguments)).from_address(parameters)
         values = {
             each.name: int.from_bytes(ctypes.string_at(pointer, each.num_bytes), "little")
@@ -309,7 +312,7 @@ class ExecutingCuda:
 
     def _step(self, facts, values, count, batch):
         flags, stage = facts.flags, values["stage"]
-        assert not (flags.rescale or flags.threshold or facts.per_sample or facts.store_x0), "nobody launches these"
+        assert not any((flags.rescale, flags.threshold, facts.per_sample, facts.store_x0)), "nobody launches these"
         assert values["next_ptr"] == values["state_ptr"]
         state = self.floats(values["state_ptr"], (batch, 1, count))
         output_shape = ((2 if flags.guided else 1) * batch, 2 if flags.wide_output else 1, count)
@@ -383,42 +386,41 @@ def _inside(memory: dict[int, NDArray[np.uint8]], address: int, num_bytes: int, 
     raise AssertionError(f"{num_bytes} bytes at {address:#x} are no {what}")
 
 
+_EXECUTE = fake_tensorrt.IExecutionContext.execute_async_v3
+
+
 def modules(cuda: ExecutingCuda, library: str = "tensorrt_rtx") -> dict[str, Any]:
-    """What to put into sys.modules: the driver, and a TensorRT whose launches go through it."""
+    """What to put into sys.modules: the driver and a TensorRT."""
     package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
     package.bindings, bindings.driver = bindings, cuda  # type: ignore[attr-defined]
+    names = {"cuda": package, "cuda.bindings": bindings, "cuda.bindings.driver": cuda}
+    return {**names, library: fake_tensorrt.library(library)}
 
-    class Context(fake_tensorrt.IExecutionContext):
-        def execute_async_v3(self, stream_handle: int) -> bool:
-            engine = self._engine
-            addresses, memory = dict(self._addresses), self._memory
-            # Only what stands when it is launched counts; the rest runs when the stream comes to it.
-            now = Context.__new__(Context)
-            now.__dict__ = {**self.__dict__, "_addresses": addresses, "_launches": []}
 
-            def run() -> None:
-                cuda.device(memory[0], engine.device_memory_size_v2)
-                for name, address in addresses.items():
-                    shape = engine.get_tensor_shape(name)
-                    if engine._profiles:
-                        shape = (engine._profiles[now._profile], *shape[1:])
-                    kind = np.dtype(engine.get_tensor_dtype(name).value)
-                    cuda.device(address, int(np.prod(shape)) * kind.itemsize)
-                assert fake_tensorrt.IExecutionContext.execute_async_v3(now, stream_handle)
+def launches_on(cuda: ExecutingCuda) -> Callable[[Any, int], bool]:
+    """IExecutionContext.execute_async_v3 of a TensorRT whose launches run when the driver's stream comes to them."""
 
-            if fake_tensorrt.PRETENCES.get("no launch"):
-                return super().execute_async_v3(stream_handle)
-            cuda._enqueue(stream_handle, run)
-            return True
+    def execute_async_v3(self: Any, stream_handle: int) -> bool:
+        if fake_tensorrt.PRETENCES.get("no launch"):
+            return _EXECUTE(self, stream_handle)
+        # Only what stands when it is launched counts.
+        engine, launched = self._engine, copy.copy(self)
+        launched._addresses = dict(self._addresses)
 
-    fake_tensorrt.IExecutionContext = Context  # type: ignore[misc]
-    return {
-        "cuda": package,
-        "cuda.bindings": bindings,
-        "cuda.bindings.driver": cuda,
-        library: fake_tensorrt.library(library),
-    }
+        def run() -> None:
+            cuda.device(launched._memory[0], engine.device_memory_size_v2)
+            for name in launched._addresses:
+                array = launched._array(name)
+                cuda.device(array.ctypes.data, array.nbytes)
+            assert _EXECUTE(launched, stream_handle)
+
+        cuda._enqueue(stream_handle, run)
+        return True
+
+    return execute_async_v3
 
 
 def install(cuda: ExecutingCuda, library: str = "tensorrt_rtx") -> None:
+    """For a process of its own."""
     sys.modules.update(modules(cuda, library))
+    fake_tensorrt.IExecutionContext.execute_async_v3 = launches_on(cuda)  # type: ignore[method-assign]
