@@ -56,5 +56,9 @@ def load(path: str | os.PathLike[str], *, compile_on_miss: bool = False, **optio
 
     engine = Engine(compiled)
     if engine.device != "cpu":
-        engine.prepare()
+        try:
+            engine.prepare()
+        except BaseException:
+            engine.close()  # What it has taken on the device is given back.
+            raise
     return engine

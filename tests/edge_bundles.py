@@ -20,6 +20,7 @@ from skipstep.edge.step_binary import KernelArgument, StepBinaryFacts, argument_
 from skipstep.export.bundle_rewriter import rewrite_bundle
 from skipstep.kernels.layout import StepFlags
 from skipstep.networks.spec import network_batch_sizes
+from skipstep.plans.plan import Plan
 
 
 def kernel_facts(
@@ -48,8 +49,10 @@ def edge_bundle(
     architecture: int = 87,
     library: str = "tensorrt_rtx",
     without: tuple[str, ...] = (),
+    also: Iterable[Plan] = (),
 ) -> Path:
-    """The bundle at `source` as if it had been exported for that architecture; `without` "kernels", "engines"."""
+    """The bundle at `source` as if it had been exported for that architecture; `without` "kernels", "engines".
+    It has the kernels of its plans and of those in `also`."""
     shutil.copytree(source, path, copy_function=shutil.copyfile)
     bundle = open_bundle(path)
     manifest, network = bundle.manifest, bundle.manifest.network
@@ -57,7 +60,7 @@ def edge_bundle(
     calls = [(False,), (True,)] if network.can_guide else [(False,)]
     flags = [
         each.in_call(guided=guided, rescale=False, wide_output=network.learns_variance)
-        for plan in plans
+        for plan in (*plans, *also)
         for each in plan.stage_flags
         for (guided,) in calls
     ]

@@ -14,6 +14,7 @@ import enum
 import json
 import random
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -86,12 +87,17 @@ class ExecutingCuda:
         self.host: dict[int, NDArray[np.uint8]] = {}
         self.streams: dict[int, FakeStream] = {}
         self.handles: dict[int, Any] = {}
-        self.contexts: list[int] = []
+        self._local, self._lock = threading.local(), threading.RLock()
         self.retained = 0
         self.launched_graphs: list[int] = []
         self.faults: dict[str, tuple[int, CUresult]] = {}
         self.known: dict[bytes, StepBinaryFacts] = {}
         self._next = 0x1000
+
+    @property
+    def contexts(self) -> list[int]:
+        """Of the thread."""
+        return vars(self._local).setdefault("contexts", [])
 
     def __getattribute__(self, name: str) -> Any:
         found = object.__getattribute__(self, name)
@@ -200,7 +206,8 @@ class ExecutingCuda:
     def cuStreamSynchronize(self, stream):
         if self.streams[stream].recording is not None:
             return (CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)
-        self.streams[stream].drain()
+        with self._lock:
+            self.streams[stream].drain()
         return OK
 
     def cuEventCreate(self, flags):
@@ -217,14 +224,17 @@ class ExecutingCuda:
 
     def cuEventQuery(self, event):
         mark = self.handles[event]
-        if not mark["done"] and self._random.random() < 0.5:
-            self.streams[mark["stream"]].queue.popleft()()
+        with self._lock:
+            if not mark["done"] and self._random.random() < 0.5:
+                self.streams[mark["stream"]].queue.popleft()()
         return OK if mark["done"] else (CUresult.CUDA_ERROR_NOT_READY,)
 
     def cuEventSynchronize(self, event):
         mark = self.handles[event]
         while not mark["done"]:
-            self.streams[mark["stream"]].queue.popleft()()
+            with self._lock:
+                if not mark["done"]:
+                    self.streams[mark["stream"]].queue.popleft()()
         return OK
 
     def cuStreamBeginCapture(self, stream, mode):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Self
 
 from skipstep.cuda.driver import CudaDriver, DeviceBuffer, Driver
@@ -99,6 +99,7 @@ class StepLauncher:
         check_integer("stream", stream, low=0, high=_MAX_UINT64)
         # One sample's table is the same either way.
         per_sample = per_sample and batch_size > 1
+        flags = _compiled(flags)
         facts, kernel = self._kernel("step", flags, per_sample, operands.x0 is not None)
         addresses = self._addresses(flags, operands, batch_size, stage, per_sample)
         self._enqueue(facts, kernel, {**addresses, "stage": stage}, batch_size, stream)
@@ -148,7 +149,8 @@ class StepLauncher:
 
     def missing(self, flags: Iterable[StepFlags]) -> str:
         """Those of these flags for which there is no step kernel, in words; empty where all are there."""
-        absent = [each for each in dict.fromkeys(flags) if ("step", each, False, False) not in self._kernels]
+        wanted = dict.fromkeys(_compiled(each) for each in flags)
+        absent = [each for each in wanted if ("step", each, False, False) not in self._kernels]
         return ", ".join(_describe("step", each, False, False) for each in absent)
 
     def __str__(self) -> str:
@@ -209,6 +211,11 @@ class StepLauncher:
             "next_ptr": addresses["state"],
             "output_ptr": output,
         }
+
+
+def _compiled(flags: StepFlags) -> StepFlags:
+    """As kernels are compiled: in a call without guidance nothing is said of it."""
+    return flags if flags.guided else replace(flags, unguided=False, scale_guidance=False)
 
 
 _Key = tuple[Purpose, StepFlags, bool, bool]
