@@ -148,12 +148,15 @@ def load_network(
         if gpu is not None and edge:
             from skipstep.edge_loading import edge_network
 
+            source = BundleSource(bundle)
+            plans = held_plans(bundle, source, compile_on_miss)
             return edge_network(
                 bundle,
+                source,
+                plans,
                 gpu,
                 form=form,
                 library=target.library,
-                compile_on_miss=compile_on_miss,
                 backend=backend,
                 precision=precision,
             )

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.backends.denoiser import Library
+from skipstep.backends.denoiser import Library, NetworkSource
 from skipstep.backends.early import EarlyParts
 from skipstep.backends.tensorrt_engine import TensorRtEngine
 from skipstep.backends.tensorrt_library import choose_library, cuda_releases, import_library
-from skipstep.bundle_source import BundleSource, held_plans
 from skipstep.bundles.bundle import Bundle, read_engine
 from skipstep.bundles.kept import CacheSlot
+from skipstep.calls.plan_set import PlanSet
 from skipstep.cuda.driver import CudaDriver, DeviceBuffer
 from skipstep.cuda.queue import Queue
 from skipstep.edge.launcher import StepLauncher
@@ -99,21 +99,21 @@ class _Engines:
 
 def edge_network(
     bundle: Bundle,
+    source: NetworkSource,
+    plans: PlanSet,
     gpu: int,
     *,
     form: str,
     library: Library | None,
-    compile_on_miss: bool,
     backend: str,
     precision: str,
 ) -> CompiledNetwork:
-    """The network of a bundle on device `gpu`. Raises DeviceUnavailableError where the bundle has no engine or kernel
+    """The network of a bundle, which is `source`, on device `gpu`. Raises DeviceUnavailableError where the bundle has no engine or kernel
     for it, InputError, MissingDependencyError and what reading the bundle raises."""
     manifest, network = bundle.manifest, bundle.manifest.network
     check_choice("loop", form, ("captured", "stepwise"), remedy="leave it out: without torch there are no others")
     built = _precision(bundle, backend, precision)
-    source, lifecycle = BundleSource(bundle), Lifecycle()
-    plans = held_plans(bundle, source, compile_on_miss)
+    lifecycle = Lifecycle()
     early = LateEarlyParts(source.before_loop(), network, tables=source.tables)
     with ExitStack() as opened:
         driver = CudaDriver(gpu)

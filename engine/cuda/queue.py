@@ -41,11 +41,11 @@ class Graph:
 
 
 class Queue:
-    """One stream. `handle` is its CUstream as a number, for libraries that launch on it; `recording`: whether a graph
-    is being recorded. Nothing here locks: the engine does. Raises DeviceUnavailableError and DeviceMemoryError."""
+    """One stream. `handle` is its CUstream as a number, for libraries that launch on it. Nothing here locks: the
+    engine does. Raises DeviceUnavailableError and DeviceMemoryError."""
 
     def __init__(self, driver: CudaDriver) -> None:
-        self.driver, self.recording, self.releases = driver, False, ExitStack()
+        self.driver, self.releases = driver, ExitStack()
         # Apart from the default stream, which cannot be recorded, and not waiting for it.
         flag = driver.constant("CUstream_flags", "CU_STREAM_NON_BLOCKING")
         self._stream = driver.call("cuStreamCreate", int(flag))
@@ -77,7 +77,7 @@ class Queue:
         event = self.driver.call("cuEventCreate", int(flag))
         self.releases.callback(self.driver.release, "cuEventDestroy", event)
         memory = (ctypes.c_uint8 * num_bytes).from_address(address)
-        return Pinned(np.frombuffer(memory, np.uint8), address, event)
+        return Pinned(np.frombuffer(memoryview(memory), np.uint8), address, event)
 
     def give_back(self, memory: Pinned) -> None:
         """It is free when its event, which stands for all copies until it was recorded last, has come."""
@@ -117,14 +117,15 @@ class Queue:
         mode = driver.constant("CUstreamCaptureMode", "CU_STREAM_CAPTURE_MODE_THREAD_LOCAL")
         with _RECORDING:
             driver.call("cuStreamBeginCapture", self._stream, mode)
-            self.recording = True
             try:
                 work()
-            finally:
-                # Also after an error, or the stream would go on recording.
-                self.recording = False
-                ended = driver.outcome("cuStreamEndCapture", self._stream)
-            graph = driver.check("cuStreamEndCapture", ended)
+            except BaseException:
+                # Or the stream would go on recording.
+                ended, *graphs = driver.outcome("cuStreamEndCapture", self._stream)
+                if ended == driver.constant("CUresult", "CUDA_SUCCESS"):
+                    driver.release("cuGraphDestroy", graphs[0])
+                raise
+            graph = driver.call("cuStreamEndCapture", self._stream)
             try:
                 executable = driver.call("cuGraphInstantiate", graph, 0)
                 releases.callback(driver.release, "cuGraphExecDestroy", executable)

@@ -172,7 +172,7 @@ def test_editing_is_the_host_s(engine, host):
 
 
 def test_a_deadline_is_met_by_what_was_measured(engine):
-    engine.calibrate(rounds=2)
+    engine.calibrate(repeats=3, max_seconds=0.1, batch_sizes=[1], plans=[10])
     assert engine.sample(deadline_ms=60_000.0, seeds=1, class_labels=0).shape == (1, 1, 28, 28)
 
 
