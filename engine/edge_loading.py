@@ -108,8 +108,8 @@ def edge_network(
     backend: str,
     precision: str,
 ) -> CompiledNetwork:
-    """The network of a bundle, which is `source`, on device `gpu`. Raises DeviceUnavailableError where the bundle has no engine or kernel
-    for it, InputError, MissingDependencyError and what reading the bundle raises."""
+    """The network of a bundle, which is `source`, on device `gpu`. Raises DeviceUnavailableError where it has no engine
+    or kernel for that device, InputError, MissingDependencyError and what reading the bundle raises."""
     manifest, network = bundle.manifest, bundle.manifest.network
     check_choice("loop", form, ("captured", "stepwise"), remedy="leave it out: without torch there are no others")
     built = _precision(bundle, backend, precision)

@@ -337,6 +337,7 @@ def test_neither_torch_nor_triton_is_needed(bundle, host, tmp_path):
     expected = host.sample(steps=10, seeds=[1, 2], class_labels=[0, 1], guidance_scale=2.0)
     assert np.array_equal(np.fromfile(out, np.float32).reshape(expected.shape), expected)
     loaded = set(told[1].split())
+    assert int(told[0].split()[1]) < 100, "modules of ours, each of which a start pays for"
     unused = ("skipstep.editing", "skipstep.fitting", "skipstep.latency", "skipstep.export", "skipstep.building")
     # The stand-in itself takes a few of ours that a driver does not.
     assert not [name for name in loaded if name.startswith(unused)]
