@@ -231,7 +231,7 @@ def _choose(
         raise DeviceUnavailableError(
             got=f"a device of compute capability {capability // 10}.{capability % 10}",
             expected="one that runs " + (", ".join(sorted({f.target for f, _ in binaries})) or "no kernels at all"),
-            remedy=f"export with --target sm_{capability}",
+            remedy=f"export the bundle again: skipstep export --target sm_{capability}",
         )
     loadable = [pair for pair in fitting if int(pair[0].toolkit.split(".")[0]) <= cuda_major]
     if not loadable:

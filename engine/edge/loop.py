@@ -218,7 +218,7 @@ class EdgeLoop:
             raise InputError(
                 got=f"a plan whose steps need {missing}",
                 expected=f"kernels of the bundle: {self._launcher}",
-                remedy=f"add the plan to the export and run skipstep export --target {target} again, or {_WITH_TORCH}",
+                remedy=f"export the bundle again with this plan and --target {target}, or {_WITH_TORCH}",
             )
         if problem is not None:
             raise InputError(
