@@ -1,5 +1,5 @@
 """A bundle as a network source, and the network that is made of it: ONNX Runtime or OpenVINO on a CPU, TensorRT on
-a GPU.
+a GPU, with torch or without (skipstep.edge_loading).
 
 The start of a process counts: the runtime begins to load its session before the packages that only a call needs are
 imported.
@@ -7,6 +7,7 @@ imported.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ from skipstep.networks.graphs import Values
 from skipstep.networks.spec import NetworkSpec
 
 if TYPE_CHECKING:
+    from skipstep.calls.plan_set import PlanSet
     from skipstep.loops.runner import CompiledNetwork
 
 
@@ -101,6 +103,7 @@ def load_network(
     *,
     device: str = "cpu",
     loop: str = "auto",
+    runtime: str = "auto",
     backend: str = "auto",
     precision: str = "auto",
     library: str | None = None,
@@ -129,10 +132,34 @@ def load_network(
     gpu = None if kind == "cpu" else int(number or 0)
     check_choice("backend", backend, ("auto", *dict.fromkeys(each.name for each in BACKENDS if each.loads_bundles)))
     check_choice("precision", precision, ("auto", *get_args(Precision)))
+    check_choice("runtime", runtime, ("auto", "torch", "edge"), remedy="leave it out, or see LoadOptions")
+    if gpu is None and runtime == "edge":
+        raise InputError(
+            got=f"runtime='edge' on {device!r}",
+            expected="a GPU: on the CPU there is nothing to launch kernels on",
+            remedy="pass device='cuda', or leave runtime out",
+        )
+    # Without torch there is only the driver.
+    edge = runtime == "edge" or (runtime == "auto" and importlib.util.find_spec("torch") is None)
     target = Target(num_threads=num_threads, library=check_library(library))
 
     def opened() -> CompiledNetwork:
         bundle = open_bundle(path, require_signature=require_signature, allow_hard_links=allow_hard_links)
+        if gpu is not None and edge:
+            from skipstep.edge_loading import edge_network
+
+            source = BundleSource(bundle)
+            plans = held_plans(bundle, source, compile_on_miss)
+            return edge_network(
+                bundle,
+                source,
+                plans,
+                gpu,
+                form=form,
+                library=target.library,
+                backend=backend,
+                precision=precision,
+            )
         return _network_of(bundle, gpu, form, require_captured, target, compile_on_miss, backend, precision)
 
     return while_unchanged(path, opened)
@@ -193,16 +220,9 @@ def _network_of(
         target = replace(target, keep=CacheSlot, check=check)
     # Loading the runtime's session takes longest: it goes on in the background while the rest is read.
     make = backend.denoisers(source, target)
-    from skipstep.bundles.tables import default_options, plan_values, read_plans
-    from skipstep.calls.conditioning import distinct
-    from skipstep.calls.plan_set import PlanSet
     from skipstep.loops.runner import BatchRunner, CompiledNetwork
 
-    arrays = bundle.read_arrays(manifest.tables)
-    plans = tuple(read_plans(manifest, arrays))
-    source.tables.update(
-        {distinct(plan.evaluation_timesteps)[0].tobytes(): plan_values(plan, arrays) for plan in plans}
-    )
+    plans = held_plans(bundle, source, compile_on_miss)
     made = make_loop(
         make,
         manifest.network,
@@ -221,18 +241,33 @@ def _network_of(
             raise failure
     return CompiledNetwork(
         source,
-        PlanSet(
-            manifest.network,
-            plans,
-            defaults=default_options(manifest, arrays),
-            compile_on_miss=compile_on_miss,
-            network_digest=manifest.digest,
-        ),
+        plans,
         BatchRunner(made, manifest.network, manifest.batch_sizes, lifecycle),
         backend.name,
         precision,
         target.num_threads,
         calibrations=calibrations,
+    )
+
+
+def held_plans(bundle: Bundle, source: BundleSource, compile_on_miss: bool) -> PlanSet:
+    """The bundle's plans; the tables of `source` get the step inputs that follow from their timesteps alone."""
+    from skipstep.bundles.tables import default_options, plan_values, read_plans
+    from skipstep.calls.conditioning import distinct
+    from skipstep.calls.plan_set import PlanSet
+
+    manifest = bundle.manifest
+    arrays = bundle.read_arrays(manifest.tables)
+    plans = tuple(read_plans(manifest, arrays))
+    source.tables.update(
+        {distinct(plan.evaluation_timesteps)[0].tobytes(): plan_values(plan, arrays) for plan in plans}
+    )
+    return PlanSet(
+        manifest.network,
+        plans,
+        defaults=default_options(manifest, arrays),
+        compile_on_miss=compile_on_miss,
+        network_digest=manifest.digest,
     )
 
 

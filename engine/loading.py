@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 class LoadOptions(TypedDict, total=False):
     """How a bundle is loaded; each may be left out.
 
-    device             "cpu", or "cuda" or "cuda:1" for a GPU, which takes torch and the engines that were built for it
-                       (skipstep build).
+    device             "cpu", or "cuda" or "cuda:1" for a GPU, which takes the engines that were built for it (skipstep
+                       build).
+    runtime            on a GPU "torch", or "edge": the driver alone, with the bundle's compiled kernels, for machines
+                       without torch and Triton. "auto" is "torch" where torch is installed.
     backend            on the CPU "onnxruntime" or "openvino"; "auto": the first that is installed. On a GPU "tensorrt".
     precision          of the network on the CPU: "float32" (also "auto"), or with openvino "bfloat16", on a processor
                        that has it. On a GPU that of the bundle's engines.
@@ -28,6 +30,7 @@ class LoadOptions(TypedDict, total=False):
     """
 
     device: str
+    runtime: str
     backend: str
     precision: str
     library: str | None
@@ -53,5 +56,9 @@ def load(path: str | os.PathLike[str], *, compile_on_miss: bool = False, **optio
 
     engine = Engine(compiled)
     if engine.device != "cpu":
-        engine.prepare()
+        try:
+            engine.prepare()
+        except BaseException:
+            engine.close()  # What it has taken on the device is given back.
+            raise
     return engine

@@ -159,7 +159,7 @@ class _BundleDraft:
         return graphs, step
 
     def _kernels(self) -> list[KernelEntry]:
-        from skipstep.export.cubins import compile_step_kernels, needed_variants
+        from skipstep.export.cubins import compile_noise_kernels, compile_step_kernels, needed_variants
 
         self.report("step kernels for " + ", ".join(f"sm_{each}" for each in self.targets.kernels))
         network, precision = self.engine.network, self.request.precision
@@ -168,9 +168,11 @@ class _BundleDraft:
             guided=network.can_guide,
             wide_output=network.learns_variance,
         )
-        binaries = compile_step_kernels(self.targets.kernels, variants, [precision], num_elements=network.num_elements)
+        count, architectures = network.num_elements, self.targets.kernels
+        steps = compile_step_kernels(architectures, variants, [precision], num_elements=count)
+        noise = compile_noise_kernels(architectures, [precision], num_elements=count, guided=network.can_guide)
         entries = []
-        for binary in binaries:
+        for binary in (*steps, *noise):
             facts, digest = binary.facts, hashlib.sha256(binary.cubin).hexdigest()[:12]
             name = self.files.add(f"kernels/sm_{facts.architecture}-{precision}-{digest}.cubin", binary.cubin)
             entries.append(KernelEntry(name, facts.to_json()))

@@ -1,8 +1,8 @@
-"""The step kernel compiled ahead of time, for any NVIDIA architecture, on a machine without a GPU.
+"""The kernels of a loop compiled ahead of time, for any NVIDIA architecture, on a machine without a GPU.
 
-`compile_step_kernels` makes what skipstep.edge.launcher runs on a machine without Triton: cubins, each with the facts
-that a launch needs. The facts come from the compiler's output: arguments from the PTX, checked against the kernel's
-declaration; shared memory and registers from the machine code.
+`compile_step_kernels` and `compile_noise_kernels` make what skipstep.edge.launcher runs on a machine without Triton:
+cubins, each with the facts that a launch needs. The facts come from the compiler's output: arguments from the PTX,
+checked against the kernel's declaration; shared memory and registers from the machine code.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from skipstep.edge.step_binary import (
     HIDDEN_ARGUMENTS,
     POINTER_ALIGNMENT,
     KernelArgument,
+    Purpose,
     StepBinaryFacts,
     argument_types,
 )
 from skipstep.errors import ExportError, InputError, MissingDependencyError
 from skipstep.kernels.launch import DEFAULT_LAUNCH, StepLaunch, step_constants
-from skipstep.kernels.layout import StepFlags
+from skipstep.kernels.layout import StepFlags, Stream
 
 try:
     import triton
@@ -35,6 +36,7 @@ try:
     from triton.backends.nvidia.compiler import get_ptxas, ptx_get_version
     from triton.compiler import ASTSource
 
+    from skipstep.kernels.philox_kernel import philox_normal_kernel
     from skipstep.kernels.step_kernel import ddim_step_kernel
 except ImportError as error:
     raise MissingDependencyError(
@@ -133,13 +135,37 @@ def compile_step_kernels(
     )
 
 
+def compile_noise_kernels(
+    architectures: Iterable[int], dtypes: Iterable[str], *, num_elements: int, guided: bool
+) -> tuple[StepBinary, ...]:
+    """What draws x_T, or takes a given one, before the first step; `guided`: also for a doubled batch. The arguments
+    are those of compile_step_kernels."""
+    variants = [StepFlags(), StepFlags(guided=True)][: 1 + guided]
+    return tuple(
+        _compile_binary(architecture, flags, dtype, num_elements=num_elements, purpose="noise")
+        for architecture, flags, dtype in product(architectures, variants, dtypes)
+    )
+
+
 def _compile_binary(
-    architecture: int, flags: StepFlags, dtype: str, *, per_sample: bool, store_x0: bool, num_elements: int
+    architecture: int,
+    flags: StepFlags,
+    dtype: str,
+    *,
+    num_elements: int,
+    per_sample: bool = False,
+    store_x0: bool = False,
+    purpose: Purpose = "step",
 ) -> StepBinary:
     multiple = POINTER_ALIGNMENT if num_elements % POINTER_ALIGNMENT == 0 else 1
-    constants = step_constants(flags, per_sample=per_sample, store_x0=store_x0)
-    pointers = step_pointers(_TRITON_TYPES[dtype])
-    compiled = compile_for(ddim_step_kernel, architecture, pointers, constants, wide=multiple > 1)
+    types = argument_types(dtype, purpose)
+    if purpose == "noise":
+        kernel = philox_normal_kernel
+        constants = {"STREAM": int(Stream.INITIAL), "COPIES": flags.input_copies, "CHOOSES": 1}
+    else:
+        kernel, constants = ddim_step_kernel, step_constants(flags, per_sample=per_sample, store_x0=store_x0)
+    pointers = {name: f"*{_TRITON_TYPES[kind[1:]]}" for name, kind in types.items() if kind.startswith("*")}
+    compiled = compile_for(kernel, architecture, pointers, constants, wide=multiple > 1)
     ptx, cubin, metadata = compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
         raise ExportError(
@@ -163,9 +189,10 @@ def _compile_binary(
         registers=usage["REG"],
         pointer_alignment=POINTER_ALIGNMENT,
         num_elements_multiple=multiple,
-        arguments=_arguments(ptx, argument_types(dtype)),
+        arguments=_arguments(ptx, types),
         compiler=f"triton {triton.__version__}",
         toolkit=_toolkit(cubin),
+        purpose=purpose,
     )
     return StepBinary(facts, cubin, ptx)
 

@@ -130,7 +130,10 @@ class ICudaEngine:
     """Tests set what it pretends: the `_overrides` of what it says about a tensor, and whether contexts work."""
 
     def __init__(self, graph: bytes, logger: ILogger) -> None:
-        self._session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        # Threads that wait for more work would take the cores from those of the loop's host.
+        options.intra_op_num_threads = 1
+        self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         self._logger = logger
         self._inputs = {each.name: each for each in self._session.get_inputs()}
         self._outputs = {each.name: each for each in self._session.get_outputs()}

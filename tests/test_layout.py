@@ -47,7 +47,17 @@ ROOMS = (
     "commands",
 )
 ENGINE_MODULES = (
-    *("engine", "delegates", "building", "model_source", "opening", "saving", "loading", "bundle_source"),
+    *(
+        "engine",
+        "delegates",
+        "building",
+        "model_source",
+        "opening",
+        "saving",
+        "loading",
+        "bundle_source",
+        "edge_loading",
+    ),
 )
 
 

@@ -10,11 +10,10 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from skipstep.backends.denoiser import StepInput
 from skipstep.backends.early import EarlyParts
@@ -24,25 +23,28 @@ from skipstep.errors import ExportError
 from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs
 from skipstep.networks.spec import NetworkSpec
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _KEPT_RESULTS, _KEPT_BYTES, _LONG_KEY = 8, 256 << 20, 1 << 12
 # NumPy has no bfloat16; the copy to the device rounds.
-HOST_DTYPES: Mapping[torch.dtype, type[np.generic]] = {
-    torch.float64: np.float64,
-    torch.float32: np.float32,
-    torch.float16: np.float16,
-    torch.bfloat16: np.float32,
-    torch.int64: np.int64,
-    torch.int32: np.int32,
-    torch.bool: np.bool_,
+HOST_DTYPES: Mapping[str, type[np.generic]] = {
+    "float64": np.float64,
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": np.float32,
+    "int64": np.int64,
+    "int32": np.int32,
+    "bool": np.bool_,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class StepTensor:
-    """An input or output of a compiled step network; the leading dimension of `shape` is the batch."""
+    """An input or output of a compiled step network; the leading dimension of `shape` is the batch, `dtype` by name."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
 
 
 def check_step_tensors(
@@ -60,7 +62,7 @@ def check_step_tensors(
             f"an input {SAMPLE} and the output {PREDICTION} alone",
         )
     dtype = inputs[SAMPLE].dtype
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if dtype not in ("float32", "float16", "bfloat16"):
         raise mismatch(f"a sample of {dtype}", "float32, float16 or bfloat16")
     wanted = {
         SAMPLE: StepTensor((batch_size, *spec.sample_shape), dtype),
@@ -103,8 +105,7 @@ class HostInputs:
                     expected=f"{list(each.shape[1:])} from the parts of the same network",
                     remedy="build the step network again, from the same export as the other parts",
                 )
-            dtype = str(each.dtype).removeprefix("torch.")
-            self.step_inputs[name] = StepInput(each.shape[1:], dtype, per_stage=name in of_stages)
+            self.step_inputs[name] = StepInput(each.shape[1:], each.dtype, per_stage=name in of_stages)
 
     def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> StepInputs:
         """See Denoiser.compute. The last few results are kept, and must not be written to."""
@@ -151,4 +152,6 @@ def copy_row(table: Tensor, stage: int | Tensor, out: Tensor) -> None:
     if isinstance(stage, int):
         out.copy_(table[stage], non_blocking=True)
     else:
+        import torch
+
         torch.index_select(table, 0, stage, out=out.unsqueeze(0))

@@ -35,13 +35,13 @@ from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs
 from skipstep.networks.spec import NetworkSpec
 
 _PROVIDER = "CUDAExecutionProvider"
-_SESSION_DTYPES: Mapping[str, torch.dtype] = {
-    "tensor(float)": torch.float32,
-    "tensor(float16)": torch.float16,
-    "tensor(bfloat16)": torch.bfloat16,
-    "tensor(int64)": torch.int64,
-    "tensor(int32)": torch.int32,
-    "tensor(bool)": torch.bool,
+_SESSION_DTYPES: Mapping[str, str] = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(bool)": "bool",
 }
 # TensorProto.BFLOAT16, by its number in the ONNX standard.
 _ONNX_BFLOAT16 = 16
@@ -145,7 +145,7 @@ class OnnxRuntimeCudaDenoiser:
         self._inputs = HostInputs(early, spec, looked_up, batch_size=batch_size)
         self.step_inputs: Mapping[str, StepInput] = self._inputs.step_inputs
         self._copied = {
-            name: torch.zeros(each.shape, dtype=each.dtype, device=session.device)
+            name: torch.zeros(each.shape, dtype=getattr(torch, each.dtype), device=session.device)
             for name, each in {**inputs, **outputs}.items()
             if session.cuda_graph or name not in self.step_inputs or self.step_inputs[name].per_stage
         }
@@ -224,4 +224,4 @@ def _step_tensor(described: Any, batch_size: int) -> StepTensor:
 
 
 def _element_type(dtype: torch.dtype) -> Any:
-    return _ONNX_BFLOAT16 if dtype == torch.bfloat16 else HOST_DTYPES[dtype]
+    return _ONNX_BFLOAT16 if dtype == torch.bfloat16 else HOST_DTYPES[str(dtype).removeprefix("torch.")]

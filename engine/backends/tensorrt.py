@@ -2,7 +2,7 @@
 
     input, output    fixed addresses, which the step kernel writes and reads
     tables           a stage's rows are read where they stand, by address; where that is not aligned, from a copy
-    engine           weights and activations once for all batch sizes (skipstep.backends.tensorrt_loaded)
+    engine           weights and activations once for all batch sizes (skipstep.backends.tensorrt_engine)
     context          one per recorded graph, and run once before anything is recorded: a first run may take memory
 
 The two libraries have the same Python interface, so this is written once; what TensorRT-RTX alone has is looked up
@@ -23,8 +23,9 @@ from torch import Tensor
 from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, StepInput, Target
 from skipstep.backends.device_step import HostInputs, StepTensor, check_step_tensors, copy_row
 from skipstep.backends.onnxruntime import EarlyGraphs
+from skipstep.backends.tensorrt_engine import ALIGNMENT, RefusedEngineError
 from skipstep.backends.tensorrt_library import choose_library, load_library
-from skipstep.backends.tensorrt_loaded import ALIGNMENT, LoadedEngine, RefusedEngineError, aligned_zeros
+from skipstep.backends.tensorrt_loaded import LoadedEngine, aligned_zeros
 from skipstep.calls.conditioning import Conditioning
 from skipstep.cuda.device import CAPTURE_LOCK
 from skipstep.errors import InputError
@@ -55,7 +56,7 @@ class TensorRtDenoiser:
         self.step_inputs: Mapping[str, StepInput] = self._inputs.step_inputs
 
         def buffer(each: StepTensor) -> Tensor:
-            return aligned_zeros(each.shape, each.dtype, self.device)
+            return aligned_zeros(each.shape, getattr(torch, each.dtype), self.device)
 
         self.input, self.output = buffer(inputs[SAMPLE]), buffer(outputs[PREDICTION])
         self.rows = {name: buffer(looked_up[name]) for name, each in self.step_inputs.items() if each.per_stage}

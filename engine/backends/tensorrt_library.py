@@ -5,19 +5,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import astuple, dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, cast, get_args
 
 from skipstep.backends.denoiser import Keep, KeptBytes, Library
-from skipstep.cuda.probe import cuda_device
+from skipstep.cuda.probe import DeviceFacts, cuda_device
 from skipstep.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     # The full library has no stubs either; what the type checker reads of this one stands for both.
     import tensorrt_rtx as trt
-    import torch
 
 # The extra that installs each.
 EXTRAS: Final[Mapping[Library, str]] = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
@@ -68,13 +67,18 @@ def load_library(library: Library, device: int = 0) -> TensorRt:
     return module
 
 
+def cuda_releases(library: Library) -> set[str]:
+    """The releases of CUDA that the installed packages of a library are for, "12"; none where they do not say."""
+    name = library.replace("_", "-")
+    packages = (str(each.metadata["Name"]).lower().replace("_", "-") for each in metadata.distributions())
+    return {found[1] for each in packages if (found := re.fullmatch(rf"{name}-cu(\d+)", each))}
+
+
 def _check_cuda_release(library: Library) -> None:
     """The library and torch share a device's context and memory: both have to be for one CUDA release."""
     import torch
 
-    name = library.replace("_", "-")
-    packages = (str(each.metadata["Name"]).lower().replace("_", "-") for each in metadata.distributions())
-    releases = {found[1] for each in packages if (found := re.fullmatch(rf"{name}-cu(\d+)", each))}
+    name, releases = library.replace("_", "-"), cuda_releases(library)
     ours = (torch.version.cuda or "").partition(".")[0]
     if ours and releases and ours not in releases:
         raise MissingDependencyError(
@@ -113,14 +117,16 @@ class RuntimeCache:
     kept: KeptBytes | None
     cache: Any = None
     saved_bytes: int = 0
-    _of_device: ClassVar[dict[torch.device, RuntimeCache]] = {}
+    _of_device: ClassVar[dict[Hashable, RuntimeCache]] = {}
 
     @classmethod
-    def of(cls, device: torch.device, library: TensorRt, keep: Keep | None) -> RuntimeCache:
+    def of(
+        cls, device: Hashable, library: TensorRt, keep: Keep | None, describe: Callable[[], DeviceFacts]
+    ) -> RuntimeCache:
         if device not in cls._of_device:
             kept = None
             if keep is not None:
-                facts = cuda_device(device.index or 0)
+                facts = describe()
                 parts = {"kind": "rtx-kernels", "library": library.__version__, "device": astuple(facts)}
                 kept = keep(f"TensorRT-RTX's kernels on {facts.name}", parts)
             cls._of_device[device] = cls(kept)

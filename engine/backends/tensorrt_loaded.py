@@ -1,158 +1,49 @@
-"""A TensorRT engine in a device's memory, for every batch size that it was built for.
-
-An engine of one batch size has fixed shapes. One of several has a profile for each, of exactly that size: it holds the
-weights once, and TensorRT-RTX 1.7 plans the same kernels for a profile as for an engine of that size alone
-(bench/results/findings/engine-profiles.json). Activations are one piece of memory for all contexts of all sizes, since
-only one runs at a time.
-"""
+"""A TensorRT engine in the memory of torch's device (skipstep.backends.tensorrt_engine)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from skipstep.backends.denoiser import Keep, Library
-from skipstep.backends.device_step import StepTensor
-from skipstep.backends.tensorrt_library import RuntimeCache, error_log, load_library
-from skipstep.errors import CaptureError, ExportError
-from skipstep.networks.graphs import SAMPLE
+from skipstep.backends.tensorrt_engine import ALIGNMENT, TensorRtEngine
+from skipstep.backends.tensorrt_library import load_library
+from skipstep.cuda.probe import cuda_device
 
 if TYPE_CHECKING:
-    # The full library has no stubs either; what the type checker reads of this one stands for both.
     import tensorrt_rtx as trt
 
-# What the libraries ask of the address of an activation, an input or an output.
-ALIGNMENT = 256
-_DTYPES: Mapping[str, torch.dtype] = {
-    "FLOAT": torch.float32,
-    "HALF": torch.float16,
-    "BF16": torch.bfloat16,
-    "INT64": torch.int64,
-    "INT32": torch.int32,
-    "BOOL": torch.bool,
-}
 
-
-class RefusedEngineError(ExportError):
-    """An engine that the library does not deserialise."""
-
-
-class LoadedEngine:
-    """`data` must be bytes that were verified: from skipstep.bundles.bundle.read_engine, or from the cache through
-    skipstep.export.engines.build_engine_cached. `profiles` by batch size; None where the shapes are fixed.
-
-    Raises MissingDependencyError, DeviceUnavailableError, and RefusedEngineError for an engine that the library does
-    not take.
-    """
+class LoadedEngine(TensorRtEngine):
+    """Raises MissingDependencyError, DeviceUnavailableError, and RefusedEngineError for an engine that the library
+    does not take."""
 
     def __init__(self, data: bytes, *, library: Library, device: torch.device, keep: Keep | None = None) -> None:
-        self.library: Library = library
+        number = device.index or 0
+        super().__init__(
+            data,
+            library=library,
+            module=load_library(library, number),
+            device=device,
+            facts=lambda: cuda_device(number),
+            current=lambda: torch.cuda.device(device),
+            keep=keep,
+        )
         self.device = device
-        self._trt = load_library(library, device.index or 0)
-        self.log = error_log(self._trt)
-        with torch.cuda.device(device):
-            # The engine needs its runtime as long as it lives.
-            self._runtime = self._trt.Runtime(self.log)
-            self.engine: trt.ICudaEngine = self._runtime.deserialize_cuda_engine(data)
-        if self.engine is None:
-            raise RefusedEngineError(
-                got=f"an engine that {library} {self._trt.__version__} does not take: {self.log.summary()}",
-                expected="one that this version built for this GPU",
-                remedy="build it on this machine: skipstep build",
-            )
-        self._names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
-        self.profiles = self._profiles()
-        self.kernels = RuntimeCache.of(device, self._trt, keep) if library == "tensorrt_rtx" else None
-        # The greatest profile's: any other's fits in it.
-        self.activations = aligned_zeros((max(1, self.engine.device_memory_size_v2),), torch.uint8, device)
-        self._create_context = self._context_maker()
+        self.activations = aligned_zeros((self.activation_bytes,), torch.uint8, device)
         # Apart from the default stream, which cannot be recorded.
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def tensors(self, batch_size: int) -> tuple[dict[str, StepTensor], dict[str, StepTensor]]:
-        """Inputs and outputs by name. Raises ExportError for what cannot be bound to a plain tensor of known shape."""
-        inputs: dict[str, StepTensor] = {}
-        outputs: dict[str, StepTensor] = {}
-        for name in self._names:
-            dtype, shape = self.engine.get_tensor_dtype(name).name, self._shape(name, batch_size)
-            place, layout = self.engine.get_tensor_location(name), self.engine.get_tensor_format(name)
-            if (
-                dtype not in _DTYPES
-                or min(shape, default=0) < 0
-                or place != self._trt.TensorLocation.DEVICE
-                or layout != self._trt.TensorFormat.LINEAR
-            ):
-                described = f"{dtype} {list(shape)}, {layout.name} on {place.name}"
-                raise ExportError(
-                    got=f"an engine of {self.library} whose {name} is {described}",
-                    # Over a range of shapes TensorRT-RTX goes on compiling better kernels behind the caller's back.
-                    expected=f"plain tensors on the device, of batch size {batch_size}",
-                    remedy=f"build it from the step network, with {batch_size} among the batch sizes",
-                )
-            (inputs if self._is_input(name) else outputs)[name] = StepTensor(shape, _DTYPES[dtype])
-        return inputs, outputs
-
     def new_context(self, batch_size: int) -> trt.IExecutionContext:
         """A context at this batch size, on the memory of all: what it still has to do is enqueued on `stream`."""
-        context: trt.IExecutionContext | None = self._create_context()
-        if context is None:
-            raise self.failed("that makes no execution context")
-        context.set_device_memory(self.activations.data_ptr(), self.activations.nbytes)
-        profile = self.profiles.get(batch_size)
-        if profile is not None:
-            if not context.set_optimization_profile_async(profile, self.stream.cuda_stream):
-                raise self.failed(f"that has no profile {profile}")
-            for name in filter(self._is_input, self._names):
-                if not context.set_input_shape(name, self._shape(name, batch_size)):
-                    raise self.failed(f"that does not take batch size {batch_size}")
-        return context
+        return self.context(batch_size, self.activations.data_ptr(), self.stream.cuda_stream)
 
-    def failed(self, how: str) -> CaptureError | ExportError:
-        error = CaptureError if torch.cuda.is_current_stream_capturing() else ExportError
-        return error(
-            got=f"an engine of {self.library} {how}: {self.log.summary()}",
-            expected="one that runs on this device",
-            remedy="free memory on the device, or build the engine again on this machine",
-        )
-
-    def _profiles(self) -> dict[int, int | None]:
-        """The profile of each batch size; one over a range of sizes is for none."""
-        found: dict[int, int | None] = {}
-        if SAMPLE in self._names:
-            size = self.engine.get_tensor_shape(SAMPLE)[0]
-            if size >= 0:
-                return {size: None}
-            for profile in range(self.engine.num_optimization_profiles):
-                least, _, most = self.engine.get_tensor_profile_shape(SAMPLE, profile)
-                if least[0] == most[0]:
-                    found[least[0]] = profile
-        return found
-
-    def _is_input(self, name: str) -> bool:
-        return self.engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
-
-    def _shape(self, name: str, batch_size: int) -> tuple[int, ...]:
-        shape = tuple(self.engine.get_tensor_shape(name)[:])
-        leads = self.profiles.get(batch_size) is not None and shape[:1] == (-1,)
-        return (batch_size, *shape[1:]) if leads else shape
-
-    def _context_maker(self) -> Callable[[], trt.IExecutionContext]:
-        """How to make contexts whose memory is the caller's."""
-        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self.kernels is None:
-            return lambda: self.engine.create_execution_context(strategy)
-        # TensorRT-RTX compiles its kernels on the device, when it makes a context: once for all of them.
-        config = self.engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(strategy)
-        # For the one shape that a profile has, at once: not in the background, while a graph is recorded.
-        config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        with torch.cuda.device(self.device):
-            config.set_runtime_cache(self.kernels.made_by(config))
-        return lambda: self.engine.create_execution_context(config)
+    def capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
 
 
 def aligned_zeros(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> Tensor:

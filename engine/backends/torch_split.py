@@ -67,7 +67,7 @@ class SplitNetwork:
     def step_tensors(self, batch_size: int) -> dict[str, StepTensor]:
         """The step inputs at this batch size."""
         return {
-            name: StepTensor((batch_size, *value.shape[1:]), value.dtype)
+            name: StepTensor((batch_size, *value.shape[1:]), str(value.dtype).removeprefix("torch."))
             for name, value in self.inputs.items()
             if name != SAMPLE
         }
@@ -127,7 +127,9 @@ def _inputs(step: fx.Graph) -> dict[str, Tensor]:
     inputs: dict[str, Tensor] = {}
     for name, node in zip(input_names(step), step.find_nodes(op="placeholder"), strict=True):
         value: Tensor = node.meta["val"]
-        if value.dtype not in HOST_DTYPES or not all(isinstance(size, int) for size in value.shape[1:]):
+        if str(value.dtype).removeprefix("torch.") not in HOST_DTYPES or not all(
+            isinstance(size, int) for size in value.shape[1:]
+        ):
             raise NotTraceableError(f"a value of every stage is {value.dtype} {list(value.shape)}")
         inputs[name] = value
     return inputs

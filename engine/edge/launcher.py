@@ -1,6 +1,6 @@
 """The step on a GPU without a compiler: kernels that were compiled ahead of time, launched by the CUDA driver.
 
-    facts + cubin ──choose for this device──▶ load ──▶ launch(flags, operands, stage, stream)
+    facts + cubin ──choose for this device──▶ load ──▶ begin(x_T), launch(flags, operands, stage, stream)
 
 Neither torch nor Triton is needed. Cubins are machine code: pass only bytes whose hash has been checked.
 skipstep.edge.step_binary describes a cubin; everything that needs a GPU is in skipstep.cuda.driver.
@@ -10,25 +10,17 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Self
 
-from skipstep.cuda.driver import CudaDriver, Driver
-from skipstep.edge.step_binary import ITEM_SIZES, POINTER_ALIGNMENT, StepBinaryFacts
+from skipstep.cuda.driver import CudaDriver, DeviceBuffer, Driver
+from skipstep.edge.step_binary import ITEM_SIZES, POINTER_ALIGNMENT, Purpose, StepBinaryFacts
 from skipstep.errors import DeviceUnavailableError, InputError, ModelFormatError, check_integer
 from skipstep.kernels.layout import NUM_COLUMNS, StepFlags
 
 _MAX_BATCH_SIZE: Final = 65_535  # what a grid takes on its second axis
 _MAX_INT32: Final = 2**31 - 1
 _MAX_UINT64: Final = 2**64 - 1
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceBuffer:
-    """Memory on the device: its address, and how many bytes from there belong to it."""
-
-    address: int
-    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +43,7 @@ class StepOperands:
 
 
 class StepLauncher:
-    """The step kernels of one network on one device, loaded and ready. Safe to share between threads.
+    """The kernels of one network's loop on one device, loaded and ready. Safe to share between threads.
 
     `binaries` are facts and cubins, hashes checked; `num_elements` is C·H·W of a sample; `driver` is a `CudaDriver`
     unless another is given, and the launcher closes it. All kernels that fit are loaded here, so that a launch does
@@ -107,9 +99,39 @@ class StepLauncher:
         check_integer("stream", stream, low=0, high=_MAX_UINT64)
         # One sample's table is the same either way.
         per_sample = per_sample and batch_size > 1
-        facts, kernel = self._kernel(flags, per_sample, operands.x0 is not None)
+        flags = _compiled(flags)
+        facts, kernel = self._kernel("step", flags, per_sample, operands.x0 is not None)
         addresses = self._addresses(flags, operands, batch_size, stage, per_sample)
-        values: dict[str, int] = {**addresses, "num_elements": self._num_elements, "stage": stage}
+        self._enqueue(facts, kernel, {**addresses, "stage": stage}, batch_size, stream)
+
+    def begin(
+        self,
+        *,
+        state: DeviceBuffer,
+        network_input: DeviceBuffer,
+        seeds: DeviceBuffer,
+        given: DeviceBuffer,
+        copies: int,
+        batch_size: int,
+        stream: int,
+    ) -> None:
+        """Enqueue what comes before the first evaluation: x_T of the seeds, or the `state` that is there where the
+        int32 `given` is not zero, in state and, `copies` times, in the network's input. Raises InputError."""
+        facts, kernel = self._kernel("noise", StepFlags(guided=copies == 2), False, False)
+        image = batch_size * self._num_elements
+        needed = {
+            "state": (state, 4 * image),
+            "network_input": (network_input, copies * self._item_size * image),
+            "seeds": (seeds, 8 * batch_size),
+            "given": (given, 4),
+        }
+        addresses = {f"{name}_ptr": _checked_address(name, *each) for name, each in needed.items()}
+        self._enqueue(facts, kernel, addresses, batch_size, stream)
+
+    def _enqueue(
+        self, facts: StepBinaryFacts, kernel: Any, values: dict[str, int], batch_size: int, stream: int
+    ) -> None:
+        values = {**values, "num_elements": self._num_elements}
         # The driver reads every argument through a pointer to it, as many bytes as the kernel declares.
         arguments = [
             (ctypes.c_uint64 if argument.num_bytes == 8 else ctypes.c_int32)(values.get(argument.name, 0))
@@ -125,6 +147,15 @@ class StepLauncher:
             parameters=ctypes.addressof(parameters),
         )
 
+    def missing(self, flags: Iterable[StepFlags]) -> str:
+        """Those of these flags for which there is no step kernel, in words; empty where all are there."""
+        wanted = dict.fromkeys(_compiled(each) for each in flags)
+        absent = [each for each in wanted if ("step", each, False, False) not in self._kernels]
+        return ", ".join(_describe("step", each, False, False) for each in absent)
+
+    def __str__(self) -> str:
+        return "; ".join(_describe(*key) for key in self._kernels)
+
     def close(self) -> None:
         """Unload the kernels. The launcher cannot be used afterwards."""
         self._kernels = {}
@@ -136,13 +167,15 @@ class StepLauncher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _kernel(self, flags: StepFlags, per_sample: bool, store_x0: bool) -> tuple[StepBinaryFacts, Any]:
+    def _kernel(
+        self, purpose: Purpose, flags: StepFlags, per_sample: bool, store_x0: bool
+    ) -> tuple[StepBinaryFacts, Any]:
         try:
-            return self._kernels[flags, per_sample, store_x0]
+            return self._kernels[purpose, flags, per_sample, store_x0]
         except KeyError:
             raise InputError(
-                got=_describe(flags, per_sample, store_x0),
-                expected="one of " + "; ".join(_describe(*key) for key in self._kernels),
+                got=_describe(purpose, flags, per_sample, store_x0),
+                expected=f"one of {self}",
                 remedy="export the kernels of the plans that run here (skipstep.export.cubins.needed_variants)",
             ) from None
 
@@ -180,7 +213,12 @@ class StepLauncher:
         }
 
 
-_Key = tuple[StepFlags, bool, bool]
+def _compiled(flags: StepFlags) -> StepFlags:
+    """As kernels are compiled: in a call without guidance nothing is said of it."""
+    return flags if flags.guided else replace(flags, unguided=False, scale_guidance=False)
+
+
+_Key = tuple[Purpose, StepFlags, bool, bool]
 
 
 def _choose(
@@ -193,7 +231,7 @@ def _choose(
         raise DeviceUnavailableError(
             got=f"a device of compute capability {capability // 10}.{capability % 10}",
             expected="one that runs " + (", ".join(sorted({f.target for f, _ in binaries})) or "no kernels at all"),
-            remedy=f"export with --target sm_{capability}",
+            remedy=f"export the bundle again: skipstep export --target sm_{capability}",
         )
     loadable = [pair for pair in fitting if int(pair[0].toolkit.split(".")[0]) <= cuda_major]
     if not loadable:
@@ -215,7 +253,7 @@ def _choose(
             remedy="export the kernels for this network",
         )
     usable.sort(key=lambda pair: (pair[0].num_elements_multiple, pair[0].architecture))
-    return {(facts.flags, facts.per_sample, facts.store_x0): (facts, cubin) for facts, cubin in usable}
+    return {(facts.purpose, facts.flags, facts.per_sample, facts.store_x0): (facts, cubin) for facts, cubin in usable}
 
 
 def _check_cubin(facts: StepBinaryFacts, cubin: bytes) -> None:
@@ -251,7 +289,8 @@ def _item_size(network_dtype: str) -> int:
         ) from None
 
 
-def _describe(flags: StepFlags, per_sample: bool, store_x0: bool) -> str:
-    on = [name for name, value in asdict(flags).items() if value]
+def _describe(purpose: Purpose, flags: StepFlags, per_sample: bool, store_x0: bool) -> str:
+    on = ["initial noise"] * (purpose == "noise")
+    on += [name for name, value in asdict(flags).items() if value]
     on += ["per_sample"] * per_sample + ["store_x0"] * store_x0
     return "+".join(on) or "plain"

@@ -1,4 +1,4 @@
-"""The facts that a launcher needs of a step kernel that was compiled ahead of time, and their form in JSON.
+"""The facts that a launcher needs of a kernel that was compiled ahead of time, and their form in JSON.
 
     kernel(arguments in the order of `arguments`), on grid(C·H·W, B) programs of 32·num_warps threads
 
@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from skipstep.errors import ModelFormatError
 from skipstep.kernels.layout import StepFlags
-from skipstep.storage.untrusted import ReadBy, malformed, read_dataclass, read_value
+from skipstep.storage.untrusted import ADDED_LATER, ReadBy, malformed, read_dataclass, read_value
 
 ITEM_SIZES: Final[Mapping[str, int]] = {"float16": 2, "bfloat16": 2, "float32": 4}
 POINTER_ALIGNMENT: Final = 16
@@ -29,8 +29,20 @@ _INTEGRATED: Final = frozenset({72, 87, 110})
 _MAX_SHARED_BYTES: Final = 48 * 1024
 
 
-def argument_types(network_dtype: str) -> dict[str, str]:
-    """The arguments that the step kernel takes, in no binding order; which order a cubin has is among its facts."""
+Purpose = Literal["step", "noise"]
+
+
+def argument_types(network_dtype: str, purpose: Purpose = "step") -> dict[str, str]:
+    """The arguments that a kernel takes, in no binding order; which order a cubin has is among its facts."""
+    if purpose == "noise":
+        return {
+            "state_ptr": "*float32",
+            "network_input_ptr": f"*{network_dtype}",
+            "seeds_ptr": "*int64",
+            "given_ptr": "*int32",
+            "num_elements": "int32",
+            "stage": "int32",
+        }
     return {
         "state_ptr": "*float32",
         "next_ptr": "*float32",
@@ -78,8 +90,10 @@ def _read_flags(value: Any, where: str) -> StepFlags:
 
 @dataclass(frozen=True, slots=True)
 class StepBinaryFacts:
-    """What a launcher must know of one compiled step kernel. Raises ModelFormatError for impossible facts.
+    """What a launcher must know of one compiled kernel. Raises ModelFormatError for impossible facts.
 
+    `purpose`: the step, or what comes before the first: x_T of the seeds, unless the state is given, into state and
+    network input; of its flags only `guided` counts, which doubles the network's batch.
     `target` is the compiler's, "sm_90a" for `architecture` 90: with a suffix the cubin runs there and nowhere else.
     The kernel was compiled for one set of flags, `per_sample` tables or not, and with or without an output for x̂0.
     It assumes pointers at multiples of `pointer_alignment` bytes, and C·H·W a multiple of `num_elements_multiple`.
@@ -104,6 +118,7 @@ class StepBinaryFacts:
     arguments: tuple[Annotated[KernelArgument, ReadBy(_read_argument)], ...]
     compiler: str
     toolkit: str
+    purpose: Annotated[Purpose, ADDED_LATER] = "step"
 
     def __post_init__(self) -> None:
         _require(re.fullmatch(rf"sm_{self.architecture}[af]?", self.target), "target", self.target)
@@ -117,11 +132,12 @@ class StepBinaryFacts:
         _require(self.pointer_alignment == POINTER_ALIGNMENT, "pointer_alignment", self.pointer_alignment)
         _require(self.num_elements_multiple in (1, 16), "num_elements_multiple", self.num_elements_multiple)
         _require(re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}", self.toolkit), "toolkit", self.toolkit)
-        known = argument_types(self.network_dtype) | dict.fromkeys(HIDDEN_ARGUMENTS, "*int8")
+        taken = argument_types(self.network_dtype, self.purpose)
+        known = taken | dict.fromkeys(HIDDEN_ARGUMENTS, "*int8")
         names = [argument.name for argument in self.arguments]
         _require(
             len(set(names)) == len(names)
-            and set(names) >= set(argument_types(self.network_dtype))
+            and set(names) >= set(taken)
             and all(known.get(argument.name) == argument.type for argument in self.arguments),
             "arguments",
             [f"{argument.type} {argument.name}" for argument in self.arguments],
@@ -155,6 +171,8 @@ class StepBinaryFacts:
         value = asdict(self)
         value["flags"] = [name for name, on in asdict(self.flags).items() if on]
         value["arguments"] = [[argument.name, argument.type] for argument in self.arguments]
+        if self.purpose == "step":
+            del value["purpose"]  # Step kernels are described as they were before there were others.
         return value | {"grid": list(GRID)}
 
     @classmethod

@@ -8,5 +8,6 @@ Names for others: Loop, Run, Sampler and run_observed (contract), make_loop (cho
 contract   what every loop offers the engine        runner     splits, enqueues, waits once
 choice     which form runs on which device          observers  progress, callbacks, trajectories
 stepwise   the host loop and its pool of buffers    lifecycle  closed, forked or lost engines
-captured   the GPU loop; programs: its three forms; workspace and buffers: the memory that its graphs read
+captured   the GPU loop; structure: what its graphs are made for; programs: its three forms; workspace and buffers: the
+           memory that its graphs read
 """

@@ -29,7 +29,8 @@ from skipstep.loops.call_block import PendingSamples
 from skipstep.loops.contract import Array, LoopReport, Run, replicate
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.loops.programs import DeviceLoopName, Program, Stepwise, compile_program, too_little_memory
-from skipstep.loops.workspace import Structure, Workspace
+from skipstep.loops.structure import Structure
+from skipstep.loops.workspace import Workspace
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.stages import Stages
 

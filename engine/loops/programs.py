@@ -24,7 +24,8 @@ from skipstep.cuda.device import Graph, Work
 from skipstep.errors import CaptureError, DeviceMemoryError
 from skipstep.kernels.layout import StepFlags
 from skipstep.loops.contract import LoopReport
-from skipstep.loops.workspace import Contexts, Structure, Workspace
+from skipstep.loops.structure import Structure
+from skipstep.loops.workspace import Contexts, Workspace
 
 DeviceLoopName = Literal["captured", "step_graph", "stepwise"]
 LADDER: Final[tuple[DeviceLoopName, ...]] = ("captured", "step_graph", "stepwise")

@@ -10,7 +10,7 @@ seeds, labels, prompts, guidance. Only the structure is fixed in the graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,56 +22,14 @@ from skipstep.calls.conditioning import call_conditioning
 from skipstep.calls.request import SampleRequest
 from skipstep.cuda.device import Device, Work
 from skipstep.kernels.launch import DEFAULT_LAUNCH, StepLaunch
-from skipstep.kernels.layout import NUM_COLUMNS, StepFlags
-from skipstep.kernels.statistics import Thresholding, sample_statistics
+from skipstep.kernels.layout import NUM_COLUMNS
+from skipstep.kernels.statistics import sample_statistics
 from skipstep.kernels.step import ddim_step, initial_noise
 from skipstep.loops.buffers import Field, StagedBlock, step_input_fields
 from skipstep.loops.call_block import CallBlock, HostCall, PendingSamples
-from skipstep.loops.contract import call_flags
+from skipstep.loops.structure import Structure
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.stages import Stages
-
-
-@dataclass(frozen=True, slots=True)
-class Structure:
-    """What a graph is made for: the flags of every stage, how it thresholds, B samples, and rows of a stage's table
-    (1, or B where samples follow plans of their own). All else is data."""
-
-    flags: tuple[StepFlags, ...]
-    thresholding: Thresholding | None
-    num_samples: int
-    rows: int
-    # Of the fields above; a thousand stages take longer to hash than a call takes otherwise.
-    _hash: int = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash((self.flags, self.thresholding, self.num_samples, self.rows)))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @classmethod
-    def of(cls, network: NetworkSpec, stages: Stages, request: SampleRequest) -> Structure:
-        kind = request.num_samples, request.guidance is not None, request.rescale is not None, network.learns_variance
-        held = stages.structures.get(kind)
-        if held is None:
-            flags = call_flags(network, stages, request)
-            held = cls(flags, stages.thresholding, request.num_samples, stages.table.shape[1])
-            stages.structures[kind] = held
-        return held
-
-    @property
-    def guided(self) -> bool:
-        """Whether the call is: single stages may be made without guidance."""
-        return self.flags[0].guided or self.flags[0].doubled
-
-    @property
-    def needs_half(self) -> bool:
-        """Whether some stage of a guided call is made without guidance."""
-        return any(flags.doubled for flags in self.flags)
-
-    def __len__(self) -> int:
-        return len(self.flags)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ class Stages:
     flags: tuple[StepFlags, ...]
     ends_step: tuple[bool, ...]
     thresholding: Thresholding | None
-    # What loops found out about them, by kind of call (skipstep.loops.workspace.Structure).
+    # What loops found out about them, by kind of call (skipstep.loops.structure.Structure).
     structures: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
     adds_noise: bool = field(init=False)
 

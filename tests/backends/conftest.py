@@ -11,7 +11,7 @@ import torch
 from fake_tensorrt import PRETENCES
 from tensorrt_cases import GPU, Cuda
 
-from skipstep.backends import tensorrt_library
+from skipstep.backends import tensorrt_library, tensorrt_loaded
 
 
 @pytest.fixture
@@ -22,7 +22,8 @@ def cuda(monkeypatch) -> Iterator[Cuda]:
         monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
     for name in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, name, fake_tensorrt.library(name))
-    monkeypatch.setattr(tensorrt_library, "cuda_device", lambda *index, **options: GPU)
+    for module in (tensorrt_library, tensorrt_loaded):
+        monkeypatch.setattr(module, "cuda_device", lambda *index, **options: GPU)
     yield cuda
     PRETENCES.clear()
     tensorrt_library.RuntimeCache._of_device.clear()

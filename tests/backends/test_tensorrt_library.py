@@ -18,7 +18,7 @@ from conftest import HAS_GPU
 from step_networks import SPEC, assert_close
 from tensorrt_cases import denoiser, tables
 
-from skipstep.backends import tensorrt_library, tensorrt_loaded
+from skipstep.backends import tensorrt_engine, tensorrt_library
 from skipstep.backends.denoiser import Target
 from skipstep.backends.device_step import HostInputs, StepTensor, check_step_tensors
 from skipstep.backends.tensorrt import denoisers
@@ -149,7 +149,7 @@ def test_the_real_library_has_what_the_denoiser_is_typed_with():
 
     for name in tensorrt_library.TensorRt.__annotations__:
         assert hasattr(tensorrt_rtx, name)
-    assert tensorrt_loaded._DTYPES.keys() <= tensorrt_rtx.DataType.__members__.keys()
+    assert tensorrt_engine._DTYPES.keys() <= tensorrt_rtx.DataType.__members__.keys()
     assert tensorrt_rtx.Dims((2, 3, 4))[:] == (2, 3, 4)
     log = tensorrt_library.error_log(tensorrt_rtx)
     tensorrt_rtx.Runtime(log)
@@ -170,7 +170,7 @@ def test_real_engines_are_built_for_recording(precision):
     _, facts = build_engine_cached(step, EngineTarget("tensorrt_rtx", 86), [2])
     assert "REQUIRE_USER_ALLOCATION" in facts["flags"]
     inputs, outputs = (
-        {each["name"]: StepTensor(tuple(each["shape"]), getattr(torch, each["dtype"])) for each in facts[role]}
+        {each["name"]: StepTensor(tuple(each["shape"]), each["dtype"]) for each in facts[role]}
         for role in ("inputs", "outputs")
     )
     check_step_tensors(inputs, outputs, SPEC, batch_size=2, of="an engine")

@@ -3,13 +3,14 @@
 import json
 
 import pytest
+from edge_bundles import kernel_facts
 from hostile_json import FUZZ, JSON, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 from step_binaries import step_facts
 
 from skipstep.edge.step_binary import StepBinaryFacts
-from skipstep.errors import BundleError
+from skipstep.errors import BundleError, ModelFormatError
 from skipstep.kernels.layout import StepFlags
 
 
@@ -23,6 +24,17 @@ from skipstep.kernels.layout import StepFlags
 )
 def test_json_gives_back_the_facts(facts):
     assert StepBinaryFacts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
+
+
+def test_a_noise_kernel_has_arguments_of_its_own():
+    step, once, twice = kernel_facts([StepFlags()], guided=True, num_elements=784)
+    for facts in (once, twice):
+        assert StepBinaryFacts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
+    # Step kernels are described as they were before there were others.
+    assert "purpose" not in step.to_json()
+    for change in ({"purpose": "step"}, {"purpose": "dream"}, {"arguments": step.to_json()["arguments"]}):
+        with pytest.raises((BundleError, ModelFormatError)):
+            StepBinaryFacts.from_json({**once.to_json(), **change})
 
 
 def test_the_grid_covers_every_element():

@@ -34,11 +34,11 @@ NOISY = StepFlags(clip=True, add_noise=True)
 COMPILE = """
 import itertools, json, sys
 from pathlib import Path
-from skipstep.export.cubins import compile_step_kernels
+from skipstep.export.cubins import compile_noise_kernels, compile_step_kernels
 from skipstep.kernels.layout import NUM_COLUMNS, StepFlags
 
-def keep(*arguments, **options):
-    for binary in compile_step_kernels(*arguments, **options):
+def keep(*arguments, compile=compile_step_kernels, **options):
+    for binary in compile(*arguments, **options):
         stem = Path(sys.argv[1]) / str(next(numbers))
         stem.with_suffix(".cubin").write_bytes(binary.cubin)
         stem.with_suffix(".ptx").write_text(binary.ptx)
@@ -52,6 +52,7 @@ keep([87], [plain], ["float16"], num_elements=2700)
 one_each = ["threshold", "read_h2", "write_h0", "add_noise", "guided", "rescale"]
 keep([89], [plain, *(StepFlags(**{name: True}) for name in one_each)], ["float32"], num_elements=784)
 keep([89], [plain], ["float32"], num_elements=784, store_x0=[True])
+keep([86], ["float16"], num_elements=784, guided=True, compile=compile_noise_kernels)
 """
 
 
@@ -174,6 +175,17 @@ def test_launch_metadata_is_the_compilers(compiled):
         # Float16 is exchanged between threads, float32 is not.
         assert (each.facts.dynamic_shared_bytes > 0) == (".extern .shared" in each.ptx)
         assert f" {each.facts.kernel}" in each.dump("-res-usage")
+
+
+def test_the_noise_kernel_reads_seeds_and_whether_the_state_is_given(compiled):
+    once, twice = select(compiled, purpose="noise")
+    assert (once.facts.flags, twice.facts.flags) == (StepFlags(), StepFlags(guided=True))
+    for each in (once, twice):
+        # The stage of x_T is a word of its noise counter.
+        assert each.used == {"state_ptr", "network_input_ptr", "seeds_ptr", "given_ptr", "num_elements", "stage"}
+        assert each.facts.target == "sm_86"
+    stores = [len(re.findall(r"st\.global", each.ptx)) for each in (once, twice)]
+    assert stores[1] > stores[0] > 0
 
 
 def test_samples_that_are_not_aligned_get_narrow_accesses(compiled):

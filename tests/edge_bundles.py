@@ -1,0 +1,88 @@
+"""Bundles for a GPU that never was: kernels without code, engines of the stand-in TensorRT (executing_cuda)."""
+
+from __future__ import annotations
+
+import shutil
+import sysconfig
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import fake_tensorrt
+from executing_cuda import cubin_of
+from step_binaries import step_facts
+
+from skipstep.bundles.bundle import open_bundle
+from skipstep.bundles.manifest import EngineEntry, KernelEntry
+from skipstep.bundles.tables import read_plans
+from skipstep.demo import SHIPPED_BUNDLE
+from skipstep.edge.step_binary import KernelArgument, StepBinaryFacts, argument_types
+from skipstep.export.bundle_rewriter import rewrite_bundle
+from skipstep.kernels.layout import StepFlags
+from skipstep.networks.spec import network_batch_sizes
+from skipstep.plans.plan import Plan
+
+
+def kernel_facts(
+    flags: Iterable[StepFlags], *, guided: bool, num_elements: int, architecture: int = 87, dtype: str = "float32"
+) -> list[StepBinaryFacts]:
+    options = {
+        "network_dtype": dtype,
+        "num_elements_multiple": 16 if num_elements % 16 == 0 else 1,
+        "dynamic_shared_bytes": 0,
+    }
+    steps = [step_facts(architecture, flags=each, **options) for each in dict.fromkeys(flags)]
+    arguments = tuple(KernelArgument(*each) for each in argument_types(dtype, "noise").items())
+    copies = [StepFlags(), StepFlags(guided=True)][: 1 + guided]
+    noise = [
+        step_facts(architecture, flags=each, purpose="noise", arguments=arguments, kernel="noise", **options)
+        for each in copies
+    ]
+    return [*steps, *noise]
+
+
+def edge_bundle(
+    path: Path,
+    *,
+    source: Path = SHIPPED_BUNDLE,
+    batch_sizes: tuple[int, ...] = (1, 2),
+    architecture: int = 87,
+    library: str = "tensorrt_rtx",
+    without: tuple[str, ...] = (),
+    also: Iterable[Plan] = (),
+) -> Path:
+    """The bundle at `source` as if it had been exported for that architecture; `without` "kernels", "engines".
+    It has the kernels of its plans and of those in `also`."""
+    shutil.copytree(source, path, copy_function=shutil.copyfile)
+    bundle = open_bundle(path)
+    manifest, network = bundle.manifest, bundle.manifest.network
+    plans = read_plans(manifest, bundle.read_arrays(manifest.tables))
+    calls = [(False,), (True,)] if network.can_guide else [(False,)]
+    flags = [
+        each.in_call(guided=guided, rescale=False, wide_output=network.learns_variance)
+        for plan in (*plans, *also)
+        for each in plan.stage_flags
+        for (guided,) in calls
+    ]
+    facts = kernel_facts(flags, guided=network.can_guide, num_elements=network.num_elements, architecture=architecture)
+    kernels = [] if "kernels" in without else facts
+    files = {f"kernels/{number}.cubin": cubin_of(each) for number, each in enumerate(kernels)}
+    entries = [KernelEntry(name, each.to_json()) for name, each in zip(files, kernels, strict=True)]
+    sizes = network_batch_sizes(network, batch_sizes)
+    engines = []
+    if "engines" not in without:
+        files["engines/step.engine"] = fake_tensorrt.engine_of(bundle.read_graph(manifest.graphs["step"]), *sizes)
+        about = {
+            "library": library,
+            "library_version": "1.7.0.0",
+            "platform": sysconfig.get_platform(),
+            "compute_capability": architecture,
+            "device": "an executing stand-in" if library == "tensorrt" else None,
+            "num_multiprocessors": 8 if library == "tensorrt" else None,
+            "profiles": list(sizes),
+            "inputs": [{"shape": [sizes[0]]}],
+        }
+        engines = [EngineEntry("engines/step.engine", f"rtx:sm{architecture}", "float32", about)]
+    changed = replace(manifest, batch_sizes=batch_sizes, kernels=tuple(entries), engines=tuple(engines))
+    rewrite_bundle(bundle, changed, files)
+    return path
