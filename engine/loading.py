@@ -16,13 +16,14 @@ class LoadOptions(TypedDict, total=False):
 
     device             "cpu", or "cuda" or "cuda:1" for a GPU, which takes torch and the engines that were built for it
                        (skipstep build).
-    backend            on the CPU "onnxruntime" or "openvino"; "auto": the first that is installed. On a GPU "tensorrt".
+    backend            "onnxruntime" or "openvino" on the CPU, "webgpu" for a GPU under a CPU loop; "auto": the first
+                       that is installed. On a GPU "tensorrt".
     precision          of the network on the CPU: "float32" (also "auto"), or with openvino "bfloat16", on a processor
                        that has it. On a GPU that of the bundle's engines.
     library            on a GPU "tensorrt" or "tensorrt_rtx"; None: the one that is installed and has engines here.
     loop, require_captured
                        on a GPU, as for Engine.build.
-    num_threads        of ONNX Runtime and OpenVINO on the CPU; None: every core.
+    num_threads        of ONNX Runtime and OpenVINO on the CPU; None: every core that the process may use.
     require_signature  the public key that must have signed the bundle.
     allow_hard_links   for folders that a package manager fills by linking.
     """

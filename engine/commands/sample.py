@@ -69,7 +69,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=Path("out/sample"),
         help="folder for the pictures, or FILE.npz for the numbers (default: out/sample)",
     )
-    parser.add_argument("--backend", default="auto", help="auto, torch, onnxruntime or openvino (default: auto)")
+    parser.add_argument(
+        "--backend", default="auto", help="auto, torch, onnxruntime, openvino or webgpu (default: auto)"
+    )
     parser.add_argument(
         "--precision",
         default="auto",
@@ -185,7 +187,7 @@ def open_engine(options: argparse.Namespace, *, batch_sizes: Sequence[int]) -> E
     if options.backend == "torch" or options.device not in ("auto", "cpu"):
         raise InputError(
             got=f"--backend {options.backend} --device {options.device} for a bundle",
-            expected="onnxruntime or openvino on the cpu, which run bundles",
+            expected="onnxruntime, openvino or webgpu with --device cpu, which run bundles",
             remedy="leave both out, or pass the diffusers folder that the bundle was made from",
         )
     # Package managers install by hard links, and what came with this package is this package's.

@@ -46,6 +46,7 @@ class CudaLoop:
     """
 
     any_batch = False
+    placement: str | None = None
 
     def __init__(
         self,
