@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from skipstep.engine import Engine
     from skipstep.plans.plan import Plan
 
+_SECONDS_WITHOUT_BAR = 2.0
+
 DESCRIPTION = "Draw the same samples with each step count; write a labelled grid and the single pictures."
 EPILOG = """\
 examples:
@@ -212,15 +214,21 @@ def _check_pictures(engine: Engine, out: Path) -> None:
 
 def draw(engine: Engine, plan: Plan, **arguments: Any) -> NDArray[np.float32]:
     """`Engine.sample`, with a progress bar if it takes longer than two seconds."""
-    from tqdm import tqdm
+    started, bars = time.perf_counter(), list[Any]()
 
-    with tqdm(desc=f"{plan.steps} steps", unit="eval", delay=2.0, leave=False, disable=None) as bar:
+    def progress(done: int, total: int) -> None:
+        if not bars and time.perf_counter() - started > _SECONDS_WITHOUT_BAR:
+            from tqdm import tqdm  # An import that a process which draws at once can do without.
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
+            bars.append(tqdm(desc=f"{plan.steps} steps", unit="eval", total=total, leave=False, disable=None))
+        for bar in bars:
             bar.update(done - bar.n)
 
+    try:
         drawn: NDArray[np.float32] = engine.sample(plan=plan, progress=progress, **arguments)
+    finally:
+        for bar in bars:
+            bar.close()
     return drawn
 
 
