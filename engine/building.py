@@ -37,8 +37,8 @@ from skipstep.reporting import LOGGER, Report, reporter
 class BuildOptions(ModelOptions, total=False):
     """How a network is compiled; each may be left out.
 
-    backend           "torch", "onnxruntime", "openvino", "tensorrt" or "auto" (skipstep.backends.registry has the
-                      table).
+    backend           "torch", "onnxruntime", "openvino", "webgpu", "tensorrt" or "auto" (skipstep.backends.registry
+                      has the table).
     loop              on a GPU "captured", "step_graph" or "stepwise" (skipstep.loops.programs), on the CPU "stepwise".
                       "auto": the one with the fewest launches from the host. `Engine.describe` says which was possible.
     require_captured  on a GPU: raise CaptureError where a loop cannot run as `loop` says, instead of a simpler one.
@@ -48,7 +48,7 @@ class BuildOptions(ModelOptions, total=False):
                       processor that has it; the state is always float32.
     library           of the tensorrt backend: "tensorrt" or "tensorrt_rtx"; None: full TensorRT where it is installed.
     compile_network   run torch's module through torch.compile first (torch on a GPU).
-    num_threads       of ONNX Runtime and OpenVINO on the CPU; None: every core. torch keeps its process-wide setting.
+    num_threads       of ONNX Runtime and OpenVINO on the CPU; None: all that the process may use. torch keeps its own.
     progress          called as progress(phase), in words, which the logger "skipstep" gets too.
     """
 

@@ -18,13 +18,14 @@ class LoadOptions(TypedDict, total=False):
                        build).
     runtime            on a GPU "torch", or "edge": the driver alone, with the bundle's compiled kernels, for machines
                        without torch and Triton. "auto" is "torch" where torch is installed.
-    backend            on the CPU "onnxruntime" or "openvino"; "auto": the first that is installed. On a GPU "tensorrt".
+    backend            on the CPU "onnxruntime" or "openvino", or "webgpu" for a GPU under a CPU loop; "auto": the first
+                       of those two that is installed. On a GPU "tensorrt".
     precision          of the network on the CPU: "float32" (also "auto"), or with openvino "bfloat16", on a processor
                        that has it. On a GPU that of the bundle's engines.
     library            on a GPU "tensorrt" or "tensorrt_rtx"; None: the one that is installed and has engines here.
     loop, require_captured
                        on a GPU, as for Engine.build.
-    num_threads        of ONNX Runtime and OpenVINO on the CPU; None: every core.
+    num_threads        of ONNX Runtime and OpenVINO on the CPU; None: every core that the process may use.
     require_signature  the public key that must have signed the bundle.
     allow_hard_links   for folders that a package manager fills by linking.
     """

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, Target
 from skipstep.backends.early import EarlyParts, graph_failed
 from skipstep.backends.prefetch import Lazy
-from skipstep.backends.processor import processor
+from skipstep.backends.processor import processor, thread_limit
 from skipstep.calls.conditioning import Conditioning
 from skipstep.errors import ExportError
 from skipstep.networks.condition import MAX_ELEMENTS
@@ -81,9 +81,12 @@ class OnnxRuntimeDenoiser:
             if each.name != SAMPLE
         }
         self._binding = self._session.io_binding()
+        self._bind_inputs()
+        self._binding.bind_output(PREDICTION, "cpu", 0, np.float32, self.output.shape, self.output.ctypes.data)
+
+    def _bind_inputs(self) -> None:
         for name, array in {SAMPLE: self.input, **self._buffers}.items():
             self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        self._binding.bind_output(PREDICTION, "cpu", 0, np.float32, self.output.shape, self.output.ctypes.data)
 
     def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> StepInputs:
         return self._early.compute(timesteps, conditioning)
@@ -94,9 +97,12 @@ class OnnxRuntimeDenoiser:
     def _enqueue(self, values: StepInputs, stage: int) -> None:
         try:
             fill_buffers(self._buffers, values, stage)
-            self._session.run_with_iobinding(self._binding)
+            self._run()
         except Exception as error:  # ONNX Runtime's own, and NumPy's for tables of another shape.
             raise graph_failed(error) from error
+
+    def _run(self) -> None:
+        self._session.run_with_iobinding(self._binding)
 
 
 def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:
@@ -176,24 +182,30 @@ def make_session(
     as_it_stands: bool = False,
     optimised: bool = False,
     written: Path | None = None,
+    prepare: Callable[[onnxruntime.SessionOptions], object] | None = None,
 ) -> onnxruntime.InferenceSession:
     """A session on the CPU, for any batch size: fixing it makes no graph faster here. Raises ExportError.
 
     `as_it_stands`: every node is computed; otherwise the runtime takes out what it finds needless, roundings included.
     `written`: it also writes there what it made of the graph; `optimised`: the model is such a one.
+    `prepare` sets further options, and names the devices.
     """
     options = onnxruntime.SessionOptions()
     if written is not None:
         options.optimized_model_filepath = str(written)
     if as_it_stands or optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = num_threads or 0
+    options.intra_op_num_threads = num_threads or thread_limit() or 0
     if before_loop:
         # Threads that go on waiting for more would take the cores from the loop's.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
+    providers = ["CPUExecutionProvider"] if prepare is None else None
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        if prepare is not None:
+            prepare(options)
+        # Without a fallback: what was asked for is not quietly run on the CPU.
+        return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no public base class but Exception.
         raise ExportError(
             got=f"a graph that ONNX Runtime {onnxruntime.__version__} does not take: {error}",

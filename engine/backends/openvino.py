@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import threading
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +30,7 @@ from skipstep.backends.openvino_library import (
     read_model,
     settings,
 )
-from skipstep.backends.prefetch import Lazy
+from skipstep.backends.prefetch import Lazy, Shared
 from skipstep.calls.conditioning import Conditioning
 from skipstep.networks.condition import MAX_ELEMENTS
 from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs, Values, fill_buffers
@@ -70,17 +68,11 @@ class StepModels:
         # A bundle verifies the graph when it is read, which is waited for: it is read in the background at once.
         self._graph = Lazy(lambda: source.step_graph("float32"))
         self._graph.prefetch()
-        self._live: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-        self._lock = threading.Lock()
+        self._compiled = Shared(self._kept_or_compiled)
 
     def at(self, batch_size: int) -> OpenVinoDenoiser:
         """A denoiser with buffers of its own. Raises ExportError and DeviceUnavailableError."""
-        with self._lock:
-            compiled = self._live.get(batch_size)
-            if compiled is None:
-                compiled = self._kept_or_compiled(batch_size)
-                self._live[batch_size] = compiled
-        return self._denoiser(compiled, batch_size)
+        return self._denoiser(self._compiled.get(batch_size), batch_size)
 
     def _denoiser(self, compiled: Any, batch_size: int) -> OpenVinoDenoiser:
         return OpenVinoDenoiser(compiled, self._early, self._spec, batch_size=batch_size)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final
 
-from skipstep.backends.processor import processor
+from skipstep.backends.processor import processor, thread_limit
 from skipstep.errors import DeviceUnavailableError, ExportError
 
 _TELEMETRY: Final = "openvino_telemetry"
@@ -51,6 +51,7 @@ def capabilities() -> str:
 
 def settings(precision: str, num_threads: int | None) -> dict[str, Any]:
     """One call at a time as fast as possible; threads are not tied to cores, which the program's others need too."""
+    num_threads = num_threads or thread_limit()
     asked: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": HINTS[precision],

@@ -1,9 +1,10 @@
-"""A value that is made once, when it is first needed or in the background before."""
+"""Values that are made once: when first needed or in the background before, or for each key while in use."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -36,3 +37,19 @@ class Lazy(Generic[T]):
     def _quietly(self) -> None:
         with contextlib.suppress(Exception):  # The call that needs the value raises it again.
             self.get()
+
+
+class Shared(Generic[T]):
+    """What `make` returns for a key, made once as long as somebody holds it."""
+
+    def __init__(self, make: Callable[[int], T]) -> None:
+        self._make = make
+        self._live: weakref.WeakValueDictionary[int, T] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
+
+    def get(self, key: int) -> T:
+        with self._lock:
+            found = self._live.get(key)
+            if found is None:
+                found = self._live[key] = self._make(key)
+            return found

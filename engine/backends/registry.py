@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """A way to run a network on one kind of device ("cpu" or "cuda").
+    """A way to run a network in the loops of one kind of device ("cpu" or "cuda").
 
     `needs` are packages; "a|b" is satisfied by either. `extras` are alternatives of what pip installs them with.
     `module` holds the function `denoisers`, and is imported when it is needed; it may have one named `capabilities`,
@@ -65,6 +65,15 @@ BACKENDS: tuple[Backend, ...] = (
         "skipstep.backends.openvino",
         True,
         ("float32", "bfloat16"),
+        compiles_late=True,
+    ),
+    Backend(
+        "webgpu",
+        "cpu",
+        ("onnxruntime", "onnxruntime_ep_webgpu"),
+        ("webgpu",),
+        "skipstep.backends.webgpu",
+        True,
         compiles_late=True,
     ),
     Backend("torch", "cuda", ("torch",), ("torch",), "skipstep.backends.torch_cuda", False, _ON_GPU),

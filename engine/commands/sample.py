@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from skipstep.engine import Engine
     from skipstep.plans.plan import Plan
 
+_SECONDS_WITHOUT_BAR = 2.0
+
 DESCRIPTION = "Draw the same samples with each step count; write a labelled grid and the single pictures."
 EPILOG = """\
 examples:
@@ -69,7 +71,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=Path("out/sample"),
         help="folder for the pictures, or FILE.npz for the numbers (default: out/sample)",
     )
-    parser.add_argument("--backend", default="auto", help="auto, torch, onnxruntime or openvino (default: auto)")
+    parser.add_argument(
+        "--backend", default="auto", help="auto, torch, onnxruntime, openvino or webgpu (default: auto)"
+    )
     parser.add_argument(
         "--precision",
         default="auto",
@@ -185,7 +189,7 @@ def open_engine(options: argparse.Namespace, *, batch_sizes: Sequence[int]) -> E
     if options.backend == "torch" or options.device not in ("auto", "cpu"):
         raise InputError(
             got=f"--backend {options.backend} --device {options.device} for a bundle",
-            expected="onnxruntime or openvino on the cpu, which run bundles",
+            expected="onnxruntime, openvino or webgpu with --device cpu, which run bundles",
             remedy="leave both out, or pass the diffusers folder that the bundle was made from",
         )
     # Package managers install by hard links, and what came with this package is this package's.
@@ -210,15 +214,21 @@ def _check_pictures(engine: Engine, out: Path) -> None:
 
 def draw(engine: Engine, plan: Plan, **arguments: Any) -> NDArray[np.float32]:
     """`Engine.sample`, with a progress bar if it takes longer than two seconds."""
-    from tqdm import tqdm
+    started, bars = time.perf_counter(), list[Any]()
 
-    with tqdm(desc=f"{plan.steps} steps", unit="eval", delay=2.0, leave=False, disable=None) as bar:
+    def progress(done: int, total: int) -> None:
+        if not bars and time.perf_counter() - started > _SECONDS_WITHOUT_BAR:
+            from tqdm import tqdm  # An import that a process which draws at once can do without.
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
+            bars.append(tqdm(desc=f"{plan.steps} steps", unit="eval", total=total, leave=False, disable=None))
+        for bar in bars:
             bar.update(done - bar.n)
 
+    try:
         drawn: NDArray[np.float32] = engine.sample(plan=plan, progress=progress, **arguments)
+    finally:
+        for bar in bars:
+            bar.close()
     return drawn
 
 

@@ -19,7 +19,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cpu", help="where to draw the golden samples: cpu, cuda or cuda:N (default: cpu)"
     )
-    parser.add_argument("--backend", default="auto", help="what runs the network: auto, onnxruntime or openvino")
+    parser.add_argument(
+        "--backend", default="auto", help="what runs the network: auto, onnxruntime, openvino or webgpu"
+    )
     parser.add_argument("--precision", default="auto", help="of the network on the CPU: auto, float32 or bfloat16")
 
 

@@ -23,6 +23,7 @@ def describe(engine: Tunable) -> str:
             f"network     {shape}, {takes}{guidance}",
             f"backend     {engine.backend} on {loop.device}",
             f"precision   {engine.precision}" + (f"; {library}" if library else ""),
+            *([f"nodes       {loop.placement}"] if loop.placement else []),
             f"loop        {loop.name}",
             f"batch sizes {f'up to {max(sizes)}' if loop.any_batch else ', '.join(map(str, sizes))}",
             *(f"plan        {plan!r}" for plan in engine.plans.values()),

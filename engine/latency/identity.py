@@ -6,13 +6,14 @@ network's precision; the version of skipstep. Other load on the machine and its 
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Annotated, Any
 
+from skipstep.backends.processor import cpus, thread_limit
+from skipstep.backends.registry import capabilities
 from skipstep.cuda.probe import cuda_device
 from skipstep.errors import InputError
 from skipstep.storage.untrusted import Within
@@ -82,7 +83,7 @@ def device_identity(
     """The identity of an engine in this process.
 
     device        "cpu", "cuda" or "cuda:1", as engines have it.
-    num_threads   of ONNX Runtime; None: all cores. torch is asked for its own.
+    num_threads   of the runtime; None: all that the process may use. torch is asked for its own.
     gpu_name      of the device; None: that of the first.
     Raises DeviceUnavailableError for a GPU that this machine lacks.
     """
@@ -96,7 +97,7 @@ def device_identity(
             precision=precision,
             driver=_driver_version(),
         )
-    cores = len(os.sched_getaffinity(0))
+    cores = len(cpus())
     if backend == "torch":
         import torch
 
@@ -109,11 +110,13 @@ def device_identity(
         loop=loop,
         precision=precision,
         cores=cores,
-        threads=num_threads or cores,
+        threads=num_threads or thread_limit() or cores,
     )
 
 
 def _library(backend: str) -> str:
+    if backend == "webgpu":  # Its GPU is another device than the loop's.
+        return capabilities(backend, "cpu") or backend
     modules = {name: sys.modules.get(name) for name in _LIBRARIES.get(backend, (backend,))}
     found = [f"{name} {getattr(module, '__version__', 'unknown')}" for name, module in modules.items() if module]
     return ", ".join(found) or backend

@@ -47,6 +47,7 @@ class CudaLoop:
     """
 
     any_batch = False
+    placement: str | None = None
 
     def __init__(
         self,

@@ -85,7 +85,8 @@ class LoopReport:
 
 class Loop(Protocol):
     """`name` is the form that was requested, `device` torch's name of the device ("cpu", "cuda:0"), `device_name` the
-    GPU's own, None on the CPU. `any_batch`: it takes every batch size. `reports`: how each structure of plans runs."""
+    GPU's own, None on the CPU. `any_batch`: it takes every batch size. `reports`: how each structure of plans runs.
+    `placement`: which of the network's nodes run on the device, for backends that tell, once a call has been made."""
 
     name: str
     device: str
@@ -94,6 +95,8 @@ class Loop(Protocol):
 
     @property
     def reports(self) -> tuple[LoopReport, ...]: ...
+    @property
+    def placement(self) -> str | None: ...
 
     def prepare(self, stages: Sequence[Stages]) -> None:
         """Compile and record what these need, so that no call has to."""

@@ -46,6 +46,12 @@ class HostLoop:
         self._free: list[Denoiser] = [make(size) for size in ready][-MAX_FREE_BUFFERS:]
         self._lock = threading.Lock()
 
+    @property
+    def placement(self) -> str | None:
+        with self._lock:
+            said = [getattr(each, "placement", None) for each in reversed(self._free)]
+        return next((each for each in said if each), None)
+
     def prepare(self, stages: Sequence[Stages]) -> None:
         """Any plan runs as it is."""
 

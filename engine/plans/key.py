@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Final
 
 import numpy as np
@@ -26,6 +26,7 @@ _FIRST_FLAGS: Final = {
     "write_h0": "write_memory",
     **{name: name for name in ("add_noise", "learned_variance", "wide_output", "guided", "rescale")},
 }
+_NAMES: Final = tuple(each.name for each in fields(StepFlags))
 
 
 def plan_key(
@@ -47,7 +48,7 @@ def plan_key(
 
 
 def _text(flags: StepFlags) -> str:
-    values = asdict(flags)
+    values = {name: getattr(flags, name) for name in _NAMES}
     shown = {first: values.pop(name) for name, first in _FIRST_FLAGS.items()} | {
         n: on for n, on in values.items() if on
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ def with_tables(plan: Plan, coefficients: NDArray[np.float32], evaluation_timest
     Logarithms may differ in their last bit from one mathematical library to the next; keys and samples must not.
     Raises PlanError for tables that are not this plan's.
     """
-    stored = dataclasses.replace(plan, **plan.options())
+    stored = copy.copy(plan)
     for name, array in (("coefficients", coefficients), ("evaluation_timesteps", evaluation_timesteps)):
         own = getattr(plan, name)
         same = isinstance(array, np.ndarray) and array.shape == own.shape and array.dtype == own.dtype
