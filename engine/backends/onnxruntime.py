@@ -27,6 +27,7 @@ from skipstep.calls.conditioning import Conditioning
 from skipstep.errors import ExportError
 from skipstep.networks.condition import MAX_ELEMENTS
 from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs, Values, fill_buffers
+from skipstep.networks.large_graph import weights_of
 from skipstep.networks.spec import NetworkSpec
 
 # Some builds write usage events to the user's cache folder; a library that is embedded in products sends nothing.
@@ -115,7 +116,7 @@ def _step_session(graph: bytes, target: Target) -> LazySession:
 
     What it makes is complete: operators are merged, and laid out for the processor. That is a third of the loading.
     """
-    if target.keep is None:
+    if target.keep is None or weights_of(graph):  # What the runtime makes of so many weights is not kept.
         return LazySession(lambda: make_session(graph, num_threads=target.num_threads))
     parts = {
         "kind": "onnxruntime.graph",
@@ -192,6 +193,7 @@ def make_session(
         # Threads that go on waiting for more would take the cores from the loop's.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
+    give_weights(options, model)
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no public base class but Exception.
@@ -200,6 +202,14 @@ def make_session(
             expected="a graph with operators that it knows",
             remedy="upgrade onnxruntime, or use backend='torch'",
         ) from error
+
+
+def give_weights(options: onnxruntime.SessionOptions, graph: bytes) -> None:
+    """The weights beside a graph, for the session that is made with the options; the runtime opens no file."""
+    weights = weights_of(graph)
+    if weights:
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+        options.add_external_initializers(list(weights), values)
 
 
 def run_session(
