@@ -1,6 +1,6 @@
 """A diffusion policy on a task of our own: how often it succeeds with few evaluations, fitted and not.
 
-python -m skipstep.bench.quality.toy_policy [--iterations 3000] [--episodes 512] [--json FILE]
+python -m skipstep.bench.quality.toy_policy [--iterations 1500] [--episodes 512] [--json FILE]
 
 The task: a point in a square goes to a goal around a disc that lies between, which it must not touch. A scripted expert
 passes on either side. The policy reads position, goal and disc, draws 16 positions ahead, carries out 8 and draws
@@ -25,7 +25,7 @@ from skipstep import Condition, Engine, NoiseSchedule, Plan
 from skipstep.bench.record import environment, write_json
 
 HORIZON, CARRIED_OUT, CHUNKS = 16, 8, 6
-SPEED, RADIUS, MARGIN, REACHED = 0.1, 0.25, 0.08, 0.1
+SPEED, RADIUS, MARGIN, REACHED = 0.1, 0.2, 0.15, 0.1
 TIMESTEPS = 100
 NOISES = 64  # To which plans are fitted, and as many on which they are compared.
 HEADER = ["sampler", "evaluations", "success", "95 % interval", "touched the disc"]
@@ -135,7 +135,7 @@ def train(schedule: NoiseSchedule, iterations: int, batch: int = 256) -> PolicyN
         optimizer.step()
         decay.step()
         averaged.update_parameters(network)
-        if iteration % 500 == 0:
+        if iteration % 300 == 0:
             print(f"iteration {iteration}, loss {loss.item():.4f}", flush=True)
     trained: PolicyNetwork = averaged.module
     return trained.eval()
@@ -170,7 +170,7 @@ def wilson(successes: int, num: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Success of a toy policy with few evaluations.")
-    parser.add_argument("--iterations", type=int, default=3000)
+    parser.add_argument("--iterations", type=int, default=1500)
     parser.add_argument("--episodes", type=int, default=512)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
