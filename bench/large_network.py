@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,12 @@ def make(folder: Path, side: int, rows: list[list[str]]) -> None:
     with stage("build", rows) as said:
         unet = sd15_sized(side)
         said.append(f"{sum(each.numel() for each in unet.parameters()) / 1e6:.0f} M parameters")
-        options = {"device": "cpu", "backend": "onnxruntime", "batch_sizes": [1], "prompt_shape": PROMPT}
+        options: dict[str, Any] = {
+            "device": "cpu",
+            "backend": "onnxruntime",
+            "batch_sizes": [1],
+            "prompt_shape": PROMPT,
+        }
         engine = Engine.build(unet, plans=[1], schedule=schedule, **options)
         del unet
     with stage("save", rows) as said:

@@ -93,6 +93,8 @@ class Block(nn.Module):
 class PolicyNetwork(nn.Module):
     """(x [B, HORIZON, 2], timestep [B], global_cond [B, 6]) -> the noise in x."""
 
+    frequencies: Tensor
+
     def __init__(self, channels: int = 32, width: int = 64) -> None:
         super().__init__()
         self.register_buffer("frequencies", torch.exp(torch.linspace(0, -math.log(1e3), 16)))
@@ -119,9 +121,8 @@ def train(schedule: NoiseSchedule, iterations: int, batch: int = 256) -> PolicyN
     """The average of the weights over the training, as such policies are used."""
     torch.manual_seed(0)
     rng, network = np.random.default_rng(0), PolicyNetwork()
-    averaged = torch.optim.swa_utils.AveragedModel(
-        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
-    )
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)  # type: ignore[no-untyped-call]
+    averaged = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=average)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-5)
     decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=iterations, pct_start=0.05)
     alpha_bar = torch.tensor(schedule.alpha_bar.copy(), dtype=torch.float32)
@@ -137,8 +138,9 @@ def train(schedule: NoiseSchedule, iterations: int, batch: int = 256) -> PolicyN
         averaged.update_parameters(network)
         if iteration % 300 == 0:
             print(f"iteration {iteration}, loss {loss.item():.4f}", flush=True)
-    trained: PolicyNetwork = averaged.module
-    return trained.eval()
+    trained = averaged.module.eval()
+    assert isinstance(trained, PolicyNetwork)
+    return trained
 
 
 def rollout(engine: Engine, plan: Plan, task: Floats) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
