@@ -1,9 +1,10 @@
 """Milliseconds of a chunk of actions: LeRobot's own loop, and the same chunk here, in one run on the CPU.
 
-python -m skipstep.bench.policy_latency [--repeats 9] [--down-dims 64 128] [--threads 2] [--json FILE]
+python -m skipstep.bench.policy_latency [--repeats 9] [--down-dims 64 128] [--threads 2] [--neighbours 1] [--json FILE]
 
 Images and state in, actions out, batch 1, DDIM-10 and DDPM-100, random weights. The two take turns, so that what else
-the machine does meets both. Needs lerobot (0.4.4) and its torchvision.
+the machine does meets both; `--neighbours` are processes that keep a core busy each meanwhile. A p99 needs a hundred
+repeats to say more than the slowest call. Needs lerobot (0.4.4) and its torchvision.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +72,7 @@ def random_observations(policy: PolicyEngine, rng: np.random.Generator) -> dict[
 
 
 def take_turns(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each function: the fastest and the median call, after one that is not counted."""
+    """Milliseconds of each function: the fastest call, the median and p99, after one call that is not counted."""
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for repeat in range(repeats + 1):
         for name, function in functions.items():
@@ -76,10 +80,27 @@ def take_turns(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[st
             function()
             if repeat:
                 taken[name].append((time.perf_counter() - begun) * 1e3)
-    return {name: {"fastest": min(each), "median": float(np.median(each))} for name, each in taken.items()}
+    return {
+        name: {"fastest": min(each), "median": float(np.median(each)), "p99": float(np.quantile(each, 0.99))}
+        for name, each in taken.items()
+    }
 
 
-def measure(scheduler: str, steps: int, *, repeats: int, down_dims: tuple[int, ...], backend: str) -> dict[str, Any]:
+@contextmanager
+def busy_neighbours(num: int) -> Iterator[None]:
+    """Meanwhile `num` processes compute without a pause."""
+    spinning = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(num)]
+    try:
+        yield
+    finally:
+        for each in spinning:
+            each.kill()
+            each.wait()
+
+
+def measure(
+    scheduler: str, steps: int, *, repeats: int, down_dims: tuple[int, ...], backend: str, neighbours: int
+) -> dict[str, Any]:
     theirs, rng = make_policy(scheduler, steps, down_dims=down_dims), np.random.default_rng(0)
     with from_policy(theirs, device="cpu", backend=backend, num_threads=torch.get_num_threads()) as ours:
         observations, shape = random_observations(ours, rng), (1, *ours.engine.network.sample_shape)
@@ -92,10 +113,11 @@ def measure(scheduler: str, steps: int, *, repeats: int, down_dims: tuple[int, .
         def skipstep() -> Any:
             return ours.predict(observations, steps=steps, seeds=[0], x_T=noise)
 
-        found: dict[str, Any] = take_turns({"lerobot": lerobot, "skipstep": skipstep}, repeats)
+        with busy_neighbours(neighbours):
+            found: dict[str, Any] = take_turns({"lerobot": lerobot, "skipstep": skipstep}, repeats)
         if scheduler == "DDIM":
             found["largest_difference"] = float(np.abs(lerobot() - skipstep()).max())
-    ratios = {kind: found["lerobot"][kind] / found["skipstep"][kind] for kind in ("fastest", "median")}
+    ratios = {kind: found["lerobot"][kind] / found["skipstep"][kind] for kind in ("fastest", "median", "p99")}
     return {"case": f"{scheduler}-{steps}", "backend": backend, **found, "times_sooner": ratios}
 
 
@@ -106,17 +128,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--backends", nargs="+", default=("onnxruntime", "openvino"))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--neighbours", type=int, default=0, help="processes that keep a core busy each")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     rows = []
     for scheduler in chosen.cases:
         for backend in chosen.backends:
-            dims = tuple(chosen.down_dims)
-            rows.append(measure(scheduler, CASES[scheduler], repeats=chosen.repeats, down_dims=dims, backend=backend))
+            kinds = {"down_dims": tuple(chosen.down_dims), "backend": backend, "neighbours": chosen.neighbours}
+            rows.append(measure(scheduler, CASES[scheduler], repeats=chosen.repeats, **kinds))
             print(json.dumps(rows[-1]), flush=True)
     if chosen.json is not None:
-        report = {"down_dims": chosen.down_dims, "threads": chosen.threads, "torch": torch.__version__, "rows": rows}
+        report = {"down_dims": chosen.down_dims, "threads": chosen.threads, "neighbours": chosen.neighbours}
+        report |= {"torch": torch.__version__, "rows": rows}
         chosen.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

@@ -27,6 +27,7 @@ from skipstep.errors import InputError
 from skipstep.export.bundle_files import BundleFiles, package_version
 from skipstep.export.engines import Progress, built_engines
 from skipstep.export.graph_cost import costs_as_json, partition_costs
+from skipstep.export.large_model import refuse_large
 from skipstep.export.onnx_sampler import MOST_UNROLLED, Form, Noise, build_sampler, check_unrolled
 from skipstep.export.precision_check import step_graph
 from skipstep.export.request import BundleRequest
@@ -37,6 +38,7 @@ from skipstep.latency.calibration import FILE_NAME as CALIBRATION_NAME
 from skipstep.latency.calibration import write_calibrations
 from skipstep.loops.contract import Sampler
 from skipstep.networks.graphs import Partition
+from skipstep.networks.large_graph import graph_sha256, weights_of
 from skipstep.storage.atomic import atomic_folder
 from skipstep.version import __version__
 
@@ -95,6 +97,10 @@ class _BundleDraft:
         """Every file but the manifest and its signature: the manifest, and the golden samples."""
         engine, request, network = self.engine, self.request, self.engine.network
         plans = list(engine.plans.values())
+        targets = self.targets
+        if targets.trtexec or targets.onnx_loop or targets.onnx_unrolled or targets.server:
+            remedy = "leave onnx-loop, onnx-unrolled, server and trtexec out of targets"
+            refuse_large(self.parts.graphs.step, "whole loops and files for trtexec", remedy)
         defaults = dict(engine.plan_defaults)
         default_schedule = defaults.pop("schedule", None)
         schedules = list(dict.fromkeys(each for each in (*(p.schedule for p in plans), default_schedule) if each))
@@ -225,7 +231,7 @@ def _digest(parts: Partition) -> str:
     digest = hashlib.sha256()
     for name, graph in sorted({**parts.graphs.before_loop, "step": parts.graphs.step}.items()):
         digest.update(f"{name} {len(graph)} ".encode())
-        digest.update(graph)
+        digest.update(graph_sha256(graph).digest() if weights_of(graph) else graph)
     return digest.hexdigest()
 
 

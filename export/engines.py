@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -30,6 +29,7 @@ from skipstep.export.engine_sizes import describe_launches
 from skipstep.export.fusion import not_fused
 from skipstep.export.tensorrt_engine import EngineTarget, build_engine
 from skipstep.export.weight_storage import expand_weights
+from skipstep.networks.large_graph import graph_sha256
 from skipstep.networks.spec import NetworkSpec, network_batch_sizes
 
 Progress = Callable[[str], None]
@@ -150,7 +150,7 @@ def build_engine_cached(
     timings_key = cache_key(kind="timings", **built_by)
     key = cache_key(
         kind="engine",
-        graph=hashlib.sha256(step).hexdigest(),
+        graph=graph_sha256(step).hexdigest(),
         target=str(target),
         batch_sizes=sizes,
         workspace_bytes=workspace_bytes,

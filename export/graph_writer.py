@@ -9,6 +9,7 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, load_from_string, numpy_helper
 
 from skipstep.errors import ExportError, shown
+from skipstep.networks.large_graph import LargeGraph, Weights
 
 # In which networks are exported, and to which older files are brought.
 OPSET: Final = 20
@@ -56,8 +57,9 @@ def floats(name: str, shape: Sequence[int | str | None]) -> ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape))
 
 
-def serialised(model: ModelProto) -> bytes:
-    """The bytes of a model that carries its weights. Raises ExportError for more than protobuf can hold."""
+def serialised(model: ModelProto, weights: Weights | None = None) -> bytes:
+    """The bytes of a model, with those of the `weights` beside it that it refers to. Raises ExportError for more than
+    protobuf can hold."""
     size = model.ByteSize()
     if size > _MAX_BYTES:
         raise ExportError(
@@ -65,7 +67,9 @@ def serialised(model: ModelProto) -> bytes:
             expected="at most 2 GiB, the limit of one protobuf message",
             remedy="convert the weights to float16, or use backend='torch'",
         )
-    return bytes(model.SerializeToString())
+    data = bytes(model.SerializeToString())
+    outside = [each.name for each in model.graph.initializer if each.data_location == TensorProto.EXTERNAL]
+    return LargeGraph(data, {name: weights[name] for name in outside}) if weights and outside else data
 
 
 def load_graph(data: bytes) -> ModelProto:

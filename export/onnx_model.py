@@ -17,12 +17,12 @@ from skipstep.backends.torch import DenoisingModule, zero_conditioning
 from skipstep.errors import ExportError, MissingDependencyError
 from skipstep.export.bundle_files import package_version
 from skipstep.export.graph_writer import OPSET, serialised
+from skipstep.export.large_model import take_weights_out
 from skipstep.networks.graphs import BATCH
 from skipstep.networks.spec import NetworkSpec
 
 # Part of the key of cached graphs. Raise it when this module writes another graph for the same network.
 _FORMAT = 3
-_MOST_BYTES = 1 << 31
 
 
 def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int | None = None) -> bytes:
@@ -32,10 +32,9 @@ def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int |
     loads the graph. Inputs: sample float32 `[N, *sample_shape]`, timestep int64 `[N]` (float32 if the network takes
     fractional ones), encoder_hidden_states float32 `[N, L, D]` and class_labels int64 `[N]` if it takes them. Output:
     out_sample float32 `[N, *output_shape]`.
-    Raises MissingDependencyError without onnx and onnxscript, and ExportError naming what could not be captured, or for
-    weights of 2 GiB and more.
+    Weights of a gigabyte and more stay beside the graph (skipstep.networks.large_graph) and share the module's memory.
+    Raises MissingDependencyError without onnx and onnxscript, and ExportError naming what could not be captured.
     """
-    _check_size(module)
     # The exporter specialises a dimension of size 1, so a symbolic one is traced at 2.
     traced = batch_size or 2
     arguments = [
@@ -62,22 +61,11 @@ def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int |
             expected="torch's ONNX exporter with onnx and onnxscript",
             remedy="pip install 'skipstep[export]'",
         ) from error
+    weights = take_weights_out(program.model)
     exported = program.model_proto
     if symbols:
         _rename_batch(exported.graph, symbols)
-    return serialised(exported)
-
-
-def _check_size(module: nn.Module) -> None:
-    """Before minutes of tracing: a graph carries its weights, and protobuf ends at 2 GiB."""
-    tensors = {id(each): each for each in (*module.parameters(), *module.buffers())}
-    size = sum(each.numel() * each.element_size() for each in tensors.values())
-    if size >= _MOST_BYTES:
-        raise ExportError(
-            got=f"a network of {size / 1e9:.1f} GB of weights, in float32",
-            expected="below 2 GiB, which is what one ONNX graph with its weights may be",
-            remedy="use backend='torch', which runs the module itself",
-        )
+    return serialised(exported, weights)
 
 
 def _batch_shapes(batch: Any, num_conditions: int) -> Any:

@@ -24,8 +24,10 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 from onnxscript import optimizer
 
 from skipstep.errors import ExportError
-from skipstep.export.graph_writer import inner_graphs
+from skipstep.export.graph_writer import inner_graphs, serialised
+from skipstep.export.large_model import weights_as_inputs
 from skipstep.networks.graphs import BATCH, Binding, NetworkGraphs, Partition
+from skipstep.networks.large_graph import Weights, weights_of
 
 _BATCH_SIZE = "batch/size"  # int64 [1]; each graph counts the samples of one of its own inputs.
 
@@ -65,7 +67,7 @@ def partition(exported: bytes) -> Partition:
     # The call graph computes values of the conditioning alone itself, on its own rows: often a look-up.
     prompt, call = (read_by(Binding.STEP, earlier) for earlier in (Binding.PROMPT, Binding.CALL))
     plan = tuple(dict.fromkeys((*read_by(Binding.STEP, Binding.PLAN), *read_by(Binding.CALL, Binding.PLAN))))
-    sliced = _Slicer(model, nodes, shapes)
+    sliced = _Slicer(model, nodes, shapes, weights_of(exported))
     graphs = NetworkGraphs(
         plan=sliced.graph("plan", plan, known=()) if plan else None,
         prompt=sliced.graph("prompt", prompt, known=()) if prompt else None,
@@ -190,8 +192,11 @@ def _with_batch_shapes(graph: GraphProto, shapes: Mapping[str, list[int | str]])
 class _Slicer:
     """Cuts graphs out of one: what leads to some outputs, down to inputs and to values that are known by then."""
 
-    def __init__(self, model: ModelProto, nodes: Sequence[NodeProto], shapes: Mapping[str, list[int | str]]) -> None:
+    def __init__(
+        self, model: ModelProto, nodes: Sequence[NodeProto], shapes: Mapping[str, list[int | str]], weights: Weights
+    ) -> None:
         graph = model.graph
+        self._weights = weights
         self._model = model
         self._nodes = nodes
         self._shapes = shapes
@@ -221,13 +226,14 @@ class _Slicer:
             [self._initializers[name] for name in sorted(needed & self._initializers.keys())],
         )
         model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
-        # Shapes that were written out above fold into constants.
-        model = optimizer.optimize(model)
-        for node in model.graph.node:
-            # Where in the network's source a node comes from, at ten times the size of the node.
-            node.ClearField("metadata_props")
-        onnx.checker.check_model(model)
-        return bytes(model.SerializeToString())
+        with weights_as_inputs(model):
+            # Shapes that were written out above fold into constants.
+            model.CopyFrom(optimizer.optimize(model))
+            for node in model.graph.node:
+                # Where in the network's source a node comes from, at ten times the size of the node.
+                node.ClearField("metadata_props")
+            onnx.checker.check_model(model)
+        return serialised(model, self._weights)
 
     def _value(self, name: str) -> ValueInfoProto:
         if name not in self._values:

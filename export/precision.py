@@ -24,7 +24,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from skipstep.errors import ExportError, check_choice
-from skipstep.export.graph_writer import load_graph
+from skipstep.export.graph_writer import load_graph, serialised
+from skipstep.export.large_model import put_weights_in, take_weights_out, weights_as_inputs
+from skipstep.networks.large_graph import weights_of
 
 HalfPrecision = Literal["float16", "bfloat16"]
 
@@ -56,16 +58,19 @@ def lower_precision(step_graph: bytes, dtype: HalfPrecision) -> bytes:
     low = ir.DataType.FLOAT16 if dtype == "float16" else ir.DataType.BFLOAT16
     try:
         model = _typed(step_graph, _BFLOAT16_OPSET if low == ir.DataType.BFLOAT16 else 0)
+        put_weights_in(model, step_graph)
         _Lowering(model, low).run()
+        weights = take_weights_out(model, large=bool(weights_of(step_graph)))
         lowered = ir.to_proto(model)
-        onnx.checker.check_model(lowered, full_check=True)
+        with weights_as_inputs(lowered):
+            onnx.checker.check_model(lowered, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(
             got=f"a graph whose types do not fit: {str(error).splitlines()[0]}",
             expected="a valid float32 network",
             remedy="export the network again, or keep it in float32",
         ) from error
-    return bytes(lowered.SerializeToString())
+    return serialised(lowered, weights)
 
 
 def _typed(graph: bytes, least_opset: int) -> ir.Model:

@@ -16,10 +16,12 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from skipstep.backends.onnxruntime import make_session, run_session
 from skipstep.errors import ExportError, check_choice
-from skipstep.export.graph_writer import load_graph
+from skipstep.export.graph_writer import load_graph, serialised
+from skipstep.export.large_model import is_outside
 from skipstep.export.precision import HalfPrecision, lower_precision
 from skipstep.loops.agreement import TOLERANCES
 from skipstep.networks.graphs import Partition
+from skipstep.networks.large_graph import weights_of
 
 _LARGEST = float(np.finfo(np.float16).max)
 _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -47,13 +49,7 @@ def check_precision(lowered: bytes, exact: bytes, dtype: HalfPrecision) -> float
     given = _random_inputs(exact)
     if dtype == "float16":
         _check_ranges(lowered, exact, given)
-    reference, candidate = (
-        make_session(graph, before_loop=True, as_it_stands=True) for graph in (exact, _rounded(lowered))
-    )
-    name = reference.get_outputs()[0].name
-    expected, found = (
-        run_session(session, [name], given)[name].astype(np.float32) for session in (reference, candidate)
-    )
+    expected, found = (_prediction(graph, given) for graph in (exact, _rounded(lowered)))
     error = float(np.abs(found - expected).max() / np.abs(expected).max())
     if not error <= TOLERANCES[dtype]:
         raise ExportError(
@@ -66,12 +62,20 @@ def check_precision(lowered: bytes, exact: bytes, dtype: HalfPrecision) -> float
     return error
 
 
+def _prediction(graph: bytes, given: Mapping[str, NDArray[np.generic]]) -> NDArray[np.float32]:
+    session = make_session(graph, before_loop=True, as_it_stands=True)
+    name = session.get_outputs()[0].name
+    return run_session(session, [name], given)[name].astype(np.float32)
+
+
 def _rounded(lowered: bytes) -> bytes:
     """The same network in float32, with a rounding after every node whose result is in half precision."""
     model = onnx.shape_inference.infer_shapes(onnx.load_from_string(lowered))
     graph = model.graph
     types = {each.name: each.type.tensor_type.elem_type for each in (*graph.value_info, *graph.input, *graph.output)}
     for tensor in graph.initializer:
+        if is_outside(tensor) and tensor.data_type in _HALVES:
+            tensor.data_type = TensorProto.FLOAT
         _widen(tensor)
     nodes: list[NodeProto] = []
     for each in (*graph.input, *graph.output):
@@ -91,7 +95,9 @@ def _rounded(lowered: bytes) -> bytes:
     del graph.node[:]
     graph.node.extend(nodes)
     del graph.value_info[:]
-    return bytes(model.SerializeToString())
+    halves = ("float16", "bfloat16")
+    weights = weights_of(lowered).items()
+    return serialised(model, {k: a.astype(np.float32) if a.dtype.name in halves else a for k, a in weights})
 
 
 def _round_inputs(graph: GraphProto, types: Mapping[str, int], nodes: list[NodeProto]) -> None:
@@ -134,7 +140,7 @@ def _check_ranges(lowered: bytes, exact: bytes, given: Mapping[str, NDArray[np.g
     made = {name for node in model.graph.node for name in node.output}
     for name in sorted((halves & made) - kept):
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-    session = make_session(bytes(model.SerializeToString()), before_loop=True)
+    session = make_session(serialised(model, weights_of(exact)), before_loop=True)
     for name, array in run_session(session, [each.name for each in session.get_outputs()], given).items():
         largest = float(np.abs(array.astype(np.float32)).max(initial=0.0))
         if not largest <= _LARGEST:

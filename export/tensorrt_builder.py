@@ -4,7 +4,7 @@ The library is native code that a graph can crash, so whatever can be refused is
 graph: an installation or device that cannot be used, and graphs that skipstep.export.tensorrt_graph refuses.
 
 skipstep.export.tensorrt_engine starts this as `python -P -m skipstep.export.tensorrt_builder` and writes the request to
-its standard input: a line of JSON, then the bytes of the graph and of the timing cache.
+its standard input: a line of JSON, then the bytes of the graph, of the timing cache and of weights beside the graph.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from skipstep.backends.denoiser import Library
 from skipstep.backends.tensorrt_library import EXTRAS, import_library
 from skipstep.cuda.probe import DeviceFacts, cuda_device
@@ -27,6 +29,7 @@ from skipstep.errors import ExportError, InputError, MissingDependencyError, Ski
 from skipstep.export.norms import write_out_norms
 from skipstep.export.tensorrt_engine import Progress
 from skipstep.export.tensorrt_graph import BATCH, batch_profiles, checked_graph, messages
+from skipstep.networks.large_graph import LargeGraph, Weights, weights_of
 
 _DTYPE_NAMES: Mapping[str, str] = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 _NO_DEVICE = "build on the machine that will run the engine, or name an architecture, as in rtx:sm86"
@@ -43,6 +46,8 @@ def _serve() -> None:
     request = json.loads(sys.stdin.buffer.readline())
     model = sys.stdin.buffer.read(request["model_bytes"])
     cache = sys.stdin.buffer.read(request["cache_bytes"])
+    weights = {name: np.frombuffer(sys.stdin.buffer.read(size), np.uint8) for name, size in request["weights"]}
+    model = LargeGraph(model, weights) if weights else model
 
     def send(message: Mapping[str, Any], *payload: bytes) -> None:
         # One write for each message: the library reports progress from other threads.
@@ -79,7 +84,7 @@ def _build(
     # TensorRT 11's networks are always strongly typed, and the flag is gone.
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
-    _parse(trt, network, model, logger)
+    _parse(trt, network, model, weights_of(onnx_model), logger)
     inputs = _tensors(model.graph.input, network.get_input, network.num_inputs)
 
     config = builder.create_builder_config()
@@ -154,7 +159,7 @@ def _resolve_architecture(trt: Any, library: Library, wanted: int | None) -> tup
     return number, None
 
 
-def _parse(trt: Any, network: Any, model: Any, logger: Any) -> None:
+def _parse(trt: Any, network: Any, model: Any, weights: Weights, logger: Any) -> None:
     parser = trt.OnnxParser(network, logger)
     own = {function.name for function in model.functions}
     nodes = [(name, each) for name, each in messages(model) if type(each).__name__ == "NodeProto"]
@@ -164,7 +169,7 @@ def _parse(trt: Any, network: Any, model: Any, logger: Any) -> None:
         if node.op_type not in own and not parser.supports_operator(node.op_type)
     ]
     problems = unknown
-    if not unknown and not parser.parse(model.SerializeToString()):
+    if not unknown and not _parsed(trt, parser, model.SerializeToString(), weights):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         problems = [f"{e.node_operator()} (node {e.node_name() or e.node()!r}): {e.desc()}" for e in errors]
         problems = problems or [logger.summary()]
@@ -174,6 +179,22 @@ def _parse(trt: Any, network: Any, model: Any, logger: Any) -> None:
             expected="operators that TensorRT implements",
             remedy="rewrite the module that these nodes come from, or run it with onnxruntime",
         )
+
+
+def _parsed(trt: Any, parser: Any, model: bytes, weights: Weights) -> bool:
+    if not weights:
+        return bool(parser.parse(model))
+    if not hasattr(parser, "load_initializer"):
+        raise MissingDependencyError(
+            got=f"TensorRT {trt.__version__}, whose parser reads weights from files alone",
+            expected="one that takes verified weights from memory, for a network of this size",
+            remedy="pip install -U tensorrt, to 10.13 or later",
+        )
+    return (
+        parser.load_model_proto(model)
+        and all(parser.load_initializer(name, each.ctypes.data, each.nbytes) for name, each in weights.items())
+        and parser.parse_model_proto()
+    )
 
 
 def _tensors(infos: Any, get: Callable[[int], Any], count: int) -> list[tuple[str, str, list[int | str]]]:

@@ -26,9 +26,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
+import numpy as np
+
 from skipstep.backends.denoiser import Library
 from skipstep.backends.tensorrt_library import EXTRAS
 from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError, check_integer
+from skipstep.networks.large_graph import graph_sha256, weights_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -141,6 +144,8 @@ def build_engine(
     device = check_integer("device", device, low=0, high=999)
     request |= {"for_capture": for_capture, "tf32": tf32, "progress": progress is not None}
     request |= {"model_bytes": len(onnx_model), "cache_bytes": len(timing_cache or b"")}
+    weights = weights_of(onnx_model)
+    request["weights"] = [(name, array.nbytes) for name, array in weights.items()]
     started = time.perf_counter()
     facts, engine, new_cache = _run_builder(request, onnx_model, timing_cache or b"", progress, device)
     inputs, outputs = (
@@ -161,7 +166,7 @@ def build_engine(
         outputs=outputs,
         profiles=None if facts["profiles"] is None else tuple(facts["profiles"]),
         seconds=time.perf_counter() - started,
-        onnx_sha256=hashlib.sha256(onnx_model).hexdigest(),
+        onnx_sha256=graph_sha256(onnx_model).hexdigest(),
     )
 
 
@@ -233,6 +238,8 @@ def _run_builder(
             # If the builder has died, its exit status is reported below.
             with contextlib.suppress(BrokenPipeError), builder.stdin:
                 builder.stdin.writelines((json.dumps(request).encode() + b"\n", model, cache))
+                for array in weights_of(model).values():
+                    builder.stdin.write(array.reshape(-1).view(np.uint8).data)
             for line in builder.stdout:
                 if not line.endswith(b"\n"):  # It died while it wrote.
                     break

@@ -1,6 +1,6 @@
 """Which graphs TensorRT may read: whatever could crash it, or change a network silently, is refused here.
 
-Refused are bytes that are no valid graph, tensors in files beside it, dtypes that the library would change, and shapes
+Refused are bytes that are no valid graph, tensors in files, dtypes that the library would change, and shapes
 without bounds. Nothing here needs TensorRT.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from skipstep.errors import ExportError, InputError
 from skipstep.networks.graphs import BATCH as BATCH
+from skipstep.networks.large_graph import weights_of
 
 # What a strongly typed network holds. The parser would turn float64 into float32 without a word.
 _DTYPES = (
@@ -31,7 +32,7 @@ _DTYPES = (
 
 def checked_graph(onnx_model: bytes) -> Any:
     """The graph as a protobuf message: complete in itself, valid, and of dtypes that TensorRT does not change."""
-    onnx = importlib.import_module("onnx")
+    onnx, large = map(importlib.import_module, ("onnx", "skipstep.export.large_model"))
     try:
         model = onnx.load_from_string(onnx_model)
     except Exception as error:  # protobuf's DecodeError, whose module has no stable name.
@@ -45,7 +46,8 @@ def checked_graph(onnx_model: bytes) -> Any:
         dtype = None
         if isinstance(message, onnx.TensorProto):
             # The library would follow the path anywhere, links included.
-            if message.data_location == onnx.TensorProto.EXTERNAL or message.external_data:
+            outside = message.data_location == onnx.TensorProto.EXTERNAL or message.external_data
+            if outside and message.name not in weights_of(onnx_model):
                 raise _unusable(f"tensor {owner!r} stored in a file beside the model", "save the weights in the model")
             dtype = message.data_type
         elif isinstance(message, onnx.TypeProto.Tensor):
@@ -58,7 +60,8 @@ def checked_graph(onnx_model: bytes) -> Any:
                 f"{owner!r} of dtype {names.get(dtype, dtype)}", f"export with one of {', '.join(_DTYPES).lower()}"
             )
     try:
-        onnx.checker.check_model(model)
+        with large.weights_as_inputs(model):
+            onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
         raise _unusable(f"an invalid graph: {str(error).splitlines()[0]}", "export the network again") from error
     return model

@@ -27,6 +27,7 @@ from skipstep.calls.conditioning import Conditioning
 from skipstep.errors import ExportError
 from skipstep.networks.condition import MAX_ELEMENTS
 from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs, Values, fill_buffers
+from skipstep.networks.large_graph import weights_of
 from skipstep.networks.spec import NetworkSpec
 
 # Some builds write usage events to the user's cache folder; a library that is embedded in products sends nothing.
@@ -121,7 +122,7 @@ def _step_session(graph: bytes, target: Target) -> LazySession:
 
     What it makes is complete: operators are merged, and laid out for the processor. That is a third of the loading.
     """
-    if target.keep is None:
+    if target.keep is None or weights_of(graph):  # What the runtime makes of so many weights is not kept.
         return LazySession(lambda: make_session(graph, num_threads=target.num_threads))
     parts = {
         "kind": "onnxruntime.graph",
@@ -201,6 +202,7 @@ def make_session(
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     providers = ["CPUExecutionProvider"] if prepare is None else None
+    give_weights(options, model)
     try:
         if prepare is not None:
             prepare(options)
@@ -212,6 +214,14 @@ def make_session(
             expected="a graph with operators that it knows",
             remedy="upgrade onnxruntime, or use backend='torch'",
         ) from error
+
+
+def give_weights(options: onnxruntime.SessionOptions, graph: bytes) -> None:
+    """The weights beside a graph, for the session that is made with the options; the runtime opens no file."""
+    weights = weights_of(graph)
+    if weights:
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+        options.add_external_initializers(list(weights), values)
 
 
 def run_session(

@@ -27,7 +27,7 @@ from skipstep.backends.device_step import (
     check_step_tensors,
     copy_row,
 )
-from skipstep.backends.onnxruntime import EarlyGraphs
+from skipstep.backends.onnxruntime import EarlyGraphs, give_weights
 from skipstep.calls.conditioning import Conditioning
 from skipstep.cuda.probe import cuda_device
 from skipstep.errors import DeviceUnavailableError, ExportError, MissingDependencyError
@@ -102,6 +102,7 @@ def make_cuda_session(
     }
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    give_weights(options, model)
     try:
         session = onnxruntime.InferenceSession(model, options, providers=[(_PROVIDER, chosen), "CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no public base class but Exception.

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from skipstep.backends.processor import processor, thread_limit
 from skipstep.errors import DeviceUnavailableError, ExportError
+from skipstep.networks.large_graph import weights_of
 
 _TELEMETRY: Final = "openvino_telemetry"
 _IMPORT_LOCK = threading.Lock()
@@ -70,6 +71,8 @@ def check_precision(precision: str) -> None:
 def read_model(graph: bytes, batch_size: int | None = None) -> Any:
     """A model of a serialised ONNX graph, of fixed shapes if `batch_size` is given. Raises ExportError."""
     openvino()
+    if size := sum(each.nbytes for each in weights_of(graph).values()):
+        raise _refused(f"{size / 1e9:.1f} GB of weights are more than it takes from memory")
     frontend = importlib.import_module("openvino.frontend")
     try:
         # The reader of ONNX alone: left to itself, the library offers the bytes to the readers of every format.
@@ -139,7 +142,7 @@ def _version() -> str:
     return str(openvino().__version__).partition("-")[0]
 
 
-def _refused(error: Exception) -> ExportError:
+def _refused(error: Exception | str) -> ExportError:
     return ExportError(
         got=f"a graph that OpenVINO {_version()} does not take: {error!s:.500}",
         expected="a graph with operators that it knows",

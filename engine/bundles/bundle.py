@@ -20,6 +20,7 @@ import re
 import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,21 +36,24 @@ from skipstep.errors import (
     check_flag,
     check_path,
 )
+from skipstep.networks.large_graph import LOCATION, with_weights, without_stored_weights
 from skipstep.storage.verified import read_regular, read_verified
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-# ONNX graphs may keep tensors in separate files, which a runtime would open wherever the path leads. Such a tensor has
-# an entry with this key; a graph whose bytes do not contain the word is complete in itself.
-_EXTERNAL = b"location"
 # The field op_type of an ONNX node, 4, with these names of operators; its tag and length may be written with padding.
 _LOOP = re.compile(rb"(?:\x22|\xa2\x80*\x00)(?:\x04|\x84\x80*\x00)(?:Loop|Scan)").search
 # Of reading a bundle that others replace.
 _ATTEMPTS = 5
 
 T = TypeVar("T")
+
+
+def weight_file(graph: str, number: int) -> str:
+    """The name of a file with weights of the graph of that name; they count from 0."""
+    return f"{graph}.{number}.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +90,41 @@ class Bundle:
             )
 
     def read_graph(self, name: str) -> bytes:
-        """An ONNX graph that needs no other file and has no loops. Raises IntegrityError and BundleError."""
+        """An ONNX graph without loops, whole: with the weights that the bundle has beside it. Raises IntegrityError and
+        BundleError."""
         graph = self.read(name)
-        problem = "refers to files beside it" if _EXTERNAL in graph else None
+        weights = self._weights_beside(name)
+        problem = None
+        if weights:
+            try:
+                graph = without_stored_weights(graph)
+            except ValueError as error:
+                problem = f"has {error}"
+        problem = "refers to other files" if LOCATION in graph else problem
         # The expression takes several times as long as a look for the words in it.
         if (b"Loop" in graph or b"Scan" in graph) and _LOOP(graph):
             problem = problem or "may run for ever"
         if problem is not None:
             raise BundleError(
                 got=f"{self.path / name}, a graph that {problem}",
-                expected="a graph that is complete in itself, without loops",
+                expected="a graph that is complete in itself or with the bundle's weights, without loops",
                 remedy="do not use this bundle: skipstep export writes no such graph",
             )
-        return graph
+        try:
+            return with_weights(graph, weights) if weights else graph
+        except ValueError as error:
+            raise BundleError(
+                got=f"weights of {self.path / name} of which {error}",
+                expected="tensors of a dtype of ONNX",
+                remedy="export the bundle again",
+            ) from error
+
+    def _weights_beside(self, name: str) -> dict[str, NDArray[Any]]:
+        weights: dict[str, NDArray[Any]] = {}
+        files = takewhile(self.manifest.files.__contains__, (weight_file(name, number) for number in count()))
+        for file in files:
+            weights |= self.read_arrays(file)
+        return weights
 
     def read_arrays(self, name: str) -> dict[str, NDArray[Any]]:
         """A safetensors file. Raises IntegrityError and BundleError."""

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from skipstep.errors import CacheError, InputError, StorageError
+from skipstep.networks.large_graph import weights_of
 from skipstep.storage.atomic import atomic_write
 from skipstep.storage.verified import read_up_to
 
@@ -105,7 +106,8 @@ class ArtefactCache:
 
         Of several processes that ask for one key at once, one builds and the others wait for it. What `build` raises
         passes through; it must not ask for its own key. With a cache that cannot be used
-        it warns and returns the artefact without storing it.
+        it warns and returns the artefact without storing it; so it does, without a warning, with one whose weights are
+        beside it (skipstep.networks.large_graph).
         """
         with ExitStack() as held:
             try:
@@ -117,6 +119,8 @@ class ArtefactCache:
             except (CacheError, StorageError) as error:
                 self._warn(error)
             data = build()
+            if weights_of(data):  # The bytes are not all of it.
+                return data
             try:
                 self._store(key, data, description)
             except (CacheError, StorageError) as error:

@@ -73,10 +73,3 @@ def test_a_failure_names_the_module_and_the_operator(inner, said):
     with pytest.raises(ExportError, match=said):
         export_onnx(DenoisingModule(network), SPEC)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
-
-
-def test_weights_above_two_gibibytes_are_refused_before_tracing():
-    with torch.device("meta"):
-        large = torch.nn.Linear(30_000, 30_000)
-    with pytest.raises(ExportError, match=r"3\.6 GB of weights.*below 2 GiB.*backend='torch'"):
-        export_onnx(DenoisingModule(large), NetworkSpec((30_000,)))
