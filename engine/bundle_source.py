@@ -215,6 +215,17 @@ def _network_of(
         reference=lambda: resolve_backend("onnxruntime", device="cpu", exports=False).denoisers(source, Target())(2),
     )
     calibrations = None if manifest.calibration is None else bundle.read(manifest.calibration)
+    pipeline = None
+    if manifest.pipeline is not None:
+        from skipstep.pipelines.pipeline import Pipeline
+        from skipstep.pipelines.spec import read_pipeline_spec
+
+        spec = read_pipeline_spec(bundle.read(manifest.pipeline))
+        pipeline = Pipeline(
+            spec,
+            lambda name: (bundle.read_graph if name.endswith(".onnx") else bundle.read)(name),
+            num_threads=target.num_threads,
+        )
     if cuda is None:
         source.step_read.wait()
         for failure in source.failures:
@@ -228,7 +239,7 @@ def _network_of(
             compile_on_miss=compile_on_miss,
             network_digest=manifest.digest,
         ),
-        BatchRunner(made, manifest.network, manifest.batch_sizes, lifecycle),
+        BatchRunner(made, manifest.network, manifest.batch_sizes, lifecycle, pipeline),
         backend.name,
         precision,
         target.num_threads,

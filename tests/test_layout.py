@@ -39,6 +39,7 @@ ROOMS = (
     "fitting",
     "bundles",
     "export",
+    "pipelines",
     "engine",
     "serving",
     "robotics",
@@ -127,7 +128,10 @@ def test_no_modules_import_each_other():
     [
         ("commands", {"bench"}),  # The pytest plugin takes the options of the command.
         ("bench", {"commands"}),
-        ("export", {"bench", "commands", "skipstep.model_source", "skipstep.robotics.encoder"}),
+        (
+            "export",
+            {"bench", "commands", "skipstep.model_source", "skipstep.pipelines.building", "skipstep.robotics.encoder"},
+        ),
     ],
 )
 def test_a_room_is_imported_through_its_doors_only(target, doors):

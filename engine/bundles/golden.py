@@ -92,7 +92,7 @@ def _draw(sampler: Sampler, golden: GoldenEntry, arrays: Mapping[str, NDArray[An
     conditions["conditions"] = _named(arrays, "conditions/")
     conditions["negative_conditions"] = _named(arrays, "negative_conditions/") if guided else None
     plan = sampler.plans[golden.plan]
-    drawn: NDArray[np.float32] = sampler.sample(plan=plan, seeds=golden.seeds, output_type="np", **conditions)
+    drawn: NDArray[np.float32] = sampler.sample(plan=plan, seeds=golden.seeds, output_type="latent", **conditions)
     return drawn
 
 
