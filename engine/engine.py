@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 else:
     editing, fitting, saving = map(Later, ("skipstep.editing.edit", "skipstep.fitting.tune", "skipstep.saving"))
     pipeline = Later("skipstep.pipelines.pipeline")
-    names = ("description", "identity", "pareto", "tuning")
-    description, identity, pareto, tuning = (Later(f"skipstep.latency.{name}") for name in names)
+    latency = (Later(f"skipstep.latency.{name}") for name in ("description", "identity", "pareto", "tuning"))
+    description, identity, pareto, tuning = latency
 
 
 class Engine:
@@ -194,8 +194,8 @@ class Engine:
                         conditions= and negative_conditions= by name (skipstep.calls.request.Conditions); with a
                         pipeline prompt, negative_prompt, image, mask and strength (skipstep.calls.inputs.Inputs).
         output_type     "np": float32 `[B, *sample_shape]` in the network's range, [-1, 1] for pixels; "pt": the same as
-                        a torch tensor, on the engine's device; "pil": a list of 8-bit pictures. Of a pipeline these are
-                        the decoded pictures, `[B, C, H, W]`, and "latent" what the network drew.
+                        a torch tensor, on the engine's device; "pil": a list of 8-bit pictures. Of a pipeline its
+                        pictures, and "latent" what its network drew.
         out             float32 `[B, *sample_shape]` to draw into, NumPy, torch or DLPack, in host memory or on the
                         engine's device; it is returned.
         trajectory      True, or a stride of steps: returns (samples, Trajectory) instead of the samples.
@@ -223,11 +223,7 @@ class Engine:
         if trajectory is not False:
             shape = (call.request.num_samples, *self.network.sample_shape)
             kept = Trajectory.empty(sum(call.stages.ends_step), 1 if trajectory is True else trajectory, shape)
-        observers = None
-        if any(each is not None for each in (kept, callback, progress, call.blend)):
-            num_runs = len(self.split(call.request.num_samples))
-            observers = Observers(call.stages, num_runs, progress, callback, kept, call.blend)
-        samples = self._draw(call, observers)
+        samples = self._draw(call, progress, callback, kept)
         return samples if kept is None else (samples, kept)
 
     def sample_async(self, **arguments: Unpack[SampleArguments]) -> Future[Any]:
@@ -320,7 +316,11 @@ class Engine:
             raise InputError(got="out with output_type='pil'", expected="'np' or 'pt'", remedy="leave one of them out")
         return _Call(stages, request, callers_memory(out, shape, device=self.device), output_type, out, blend)
 
-    def _draw(self, call: _Call, observers: Observers | None = None) -> Any:
+    def _draw(self, call: _Call, *watching: Any) -> Any:
+        observers = None
+        if call.blend is not None or any(each is not None for each in watching):
+            num_runs = len(self.split(call.request.num_samples))
+            observers = Observers(call.stages, num_runs, *watching, blend=call.blend)
         self.runner.draw(call.stages, call.request, call.samples, observers=observers)
         return self.runner.as_output(call.samples, call.output_type) if call.out is None else call.out
 
@@ -340,8 +340,7 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A call whose arguments have been checked: `samples` is where they go, `out` what the caller gave for that.
-    `blend` changes the state after each step."""
+    """A checked call: `samples` is where they go, `out` what the caller gave for that; `blend` changes the state."""
 
     stages: Stages
     request: SampleRequest

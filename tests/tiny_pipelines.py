@@ -9,9 +9,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import diffusers
-import tokenizers
 import torch
-import transformers
 
 LENGTH = 12
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -33,6 +31,8 @@ _PAIRS = (
 
 def write_vocabulary(folder: Path) -> None:
     """CLIP's files of a byte-pair encoding with a dozen merges."""
+    import tokenizers
+
     folder.mkdir(parents=True, exist_ok=True)
     units = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     words = [*units, *(f"{unit}</w>" for unit in units), *(pair.replace(" ", "") for pair in _PAIRS), _START, _END]
@@ -41,11 +41,15 @@ def write_vocabulary(folder: Path) -> None:
 
 
 def tokenizer(folder: Path, pad: str = _END) -> Any:
+    import transformers
+
     write_vocabulary(folder)
     return transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=LENGTH, pad_token=pad)
 
 
 def text_encoder(vocabulary: Any, *, projected: bool = False, width: int = 16) -> Any:
+    import transformers
+
     config = transformers.CLIPTextConfig(
         vocab_size=len(vocabulary),
         hidden_size=width,
