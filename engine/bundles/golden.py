@@ -70,6 +70,8 @@ def replay_golden(
     error = np.inf
     if isinstance(expected, np.ndarray) and expected.shape == drawn.shape:
         error = float(np.sqrt(np.mean((drawn - expected) ** 2) / np.mean(expected**2)))
+    if sampler.runner.pipeline is not None:
+        sampler.runner.pipeline.check()
     allowed = allowed_error(golden, precision)
     if not error <= allowed:
         raise IntegrityError(

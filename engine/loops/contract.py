@@ -191,6 +191,10 @@ class Parts(Protocol):
         """What a bundle holds of it; the first describes the others."""
         ...
 
+    def check(self) -> None:
+        """Raise IntegrityError where its parts give other numbers than on the machine that made them."""
+        ...
+
     @property
     def channels(self) -> int: ...
     @property

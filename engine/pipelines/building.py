@@ -15,10 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
+import numpy as np
+from safetensors.numpy import save
+
 from skipstep.errors import (
     InputError,
     MissingDependencyError,
     ModelFormatError,
+    NonFiniteError,
     SkipstepError,
     check_flag,
     check_integer,
@@ -27,7 +31,7 @@ from skipstep.networks.condition import MAX_SIDE, Condition
 from skipstep.networks.spec import NetworkSpec
 from skipstep.networks.weights import DOWNLOAD, find_weights, tensor_shapes
 from skipstep.pipelines.pipeline import EMBEDS, LATENTS, MOMENTS, PICTURES, POOLED, TOKENS, Pipeline
-from skipstep.pipelines.spec import FOLDER, MASKED, PipelineSpec
+from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, MASKED, PipelineSpec
 from skipstep.pipelines.tokenizer import read_tokenizer
 from skipstep.storage.untrusted import read_json_object
 
@@ -81,8 +85,11 @@ class FoundParts:
         for part in ("decoder", "encoder")[: 1 + self.spec.encodes]:
             report(f"export the {part} of {self.decoder}")
             files[f"{FOLDER}/{part}.onnx"] = self._graph(self.decoder, _DECODERS[self.decoder], part, False)
-        self._check_widths(files, network)
-        return Pipeline(self.spec, files.__getitem__, num_threads=num_threads)
+        made = Pipeline(self.spec, files.__getitem__, num_threads=num_threads)
+        self._check_widths(made, network)
+        latents = np.random.default_rng(0).standard_normal((1, *self.sample_shape), np.float32)
+        files[GOLDEN_FILE] = save(made.golden(latents))
+        return made
 
     def _graph(self, name: str, class_name: str, part: str, pooled: bool) -> bytes:
         from skipstep.bundles.cache import ArtefactCache
@@ -109,10 +116,10 @@ class FoundParts:
         )
         return ArtefactCache().get_or_build(key, export, f"{part} of {class_name}, exported to ONNX")
 
-    def _check_widths(self, files: Mapping[str, bytes], network: NetworkSpec) -> None:
+    def _check_widths(self, made: Pipeline, network: NetworkSpec) -> None:
         if not self.texts:
             return
-        embeds, pooled = Pipeline(self.spec, files.__getitem__).embed([""])
+        embeds, pooled = made.embed([""])
         given = {"encoder_hidden_states": embeds.shape[1:]} | (
             {} if pooled is None else {"text_embeds": pooled.shape[1:]}
         )
@@ -317,6 +324,13 @@ def _exported(module: nn.Module, part: str, spec: PipelineSpec, config: Mapping[
         inputs, outputs = {name: torch.rand(shape, generator=generator) * 2 - 1}, [output]
     with torch.no_grad():
         given = made(*inputs.values())
+    expected = dict(zip(outputs, given if pooled else [given], strict=True))
+    if not all(bool(each.isfinite().all()) for each in expected.values()):
+        raise NonFiniteError(
+            got=f"NaN or infinity from the pipeline's {part}",
+            expected="finite numbers: it runs in float32, whatever precision the network has",
+            remedy=f"check the weights of the part: {DOWNLOAD}",
+        )
     graph = export_encoder(made, inputs, outputs)
-    check_encoder(graph, inputs, dict(zip(outputs, given if pooled else [given], strict=True)), f"pipeline's {part}")
+    check_encoder(graph, inputs, expected, f"pipeline's {part}")
     return graph

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from skipstep.arrays import float32, host_floats
 from skipstep.calls.inputs import refuse_inputs
 from skipstep.calls.request import resolve_latents
-from skipstep.errors import InputError, check_choice
+from skipstep.errors import InputError, IntegrityError, check_choice
 from skipstep.loops.contract import Sampler
 from skipstep.networks.spec import NetworkSpec
 from skipstep.pipelines.pictures import decode_tiled, encode_tiled, read_pictures
-from skipstep.pipelines.spec import FOLDER, SPEC_FILE, PipelineSpec
+from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, SPEC_FILE, PipelineSpec
 from skipstep.pipelines.tokenizer import PromptTokenizer, check_prompts
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ Array = NDArray[np.float32]
 # Names in the graphs.
 TOKENS, EMBEDS, POOLED, LATENTS, PICTURES, MOMENTS = "tokens", "embeds", "pooled", "latents", "pictures", "moments"
 # What a network reads of pooled embeddings, and of the picture's size.
+# Processors sum a float32 product in different orders; of the largest value.
+_GOLDEN_PROMPT, _GOLDEN_TOLERANCE = "a red apple", 1e-3
 _TEXT_EMBEDS, _TIME_IDS = "text_embeds", "time_ids"
 
 
@@ -54,8 +56,33 @@ class Pipeline:
     def files(self) -> Iterator[tuple[str, bytes]]:
         """Everything that a bundle holds of it, by name."""
         yield SPEC_FILE, self.spec.to_json()
-        for name in (*self.spec.tokenizer_names(), *(f"{FOLDER}/{part}.onnx" for part in self.spec.graph_names())):
+        graphs = (f"{FOLDER}/{part}.onnx" for part in self.spec.graph_names())
+        for name in (*self.spec.tokenizer_names(), *graphs, GOLDEN_FILE):
             yield name, self._read(name)
+
+    def golden(self, latents: Array) -> dict[str, Array]:
+        """What the parts give for a prompt and for these latents."""
+        found = {LATENTS: latents, PICTURES: self.decode(latents)}
+        if self.spec.texts:
+            embeds, pooled = self.embed([_GOLDEN_PROMPT])
+            found |= {EMBEDS: embeds} | ({} if pooled is None else {POOLED: pooled})
+        return found
+
+    def check(self) -> None:
+        """Compute the golden prompt and picture again. Raises IntegrityError."""
+        from safetensors.numpy import load
+
+        expected = load(self._read(GOLDEN_FILE))
+        for name, found in self.golden(expected[LATENTS]).items():
+            kept = expected.get(name)
+            error = np.inf if kept is None or kept.shape != found.shape else float(np.abs(found - kept).max())
+            bound = _GOLDEN_TOLERANCE * max(1.0, float(np.abs(found).max()))
+            if not error <= bound:
+                raise IntegrityError(
+                    got=f"{name} of the pipeline's golden prompt or picture that are off by {error:.2g}",
+                    expected=f"at most {bound:.2g}",
+                    remedy="do not use this bundle here; export it again, and report the machine if it persists",
+                )
 
     def conditions(self, network: NetworkSpec, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """`inputs` of a call with embeddings in place of its prompts. Raises InputError."""

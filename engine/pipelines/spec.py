@@ -5,6 +5,7 @@ pipeline/tokenizer-N.json    one for each text encoder, as the `tokenizers` libr
 pipeline/text-N.onnx         token ids [B, L] to embeddings, and pooled ones where the network reads them
 pipeline/decoder.onnx        latents to pictures
 pipeline/encoder.onnx        pictures to the mean and the deviation of their latents
+pipeline/golden.safetensors  a prompt's embeddings, and the picture of some latents
 """
 
 import json
@@ -16,6 +17,7 @@ from skipstep.storage.untrusted import Length, Within, own_rules, parse_json, re
 
 FOLDER: Final = "pipeline"
 SPEC_FILE: Final = f"{FOLDER}/pipeline.json"
+GOLDEN_FILE: Final = f"{FOLDER}/golden.safetensors"
 SCHEMA: Final = 1
 # The condition that an inpainting network reads beside its state: the mask, and the latents of what it leaves.
 MASKED: Final = "mask_and_masked_image"
