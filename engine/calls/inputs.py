@@ -51,6 +51,8 @@ def split_inputs(
         refuse_inputs(inputs)
     conditions = dict(inputs) if pipeline is None else pipeline.conditions(network, inputs)
     starts = {name: conditions.pop(name, None) for name in _STARTS}
+    for name in _OF_PIPELINES:
+        conditions.pop(name, None)
     return cast(Conditions, conditions), {name: value for name, value in starts.items() if value is not None}
 
 

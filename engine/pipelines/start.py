@@ -57,7 +57,7 @@ def begin(
     """Raises InputError. `x_T`, where it is given, is the noise that a picture gets."""
     source = check_choice("noise", "skipstep" if noise is None else noise, _NOISES)
     masked = MASKED in network.conditions
-    plans = list(plans)
+    plans, seeds = list(plans), None if seeds is None else resolve_seeds(seeds)
     prompts: Any = conditions.get("prompt_embeds")
     num_prompts = len(prompts) if getattr(prompts, "ndim", 0) == 3 else 1
     _check_together(image, mask, strength, masked)
@@ -77,7 +77,13 @@ def begin(
     pictures = read_pictures("image", image, channels=autoencoder.channels, size=size)
     masks = None if mask is None else read_masks(mask, size=size)
     given = None if x_T is None else resolve_latents(x_T, network)
-    counts = [len(pictures), 1 if masks is None else len(masks), num_prompts, len(plans), np.size(_or(seeds, 0))]
+    counts = [
+        len(pictures),
+        1 if masks is None else len(masks),
+        num_prompts,
+        len(plans),
+        1 if seeds is None else seeds.size,
+    ]
     count = max(*counts, 1 if given is None else len(given))
     if seeds is None and given is None:
         raise InputError(got="no seeds", expected="a seed per sample, for the noise", remedy="pass seeds=[...]")
@@ -170,13 +176,8 @@ def _tail(plan: Plan, strength: float) -> Plan:
     return plan if left == steps else plan.started_at(steps - left)
 
 
-def _rows(seeds: Any, count: int) -> NDArray[np.uint64]:
-    rows = resolve_seeds(seeds)
-    return np.full(count, rows) if rows.ndim == 0 else rows
-
-
-def _or(value: Any, other: Any) -> Any:
-    return other if value is None else value
+def _rows(seeds: NDArray[np.uint64], count: int) -> NDArray[np.uint64]:
+    return np.full(count, seeds) if seeds.ndim == 0 else seeds
 
 
 def _check_together(image: Any, mask: Any, strength: Any, masked: bool) -> None:
