@@ -316,11 +316,11 @@ class Engine:
             raise InputError(got="out with output_type='pil'", expected="'np' or 'pt'", remedy="leave one of them out")
         return _Call(stages, request, callers_memory(out, shape, device=self.device), output_type, out, blend)
 
-    def _draw(self, call: _Call, *watching: Any) -> Any:
+    def _draw(self, call: _Call, progress: Any = None, callback: Any = None, kept: Any = None) -> Any:
         observers = None
-        if call.blend is not None or any(each is not None for each in watching):
+        if any(each is not None for each in (call.blend, progress, callback, kept)):
             num_runs = len(self.split(call.request.num_samples))
-            observers = Observers(call.stages, num_runs, *watching, blend=call.blend)
+            observers = Observers(call.stages, num_runs, progress, callback, kept, call.blend)
         self.runner.draw(call.stages, call.request, call.samples, observers=observers)
         return self.runner.as_output(call.samples, call.output_type) if call.out is None else call.out
 
