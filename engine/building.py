@@ -27,6 +27,7 @@ from skipstep.loops.runner import BatchRunner, CompiledNetwork
 from skipstep.model_source import NO_TORCH_BACKEND, ModelOptions, is_onnx_path
 from skipstep.networks.spec import MAX_BATCH_SIZE, network_batch_sizes
 from skipstep.opening import open_model
+from skipstep.pipelines.building import PartsOptions, find_parts
 from skipstep.plans.parameterization import PREDICTION_TYPES, TIME_INPUTS
 from skipstep.plans.plan import Plan
 from skipstep.plans.schedule import NoiseSchedule, check_schedule
@@ -34,8 +35,8 @@ from skipstep.plans.scheduler_config import SchedulerConfig
 from skipstep.reporting import LOGGER, Report, reporter
 
 
-class BuildOptions(ModelOptions, total=False):
-    """How a network is compiled; each may be left out.
+class BuildOptions(ModelOptions, PartsOptions, total=False):
+    """How a network is compiled; each may be left out. Those of a pipeline's folder: PartsOptions.
 
     backend           "torch", "onnxruntime", "openvino", "webgpu", "tensorrt" or "auto" (skipstep.backends.registry
                       has the table).
@@ -134,6 +135,10 @@ def build_network(
     compile_network: bool = False,
     num_threads: int | None = None,
     progress: Report | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    tile: int | None = None,
+    safety_checker: bool | None = None,
     **model_options: Unpack[ModelOptions],
 ) -> CompiledNetwork:
     """See Engine.build and BuildOptions. What can be refused without torch and the network is refused before them."""
@@ -151,6 +156,11 @@ def build_network(
         raise InputError(
             got="backend='torch' for an .onnx file", expected="a backend that runs graphs", remedy=NO_TORCH_BACKEND
         )
+    shape = model_options.get("sample_shape")
+    parts = find_parts(model, shape, height=height, width=width, tile=tile, safety_checker=safety_checker)
+    if parts is not None:
+        model_options["sample_shape"] = parts.sample_shape
+        model_options["conditions"] = {**parts.conditions, **(model_options.get("conditions") or {})}
     opened = open_model(model, with_scheduler=request.schedule is None, **model_options)
     plans, defaults = request.made(opened.scheduler, model_options.get("time_input"), model_options.get("sigma_data"))
     report("read the model" + "".join(f"; {each}" for each in opened.guessed))
@@ -214,7 +224,8 @@ def build_network(
         reference=reference,
         ready=chosen.compiles_late,
     )
-    runner = BatchRunner(made, network, sizes, lifecycle)
+    pipeline = None if parts is None else parts.built(network, num_threads, report)
+    runner = BatchRunner(made, network, sizes, lifecycle, pipeline)
     return CompiledNetwork(source, held, runner, chosen.name, precision, num_threads)
 
 

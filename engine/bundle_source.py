@@ -235,6 +235,17 @@ def _network_of(
         reference=lambda: resolve_backend("onnxruntime", device="cpu", exports=False).denoisers(source, Target())(2),
     )
     calibrations = None if manifest.calibration is None else bundle.read(manifest.calibration)
+    pipeline = None
+    if manifest.pipeline is not None:
+        from skipstep.pipelines.pipeline import Pipeline
+        from skipstep.pipelines.spec import read_pipeline_spec
+
+        spec = read_pipeline_spec(bundle.read(manifest.pipeline))
+        pipeline = Pipeline(
+            spec,
+            lambda name: (bundle.read_graph if name.endswith(".onnx") else bundle.read)(name),
+            num_threads=target.num_threads,
+        )
     if cuda is None:
         source.step_read.wait()
         for failure in source.failures:
@@ -242,7 +253,7 @@ def _network_of(
     return CompiledNetwork(
         source,
         plans,
-        BatchRunner(made, manifest.network, manifest.batch_sizes, lifecycle),
+        BatchRunner(made, manifest.network, manifest.batch_sizes, lifecycle, pipeline),
         backend.name,
         precision,
         target.num_threads,

@@ -4,7 +4,7 @@ engine = Engine.build("checkpoint-folder", plans=[10, 20, 50], batch_sizes=[1, 1
 images = engine.sample(steps=20, seeds=[0, 1, 2, 3], output_type="pil")
 
 It has plans (skipstep.calls.plan_set), a runner (skipstep.loops.runner) and a source (skipstep.backends.denoiser);
-editing, inversion, interpolation, calibration and tuning are functions over it.
+editing, interpolation, calibration and tuning are functions over it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack
 import numpy as np
 
 from skipstep.calls.destination import callers_memory
+from skipstep.calls.inputs import Inputs, split_inputs
 from skipstep.calls.request import MAX_SAMPLES, Conditions, SampleRequest, resolve_request
 from skipstep.calls.trajectory import Callback, Progress, Trajectory
 from skipstep.delegates import Later
 from skipstep.errors import EngineStateError, InputError, check_callable, check_integer
-from skipstep.loops.observers import Observers
+from skipstep.loops.observers import Blend, Observers
 from skipstep.loops.runner import CompiledNetwork, OutputType, SampleArguments, check_output_type
 from skipstep.plans.plan import Plan
 from skipstep.plans.schedule import NoiseSchedule
@@ -33,13 +34,15 @@ if TYPE_CHECKING:
     from skipstep.building import BuildOptions
     from skipstep.editing import edit as editing
     from skipstep.fitting import tune as fitting
-    from skipstep.latency import description, pareto, tuning
+    from skipstep.latency import description, identity, pareto, tuning
     from skipstep.latency.calibration import Calibration
-    from skipstep.latency.identity import DeviceIdentity
     from skipstep.loops.contract import LoopReport
+    from skipstep.pipelines import pipeline
 else:
     editing, fitting, saving = map(Later, ("skipstep.editing.edit", "skipstep.fitting.tune", "skipstep.saving"))
-    description, pareto, tuning = (Later(f"skipstep.latency.{name}") for name in ("description", "pareto", "tuning"))
+    pipeline = Later("skipstep.pipelines.pipeline")
+    latency = (Later(f"skipstep.latency.{name}") for name in ("description", "identity", "pareto", "tuning"))
+    description, identity, pareto, tuning = latency
 
 
 class Engine:
@@ -60,7 +63,10 @@ class Engine:
     tune = fitting.tune
     pareto = pareto.pareto
     describe = description.describe
+    identity = identity.engine_identity
     save = saving.save
+    encode = pipeline.encode
+    decode = pipeline.decode
 
     def __init__(self, compiled: CompiledNetwork) -> None:
         if not isinstance(compiled, CompiledNetwork):
@@ -171,7 +177,7 @@ class Engine:
         trajectory: bool | int = False,
         callback: Callback | None = None,
         progress: Progress | None = None,
-        **conditions: Unpack[Conditions],
+        **inputs: Unpack[Inputs],
     ) -> Any:
         """Draw samples with the plan of `steps` steps, with `plan`, or with the best that meets a deadline.
 
@@ -184,10 +190,12 @@ class Engine:
                         place in the batch. They also key the noise that a plan adds.
         x_T             `[B, *sample_shape]` NumPy, torch or DLPack, the initial noise instead of that of the seeds. A
                         tensor on the engine's GPU is read there, in the order of the caller's stream.
-        conditions      class_labels, prompt_embeds, negative_prompt_embeds, guidance_scale, guidance_rescale, and
-                        conditions= and negative_conditions= by name (skipstep.calls.request.Conditions).
+        inputs          class_labels, prompt_embeds, negative_prompt_embeds, guidance_scale, guidance_rescale, and
+                        conditions= and negative_conditions= by name (skipstep.calls.request.Conditions); with a
+                        pipeline prompt, negative_prompt, image, mask and strength (skipstep.calls.inputs.Inputs).
         output_type     "np": float32 `[B, *sample_shape]` in the network's range, [-1, 1] for pixels; "pt": the same as
-                        a torch tensor, on the engine's device; "pil": a list of 8-bit pictures.
+                        a torch tensor, on the engine's device; "pil": a list of 8-bit pictures. Of a pipeline its
+                        pictures, and "latent" what its network drew.
         out             float32 `[B, *sample_shape]` to draw into, NumPy, torch or DLPack, in host memory or on the
                         engine's device; it is returned.
         trajectory      True, or a stride of steps: returns (samples, Trajectory) instead of the samples.
@@ -209,16 +217,13 @@ class Engine:
             x_T=x_T,
             output_type=output_type,
             out=out,
-            **conditions,
+            **inputs,
         )
         kept = None
         if trajectory is not False:
             shape = (call.request.num_samples, *self.network.sample_shape)
             kept = Trajectory.empty(sum(call.stages.ends_step), 1 if trajectory is True else trajectory, shape)
-        observers = None
-        if kept is not None or callback is not None or progress is not None:
-            observers = Observers(call.stages, len(self.split(call.request.num_samples)), progress, callback, kept)
-        samples = self._draw(call, observers)
+        samples = self._draw(call, progress, callback, kept)
         return samples if kept is None else (samples, kept)
 
     def sample_async(self, **arguments: Unpack[SampleArguments]) -> Future[Any]:
@@ -262,19 +267,6 @@ class Engine:
             remedy="save it with engine.save(path, license=...) and call skipstep.load(path) in the other process",
         )
 
-    def identity(self) -> DeviceIdentity:
-        """What must be equal for latencies that were measured elsewhere to count here."""
-        from skipstep.latency.identity import device_identity
-
-        return device_identity(
-            backend=self.backend,
-            loop=self.runner.loop.name,
-            device=self.device,
-            precision=self.precision,
-            num_threads=self.num_threads,
-            gpu_name=self.runner.loop.device_name,
-        )
-
     def _call(
         self,
         *,
@@ -285,11 +277,12 @@ class Engine:
         x_T: Any = None,
         output_type: OutputType = "np",
         out: Any = None,
-        **conditions: Unpack[Conditions],
+        **inputs: Unpack[Inputs],
     ) -> _Call:
         """Everything about a call that can be wrong is found here, before anything is drawn."""
         self.runner.check()
         check_output_type(output_type)
+        conditions, starts = split_inputs(self.runner.pipeline, self.network, inputs)
         if deadline_ms is None:
             plans = self.plans.choose(steps, plan)
         elif steps is None and plan is None:
@@ -298,6 +291,12 @@ class Engine:
             raise InputError(
                 got="deadline_ms beside steps or plan", expected="one of them", remedy="leave the others out"
             )
+        blend = None
+        if starts:
+            from skipstep.pipelines.start import begin
+
+            begun = begin(self.runner.pipeline, self.network, plans, conditions, seeds=seeds, x_T=x_T, **starts)
+            plans, x_T, conditions, blend = begun.plans, begun.x_T, begun.conditions, begun.blend
         stages = Stages.of(plans)
         request = resolve_request(
             self.network,
@@ -312,12 +311,16 @@ class Engine:
         shape = (request.num_samples, *self.network.sample_shape)
         if out is None:
             new = self.runner.loop.new_samples(shape) if output_type == "pt" else np.empty(shape, np.float32)
-            return _Call(stages, request, new, output_type, None)
+            return _Call(stages, request, new, output_type, None, blend)
         if output_type == "pil":
             raise InputError(got="out with output_type='pil'", expected="'np' or 'pt'", remedy="leave one of them out")
-        return _Call(stages, request, callers_memory(out, shape, device=self.device), output_type, out)
+        return _Call(stages, request, callers_memory(out, shape, device=self.device), output_type, out, blend)
 
-    def _draw(self, call: _Call, observers: Observers | None = None) -> Any:
+    def _draw(self, call: _Call, progress: Any = None, callback: Any = None, kept: Any = None) -> Any:
+        observers = None
+        if any(each is not None for each in (call.blend, progress, callback, kept)):
+            num_runs = len(self.split(call.request.num_samples))
+            observers = Observers(call.stages, num_runs, progress, callback, kept, call.blend)
         self.runner.draw(call.stages, call.request, call.samples, observers=observers)
         return self.runner.as_output(call.samples, call.output_type) if call.out is None else call.out
 
@@ -337,10 +340,11 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A call whose arguments have been checked: `samples` is where they go, `out` what the caller gave for that."""
+    """A checked call: `samples` is where they go, `out` what the caller gave for that; `blend` changes the state."""
 
     stages: Stages
     request: SampleRequest
     samples: Any
     output_type: OutputType
     out: Any
+    blend: Blend | None

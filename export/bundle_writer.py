@@ -122,6 +122,7 @@ class _BundleDraft:
             self._server()
         if self.targets.trtexec:
             self._trtexec(step)
+        pipeline = self._pipeline()
         self.report("golden samples")
         golden, arrays = draw_golden(engine)
         self.files.add(GOLDEN_FILE, save_arrays(arrays))
@@ -148,6 +149,7 @@ class _BundleDraft:
             kernels=tuple(kernels),
             samplers=tuple(samplers),
             calibration=calibration,
+            pipeline=pipeline,
         )
         return manifest, arrays
 
@@ -163,6 +165,11 @@ class _BundleDraft:
         step = step_graph(self.parts, precision)
         graphs[f"step-{precision}"] = self.files.add_graph(f"network/step-{precision}.onnx", step)
         return graphs, step
+
+    def _pipeline(self) -> str | None:
+        parts = self.engine.runner.pipeline
+        names = [] if parts is None else [self.files.add(name, data) for name, data in parts.files()]
+        return names[0] if names else None
 
     def _kernels(self) -> list[KernelEntry]:
         from skipstep.export.cubins import compile_noise_kernels, compile_step_kernels, needed_variants

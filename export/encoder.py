@@ -1,24 +1,34 @@
-"""Any module of named inputs as an ONNX graph with a symbolic batch: what is computed once before a loop."""
+"""Any module of named inputs as an ONNX graph with a symbolic batch: what is computed once before or after a loop."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skipstep.backends.onnxruntime import make_session, run_session
 from skipstep.errors import ExportError, MissingDependencyError
 from skipstep.export.graph_writer import OPSET, serialised
 from skipstep.export.onnx_model import quiet_exporter
 from skipstep.networks.graphs import BATCH
 
+# Of the largest value: the summation order of convolutions differs from one runtime to the next.
+_TOLERANCE = 1e-4
 
-def export_encoder(module: nn.Module, inputs: Mapping[str, Tensor], output: str) -> bytes:
-    """Serialise module(*inputs) -> `output`, weights included; all have the batch first, here at least 2.
+
+def export_encoder(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> bytes:
+    """Serialise module(*inputs) -> `outputs`, weights included; all have the batch first, here at least 2.
 
     Raises MissingDependencyError without onnx and onnxscript, and ExportError for what cannot be captured.
     """
-    batch = torch.export.Dim(BATCH, min=1)
+    shapes: tuple[Any, ...] = ({0: torch.export.Dim(BATCH, min=1)},) * len(inputs)
+    kinds = {each.kind for each in inspect.signature(module.forward).parameters.values()}
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        shapes = (shapes,)  # What a module takes as *inputs is one entry.
     try:
         with quiet_exporter(), torch.no_grad():
             program = torch.onnx.export(
@@ -27,9 +37,8 @@ def export_encoder(module: nn.Module, inputs: Mapping[str, Tensor], output: str)
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=list(inputs),
-                output_names=[output],
-                # What the module takes as *inputs is one entry.
-                dynamic_shapes=(tuple({0: batch} for _ in inputs),),
+                output_names=list(outputs),
+                dynamic_shapes=shapes,
                 verbose=False,
             )
     except ImportError as error:
@@ -47,3 +56,18 @@ def export_encoder(module: nn.Module, inputs: Mapping[str, Tensor], output: str)
         ) from error
     assert program is not None, "it returns nothing only where it writes a file"
     return serialised(program.model_proto)
+
+
+def check_encoder(graph: bytes, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+    """Compare a graph with what its module gave. Raises ExportError, which calls it `what`."""
+    given = {name: tensor.numpy() for name, tensor in inputs.items()}
+    found = run_session(make_session(graph), list(expected), given)
+    for name, tensor in expected.items():
+        values = tensor.numpy()
+        bound = _TOLERANCE * max(1.0, float(np.abs(values).max()))
+        if found[name].shape != values.shape or not np.allclose(found[name], values, rtol=0.0, atol=bound):
+            raise ExportError(
+                got=f"a graph of the {what} that computes other numbers than the module",
+                expected=f"equal within {bound:.1g}",
+                remedy=f"report it with the configuration of the {what}",
+            )

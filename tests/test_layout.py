@@ -39,6 +39,7 @@ ROOMS = (
     "fitting",
     "bundles",
     "export",
+    "pipelines",
     "engine",
     "serving",
     "robotics",
@@ -139,7 +140,14 @@ def test_no_modules_import_each_other():
         ("bench", {"commands"}),
         (
             "export",
-            {"bench", "commands", "skipstep.model_source", "skipstep.robotics.encoder", "skipstep.demo.browser"},
+            {
+                "bench",
+                "commands",
+                "skipstep.demo.browser",
+                "skipstep.model_source",
+                "skipstep.pipelines.building",
+                "skipstep.robotics.encoder",
+            },
         ),
     ],
 )

@@ -56,6 +56,16 @@ FLOAT32_LOOP = 5e-5
 # output: each layer rounds by 6e-8, and what is fused is rounded once where two roundings stood.
 FLOAT32_NETWORK = 5e-6
 
+# Latents of a pipeline in twenty steps against diffusers', relative to the largest value: text encoder and network in
+# two runtimes, guidance up to 7.5. Small pipelines are off by 2e-6.
+PIPELINE_LATENTS = 1e-4
+
+# Its decoded pictures in 8 bits: which share of the pixels is off by at most one value.
+PIPELINE_PIXELS = 0.999
+
+# Normal numbers of torch's generator from NumPy's logarithm and cosine, whose last bits differ.
+TORCH_NOISE = 2e-6
+
 # A float32 network whose shapes are fixed, which a runtime then lays out and fuses in another way, over a few steps and
 # guidance up to 3 that magnify its rounding, from timestep 599 down (1/sqrt(a) = 6.2), relative to the largest value.
 # Small UNets stay below 7e-6.

@@ -70,6 +70,8 @@ def replay_golden(
     error = np.inf
     if isinstance(expected, np.ndarray) and expected.shape == drawn.shape:
         error = float(np.sqrt(np.mean((drawn - expected) ** 2) / np.mean(expected**2)))
+    if sampler.runner.pipeline is not None:
+        sampler.runner.pipeline.check()
     allowed = allowed_error(golden, precision)
     if not error <= allowed:
         raise IntegrityError(
@@ -92,7 +94,7 @@ def _draw(sampler: Sampler, golden: GoldenEntry, arrays: Mapping[str, NDArray[An
     conditions["conditions"] = _named(arrays, "conditions/")
     conditions["negative_conditions"] = _named(arrays, "negative_conditions/") if guided else None
     plan = sampler.plans[golden.plan]
-    drawn: NDArray[np.float32] = sampler.sample(plan=plan, seeds=golden.seeds, output_type="np", **conditions)
+    drawn: NDArray[np.float32] = sampler.sample(plan=plan, seeds=golden.seeds, output_type="latent", **conditions)
     return drawn
 
 

@@ -18,6 +18,8 @@ examples:
       with TensorRT-RTX engines, built here, with or without a GPU
   skipstep export --model my-ddpm --target sm_87,tensorrt --precision float16 --license Apache-2.0 --out for-jetson
       for a Jetson: step kernels, and the network for skipstep build to compile there
+  skipstep export --model my-stable-diffusion --steps 20 --no-safety-checker --license openrail --out my-sd-bundle
+      a whole pipeline: tokenizer, text encoder, network and autoencoder in one bundle
   skipstep export --model unet.onnx --inputs sample=noisy timestep=sigma --scheduler scheduler_config.json \
     --license Apache-2.0 --out from-onnx
       an existing .onnx file; names and shapes that are left out are found, and what was guessed is said

@@ -26,15 +26,22 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sample-shape", type=int, nargs=3, metavar=("C", "H", "W"), help="of one sample")
     group.add_argument("--prompt-shape", type=int, nargs=2, metavar=("L", "D"), help="tokens and width of a prompt")
     group.add_argument("--num-classes", type=int, metavar="N", help="how many classes it knows")
+    group.add_argument("--height", type=int, metavar="PIXELS", help="of a pipeline's pictures; --width alike")
+    group.add_argument("--width", type=int, metavar="PIXELS", help=argparse.SUPPRESS)
+    group.add_argument(
+        "--no-safety-checker",
+        dest="safety_checker",
+        action="store_const",
+        const=False,
+        help="leave out the checker that a pipeline's folder has; it is not run here",
+    )
     group.add_argument("--null-label", type=int, metavar="N", help="the label that stands for no class")
 
 
 def model_options(options: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of Engine.build that these options are; those that were left out are not in it."""
-    said: dict[str, Any] = {
-        name: getattr(options, name)
-        for name in ("config", "scheduler", "sample_shape", "prompt_shape", "num_classes", "null_label")
-    }
+    names = ("config", "scheduler", "sample_shape", "prompt_shape", "num_classes", "null_label")
+    said = {name: getattr(options, name) for name in (*names, "height", "width", "safety_checker")}
     if options.inputs is not None:
         pairs = [each.partition("=") for each in options.inputs]
         if not all(ours and its for ours, _, its in pairs):

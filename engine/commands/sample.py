@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from skipstep.plans.plan import Plan
 
 _SECONDS_WITHOUT_BAR = 2.0
+_LONGEST_NAME = 40
 
 DESCRIPTION = "Draw the same samples with each step count; write a labelled grid and the single pictures."
 EPILOG = """\
@@ -35,6 +36,8 @@ examples:
       a bundle that skipstep export wrote, without torch
   skipstep sample --model ./my-ddpm --steps 50 --eta 1 --seeds 7 8 9
       your own checkpoint, a folder written by diffusers' save_pretrained, with DDPM-like noise
+  skipstep sample --model ./my-sd-bundle --prompt "a cat" "a dog" --steps 20
+      a latent pipeline, prompts in and pictures out, without torch
   skipstep sample --model unet.onnx --inputs sample=noisy timestep=sigma --scheduler scheduler_config.json
       an existing .onnx file; what is left out of --inputs is found by name or shape
 
@@ -54,15 +57,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--seeds", type=int, nargs="+", metavar="N", help="one seed per sample")
-    which.add_argument("--num", type=int, default=10, help="number of samples, seeds 0, 1, 2, … (default: 10)")
+    which.add_argument("--num", type=int, help="number of samples, seeds 0, 1, 2, … (default: 10, or one per prompt)")
     parser.add_argument(
         "--classes",
         nargs="+",
         metavar="C",
         help="class names or numbers, repeated over the samples (default: all in turn)",
     )
+    parser.add_argument("--prompt", nargs="+", metavar="P", help="prompts of a pipeline, repeated over the samples")
+    parser.add_argument("--negative-prompt", metavar="P", help="what guidance leads away from (default: nothing)")
     parser.add_argument(
-        "--guidance", type=float, help="classifier-free guidance scale, 1 for none (default: 2 where the model can)"
+        "--guidance",
+        type=float,
+        help="classifier-free guidance scale, 1 for none (default: 2 where the model can, 7.5 with prompts)",
     )
     parser.add_argument("--eta", type=float, default=0.0, help="0: deterministic DDIM … 1: DDPM's noise (default: 0)")
     parser.add_argument(
@@ -86,9 +93,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from skipstep.bundles.bundle import is_bundle
 
-    seeds = options.seeds if options.seeds is not None else list(range(options.num))
+    number = len(options.prompt or range(10)) if options.num is None else options.num
+    seeds = options.seeds if options.seeds is not None else list(range(number))
     if not seeds:
-        raise InputError(got=f"--num {options.num}", expected="at least one sample", remedy="pass --num 1 or more")
+        raise InputError(got=f"--num {number}", expected="at least one sample", remedy="pass --num 1 or more")
     as_arrays = options.out.suffix == ".npz"
     check_writable(options.out.parent if as_arrays else options.out)
     started = time.perf_counter()
@@ -106,18 +114,24 @@ def run(options: argparse.Namespace) -> None:
     guidance = options.guidance
     if guidance is None and engine.network.null_label is not None:
         guidance = 2.0
+    prompts = None if options.prompt is None else [options.prompt[i % len(options.prompt)] for i in range(len(seeds))]
+    if prompts is not None:
+        names = prompts
+        if guidance is None and engine.network.can_guide:
+            guidance = 7.5
+    asked = {"prompt": prompts, "negative_prompt": options.negative_prompt}
     drawn: dict[Plan, NDArray[np.float32]] = {}
     table = []
     for plan in plans:
         started = time.perf_counter()
-        drawn[plan] = draw(engine, plan, seeds=seeds, class_labels=labels, guidance_scale=guidance)
+        drawn[plan] = draw(engine, plan, seeds=seeds, class_labels=labels, guidance_scale=guidance, **asked)
         milliseconds = (time.perf_counter() - started) * 1e3 / len(seeds)
         table.append((str(plan.steps), f"{milliseconds:.1f}", f"{engine.backend} on {engine.device}", plan.key))
     with storage_errors(options.out):
         if as_arrays:
             written = _write_arrays(options.out, drawn, seeds)
         else:
-            written = _write_pictures(options.out, drawn, seeds, names, labels is not None)
+            written = _write_pictures(options.out, drawn, seeds, names, labels is not None or prompts is not None)
     print(format_table(("steps", "ms per image", "backend", "plan key"), table))
     print(written)
 
@@ -204,6 +218,8 @@ def open_engine(options: argparse.Namespace, *, batch_sizes: Sequence[int]) -> E
 
 def _check_pictures(engine: Engine, out: Path) -> None:
     shape = engine.network.sample_shape
+    if engine.runner.pipeline is not None:
+        shape = (engine.runner.pipeline.channels, *shape[1:])
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise InputError(
             got=f"samples of {'×'.join(map(str, shape))}, which are no pictures",
@@ -264,4 +280,4 @@ def _class_name(engine: Engine, label: int) -> str:
 
 def _file_name(name: str) -> str:
     """A class name comes from a downloaded file: nothing of it but letters, digits and dashes reaches a path."""
-    return "".join(c if c.isalnum() or c == "-" else "_" for c in name)
+    return "".join(c if c.isalnum() or c == "-" else "_" for c in name[:_LONGEST_NAME])

@@ -10,7 +10,7 @@ import platform
 import sys
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from skipstep.backends.processor import cpus, thread_limit
 from skipstep.backends.registry import capabilities
@@ -18,6 +18,18 @@ from skipstep.cuda.probe import cuda_device
 from skipstep.errors import InputError
 from skipstep.storage.untrusted import Within
 from skipstep.version import __version__
+
+if TYPE_CHECKING:
+    from skipstep.loops.contract import Sampler
+
+    class _Engine(Sampler, Protocol):
+        @property
+        def device(self) -> str: ...
+
+        backend: str
+        precision: str
+        num_threads: int | None
+
 
 # The modules that run the network, by backend; the imported ones give their version.
 _LIBRARIES = {"tensorrt": ("tensorrt", "tensorrt_rtx")}
@@ -69,6 +81,18 @@ class DeviceIdentity:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def engine_identity(engine: _Engine) -> DeviceIdentity:
+    """What must be equal for latencies that were measured elsewhere to count here."""
+    return device_identity(
+        backend=engine.backend,
+        loop=engine.runner.loop.name,
+        device=engine.device,
+        precision=engine.precision,
+        num_threads=engine.num_threads,
+        gpu_name=engine.runner.loop.device_name,
+    )
 
 
 def device_identity(

@@ -179,10 +179,36 @@ def replicate(state: Any, network_input: Any) -> None:
         network_input[first : first + batch_size] = state
 
 
+class Parts(Protocol):
+    """What is around a network of latents (skipstep.pipelines.pipeline)."""
+
+    def conditions(self, network: NetworkSpec, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """`inputs` with embeddings in place of prompts."""
+        ...
+
+    def decode(self, latents: Any) -> Array: ...
+
+    def moments(self, pictures: Array) -> tuple[Array, Array]: ...
+
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """What a bundle holds of it; the first describes the others."""
+        ...
+
+    def check(self) -> None:
+        """Raise IntegrityError where its parts give other numbers than on the machine that made them."""
+        ...
+
+    @property
+    def channels(self) -> int: ...
+    @property
+    def factor(self) -> int: ...
+
+
 class Runner(Protocol):
     """What draws checked requests of any size (skipstep.loops.runner)."""
 
     loop: Loop
+    pipeline: Parts | None
 
     def check(self) -> None:
         """Raise EngineStateError for an engine that was closed, forked, or has lost its CUDA context."""

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from skipstep.calls.trajectory import Callback, Progress, StepEvent, Trajectory
-from skipstep.loops.contract import Observer, Run
+from skipstep.loops.contract import Array, Observer, Run
 from skipstep.plans.stages import Stages
+
+# Changes the state after a step: (step, first sample of the batch, x_t [n, …]) -> x_t.
+Blend = Callable[[int, int, Array], Array]
 
 
 @dataclass(slots=True)
 class Observers:
-    """All observers of one call. `chunk` makes the observer of the batch that starts at sample `first`."""
+    """All observers of one call, and what changes the state between its steps. `chunk` makes the observer of the batch
+    that starts at sample `first`."""
 
     stages: Stages
     num_runs: int
     progress: Progress | None = None
     callback: Callback | None = None
     trajectory: Trajectory | None = None
+    blend: Blend | None = None
     evaluations: int = 0
 
     @property
@@ -35,6 +41,10 @@ class Observers:
             if self.progress is not None:
                 self.progress(self.evaluations, self.num_runs * len(self.stages))
             step = int(steps[stage])
+            if self.blend is not None and self.stages.ends_step[stage]:
+                state = run.state()
+                state[:size] = self.blend(step, first, state[:size])
+                run.set_state(state)
             wanted = self.callback is not None or step in places
             if not (self.needs_x0 and wanted and self.stages.ends_step[stage]):
                 return

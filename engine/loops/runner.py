@@ -11,21 +11,22 @@ import numpy as np
 from skipstep.backends.denoiser import NetworkSource
 from skipstep.calls.batching import split_batch
 from skipstep.calls.destination import copy_samples
+from skipstep.calls.inputs import Inputs
 from skipstep.calls.plan_set import PlanSet
-from skipstep.calls.request import Conditions, SampleRequest
+from skipstep.calls.request import SampleRequest
 from skipstep.calls.trajectory import Progress
 from skipstep.errors import NonFiniteError, check_choice
-from skipstep.loops.contract import Array, FinishedRun, Loop, Pending, run_observed
+from skipstep.loops.contract import Array, FinishedRun, Loop, Parts, Pending, run_observed
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.loops.observers import Observers
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.plan import Plan
 from skipstep.plans.stages import Stages
 
-OutputType = Literal["np", "pt", "pil"]
+OutputType = Literal["np", "pt", "pil", "latent"]
 
 
-class SampleArguments(Conditions, total=False):
+class SampleArguments(Inputs, total=False):
     """The arguments of a call that returns samples alone; see skipstep.Engine.sample."""
 
     steps: int | None
@@ -41,10 +42,18 @@ class BatchRunner:
     """A loop and the batch sizes that it draws at (skipstep.loops.contract.Runner). Safe to call from several threads.
 
     With a loop that takes any size, the largest of `batch_sizes` is the most samples that it is given at once.
+    `pipeline`: what is around a network of latents, if anything is known of it.
     """
 
-    def __init__(self, loop: Loop, network: NetworkSpec, batch_sizes: Sequence[int], lifecycle: Lifecycle) -> None:
-        self.loop, self.network = loop, network
+    def __init__(
+        self,
+        loop: Loop,
+        network: NetworkSpec,
+        batch_sizes: Sequence[int],
+        lifecycle: Lifecycle,
+        pipeline: Parts | None = None,
+    ) -> None:
+        self.loop, self.network, self.pipeline = loop, network, pipeline
         self.batch_sizes = tuple(sorted(batch_sizes))
         self._lifecycle = lifecycle
 
@@ -99,7 +108,10 @@ class BatchRunner:
         _check_finite(broken, request.num_samples, len(stages))
 
     def as_output(self, samples: Any, output_type: str) -> Any:
-        """x_0 `[B, *sample_shape]`, NumPy or a tensor where it is one already, as the caller asked for it."""
+        """x_0 `[B, *sample_shape]`, NumPy or a tensor where it is one already, as the caller asked for it; of a
+        pipeline its pictures."""
+        if self.pipeline is not None and output_type != "latent":
+            samples = self.pipeline.decode(samples)
         if output_type == "pil":
             from skipstep.calls.images import to_pil
 

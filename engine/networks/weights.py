@@ -14,26 +14,26 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DOWNLOAD = "download it again"
 
 
-def find_weights(unet: Path) -> tuple[Path, ...]:
-    """The safetensors files of a network's folder. Raises ModelFormatError, UnsafeCheckpointError."""
-    for stem in (STEM, f"{STEM}.fp16"):
+def find_weights(unet: Path, name: str = STEM) -> tuple[Path, ...]:
+    """The safetensors files of a network's folder, called `name`. Raises ModelFormatError, UnsafeCheckpointError."""
+    for stem in (name, f"{name}.fp16"):
         if (unet / f"{stem}.safetensors").exists():
             return (unet / f"{stem}.safetensors",)
     for variant in ("", ".fp16"):
-        index = unet / f"{STEM}.safetensors.index{variant}.json"
+        index = unet / f"{name}.safetensors.index{variant}.json"
         if index.exists():
             return _shards(index)
     pickles = sorted(path for path in unet.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise UnsafeCheckpointError(
             got=f"weights as a pickle, {pickles[0]}",
-            expected=f"{STEM}.safetensors: a pickle runs code when it is loaded, so it was not opened",
+            expected=f"{name}.safetensors: a pickle runs code when it is loaded, so it was not opened",
             remedy='convert it once, where you trust the file: python -c "import torch, safetensors.torch as s; '
-            f"s.save_file(torch.load('{pickles[0]}', weights_only=True), '{unet / STEM}.safetensors')\"",
+            f"s.save_file(torch.load('{pickles[0]}', weights_only=True), '{unet / name}.safetensors')\"",
         )
     raise ModelFormatError(
         got=f"no weights in {unet}",
-        expected=f"{STEM}.safetensors",
+        expected=f"{name}.safetensors",
         remedy="write the folder again with save_pretrained(), or complete the download",
     )
 

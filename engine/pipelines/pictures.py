@@ -1,0 +1,140 @@
+"""Pictures to arrays and back, and the autoencoder between pictures and latents: in tiles above a size.
+
+Tiles are of the one size that the graphs were exported for; neighbours overlap by a quarter or more and are blended
+linearly. What fits in one tile is computed as a whole, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstep.arrays import float32, from_dlpack, host_floats
+from skipstep.errors import InputError, NonFiniteError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Array = NDArray[np.float32]
+Graph = Callable[[Array], Array]
+_OVERLAP: Final = 4  # The share of a tile, one in so many.
+
+
+def decode_tiled(graph: Graph, latents: Array, *, tile: tuple[int, int], factor: int) -> Array:
+    """Pictures `[B, C, H, W]` of latents; `graph` takes `[1, c, *tile]`. Raises NonFiniteError."""
+    return _tiled(graph, latents, tile, (tile[0] * factor, tile[1] * factor), "decoder")
+
+
+def encode_tiled(graph: Graph, pictures: Array, *, tile: tuple[int, int], factor: int) -> tuple[Array, Array]:
+    """The mean and the deviation of the latents of pictures. Raises NonFiniteError."""
+    moments = _tiled(graph, pictures, (tile[0] * factor, tile[1] * factor), tile, "encoder")
+    mean, deviation = np.split(moments, 2, axis=1)
+    return mean, deviation
+
+
+def _tiled(graph: Graph, inputs: Array, tile: tuple[int, int], made: tuple[int, int], part: str) -> Array:
+    rows, columns = (_starts(size, side) for size, side in zip(inputs.shape[2:], tile, strict=True))
+    whole = tuple(size * new // side for size, side, new in zip(inputs.shape[2:], tile, made, strict=True))
+    weights = np.outer(*(_ramp(side) for side in made)).astype(np.float32)
+    result: list[Array] = []
+    for sample in inputs:
+        if len(rows) == len(columns) == 1:
+            result.append(graph(sample[None])[0])
+            continue
+        total, weight = None, np.zeros(whole, np.float32)
+        for top in rows:
+            for left in columns:
+                piece = graph(np.ascontiguousarray(sample[None, :, top : top + tile[0], left : left + tile[1]]))[0]
+                if total is None:
+                    total = np.zeros((len(piece), *whole), np.float32)
+                y, x = top * made[0] // tile[0], left * made[1] // tile[1]
+                place = slice(y, y + made[0]), slice(x, x + made[1])
+                total[:, *place] += piece * weights
+                weight[place] += weights
+        assert total is not None, "there is at least one tile"
+        result.append((total / weight).astype(np.float32))
+    stacked = np.stack(result)
+    broken = np.flatnonzero(~np.isfinite(stacked.reshape(len(stacked), -1)).all(axis=1))
+    if broken.size:
+        raise NonFiniteError(
+            got=f"NaN or infinity from the autoencoder's {part}, samples {broken[:8].tolist()} of {len(stacked)}",
+            expected="finite numbers: it runs in float32, whatever precision the network has",
+            remedy="check the weights in the vae folder, and the scaling factor in its config.json",
+        )
+    return stacked
+
+
+def _starts(size: int, tile: int) -> list[int]:
+    """Where tiles start, so that the last one ends with the picture. Multiples of what divides both."""
+    if size <= tile:
+        return [0]
+    unit = int(np.gcd(size, tile))
+    count = -(-(size - tile) // max(unit, tile - tile // _OVERLAP)) + 1
+    # A latent pixel is a whole number of pixels: the starts are whole numbers of latent pixels in both.
+    return [round(start / unit) * unit for start in np.linspace(0, size - tile, count)]
+
+
+def _ramp(size: int) -> NDArray[np.float64]:
+    places = np.arange(size) + 0.5
+    ramp: NDArray[np.float64] = np.minimum(1.0, np.minimum(places, size - places) * _OVERLAP / size)
+    return ramp
+
+
+def read_pictures(name: str, given: Any, *, channels: int, size: tuple[int, int]) -> Array:
+    """Float32 `[B, C, H, W]` in [-1, 1] from PIL pictures, resized where they are of another size, or from an array.
+
+    Raises InputError.
+    """
+    pictures = [given] if _is_picture(given) else given
+    if isinstance(pictures, Sequence) and pictures and all(map(_is_picture, pictures)):
+        arrays = [_pixels(each, "L" if channels == 1 else "RGB", size) for each in pictures]
+        return np.stack(arrays) * np.float32(2.0) - np.float32(1.0)
+    return _array(name, given, channels, size, low=-1.0)
+
+
+def read_masks(given: Any, *, size: tuple[int, int]) -> Array:
+    """Float32 `[B, 1, H, W]`: 1 where it is drawn anew, 0 where the picture stays. From PIL pictures, white for 1, or
+    an array in [0, 1]."""
+    pictures = [given] if _is_picture(given) else given
+    if isinstance(pictures, Sequence) and pictures and all(map(_is_picture, pictures)):
+        masks = np.stack([_pixels(each, "L", size) for each in pictures])
+    else:
+        masks = _array("mask", given, 1, size, low=0.0)
+    return (masks >= np.float32(0.5)).astype(np.float32)
+
+
+def _pixels(picture: Image.Image, mode: str, size: tuple[int, int]) -> Array:
+    from PIL.Image import Resampling
+
+    picture = picture.convert(mode)
+    if picture.size != size[::-1]:
+        picture = picture.resize(size[::-1], Resampling.LANCZOS)
+    pixels = np.asarray(picture, np.float32) / np.float32(255.0)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _array(name: str, given: Any, channels: int, size: tuple[int, int], *, low: float) -> Array:
+    array = float32(host_floats(name, from_dlpack(name, given)))
+    shape = (channels, *size)
+    if array.shape == shape:
+        array = array[None]
+    if array.ndim != 4 or array.shape[1:] != shape or not len(array):
+        raise InputError(
+            got=f"{name} of shape {list(array.shape)}",
+            expected=f"[B, {', '.join(map(str, shape))}] in [{low:g}, 1], or PIL pictures of any size",
+            remedy="resize it, or build the engine with its height= and width=",
+        )
+    if not ((array >= low) & (array <= 1.0)).all():
+        raise InputError(
+            got=f"{name} with values outside [{low:g}, 1]",
+            expected="pixels in that range",
+            remedy="scale them: 2·(pixel/255) - 1 for pictures, pixel/255 for masks",
+        )
+    return array
+
+
+def _is_picture(given: object) -> bool:
+    return hasattr(given, "convert") and hasattr(given, "resize")

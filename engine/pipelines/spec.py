@@ -1,0 +1,74 @@
+"""What a bundle says of a pipeline's parts; their files are told by their names.
+
+pipeline/pipeline.json       this
+pipeline/tokenizer-N.json    one for each text encoder, as the `tokenizers` library writes it
+pipeline/text-N.onnx         token ids [B, L] to embeddings, and pooled ones where the network reads them
+pipeline/decoder.onnx        latents to pictures
+pipeline/encoder.onnx        pictures to the mean and the deviation of their latents
+pipeline/golden.safetensors  a prompt's embeddings, and the picture of some latents
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Annotated, Final
+
+from skipstep.networks.condition import MAX_SIDE
+from skipstep.storage.untrusted import Length, Within, own_rules, parse_json, read_dataclass, read_schema
+
+FOLDER: Final = "pipeline"
+SPEC_FILE: Final = f"{FOLDER}/pipeline.json"
+GOLDEN_FILE: Final = f"{FOLDER}/golden.safetensors"
+SCHEMA: Final = 1
+# The condition that an inpainting network reads beside its state: the mask, and the latents of what it leaves.
+MASKED: Final = "mask_and_masked_image"
+
+_Token = Annotated[int, Within(0, 1 << 31)]
+_Side = Annotated[int, Within(1, MAX_SIDE)]
+
+
+@dataclass(frozen=True, slots=True)
+class TextSpec:
+    """A text encoder: prompts of `num_tokens`, filled up with `pad`. `pooled`: it gives pooled embeddings, too."""
+
+    num_tokens: Annotated[int, Within(3, 1 << 16)]
+    pad: _Token
+    pooled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineSpec:
+    """`family` is the class of diffusers' pipeline. A latent pixel is `factor` pixels a side; a picture has `channels`;
+    the graphs take latents of `tile`, (height, width).
+
+    `zero_negative`: without a negative prompt, guidance contrasts with zeros and not with the empty prompt.
+    `encodes`: there is an encoder.
+    """
+
+    family: str
+    texts: Annotated[tuple[TextSpec, ...], Length(0, 2)]
+    factor: Annotated[int, Within(1, 256)]
+    channels: Annotated[int, Within(1, 64)]
+    tile: tuple[_Side, _Side]
+    zero_negative: bool
+    encodes: bool
+    schema: int = SCHEMA
+
+    def to_json(self) -> bytes:
+        """The same contents always give the same bytes."""
+        return (json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+    def graph_names(self) -> tuple[str, ...]:
+        """Of the ONNX graphs, without folder and suffix."""
+        texts = tuple(f"text-{i}" for i in range(len(self.texts)))
+        return (*texts, "decoder", *(("encoder",) if self.encodes else ()))
+
+    def tokenizer_names(self) -> tuple[str, ...]:
+        return tuple(f"{FOLDER}/tokenizer-{i}.json" for i in range(len(self.texts)))
+
+
+def read_pipeline_spec(data: bytes) -> PipelineSpec:
+    """Raises BundleError, whatever the bytes."""
+    value = parse_json(data, SPEC_FILE)
+    read_schema(value, SPEC_FILE, known=SCHEMA, remedy="export the bundle again with this version")
+    with own_rules(SPEC_FILE):
+        return read_dataclass(PipelineSpec, value, SPEC_FILE)

@@ -1,0 +1,171 @@
+"""Prompts to token ids, by the `tokenizers` library alone: CLIP's byte-pair encoding, from tokenizer.json or from
+vocab.json and merges.txt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipstep.errors import InputError, MissingDependencyError, ModelFormatError, check_integer
+from skipstep.networks.weights import DOWNLOAD
+from skipstep.pipelines.spec import TextSpec
+from skipstep.reporting import LOGGER
+from skipstep.storage.untrusted import malformed, read_json_object
+
+if TYPE_CHECKING:
+    import tokenizers
+
+CLASSES: Final = ("CLIPTokenizer", "CLIPTokenizerFast")
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+_WORDS: Final = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_MAX_PROMPT: Final = 1 << 20
+
+
+class PromptTokenizer:
+    """One text encoder's tokenizer: start, the prompt's tokens, end, and padding up to `spec.num_tokens`."""
+
+    def __init__(self, contents: str, spec: TextSpec) -> None:
+        try:
+            self._tokenizer: tokenizers.Tokenizer = _library().Tokenizer.from_str(contents)
+        except MissingDependencyError:
+            raise
+        except Exception as error:  # The library has no class of its own for what it cannot read.
+            raise malformed("a tokenizer's file", f"what the tokenizers library refuses ({error!s:.200})") from error
+        # Its file may ask for either; both are done here, because what is cut has to be said.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._spec = spec
+
+    def encode(self, prompts: Sequence[str]) -> NDArray[np.int64]:
+        """Ids int64 `[B, num_tokens]`; a warning quotes what is cut from a prompt."""
+        ids = np.full((len(prompts), self._spec.num_tokens), self._spec.pad, np.int64)
+        for row, prompt, encoding in zip(ids, prompts, self._tokenizer.encode_batch(list(prompts)), strict=True):
+            found, last = encoding.ids, self._spec.num_tokens - 1
+            if len(found) > last + 1:
+                LOGGER.warning(
+                    "the prompt %.60r… is longer than the %d tokens that the text encoder reads; cut off: %r",
+                    prompt,
+                    last - 1,
+                    prompt[encoding.offsets[last][0] :],
+                )
+                found = [*found[:last], found[-1]]
+            row[: len(found)] = found
+        return ids
+
+
+def check_prompts(name: str, value: Any) -> list[str]:
+    """A prompt or several as a list. Raises InputError."""
+    prompts = [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else []
+    if not prompts or not all(isinstance(each, str) and len(each) <= _MAX_PROMPT for each in prompts):
+        raise InputError(
+            got=f"{name}={value!r:.80}",
+            expected="a text, or a list of one text per sample",
+            remedy=f"pass {name}='a red apple'",
+        )
+    try:
+        for each in prompts:
+            each.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            got=f"a {name} with half a character, {error.object[error.start : error.end]!r}",
+            expected="text that can be written as UTF-8",
+            remedy="decode its bytes with errors='replace'",
+        ) from error
+    return prompts
+
+
+def read_tokenizer(folder: Path, *, pooled: bool) -> tuple[str, TextSpec]:
+    """A tokenizer's folder as the contents of one file, and what is to be known of it.
+
+    Raises ModelFormatError, MissingDependencyError.
+    """
+    config = read_json_object(folder / "tokenizer_config.json", remedy=DOWNLOAD)
+    kind = config.get("tokenizer_class", CLASSES[0])
+    if kind not in CLASSES:
+        raise ModelFormatError(
+            got=f"a {kind!r:.80} in {folder}",
+            expected=f"CLIP's byte-pair tokenizer, {' or '.join(CLASSES)}",
+            remedy="encode the prompts yourself, and build the engine of the unet folder with prompt_embeds=",
+        )
+    special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
+    for source in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        contents = read_json_object(source, remedy=DOWNLOAD) if source.exists() else {}
+        special |= {name: _text(contents[name]) for name in special if contents.get(name) is not None}
+    made = _from_file(folder) if (folder / "tokenizer.json").exists() else _from_vocabulary(folder, special)
+    length = config.get("model_max_length")
+    num_tokens = check_integer("model_max_length", length, low=3, high=1 << 16, remedy="correct tokenizer_config.json")
+    pad = made.token_to_id(special["pad_token"])
+    if pad is None or not made.encode("").ids[1:]:
+        raise ModelFormatError(
+            got=f"a tokenizer in {folder} without {special['pad_token']!r}, or without start and end",
+            expected="CLIP's special tokens in the vocabulary",
+            remedy=DOWNLOAD,
+        )
+    return made.to_str(), TextSpec(num_tokens, pad, pooled)
+
+
+def _from_file(folder: Path) -> tokenizers.Tokenizer:
+    try:
+        return _library().Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except MissingDependencyError:
+        raise
+    except Exception as error:  # As above.
+        raise ModelFormatError(
+            got=f"{folder / 'tokenizer.json'}, which the tokenizers library refuses ({error!s:.200})",
+            expected="a file that it wrote",
+            remedy=DOWNLOAD,
+        ) from error
+
+
+def _from_vocabulary(folder: Path, special: dict[str, str]) -> tokenizers.Tokenizer:
+    library = _library()
+    from tokenizers import models, normalizers, pre_tokenizers, processors
+
+    for name in ("vocab.json", "merges.txt"):
+        if not (folder / name).exists():
+            raise ModelFormatError(
+                got=f"no {name} in {folder}", expected="tokenizer.json, or vocab.json and merges.txt", remedy=DOWNLOAD
+            )
+    try:
+        model = models.BPE.from_file(
+            str(folder / "vocab.json"),
+            str(folder / "merges.txt"),
+            unk_token=special["unk_token"],
+            end_of_word_suffix="</w>",
+        )
+        made = library.Tokenizer(model)
+        made.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(library.Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        words = pre_tokenizers.Split(library.Regex(_WORDS), behavior="removed", invert=True)
+        made.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        start, end = ((special[name], made.token_to_id(special[name])) for name in ("bos_token", "eos_token"))
+        made.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
+        made.add_special_tokens(list(dict.fromkeys(special.values())))
+    except Exception as error:  # As above.
+        raise ModelFormatError(
+            got=f"{folder} with a vocabulary that the tokenizers library refuses ({error!s:.200})",
+            expected="CLIP's vocab.json and merges.txt",
+            remedy=DOWNLOAD,
+        ) from error
+    return made
+
+
+def _text(token: Any) -> str:
+    return str(token.get("content")) if isinstance(token, dict) else str(token)
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise MissingDependencyError(
+            got="no package tokenizers",
+            expected="tokenizers, which reads prompts",
+            remedy="pip install 'skipstep[prompts]'",
+        ) from error
+    return tokenizers

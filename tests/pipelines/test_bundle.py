@@ -1,0 +1,108 @@
+"""A pipeline as a bundle: the same pictures without torch, from the command line, and nothing changed is run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tolerances
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from tiny_pipelines import tiny_pipeline
+
+import skipstep
+from skipstep import Engine
+from skipstep.commands.main import main
+from skipstep.errors import BundleError, IntegrityError
+
+pytest.importorskip("transformers")
+
+_WITHOUT_TORCH = """
+import sys
+for name in ("torch", "transformers", "diffusers"):
+    sys.modules[name] = None
+import numpy as np, skipstep
+with skipstep.load(sys.argv[1], num_threads=1) as engine:
+    call = {"prompt": "the cat", "negative_prompt": "a dog", "guidance_scale": 7.5, "steps": 4, "seeds": [1]}
+    drawn = engine.sample(**call, noise="torch")
+    again = engine.sample(**call, image=drawn, strength=0.5)
+np.savez(sys.argv[2], drawn=drawn, again=again)
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: Any) -> Any:
+    """The bundle, and the engine that it was made of."""
+    folder = tmp_path_factory.mktemp("bundles") / "sd"
+    with Engine.build(str(tiny_pipeline("sd")[1]), plans=[4], device="cpu", backend="onnxruntime") as made:
+        made.save(folder, license="Apache-2.0")
+        yield folder, made
+
+
+@pytest.fixture
+def copied(saved: Any, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved[0], tmp_path / "copy"))
+
+
+def _replaced(folder: Path, name: str, data: bytes) -> None:
+    """As someone would who knows the format: with the new hash in the manifest."""
+    (folder / name).write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_the_same_pictures_without_torch(saved, tmp_path):
+    folder, made = saved
+    subprocess.run([sys.executable, "-c", _WITHOUT_TORCH, folder, tmp_path / "drawn.npz"], check=True)
+    found = np.load(tmp_path / "drawn.npz")
+    call = {"prompt": "the cat", "negative_prompt": "a dog", "guidance_scale": 7.5, "steps": 4, "seeds": [1]}
+    drawn = made.sample(**call, noise="torch")
+    again = made.sample(**call, image=drawn, strength=0.5)
+    np.testing.assert_allclose(found["drawn"], drawn, atol=tolerances.BACKENDS_AGREE)
+    np.testing.assert_allclose(found["again"], again, atol=tolerances.BACKENDS_AGREE)
+    assert np.abs(drawn - again).max() > 0.01
+
+
+def test_pictures_from_the_command_line(saved, tmp_path, capsys):
+    arguments = ["--prompt", "a cat", "the dog", "--num", "3", "--steps", "4", "--out", str(tmp_path / "out")]
+    assert main(["sample", "--model", str(saved[0]), *arguments]) == 0, capsys.readouterr().err
+    files = sorted(path.name for path in (tmp_path / "out/0004-steps").iterdir())
+    assert files == ["0000-seed0-a_cat.png", "0001-seed1-the_dog.png", "0002-seed2-a_cat.png"]
+    drawn = saved[1].sample(prompt="the dog", guidance_scale=7.5, steps=4, seeds=[1], output_type="pil")[0]
+    found = Image.open(tmp_path / "out/0004-steps" / files[1])
+    assert np.abs(np.asarray(found, int) - np.asarray(drawn, int)).max() <= 1
+
+
+def test_golden_samples_of_the_parts_are_compared(saved, copied):
+    assert main(["verify", str(saved[0])]) == 0
+    golden = load_file(copied / "pipeline/golden.safetensors")
+    golden["embeds"] = golden["embeds"] + np.float32(0.1)
+    save_file(golden, copied / "other.safetensors")
+    _replaced(copied, "pipeline/golden.safetensors", (copied / "other.safetensors").read_bytes())
+    with skipstep.load(copied) as engine, pytest.raises(IntegrityError, match="embeds"):
+        engine.runner.pipeline.check()
+
+
+@pytest.mark.parametrize("name", ["pipeline/text-0.onnx", "pipeline/decoder.onnx", "pipeline/tokenizer-0.json"])
+def test_a_changed_part_is_not_run(copied, name):
+    data = bytearray((copied / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copied / name).write_bytes(data)
+    with skipstep.load(copied) as engine, pytest.raises(IntegrityError, match=name):
+        engine.sample(prompt="a cat", steps=4, seeds=[0])
+
+
+@pytest.mark.parametrize("change", [{"factor": 0}, {"schema": 9}, {"texts": [{}]}, {"tile": [8]}, {"more": 1}])
+def test_a_description_that_makes_no_sense_is_refused(copied, change):
+    contents = {**json.loads((copied / "pipeline/pipeline.json").read_text()), **change}
+    _replaced(copied, "pipeline/pipeline.json", json.dumps(contents).encode())
+    with pytest.raises(BundleError):
+        skipstep.load(copied)

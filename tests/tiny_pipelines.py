@@ -1,0 +1,185 @@
+"""diffusers' pipelines of random weights, small enough to be exported in seconds, saved as folders."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import diffusers
+import torch
+
+LENGTH = 12
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+_PAIRS = (
+    "t h",
+    "th e</w>",
+    "a n",
+    "an d</w>",
+    "c a",
+    "ca t</w>",
+    "r e",
+    "re d</w>",
+    "d o",
+    "do g</w>",
+    "e r</w>",
+    "i n",
+)
+
+
+def write_vocabulary(folder: Path) -> None:
+    """CLIP's files of a byte-pair encoding with a dozen merges."""
+    import tokenizers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    units = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = [*units, *(f"{unit}</w>" for unit in units), *(pair.replace(" ", "") for pair in _PAIRS), _START, _END]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(_PAIRS) + "\n")
+
+
+def tokenizer(folder: Path, pad: str = _END) -> Any:
+    import transformers
+
+    write_vocabulary(folder)
+    return transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=LENGTH, pad_token=pad)
+
+
+def text_encoder(vocabulary: Any, *, projected: bool = False, width: int = 16) -> Any:
+    import transformers
+
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        bos_token_id=len(vocabulary) - 2,
+        eos_token_id=len(vocabulary) - 1,
+        pad_token_id=len(vocabulary) - 1,
+        projection_dim=16,
+        hidden_act="gelu" if projected else "quick_gelu",
+    )
+    return (transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel)(config)
+
+
+def unet(channels: int = 4, **options: Any) -> Any:
+    return diffusers.UNet2DConditionModel(
+        **{
+            "sample_size": 8,
+            "in_channels": channels,
+            "out_channels": 4,
+            "block_out_channels": (8, 16),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
+            "cross_attention_dim": 16,
+            "attention_head_dim": 2,
+            "norm_num_groups": 4,
+        }
+        | options
+    )
+
+
+def autoencoder(**options: Any) -> Any:
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"block_out_channels": (4, 8), "norm_num_groups": 4, "sample_size": 16, "latent_channels": 4}
+    return diffusers.AutoencoderKL(in_channels=3, out_channels=3, **blocks, **sizes, **options)
+
+
+def scheduler(**options: Any) -> Any:
+    return diffusers.DDIMScheduler(
+        **{
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "clip_sample": False,
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+        }
+        | options
+    )
+
+
+def _stable_diffusion(where: Path, channels: int = 4) -> Any:
+    vocabulary = tokenizer(where / "words")
+    parts = {"vae": autoencoder(), "text_encoder": text_encoder(vocabulary), "tokenizer": vocabulary}
+    cls = diffusers.StableDiffusionPipeline if channels == 4 else diffusers.StableDiffusionInpaintPipeline
+    return cls(
+        unet=unet(channels),
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **parts,
+    )
+
+
+def _xl(where: Path) -> Any:
+    first, second = tokenizer(where / "words"), tokenizer(where / "words2", pad="!")
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    return diffusers.StableDiffusionXLPipeline(
+        vae=autoencoder(scaling_factor=0.13025, force_upcast=False),
+        text_encoder=text_encoder(first),
+        text_encoder_2=text_encoder(second, projected=True, width=24),
+        tokenizer=first,
+        tokenizer_2=second,
+        unet=unet(cross_attention_dim=40, projection_class_embeddings_input_dim=16 + 48, **added),
+        scheduler=scheduler(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+
+
+def _lcm(where: Path) -> Any:
+    vocabulary = tokenizer(where / "words")
+    return diffusers.LatentConsistencyModelPipeline(
+        vae=autoencoder(),
+        text_encoder=text_encoder(vocabulary),
+        tokenizer=vocabulary,
+        unet=unet(time_cond_proj_dim=16),
+        scheduler=diffusers.LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _ldm(where: Path) -> Any:
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"block_out_channels": (4, 8), "norm_num_groups": 4, "sample_size": 16, "latent_channels": 3}
+    network = diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    )
+    vq = diffusers.VQModel(num_vq_embeddings=32, **blocks, **sizes)
+    return diffusers.LDMPipeline(vqvae=vq, unet=network, scheduler=scheduler())
+
+
+_MADE = {
+    "sd": _stable_diffusion,
+    "inpaint": lambda where: _stable_diffusion(where, 9),
+    "xl": _xl,
+    "lcm": _lcm,
+    "ldm": _ldm,
+}
+
+
+@cache
+def tiny_pipeline(name: str) -> tuple[Any, Path]:
+    """The pipeline, quiet and in eval mode, and the folder that it was saved to."""
+    where = Path(mkdtemp())
+    torch.manual_seed(0)
+    made = _MADE[name](where)
+    folder = where / name
+    made.save_pretrained(folder)
+    made.set_progress_bar_config(disable=True)
+    return made, folder
