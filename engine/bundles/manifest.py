@@ -104,8 +104,9 @@ class Manifest:
     """The whole manifest.
 
     `graphs` names the files of the network's parts: plan, prompt and call where the network has them; always step, in
-    float32; and step-float16 or step-bfloat16 where a GPU target needs it. `defaults`, with `default_schedule`, are the
-    options of the plan of a step count; None where the model has no scheduler configuration. `calibration` is the file
+    float32; step-float16 or step-bfloat16 where a GPU target needs it; and those in 8 bits (skipstep.quantizing), of
+    which `quantized` states the error, by the same names (skipstep.export.sensitivity.Choice). `defaults`, with
+    `default_schedule`, are the options of the plan of a step count; None where the model has no scheduler configuration. `calibration` is the file
     of measured latencies (skipstep.latency.calibration), None for a bundle that was never calibrated.
     """
 
@@ -127,6 +128,7 @@ class Manifest:
     kernels: tuple[KernelEntry, ...] = ()
     samplers: tuple[SamplerEntry, ...] = ()
     calibration: Annotated[FileName | None, ADDED_LATER] = None
+    quantized: Annotated[Mapping[str, Any] | None, ADDED_LATER] = None
     schema: int = field(default=SCHEMA)
 
     def to_json(self) -> bytes:
@@ -136,6 +138,7 @@ class Manifest:
         for name, unset in (("conditions", {}), ("time_input", "timestep"), ("state", "vp"), ("sigma_data", None)):
             if contents["network"][name] == unset:
                 del contents["network"][name]
-        if self.calibration is None:
-            del contents["calibration"]  # Calibrating a bundle adds the field; nothing else in the manifest changes.
+        for name in ("calibration", "quantized"):
+            if contents[name] is None:
+                del contents[name]  # What adds the field changes nothing else in the manifest.
         return (json.dumps(contents, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
