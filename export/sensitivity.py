@@ -25,14 +25,17 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class PixelError:
-    """Of samples in [-1, 1] against float32: the largest difference, and the root mean square."""
+    """Against float32: the largest difference, and the root mean square.
+
+    Of samples in [-1, 1]; of samples beyond that, such as latents, in parts of the largest.
+    """
 
     largest: float
     rms: float
 
     @classmethod
     def between(cls, found: Array, exact: Array) -> PixelError:
-        difference = np.abs(found - exact)
+        difference = np.abs(found - exact) / max(1.0, float(np.abs(exact).max()))
         return cls(float(difference.max()), float(np.sqrt(np.mean(difference**2))))
 
     def within(self, other: PixelError) -> bool:
@@ -86,11 +89,12 @@ def choose_layers(
     for number, name in enumerate(candidates, 1):
         squares[name] = measured([name], plans[0]).rms ** 2
         report(f"measure layer {number} of {len(candidates)}")
-    ordered = sorted(candidates, key=lambda name: squares[name] / max(flops[name], 1))
-    sums = np.cumsum([squares[name] for name in ordered])
-    count = int(np.searchsorted(sums, _SEARCHED.rms**2, side="right"))
-    while count:
-        chosen = ordered[:count]
+    chosen, left = [], _SEARCHED.rms**2
+    for name in sorted(candidates, key=lambda name: squares[name] / max(flops[name], 1)):
+        if squares[name] <= left:
+            chosen.append(name)
+            left -= squares[name]
+    while chosen:
         errors: dict[str, PixelError] = {}
         for plan in plans:
             errors[plan] = measured(chosen, plan)
@@ -99,8 +103,8 @@ def choose_layers(
         else:
             share = sum(flops[name] for name in chosen) / max(sum(flops.values()), 1)
             return Choice(tuple(chosen), len(candidates), share, errors)
-        report(f"{count} layers in 8 bits are too many")
-        count = min(count - 1, math.floor(count * _GIVEN_BACK))
+        report(f"{len(chosen)} layers in 8 bits are too many")
+        del chosen[min(len(chosen) - 1, math.floor(len(chosen) * _GIVEN_BACK)) :]
     raise ExportError(
         got=f"a network in which each of {len(candidates)} layers in 8 bits changes the samples too much",
         expected=f"at most {BOUND.largest:g} at any place, and {BOUND.rms:g} as root mean square",

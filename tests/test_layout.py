@@ -47,7 +47,7 @@ ROOMS = (
     "commands",
 )
 ENGINE_MODULES = (
-    *("engine", "delegates", "building", "model_source", "opening", "saving", "loading", "bundle_source"),
+    *("engine", "delegates", "building", "model_source", "opening", "saving", "loading", "bundle_source", "quantizing"),
 )
 
 

@@ -106,8 +106,9 @@ class Manifest:
     `graphs` names the files of the network's parts: plan, prompt and call where the network has them; always step, in
     float32; step-float16 or step-bfloat16 where a GPU target needs it; and those in 8 bits (skipstep.quantizing), of
     which `quantized` states the error, by the same names (skipstep.export.sensitivity.Choice). `defaults`, with
-    `default_schedule`, are the options of the plan of a step count; None where the model has no scheduler configuration. `calibration` is the file
-    of measured latencies (skipstep.latency.calibration), None for a bundle that was never calibrated.
+    `default_schedule`, are the options of the plan of a step count; None where the model has no scheduler
+    configuration. `calibration` is the file of measured latencies (skipstep.latency.calibration), None for a bundle
+    that was never calibrated.
     """
 
     model: str
