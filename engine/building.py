@@ -46,7 +46,7 @@ class BuildOptions(ModelOptions, total=False):
                       "auto": the one with the fewest launches from the host. `Engine.describe` says which was possible.
     require_captured  on a GPU: raise CaptureError where a loop cannot run as `loop` says, instead of a simpler one.
     device            "cpu", "cuda", "cuda:1", or "auto": the GPU where there is one.
-    precision         of the network: "float32" (also "auto"), on a GPU "tf32" (float32 whose products are rounded to ten
+    precision         of the network: "float32" (also "auto"), on a GPU "tf32" (float32, products rounded to ten
                       bits), "float16" and "bfloat16", with TensorRT "int8" and "fp8"; on the CPU "int8", with openvino
                       "bfloat16" on a processor that has it; the state is always float32.
     library           of the tensorrt backend: "tensorrt" or "tensorrt_rtx"; None: full TensorRT where it is installed.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.backends.denoiser import Denoiser, Enqueue, MakeDenoiser, Target
+from skipstep.backends.denoiser import EIGHT_BITS, Denoiser, Enqueue, MakeDenoiser, Target
 from skipstep.calls.conditioning import Conditioning
 from skipstep.calls.plan_set import PlanSet
 from skipstep.errors import InputError, check_items, shown
@@ -98,9 +98,9 @@ def quantize_source(
     return made
 
 
-def check_calibration(precision: str, calibration: object) -> None:
+def check_calibration(precision: object, calibration: object) -> None:
     """Raise InputError where a precision needs what to calibrate on and has none, or the other way round."""
-    needed = precision in ("int8", "fp8")
+    needed = isinstance(precision, str) and precision in EIGHT_BITS
     if needed != (calibration is not None):
         raise InputError(
             got=f"precision={precision!r} with calibration={shown(calibration)}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from skipstep.backends.denoiser import NetworkSource
 from skipstep.errors import InputError
@@ -14,7 +14,6 @@ from skipstep.loops.runner import CompiledNetwork
 from skipstep.reporting import reporter
 
 if TYPE_CHECKING:
-    from skipstep.export.request import QuantizedStep
     from skipstep.latency.calibration import Calibration
     from skipstep.model_source import GraphSource
 
@@ -77,7 +76,7 @@ def save(
     def open_again(folder: Path) -> Sampler:
         return type(engine)(load_network(folder))
 
-    def quantize(source: GraphSource, forms: Iterable[str]) -> Mapping[str, QuantizedStep]:
+    def quantize(source: GraphSource, forms: Iterable[str]) -> Mapping[str, Any]:
         plans = list(engine.plans.values())
         return quantize_source(source, plans, calibration, forms, sampler=type(engine), report=report)
 

@@ -127,7 +127,7 @@ def test_no_modules_import_each_other():
     [
         ("commands", {"bench"}),  # The pytest plugin takes the options of the command.
         ("bench", {"commands"}),
-        ("export", {"bench", "commands", "skipstep.model_source", "skipstep.robotics.encoder"}),
+        ("export", {"bench", "commands", "skipstep.model_source", "skipstep.quantizing", "skipstep.robotics.encoder"}),
     ],
 )
 def test_a_room_is_imported_through_its_doors_only(target, doors):
