@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Unpack, cast, get_args
 
-from skipstep.backends.denoiser import Denoiser, Precision, Target
+from skipstep.backends.denoiser import EIGHT_BITS, Denoiser, Precision, Target
 from skipstep.backends.registry import BACKENDS, check_device, check_library, resolve_backend
 from skipstep.calls.plan_set import PlanSet, make_plan
 from skipstep.cuda.probe import cuda_device
@@ -22,6 +23,7 @@ from skipstep.errors import (
 )
 from skipstep.loops.agreement import NetworkProbe
 from skipstep.loops.choice import FORMS, make_loop, resolve_form
+from skipstep.loops.contract import Sampler
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.loops.runner import BatchRunner, CompiledNetwork
 from skipstep.model_source import NO_TORCH_BACKEND, ModelOptions, is_onnx_path
@@ -32,6 +34,7 @@ from skipstep.plans.parameterization import PREDICTION_TYPES, TIME_INPUTS
 from skipstep.plans.plan import Plan
 from skipstep.plans.schedule import NoiseSchedule, check_schedule
 from skipstep.plans.scheduler_config import SchedulerConfig
+from skipstep.quantizing import check_calibration, quantize_source
 from skipstep.reporting import LOGGER, Report, reporter
 
 
@@ -44,11 +47,13 @@ class BuildOptions(ModelOptions, PartsOptions, total=False):
                       "auto": the one with the fewest launches from the host. `Engine.describe` says which was possible.
     require_captured  on a GPU: raise CaptureError where a loop cannot run as `loop` says, instead of a simpler one.
     device            "cpu", "cuda", "cuda:1", or "auto": the GPU where there is one.
-    precision         of the network: "float32" (also "auto"), on a GPU also "tf32" (float32 whose products are rounded
-                      to ten bits), "float16" and "bfloat16", and on the CPU "bfloat16" with the openvino backend on a
-                      processor that has it; the state is always float32.
+    precision         of the network: "float32" (also "auto"), on a GPU "tf32" (float32, products rounded to ten
+                      bits), "float16" and "bfloat16", with TensorRT "int8" and "fp8"; on the CPU "int8", with openvino
+                      "bfloat16" on a processor that has it; the state is always float32.
     library           of the tensorrt backend: "tensorrt" or "tensorrt_rtx"; None: full TensorRT where it is installed.
     compile_network   run torch's module through torch.compile first (torch on a GPU).
+    calibration       with "int8" and "fp8": seeds to draw with, or a folder of .npz files, each with the arguments of
+                      one call of `sample`, "conditions/NAME" for those by name (skipstep.quantizing).
     num_threads       of ONNX Runtime and OpenVINO on the CPU; None: all that the process may use. torch keeps its own.
     progress          called as progress(phase), in words, which the logger "skipstep" gets too.
     """
@@ -58,6 +63,7 @@ class BuildOptions(ModelOptions, PartsOptions, total=False):
     require_captured: bool
     device: str
     precision: str
+    calibration: Iterable[int] | str | os.PathLike[str] | None
     library: str | None
     compile_network: bool
     num_threads: int | None
@@ -125,12 +131,14 @@ def build_network(
     model: Any,
     request: PlanRequest,
     *,
+    sampler: Callable[[CompiledNetwork], Sampler],
     batch_sizes: Iterable[int],
     backend: str = "auto",
     loop: str = "auto",
     require_captured: bool = False,
     device: str = "auto",
     precision: str = "float32",
+    calibration: Iterable[int] | str | os.PathLike[str] | None = None,
     library: str | None = None,
     compile_network: bool = False,
     num_threads: int | None = None,
@@ -146,6 +154,7 @@ def build_network(
     sizes = _checked_batch_sizes(batch_sizes)
     check_choice("precision", precision, ("auto", *get_args(Precision)))
     precision = "float32" if precision == "auto" else precision
+    check_calibration(precision, calibration)
     check_choice("backend", backend, ("auto", *dict.fromkeys(each.name for each in BACKENDS)))
     check_choice("loop", loop, ("auto", *dict.fromkeys(form for forms in FORMS.values() for form in forms)))
     check_device(device, auto=True)
@@ -177,6 +186,10 @@ def build_network(
         compile_on_miss=request.compile_on_miss,
         network_digest=source.digest,
     )
+    if precision in EIGHT_BITS:
+        wanted = f"int8-{chosen.name}" if kind == "cpu" else precision
+        quantized = quantize_source(source, plans, calibration, [wanted], sampler=sampler, report=report)
+        source = replace(source, steps={wanted: quantized[wanted].graph})
     lifecycle = Lifecycle()
     cuda = None
     if kind == "cuda" or chosen.compiles_late:
@@ -200,18 +213,19 @@ def build_network(
         report("compare it with the model on the CPU")
         return source.reference()
 
+    compared_in = source.computes_in if precision == "float32" else precision
     if chosen.compiles_late:
         probe = NetworkProbe.of(reference(), network)
 
         def check(denoiser: Denoiser) -> None:
             with source.blamed():
-                probe.check(denoiser, precision=source.computes_in if precision == "float32" else precision)
+                probe.check(denoiser, precision=compared_in)
 
         target = replace(target, check=check)
     make = chosen.denoisers(source, target)
     if chosen.loads_bundles and cuda is None and not chosen.compiles_late:
         with source.blamed():
-            NetworkProbe.of(reference(), network).check(make(2), precision=source.computes_in)
+            NetworkProbe.of(reference(), network).check(make(2), precision=compared_in)
     made = make_loop(
         make,
         network,
@@ -220,7 +234,7 @@ def build_network(
         required=require_captured,
         lifecycle=lifecycle,
         device=cuda,
-        precision=source.computes_in if precision == "float32" else precision,
+        precision=compared_in,
         reference=reference,
         ready=chosen.compiles_late,
     )

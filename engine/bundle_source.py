@@ -66,14 +66,8 @@ class BundleSource:
         return {part: self.bundle.read_graph(graphs[part]) for part in ("plan", "prompt", "call") if part in graphs}
 
     def step_graph(self, precision: str) -> bytes:
-        if precision != "float32":
-            raise InputError(
-                got=f"the step network of a bundle in {precision}",
-                expected="float32, in which a bundle holds it for the CPU",
-                remedy="leave precision out, or load the bundle with device='cuda'",
-            )
         try:
-            return self.bundle.read_graph(self.bundle.manifest.graphs["step"])
+            return self.bundle.read_graph(_step_file(self.bundle, precision))
         except BundleError as error:
             self.failures.append(error)
             raise
@@ -96,6 +90,22 @@ class BundleSource:
     ) -> bytes:
         facts = cuda_device(device)
         return read_engine(self.bundle, library=library, version=version, device=facts, batch_size=batch_sizes[0])[0]
+
+
+def _step_file(bundle: Bundle, precision: str) -> str:
+    """The file of the step network in a precision. Raises InputError where the bundle has none."""
+    graphs = bundle.manifest.graphs
+    name = "step" if precision == "float32" else f"step-{precision}"
+    if name not in graphs:
+        raise InputError(
+            got=f"{bundle.path}, a bundle without a step network in {precision}",
+            expected=f"one of {', '.join(graph for graph in graphs if graph.startswith('step'))}",
+            remedy="leave precision out, or save the bundle again: engine.save(..., precision='int8', "
+            "calibration=range(8))"
+            if precision.startswith("int8")
+            else "leave precision out, or load the bundle with device='cuda'",
+        )
+    return graphs[name]
 
 
 def load_network(
@@ -182,6 +192,8 @@ def _network_of(
         precision = "float32" if gpu is None or not manifest.engines else manifest.engines[0].precision
     name = "tensorrt" if gpu is not None and asked_backend == "auto" else asked_backend
     backend = resolve_backend(name, device=kind, exports=False, precision=precision)
+    if gpu is None and precision == "int8":
+        _step_file(bundle, f"int8-{backend.name}")
     source, lifecycle, cuda = BundleSource(bundle), Lifecycle(), None
     target = replace(target, precision=cast(Precision, precision))
     if gpu is not None:

@@ -122,7 +122,7 @@ class Engine:
         from skipstep.building import PlanRequest, build_network  # The only part that needs torch.
 
         request = PlanRequest(plans, schedule, prediction_type, compile_on_miss, compatibility)
-        engine = cls(build_network(model, request, batch_sizes=batch_sizes, **options))
+        engine = cls(build_network(model, request, sampler=cls, batch_sizes=batch_sizes, **options))
         engine.prepare()
         return engine
 

@@ -11,7 +11,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
@@ -81,6 +81,8 @@ class GraphSource(ABC):
     network: Any
     digest: str | None
     tables: dict[bytes, Values] = field(default_factory=dict, kw_only=True)
+    # In 8 bits, by form (skipstep.quantizing).
+    steps: Mapping[str, bytes] = field(default_factory=dict, kw_only=True)
     _partition: Partition | None = field(default=None, kw_only=True)
     _lock: threading.Lock = field(default_factory=threading.Lock, kw_only=True)
 
@@ -117,6 +119,8 @@ class GraphSource(ABC):
         return self.partition().graphs.before_loop
 
     def step_graph(self, precision: str) -> bytes:
+        if precision in self.steps:
+            return self.steps[precision]
         from skipstep.export.precision_check import step_graph
 
         return step_graph(self.partition(), precision)
@@ -300,9 +304,11 @@ def save_bundle(
     *,
     open_again: Callable[[Path], Sampler],
     progress: Report,
+    quantize: Callable[[GraphSource, Sequence[str]], Mapping[str, Any]] | None = None,
     **request: Any,
 ) -> None:
-    """Write an engine that was built from a model as a bundle; `request` is a skipstep.export BundleRequest's."""
+    """Write an engine that was built from a model as a bundle; `request` is a skipstep.export BundleRequest's.
+    `quantize` gives the step network in these forms of skipstep.quantizing."""
     from skipstep.export.request import BundleRequest, check_request
 
     if not isinstance(source, GraphSource):
@@ -313,6 +319,10 @@ def save_bundle(
         )
     asked = BundleRequest(**request)
     targets = check_request(path, asked)
+    if quantize is not None:
+        forms = [f"int8-{name}" for name in ("onnxruntime", "openvino") if asked.precision == "int8"]
+        on_gpu = targets.engines or targets.step_network or targets.trtexec
+        asked = replace(asked, quantized=quantize(source, forms + ([asked.precision] if on_gpu else [])))
     from skipstep.export.bundle_writer import check_engine, write_bundle
 
     check_engine(engine, targets)

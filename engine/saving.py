@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from skipstep.backends.denoiser import NetworkSource
 from skipstep.errors import InputError
@@ -15,6 +15,7 @@ from skipstep.reporting import reporter
 
 if TYPE_CHECKING:
     from skipstep.latency.calibration import Calibration
+    from skipstep.model_source import GraphSource
 
 
 class Savable(Sampler, Protocol):
@@ -36,6 +37,7 @@ def save(
     name: str | None = None,
     targets: Iterable[str] = ("cpu",),
     precision: str = "float32",
+    calibration: Iterable[int] | str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     sign_key: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
@@ -48,7 +50,9 @@ def save(
                 build makes an engine on its device; "onnx-loop" and "onnx-unrolled" for whole loops as ONNX graphs;
                 "server" for a Triton Inference Server repository; "trtexec" for TensorRT's own tools
                 (skipstep.export.targets).
-    precision   of the network for GPUs: "float32", "float16" or "bfloat16". The CPU's is float32.
+    precision   of the network for GPUs: "float32", "float16", "bfloat16", "int8" or "fp8". The CPU's is float32; with
+                "int8" the bundle also holds networks in int8 for the CPU, for load(precision="int8").
+    calibration as for Engine.build, with "int8" and "fp8".
     sign_key    an Ed25519 private key to sign the manifest with (skipstep.storage.signature).
 
     The bundle is loaded and draws the golden samples again before it takes its name; an existing one is replaced only
@@ -59,20 +63,30 @@ def save(
         raise InputError(
             got=f"an engine in {engine.precision} to be saved",
             expected="one in float32: it draws the golden samples, which every machine compares its own with",
-            remedy=f"build it without precision=, and call skipstep.load(path, precision={engine.precision!r}, "
+            remedy="build it without precision=, and save it with precision='int8' and calibration="
+            if engine.precision == "int8"
+            else f"build it without precision=, and call skipstep.load(path, precision={engine.precision!r}, "
             f"backend={engine.backend!r}) where the bundle is used",
         )
     from skipstep.bundle_source import load_network
     from skipstep.model_source import save_bundle
+    from skipstep.quantizing import check_calibration, quantize_source
+
+    check_calibration(precision, calibration)
 
     def open_again(folder: Path) -> Sampler:
         return type(engine)(load_network(folder))
+
+    def quantize(source: GraphSource, forms: Iterable[str]) -> Mapping[str, Any]:
+        plans = list(engine.plans.values())
+        return quantize_source(source, plans, calibration, forms, sampler=type(engine), report=report)
 
     save_bundle(
         engine,
         engine.source,
         path,
         open_again=open_again,
+        quantize=None if calibration is None else quantize,
         progress=report,
         name=engine.source.name if name is None else name,
         license=license,

@@ -17,6 +17,7 @@ from typing import Any
 from numpy.typing import NDArray
 from safetensors.numpy import save as save_arrays
 
+from skipstep.backends.denoiser import tensor_dtype
 from skipstep.backends.onnxruntime import EarlyGraphs
 from skipstep.bundles.golden import GOLDEN_FILE, draw_golden, replay_golden
 from skipstep.bundles.manifest import FILE_NAME, SIGNATURE_NAME, KernelEntry, Manifest, PlanEntry, SamplerEntry
@@ -150,6 +151,7 @@ class _BundleDraft:
             samplers=tuple(samplers),
             calibration=calibration,
             pipeline=pipeline,
+            quantized={f"step-{form}": each.facts for form, each in request.quantized.items()} or None,
         )
         return manifest, arrays
 
@@ -160,6 +162,10 @@ class _BundleDraft:
             part: self.files.add_graph(f"network/{part}.onnx", compress_weights(graph)) for part, graph in parts.items()
         }
         precision = self.request.precision
+        for form, quantized in self.request.quantized.items():
+            graphs[f"step-{form}"] = self.files.add_graph(f"network/step-{form}.onnx", quantized.graph)
+        if precision in self.request.quantized:
+            return graphs, self.request.quantized[precision].graph
         if precision == "float32" or not (self.targets.engines or self.targets.step_network):
             return graphs, self.parts.graphs.step
         step = step_graph(self.parts, precision)
@@ -175,7 +181,7 @@ class _BundleDraft:
         from skipstep.export.cubins import compile_noise_kernels, compile_step_kernels, needed_variants
 
         self.report("step kernels for " + ", ".join(f"sm_{each}" for each in self.targets.kernels))
-        network, precision = self.engine.network, self.request.precision
+        network, precision = self.engine.network, tensor_dtype(self.request.precision)
         variants = needed_variants(
             [flags for plan in self.engine.plans.values() for flags in plan.stage_flags],
             guided=network.can_guide,
@@ -216,7 +222,9 @@ class _BundleDraft:
     def _trtexec(self, step: bytes) -> None:
         self.report("networks and arrays for trtexec")
         engine, precision = self.engine, self.request.precision
-        if not (self.targets.engines or self.targets.step_network):  # Else `step` is in that precision.
+        if precision not in self.request.quantized and not (
+            self.targets.engines or self.targets.step_network
+        ):  # Else `step` is in that precision.
             step = step_graph(self.parts, precision)
         plans = list(engine.plans.values())
         for name, data in trtexec_files(self.parts, step, engine.network, plans, engine.batch_sizes, precision):

@@ -16,7 +16,7 @@ from dataclasses import astuple
 from importlib import metadata
 from typing import Any
 
-from skipstep.backends.denoiser import Library
+from skipstep.backends.denoiser import EIGHT_BITS, Library
 from skipstep.backends.tensorrt_library import import_library
 from skipstep.bundles.bundle import open_bundle
 from skipstep.bundles.cache import ArtefactCache
@@ -46,8 +46,9 @@ def add_engines(
 ) -> list[str]:
     """Build engines from a bundle's step network on this machine and add them to the bundle; the files' names.
 
-    The network is the half-precision one if the bundle has one, else the float32 one. Every file is verified on its way
-    into the new bundle, which takes the old one's place when it is whole. Engines of the same target are replaced.
+    The network is the one in 8 bits or half precision if the bundle has one, else the float32 one. Every file is
+    verified on its way into the new bundle, which takes the old one's place when it is whole. Engines of the same
+    target are replaced.
     `device` is the number of the GPU that they are for; `workspace_bytes` bounds the memory that the builder may use
     for a kernel.
     Raises BundleError and its kinds, ExportError, DeviceUnavailableError.
@@ -55,7 +56,9 @@ def add_engines(
     report = progress or (lambda message: None)
     bundle = open_bundle(path, require_signature=require_signature)
     manifest = bundle.manifest
-    precision = next((each for each in ("float16", "bfloat16") if f"step-{each}" in manifest.graphs), "float32")
+    precision = next(
+        (each for each in (*EIGHT_BITS, "float16", "bfloat16") if f"step-{each}" in manifest.graphs), "float32"
+    )
     name = "step" if precision == "float32" else f"step-{precision}"
     step = expand_weights(bundle.read_graph(manifest.graphs[name]))
     built = [

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from skipstep.backends.denoiser import EIGHT_BITS
 from skipstep.bundles.bundle import is_bundle
 from skipstep.errors import InputError, StorageError, check_choice, check_flag, check_path, check_text
 from skipstep.export.targets import Targets
 from skipstep.latency.calibration import Calibration
 from skipstep.storage.atomic import check_writable
 
-PRECISIONS = ("float32", "float16", "bfloat16")
+PRECISIONS = ("float32", "float16", "bfloat16", *EIGHT_BITS)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedStep:
+    """A step network in 8 bits, and what a manifest states of it (skipstep.export.sensitivity.Choice.facts)."""
+
+    graph: bytes
+    facts: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class BundleRequest:
-    """The options of Engine.save. `calibration` is what was measured of the engine, if anything."""
+    """The options of Engine.save. `calibration` is what was measured of the engine, if anything; `quantized` are
+    step networks in 8 bits, by form (skipstep.quantizing)."""
 
     name: str
     license: str
@@ -27,6 +38,7 @@ class BundleRequest:
     overwrite: bool = False
     sign_key: str | os.PathLike[str] | None = None
     calibration: Calibration | None = None
+    quantized: Mapping[str, QuantizedStep] = field(default_factory=dict)
 
 
 def check_request(path: str | os.PathLike[str], request: BundleRequest) -> Targets:
@@ -38,6 +50,12 @@ def check_request(path: str | os.PathLike[str], request: BundleRequest) -> Targe
     check_flag("overwrite", request.overwrite)
     check_text("name", request.name)
     targets = Targets.parse(request.targets)
+    if request.precision == "fp8" and not (targets.engines or targets.step_network or targets.trtexec):
+        raise InputError(
+            got="precision='fp8' without a target that computes in it",
+            expected="TensorRT, as in targets=['rtx:sm89']",
+            remedy="name such a target, or pass precision='int8', which the CPU computes in, too",
+        )
     if request.sign_key is not None:
         from skipstep.storage.signature import sign
 

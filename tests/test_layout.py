@@ -58,6 +58,7 @@ ENGINE_MODULES = (
         "loading",
         "bundle_source",
         "edge_loading",
+        "quantizing",
     ),
 )
 
@@ -146,6 +147,7 @@ def test_no_modules_import_each_other():
                 "skipstep.demo.browser",
                 "skipstep.model_source",
                 "skipstep.pipelines.building",
+                "skipstep.quantizing",
                 "skipstep.robotics.encoder",
             },
         ),

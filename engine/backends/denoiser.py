@@ -39,7 +39,9 @@ class KeptBytes(Protocol):
 # keep(description, parts): bytes that depend on these parts.
 Keep = Callable[[str, Mapping[str, Any]], KeptBytes]
 # Of a network; skipstep.backends.registry has which backend runs in which.
-Precision = Literal["float32", "tf32", "float16", "bfloat16"]
+Precision = Literal["float32", "tf32", "float16", "bfloat16", "int8", "fp8"]
+# Layers in 8 bits, in a network of half precision on a GPU, and of float32 on the CPU.
+EIGHT_BITS = ("int8", "fp8")
 # Of TensorRT engines.
 Library = Literal["tensorrt", "tensorrt_rtx"]
 
@@ -117,7 +119,7 @@ class NetworkSource(Protocol):
         ...
 
     def step_graph(self, precision: str) -> bytes:
-        """The serialised step network in "float32", "float16" or "bfloat16"."""
+        """The serialised step network in "float32", "float16", "bfloat16", or in a form of skipstep.quantizing."""
         ...
 
     @property
@@ -138,6 +140,11 @@ class NetworkSource(Protocol):
         """A verified TensorRT engine of the step network for that GPU of this machine: at the first of `batch_sizes`,
         and at the others where one engine can be. `again`: the library did not take the one that was given before."""
         ...
+
+
+def tensor_dtype(precision: str) -> str:
+    """Of a network's inputs and outputs on a GPU, by its precision."""
+    return "float32" if precision == "tf32" else "float16" if precision in EIGHT_BITS else precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +175,8 @@ class Target:
 
     @property
     def dtype(self) -> str:
-        """Of the network's tensors: "tf32" is float32 whose products the GPU may round to ten bits."""
-        return "float32" if self.precision == "tf32" else self.precision
+        """Of the network's tensors on a GPU: "tf32" is float32 whose products it may round to ten bits."""
+        return tensor_dtype(self.precision)
 
     def __post_init__(self) -> None:
         if self.num_threads is not None:
@@ -179,6 +186,7 @@ class Target:
 
 
 __all__ = [
+    "EIGHT_BITS",
     "Denoiser",
     "DeviceDenoiser",
     "Enqueue",
@@ -191,4 +199,5 @@ __all__ = [
     "Precision",
     "StepInput",
     "Target",
+    "tensor_dtype",
 ]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, Target
 from skipstep.backends.early import EarlyParts, graph_failed
 from skipstep.backends.prefetch import Lazy
-from skipstep.backends.processor import processor, thread_limit
+from skipstep.backends.processor import has_vnni, processor, thread_limit
 from skipstep.calls.conditioning import Conditioning
 from skipstep.errors import ExportError
 from skipstep.networks.condition import MAX_ELEMENTS
@@ -108,7 +108,7 @@ class OnnxRuntimeDenoiser:
 
 def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:
     """Denoisers of one step session, for any batch size. Loading it begins at once, in the background."""
-    session = _step_session(source.step_graph("float32"), target)
+    session = _step_session(source.step_graph("int8-onnxruntime" if target.precision == "int8" else "float32"), target)
     # The bytes are read before and not in the background, where each read and hash would wait for Python's lock.
     session.prefetch()
     early = EarlyGraphs(source.before_loop(), source.spec, target.num_threads, tables=source.tables)
@@ -196,6 +196,9 @@ def make_session(
         options.optimized_model_filepath = str(written)
     if as_it_stands or optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if not has_vnni():
+        # Such processors add products of 8 bits in 16, and cut off what does not fit; this takes ones of 16 bits.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     options.intra_op_num_threads = num_threads or thread_limit() or 0
     if before_loop:
         # Threads that go on waiting for more would take the cores from the loop's.

@@ -66,7 +66,7 @@ class StepModels:
         self._spec, self._target, self._early = source.spec, target, early
         self._config = settings(target.precision, target.num_threads)
         # A bundle verifies the graph when it is read, which is waited for: it is read in the background at once.
-        self._graph = Lazy(lambda: source.step_graph("float32"))
+        self._graph = Lazy(lambda: source.step_graph("int8-openvino" if target.precision == "int8" else "float32"))
         self._graph.prefetch()
         self._compiled = Shared(self._kept_or_compiled)
 

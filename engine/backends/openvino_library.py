@@ -16,8 +16,9 @@ from skipstep.networks.large_graph import weights_of
 
 _TELEMETRY: Final = "openvino_telemetry"
 _IMPORT_LOCK = threading.Lock()
-# Names of OpenVINO's for each precision of ours, and what a model reports that runs in it.
-HINTS: Final[Mapping[str, str]] = {"float32": "f32", "bfloat16": "bf16"}
+# Names of OpenVINO's for each precision of ours, and what a model reports that runs in it: of int8, what is between
+# its layers.
+HINTS: Final[Mapping[str, str]] = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 
 
 def openvino() -> Any:

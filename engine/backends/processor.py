@@ -15,6 +15,17 @@ _FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags"
 @lru_cache(maxsize=1)
 def processor() -> str:
     """What the first processor says of its model and its instructions, as sha256; equal for equal processors."""
+    return hashlib.sha256("\n".join(_described()).encode()).hexdigest()
+
+
+def has_vnni() -> bool:
+    """Whether it adds products of 8 bits in 32. Other processors than x86 are taken to."""
+    flags = {word for line in _described() if line.startswith("flags=") for word in line[6:].split()}
+    return not flags or bool(flags & {"avx512_vnni", "avx_vnni"})
+
+
+@lru_cache(maxsize=1)
+def _described() -> list[str]:
     found = [platform.machine()]
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
@@ -26,7 +37,7 @@ def processor() -> str:
                     found.append(f"{name.strip()}={' '.join(sorted(value.split()))}")
     except OSError:
         found.append(platform.processor())
-    return hashlib.sha256("\n".join(found).encode()).hexdigest()
+    return found
 
 
 def cpus() -> set[int]:

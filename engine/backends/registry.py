@@ -55,7 +55,15 @@ class Backend:
 _ON_GPU = ("float32", "tf32", "float16", "bfloat16")
 # On each device the first that is installed and runs in the precision is what "auto" chooses.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("onnxruntime", "cpu", ("onnxruntime",), ("cpu",), "skipstep.backends.onnxruntime", True),
+    Backend(
+        "onnxruntime",
+        "cpu",
+        ("onnxruntime",),
+        ("cpu",),
+        "skipstep.backends.onnxruntime",
+        True,
+        ("float32", "int8"),
+    ),
     Backend("torch", "cpu", ("torch",), ("torch",), "skipstep.backends.torch", False),
     Backend(
         "openvino",
@@ -64,7 +72,7 @@ BACKENDS: tuple[Backend, ...] = (
         ("openvino",),
         "skipstep.backends.openvino",
         True,
-        ("float32", "bfloat16"),
+        ("float32", "bfloat16", "int8"),
         compiles_late=True,
     ),
     Backend(
@@ -84,7 +92,7 @@ BACKENDS: tuple[Backend, ...] = (
         ("gpu", "rtx,cpu,torch"),
         "skipstep.backends.tensorrt",
         True,
-        _ON_GPU,
+        (*_ON_GPU, "int8", "fp8"),
     ),
     Backend(
         "onnxruntime",

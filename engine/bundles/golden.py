@@ -12,7 +12,7 @@ from skipstep.bundles.manifest import GoldenEntry
 from skipstep.calls.condition_rows import random_rows
 from skipstep.calls.request import Conditions
 from skipstep.errors import IntegrityError, check_type
-from skipstep.networks.spec import PROMPTS
+from skipstep.networks.spec import PROMPTS, NetworkSpec
 
 if TYPE_CHECKING:
     from skipstep.loops.contract import Sampler
@@ -24,14 +24,25 @@ _GUIDANCE = 2.0
 # orders, and the first steps magnify that; with another network, plan or seed the error is over a hundred times this.
 _TOLERANCE = 2e-3
 # Ten times what float16, and three times what bfloat16 changes the shipped network's samples by
-# (bench/results/findings/precision.json); tf32 rounds as float16 does. Another plan or seed is an error of 1.
-_ROUNDED = {"tf32": 2e-2, "float16": 2e-2, "bfloat16": 1.5e-1}
+# (bench/results/findings/precision.json); tf32 rounds as float16 does. 8 bits may change a
+# sample by a root mean square of 0.01; what that is of the samples depends on their contrast. Another plan or seed is
+# an error of 1.
+_ROUNDED = {"tf32": 2e-2, "float16": 2e-2, "bfloat16": 1.5e-1, "int8": 1e-1, "fp8": 1e-1}
 
 
 def draw_golden(sampler: Sampler) -> tuple[GoldenEntry, dict[str, NDArray[Any]]]:
     """Draw two samples with the shortest plan, guided if the network can be: the entry, and the arrays to store."""
-    network = sampler.network
     plan = min(sampler.plans.values(), key=lambda plan: (plan.num_evaluations, plan.key))
+    golden, arrays = describe_call(sampler.network, plan.key, _SEEDS)
+    arrays["x_0"] = _draw(sampler, golden, arrays)
+    return golden, arrays
+
+
+def describe_call(
+    network: NetworkSpec, plan: str, seeds: tuple[int, ...]
+) -> tuple[GoldenEntry, dict[str, NDArray[Any]]]:
+    """A call of a network with labels and random conditions, guided if the network can be: its entry, and its
+    arrays."""
     arrays: dict[str, NDArray[Any]] = {}
     rng = np.random.default_rng(0)
     for name, condition in network.passed_conditions.items():
@@ -40,16 +51,15 @@ def draw_golden(sampler: Sampler) -> tuple[GoldenEntry, dict[str, NDArray[Any]]]
             arrays[key] = random_rows(condition, 1, rng)
     labels = None
     if network.num_classes is not None:
-        labels = tuple(seed % network.num_classes for seed in _SEEDS)
+        labels = tuple(seed % network.num_classes for seed in seeds)
     golden = GoldenEntry(
         file=GOLDEN_FILE,
-        plan=plan.key,
-        seeds=_SEEDS,
+        plan=plan,
+        seeds=seeds,
         class_labels=labels,
         guidance_scale=_GUIDANCE if network.can_guide or network.takes_guidance else None,
         tolerance=_TOLERANCE,
     )
-    arrays["x_0"] = _draw(sampler, golden, arrays)
     return golden, arrays
 
 
@@ -83,6 +93,14 @@ def replay_golden(
 
 
 def _draw(sampler: Sampler, golden: GoldenEntry, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    plan = sampler.plans[golden.plan]
+    conditions = call_conditions(golden, arrays)
+    drawn: NDArray[np.float32] = sampler.sample(plan=plan, seeds=golden.seeds, output_type="latent", **conditions)
+    return drawn
+
+
+def call_conditions(golden: GoldenEntry, arrays: Mapping[str, NDArray[Any]]) -> Conditions:
+    """The arguments of sample() that the entry and its arrays stand for."""
     conditions: Conditions = {}
     if golden.class_labels is not None:
         conditions["class_labels"] = golden.class_labels
@@ -93,9 +111,7 @@ def _draw(sampler: Sampler, golden: GoldenEntry, arrays: Mapping[str, NDArray[An
     conditions["negative_prompt_embeds"] = arrays.get("negative_prompt_embeds") if guided else None
     conditions["conditions"] = _named(arrays, "conditions/")
     conditions["negative_conditions"] = _named(arrays, "negative_conditions/") if guided else None
-    plan = sampler.plans[golden.plan]
-    drawn: NDArray[np.float32] = sampler.sample(plan=plan, seeds=golden.seeds, output_type="latent", **conditions)
-    return drawn
+    return conditions
 
 
 def _named(arrays: Mapping[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:

@@ -106,10 +106,12 @@ class Manifest:
     """The whole manifest.
 
     `graphs` names the files of the network's parts: plan, prompt and call where the network has them; always step, in
-    float32; and step-float16 or step-bfloat16 where a GPU target needs it. `defaults`, with `default_schedule`, are the
-    options of the plan of a step count; None where the model has no scheduler configuration. `calibration` is the file
-    of measured latencies (skipstep.latency.calibration), None for a bundle that was never calibrated. `pipeline` is the
-    file that describes the parts around a network of latents (skipstep.pipelines.spec).
+    float32; step-float16 or step-bfloat16 where a GPU target needs it; and those in 8 bits (skipstep.quantizing), of
+    which `quantized` states the error, by the same names (skipstep.export.sensitivity.Choice). `defaults`, with
+    `default_schedule`, are the options of the plan of a step count; None where the model has no scheduler
+    configuration. `calibration` is the file of measured latencies (skipstep.latency.calibration), None for a bundle
+    that was never calibrated. `pipeline` is the file that describes the parts around a network of latents
+    (skipstep.pipelines.spec).
     """
 
     model: str
@@ -131,6 +133,7 @@ class Manifest:
     samplers: tuple[SamplerEntry, ...] = ()
     calibration: Annotated[FileName | None, ADDED_LATER] = None
     pipeline: Annotated[FileName | None, ADDED_LATER] = None
+    quantized: Annotated[Mapping[str, Any] | None, ADDED_LATER] = None
     schema: int = field(default=SCHEMA)
 
     def to_json(self) -> bytes:
@@ -140,7 +143,7 @@ class Manifest:
         for name, unset in (("conditions", {}), ("time_input", "timestep"), ("state", "vp"), ("sigma_data", None)):
             if contents["network"][name] == unset:
                 del contents["network"][name]
-        for name in ("calibration", "pipeline"):
+        for name in ("calibration", "pipeline", "quantized"):
             if contents[name] is None:
-                del contents[name]  # Calibrating a bundle adds the field; nothing else in the manifest changes.
+                del contents[name]  # What adds the field changes nothing else in the manifest.
         return (json.dumps(contents, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()

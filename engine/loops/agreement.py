@@ -32,6 +32,9 @@ TOLERANCES: Final[Mapping[str, float]] = {
     "tf32": 32 * 2.0**-11,
     "float16": 32 * 2.0**-11,
     "bfloat16": 32 * 2.0**-8,
+    # Calibrated on trajectories, it cuts off more of what is compared here: random samples.
+    "int8": 0.3,
+    "fp8": 0.3,
 }
 _NUM_SAMPLES, _NUM_STAGES = 2, 3
 

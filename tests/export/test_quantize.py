@@ -1,0 +1,159 @@
+"""Step networks with layers in 8 bits: what is inserted, in what types, and that layers are chosen by measurement."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from skipstep.backends.onnxruntime import make_session, run_session
+from skipstep.errors import ExportError
+from skipstep.export.quantize import find_layers, quantize
+from skipstep.export.ranges import measure_ranges
+from skipstep.export.sensitivity import BOUND, PixelError, choose_layers
+
+CHANNELS, SIZE = 8, 6
+
+
+def step_network(half: bool = False, opset: int = 20) -> bytes:
+    """Four convolutions and a matrix product, in float32 or float16."""
+    rng = np.random.default_rng(0)
+    dtype = np.float16 if half else np.float32
+    elem = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+    shapes = [(CHANNELS, 1, 3, 3), (CHANNELS, CHANNELS, 3, 3), (CHANNELS, CHANNELS, 3, 3), (1, CHANNELS, 3, 3)]
+    weights = [rng.standard_normal(shape) / 8 for shape in shapes] + [rng.standard_normal((SIZE, SIZE)) / 3]
+    constants = [numpy_helper.from_array(each.astype(dtype), f"w{i}") for i, each in enumerate(weights)]
+    nodes, value = [], "sample"
+    for i in range(3):
+        nodes += [
+            helper.make_node("Conv", [value, f"w{i}"], [f"c{i}"], name=f"conv{i}", pads=[1, 1, 1, 1]),
+            helper.make_node("Relu", [f"c{i}"], [f"r{i}"], name=f"relu{i}"),
+        ]
+        value = f"r{i}"
+    nodes += [
+        helper.make_node("MatMul", [value, "w4"], ["m"], name="product"),
+        helper.make_node("Conv", ["m", "w3"], ["out_sample"], name="conv3", pads=[1, 1, 1, 1]),
+    ]
+    shape = ["batch", 1, SIZE, SIZE]
+    ends = [helper.make_tensor_value_info(name, elem, shape) for name in ("sample", "out_sample")]
+    graph = helper.make_graph(nodes, "step", ends[:1], ends[1:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString()
+
+
+STEP = step_network()
+INPUTS = [{"sample": np.random.default_rng(i).standard_normal((4, 1, SIZE, SIZE), np.float32)} for i in range(3)]
+
+
+def ranges(method="percentile"):
+    return measure_ranges(STEP, find_layers(STEP), INPUTS, method=method)
+
+
+def predict(graph: bytes, inputs=INPUTS[0]) -> np.ndarray:
+    return run_session(make_session(graph, as_it_stands=True), ["out_sample"], inputs)["out_sample"]
+
+
+def relative_error(graph: bytes) -> float:
+    exact = predict(STEP)
+    return float(np.abs(predict(graph) - exact).max() / np.abs(exact).max())
+
+
+def test_first_and_last_convolution_are_left_out():
+    assert [layer.name for layer in find_layers(STEP)] == ["conv1", "conv2", "product"]
+
+
+@pytest.mark.parametrize("results", [False, True])
+@pytest.mark.parametrize(("kind", "symmetric"), [("int8", True), ("int8", False), ("fp8", True)])
+def test_rounded_network_is_close_and_not_the_same(kind, symmetric, results):
+    graph = quantize(STEP, ranges(), kind, symmetric=symmetric, results=results)
+    onnx.checker.check_model(onnx.load_from_string(graph), full_check=True)
+    assert 1e-4 < relative_error(graph) < (0.05 if kind == "int8" else 0.15)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("int8", TensorProto.INT8), ("fp8", TensorProto.FLOAT8E4M3FN)])
+def test_weights_have_a_scale_for_each_channel_and_activations_one(kind, dtype):
+    model = onnx.load_from_string(quantize(STEP, ranges(), kind))
+    constants = {each.name: each for each in model.graph.initializer}
+    assert constants["w1/" + kind].data_type == dtype
+    assert list(constants["w1/scale"].dims) == [CHANNELS]
+    assert list(constants["w4/scale"].dims) == [SIZE]
+    assert list(constants["r0/scale"].dims) == []
+    assert "w1" not in constants
+    assert constants["w0"].data_type == TensorProto.FLOAT
+    largest = np.abs(numpy_helper.to_array(constants["w1/" + kind]).astype(np.float32)).max(axis=(1, 2, 3))
+    np.testing.assert_allclose(largest, 127 if kind == "int8" else 448)
+
+
+def test_symmetric_pairs_have_no_zero_point_and_others_use_the_whole_range():
+    zeros = {}
+    for symmetric in (True, False):
+        model = onnx.load_from_string(quantize(STEP, ranges(), "int8", symmetric=symmetric))
+        constants = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
+        zeros[symmetric] = int(constants["r0/zero"])
+    assert zeros == {True: 0, False: -128}  # What a Relu gives is never negative.
+
+
+def test_pairs_in_half_precision_have_scales_in_half_precision():
+    model = onnx.load_from_string(quantize(step_network(half=True), ranges(), "int8"))
+    onnx.checker.check_model(model, full_check=True)
+    scales = [each for each in model.graph.initializer if each.name.endswith("/scale")]
+    assert len(scales) == 6
+    assert {each.data_type for each in scales} == {TensorProto.FLOAT16}
+
+
+def test_an_older_opset_is_refused():
+    with pytest.raises(ExportError, match="opset 17"):
+        quantize(step_network(opset=17), ranges(), "int8")
+
+
+@pytest.mark.parametrize("method", ["percentile", "entropy"])
+def test_ranges_cut_an_outlier_and_keep_the_rest(method):
+    inputs = [{"sample": each["sample"].copy()} for each in INPUTS]
+    inputs[0]["sample"] = np.random.default_rng(9).standard_normal((400, 1, SIZE, SIZE), np.float32)
+    calm = measure_ranges(STEP, find_layers(STEP), inputs, method=method)["conv1"].inputs[0]
+    inputs[0]["sample"][0, 0, 0, 0] = 60.0
+    cut = measure_ranges(STEP, find_layers(STEP), inputs, method=method)["conv1"].inputs[0]
+    session_largest = run_session(make_session(_with_output("r0")), ["r0"], inputs[0])["r0"].max()
+    assert cut[1] < session_largest / 2
+    assert 0.5 * calm[1] < cut[1] < 2.5 * calm[1]
+
+
+def _with_output(name: str) -> bytes:
+    model = onnx.load_from_string(STEP)
+    model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    return model.SerializeToString()
+
+
+def choose(errors: dict[str, float], plans=("a", "b")):
+    """Choose among layers of which each adds a given error, independent of the others."""
+    rng = np.random.default_rng(0)
+    noise = {name: rng.standard_normal(4096).astype(np.float32) for name in errors}
+
+    def draw(graph: bytes, plan: str) -> np.ndarray:
+        chosen = graph.decode().split(",") if graph != STEP else []
+        return sum((errors[name] * noise[name] for name in chosen), np.zeros(4096, np.float32))
+
+    return choose_layers(STEP, list(errors), lambda layers: ",".join(layers).encode(), draw, plans)
+
+
+def test_a_sensitive_layer_stays_in_float():
+    choice = choose({"conv1": 0.001, "conv2": 0.5, "product": 0.001})
+    assert set(choice.layers) == {"conv1", "product"}
+    assert choice.errors.keys() == {"a", "b"}
+    assert all(each.within(BOUND) for each in choice.errors.values())
+    assert choice.facts()["layers"] == 2
+    assert 0.3 < choice.share < 0.6
+
+
+def test_errors_add_up_and_not_all_fit():
+    assert len(choose({"conv1": 0.004, "conv2": 0.004, "product": 0.004}).layers) == 1
+
+
+def test_no_layer_that_fits_is_an_error():
+    with pytest.raises(ExportError, match="each of 2 layers"):
+        choose({"conv1": 0.5, "conv2": 0.5})
+
+
+def test_error_of_latents_is_in_parts_of_the_largest():
+    exact = np.array([10.0, -2.0], np.float32)
+    assert PixelError.between(exact + 1, exact) == PixelError(pytest.approx(0.1), pytest.approx(0.1))
