@@ -36,8 +36,8 @@ def write_out_norms(model: onnx.ModelProto) -> None:
     stored = {each.name: each for each in graph.initializer}
     nodes: list[NodeProto] = []
     for node in graph.node:
-        given = [stored.get(name) for name in node.input[1:]]
-        if node.op_type != "InstanceNormalization" or node.input[0] not in ranks or None in given:
+        given = [stored[name] for name in node.input[1:] if name in stored]
+        if node.op_type != "InstanceNormalization" or node.input[0] not in ranks or len(given) < 2:
             nodes.append(node)
             continue
         made, constants = _written_out(node, ranks[node.input[0]], [numpy_helper.to_array(each) for each in given])
@@ -81,8 +81,8 @@ def _written_out(node: NodeProto, rank: int, given: list[Any]) -> tuple[list[Nod
             inputs,
             [f"{name}/{output}" if output else name],
             name=f"{node.name}/{operation}_{place}",
-            **({"to": TensorProto.FLOAT} if operation == "Cast" else {}),
         )
         for place, (operation, inputs, output) in enumerate(steps())
     ]
+    nodes[0].attribute.append(helper.make_attribute("to", TensorProto.FLOAT))
     return nodes, [numpy_helper.from_array(np.asarray(value), f"{name}/{part}") for part, value in constants.items()]

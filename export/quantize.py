@@ -156,7 +156,7 @@ class _Pairs:
             scale = np.maximum(np.abs(exact).max(axis=others) / _LARGEST[self._kind], _LEAST)
             inputs = self._scale(name, scale.astype(helper.tensor_dtype_to_np_dtype(tensor.data_type)), 0)
             stored = numpy_helper.to_array(self._constants[inputs[0]]).astype(np.float32)
-            scaled = exact / np.expand_dims(stored, others)
+            scaled = np.divide(exact, np.expand_dims(stored, others), dtype=np.float32)
             low, made = f"{name}/{self._kind}", f"{name}/restored"
             self._constants[low] = numpy_helper.from_array(_rounded(scaled, self._kind), low)
             self._nodes.append(helper.make_node("DequantizeLinear", [low, *inputs], [made], name=made, axis=axis))

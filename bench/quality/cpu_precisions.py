@@ -16,10 +16,9 @@ import numpy as np
 
 from skipstep import Engine, load
 from skipstep.backends.registry import BACKENDS
-from skipstep.bench.models import SHIPPED_MODEL
 from skipstep.bench.quality.judge import ShippedJudge
 from skipstep.bench.record import environment, write_json
-from skipstep.demo import SHIPPED_BUNDLE
+from skipstep.demo import SHIPPED_BUNDLE, SHIPPED_MODEL
 from skipstep.errors import DeviceUnavailableError, ExportError, MissingDependencyError
 
 GUIDANCE = 2.0

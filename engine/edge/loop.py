@@ -51,6 +51,7 @@ class EdgeLoop:
     """
 
     any_batch = False
+    placement: str | None = None
 
     def __init__(
         self,

@@ -110,7 +110,10 @@ def read_tokenizer(folder: Path, *, pooled: bool) -> tuple[str, TextSpec]:
 
 def _from_file(folder: Path) -> tokenizers.Tokenizer:
     try:
-        return _library().Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        made: tokenizers.Tokenizer = _library().Tokenizer.from_str(
+            (folder / "tokenizer.json").read_text(encoding="utf-8")
+        )
+        return made
     except MissingDependencyError:
         raise
     except Exception as error:  # As above.
@@ -137,7 +140,7 @@ def _from_vocabulary(folder: Path, special: dict[str, str]) -> tokenizers.Tokeni
             unk_token=special["unk_token"],
             end_of_word_suffix="</w>",
         )
-        made = library.Tokenizer(model)
+        made: tokenizers.Tokenizer = library.Tokenizer(model)
         made.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(library.Regex(r"\s+"), " "), normalizers.Lowercase()]
         )
