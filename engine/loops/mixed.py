@@ -11,7 +11,7 @@ thresholding. Rows of another kind are left out of its launch. A sample's step h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
@@ -46,15 +46,13 @@ def step_kinds(network: NetworkSpec, stages: Stages, request: SampleRequest) -> 
 
 @dataclass(slots=True, eq=False)
 class PlacedSample:
-    """One sample: `values` until it has a `place`, which is from its first evaluation on. `after`: makes the engine's
-    stream wait for a device x_T."""
+    """One sample: `values` until it has a `place`, which is from its first evaluation on."""
 
     mix: DeviceMix
     stages: Stages
     request: SampleRequest
     kinds: tuple[Kind, ...]
     values: StepInputs | None
-    after: Callable[[], None]
     place: int | None = None
     rows: tuple[int, ...] = field(init=False)
 
@@ -107,13 +105,10 @@ class DeviceMix:
     def sample(self, stages: Stages, request: SampleRequest) -> PlacedSample:
         timesteps = stages.network_timesteps(request.num_copies, 1)
         values = self._compute(timesteps, call_conditioning(self._network, request))
-        after: Callable[[], None] = lambda: None  # noqa: E731
-        if isinstance(request.x_T, Tensor):
+        if (x_T := request.x_T) is not None:
             # The caller may write to it as soon as the request was taken.
-            request = replace(request, x_T=request.x_T.clone())
-            cloned = self._device.caller_stream().record()
-            after = lambda: self._device.stream.wait(cloned)  # noqa: E731
-        return PlacedSample(self, stages, request, step_kinds(self._network, stages, request), values, after)
+            request = replace(request, x_T=np.array(x_T.cpu() if isinstance(x_T, Tensor) else x_T))
+        return PlacedSample(self, stages, request, step_kinds(self._network, stages, request), values)
 
     def advance(self, chosen: Sequence[tuple[PlacedSample, int]]) -> None:
         """Returns while the device works, as soon as it has done the turn before: so it is never idle for want of a
@@ -157,7 +152,6 @@ class DeviceMix:
             self._turns.clear()
             self._places = places = places.grown(length)
         assert sample.values is not None, "it had no place before"
-        sample.after()
         sample.place = places.put(sample.stages, sample.request, sample.values)
         sample.values = None
 

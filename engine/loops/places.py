@@ -80,7 +80,7 @@ class Places:
             "seeds": 0 if request.seeds is None else request.seeds.view(np.int64),
             "guidance": 1.0 if request.guidance is None else request.guidance,
             "rescale": 0.0 if request.rescale is None else request.rescale,
-            "state": request.x_T if isinstance(request.x_T, np.ndarray) else 0.0,
+            "state": 0.0 if request.x_T is None else request.x_T,
         }
         for name, each in self._step_inputs.items():
             expanded = values.expanded(name)
@@ -94,9 +94,7 @@ class Places:
             for name, kept in self.values.items():
                 kept[here].copy_(tensors[_landed(name)])
             self.tensors["history"][here].zero_()
-            if isinstance(request.x_T, Tensor):
-                self.tensors["state"][here].copy_(request.x_T)
-            elif request.x_T is None:
+            if request.x_T is None:
                 # The noise goes to the network's input as well; here to x0, which is not yet there.
                 state, x0, seeds = (self.tensors[name][here] for name in ("state", "x0", "seeds"))
                 initial_noise(state=state, network_input=x0, seeds=seeds)

@@ -45,7 +45,7 @@ class Cost:
         if len(found) < 2:
             return None
         sizes = sorted(found)
-        return cls(tuple(sizes), *zip(*(found[size] for size in sizes), strict=True), batch_sizes)
+        return cls(tuple(sizes), *zip(*(found[size] for size in sizes), strict=True), batch_sizes=batch_sizes)
 
     def ms(self, rows: int, *, cautious: bool = False) -> float:
         """Beyond the largest size measured the milliseconds of a row stay as they are there."""
