@@ -128,9 +128,10 @@ class CudaLoop:
                 held=self._held,
                 watched=self._watched,
                 records=self._wanted != "stepwise",
+                max_rows=max_rows,
                 num_stages=max(map(len, stages), default=1),
             )
-            made.prepare(max_rows, list(dict.fromkeys(itertools.chain(*kinds))))
+            made.prepare(list(dict.fromkeys(itertools.chain(*kinds))))
         return made
 
     def new_samples(self, shape: tuple[int, ...]) -> Tensor:

@@ -11,6 +11,7 @@ thresholding. Rows of another kind are left out of its launch. A sample's step h
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -80,12 +81,14 @@ class DeviceMix:
         held: AbstractContextManager[None],
         watched: AbstractContextManager[None],
         records: bool,
+        max_rows: int,
         num_stages: int,
     ) -> None:
         # A module may be another graph at another size: those that read what the largest does.
         largest = denoisers[max(denoisers)]
         self._denoisers = {n: each for n, each in denoisers.items() if each.step_inputs == largest.step_inputs}
-        self.batch_sizes = tuple(sorted(self._denoisers))
+        sizes = sorted(self._denoisers)
+        self.batch_sizes = tuple(sizes[: 1 + sum(size < max_rows for size in sizes)])
         self._device, self._network, self._launches = device, network, launches
         self._held, self._watched, self._records = held, watched, records
         self._compute = largest.compute
@@ -95,12 +98,11 @@ class DeviceMix:
         shape = (1, *network.sample_shape)
         self._staging = Staging(device, 4 * network.num_elements, lambda memory: memory.view(torch.float32).view(shape))
 
-    def prepare(self, max_rows: int, kinds: Sequence[Kind]) -> None:
-        """Record what evaluations of so many rows need."""
-        for size in [n for n in self.batch_sizes if n < max_rows] + [self._size(min(max_rows, self.batch_sizes[-1]))]:
-            for kind in kinds:
-                if size > 1 or not kind[0].guided:
-                    self._turn(size).step(kind)
+    def prepare(self, kinds: Sequence[Kind]) -> None:
+        """Record the evaluations of every size, and these steps."""
+        for size, kind in itertools.product(self.batch_sizes, kinds):
+            if size > 1 or not kind[0].guided:
+                self._turn(size).step(kind)
 
     def sample(self, stages: Stages, request: SampleRequest) -> PlacedSample:
         timesteps = stages.network_timesteps(request.num_copies, 1)
@@ -228,7 +230,7 @@ class _Turn:
         rows, kept = self._rows.tensors, self._places.tensors
         self._denoiser.input.copy_(kept["state"].index_select(0, rows["place"]))
         for name, each in self._denoiser.step_inputs.items():
-            values, out = self._places.values[name], self._inputs[name]
+            values, out = self._places.step_input(name), self._inputs[name]
             if each.per_stage:
                 torch.index_select(values.flatten(0, 2), 0, rows["stage"], out=out[0])
             else:

@@ -21,14 +21,15 @@ from skipstep.plans.stages import Stages
 
 # Rows of the network that a sample has at most: with the condition, and without.
 COPIES = 2
-_BROUGHT = ("table", "seeds", "guidance", "rescale", "state")
+# What no request brings.
+_OWN = ("x0", "history")
 
 
 class Places:
     """Memory for `count` samples of up to `num_stages` evaluations. All methods want the engine's lock.
 
-    `tensors` by name, their first dimension is the place; `values` are the network's step inputs, `[count, num_stages,
-    COPIES, …]`, or `[count, COPIES, …]` where all stages share them. `free`: the places without a sample.
+    `tensors` by name, their first dimension is the place; the network's step inputs (`step_input`) are `[count,
+    num_stages, COPIES, …]`, or `[count, COPIES, …]` where all stages share them. `free`: the places without a sample.
     """
 
     def __init__(
@@ -37,29 +38,28 @@ class Places:
         self._device, self._network, self._step_inputs = device, network, step_inputs
         self.count, self.num_stages = count, num_stages
         self.free = list(range(count))
-        inputs = {
-            name: Field((*((num_stages,) if each.per_stage else ()), COPIES, *each.shape), getattr(torch, each.dtype))
-            for name, each in step_inputs.items()
-        }
 
-        def zeros(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return device.zeros((count, *shape), dtype)
 
         try:
             self.tensors = {
-                "x0": zeros(network.sample_shape),
-                "history": zeros((NUM_SLOTS, *network.sample_shape)),
-                "state": zeros(network.sample_shape),
-                "table": zeros((num_stages, NUM_COLUMNS)),
-                "seeds": zeros((), torch.int64),
-                "guidance": zeros(()),
-                "rescale": zeros(()),
+                "state": zeros(*network.sample_shape),
+                "x0": zeros(*network.sample_shape),
+                "history": zeros(NUM_SLOTS, *network.sample_shape),
+                "table": zeros(num_stages, NUM_COLUMNS),
+                "seeds": zeros(dtype=torch.int64),
+                "guidance": zeros(),
+                "rescale": zeros(),
             }
-            self.values = {name: zeros(each.shape, each.dtype) for name, each in inputs.items()}
+            for name, each in step_inputs.items():
+                stages = (num_stages,) if each.per_stage else ()
+                self.tensors[_key(name)] = zeros(*stages, COPIES, *each.shape, dtype=getattr(torch, each.dtype))
             # What one request brings, in one copy to the device, from where its parts go to their place.
-            fields = {name: Field((1, *self.tensors[name].shape[1:]), self.tensors[name].dtype) for name in _BROUGHT}
-            fields |= {_landed(name): Field((1, *each.shape), each.dtype) for name, each in inputs.items()}
-            self._landing = StagedBlock(device, fields)
+            brought = {name: each for name, each in self.tensors.items() if name not in _OWN}
+            self._landing = StagedBlock(
+                device, {name: Field((1, *each.shape[1:]), each.dtype) for name, each in brought.items()}
+            )
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(
                 got=f"{device.free_bytes() / 2**20:.0f} MiB free for {count} samples of {num_stages} evaluations",
@@ -68,36 +68,35 @@ class Places:
             ) from error
         device.stream.follow(device.caller_stream())
 
+    def step_input(self, name: str) -> Tensor:
+        return self.tensors[_key(name)]
+
     def put(self, stages: Stages, request: SampleRequest, values: StepInputs) -> int:
         """Enqueue what a request of one sample brings; its place, which must be there."""
         place = self.free.pop()
-        here = slice(place, place + 1)
         # What lies behind the last stage and the last copy is never read.
         stage = np.minimum(np.arange(self.num_stages), len(stages) - 1)
         copies = np.minimum(np.arange(COPIES), request.num_copies - 1)
-        landed = {
+        brought = {
+            "state": 0.0 if request.x_T is None else request.x_T,
             "table": stages.table[stage][None, :, 0],
             "seeds": 0 if request.seeds is None else request.seeds.view(np.int64),
             "guidance": 1.0 if request.guidance is None else request.guidance,
             "rescale": 0.0 if request.rescale is None else request.rescale,
-            "state": 0.0 if request.x_T is None else request.x_T,
         }
         for name, each in self._step_inputs.items():
             expanded = values.expanded(name)
-            landed[_landed(name)] = (expanded[stage][:, copies] if each.per_stage else expanded[copies])[None]
-        self._landing.fill(landed)
+            brought[_key(name)] = (expanded[stage][:, copies] if each.per_stage else expanded[copies])[None]
+        self._landing.fill(brought)
 
         def work() -> None:
-            tensors = self._landing.tensors
-            for name in _BROUGHT:
-                self.tensors[name][here].copy_(tensors[name])
-            for name, kept in self.values.items():
-                kept[here].copy_(tensors[_landed(name)])
-            self.tensors["history"][here].zero_()
+            here = {name: each[place : place + 1] for name, each in self.tensors.items()}
+            for name, landed in self._landing.tensors.items():
+                here[name].copy_(landed)
+            here["history"].zero_()
             if request.x_T is None:
                 # The noise goes to the network's input as well; here to x0, which is not yet there.
-                state, x0, seeds = (self.tensors[name][here] for name in ("state", "x0", "seeds"))
-                initial_noise(state=state, network_input=x0, seeds=seeds)
+                initial_noise(state=here["state"], network_input=here["x0"], seeds=here["seeds"])
 
         self._device.stream.run(work)
         return place
@@ -109,21 +108,16 @@ class Places:
         larger = Places(self._device, self._network, self._step_inputs, count, stages)
         larger.free = [*self.free, *range(self.count, count)]
 
-        def copy(old: Tensor, new: Tensor, per_stage: bool) -> None:
-            part = new[: self.count, : self.num_stages] if per_stage else new[: self.count]
-            part.copy_(old)
-
         def work() -> None:
             for name, old in self.tensors.items():
-                copy(old, larger.tensors[name], name == "table")
-            for name, old in self.values.items():
-                copy(old, larger.values[name], self._step_inputs[name].per_stage)
+                new = larger.tensors[name][: self.count]
+                (new if new.shape == old.shape else new[:, : self.num_stages]).copy_(old)
 
         self._device.stream.run(work)
         self._device.stream.record().synchronize()  # Before this memory is released.
         return larger
 
 
-def _landed(name: str) -> str:
+def _key(name: str) -> str:
     """The network names its inputs, and may name one as a field of ours."""
     return f"input {name}"

@@ -77,7 +77,7 @@ def test_launches_one_by_one_and_batches_of_an_odd_size(device, options):
 
 def test_samples_that_are_passed_over_keep_their_state_and_memory_grows(engine):
     rng = np.random.default_rng(2)
-    mix, waiting, requests = engine.runner.loop.mix([], 4), [], []
+    mix, waiting, requests = engine.runner.loop.mix([], 8), [], []
     for _ in range(20):  # There are places for 16 at first, of one stage.
         arguments = random_request(engine, rng)
         stages = Stages.of([arguments.pop("plan")])
