@@ -78,9 +78,11 @@ class FakeStream:
 
     def step(self) -> None:
         item = self.queue.popleft()
-        self.done += 1
-        if not isinstance(item, FakeEvent):
-            item()
+        try:
+            if not isinstance(item, FakeEvent):
+                item()
+        finally:  # Not before: another thread may ask whether memory is free to be written again.
+            self.done += 1
 
 
 class FakeGraph:
