@@ -45,7 +45,8 @@ class Cost:
         if len(found) < 2:
             return None
         sizes = sorted(found)
-        return cls(tuple(sizes), *zip(*(found[size] for size in sizes), strict=True), batch_sizes=batch_sizes)
+        typical, cautious = zip(*(found[size] for size in sizes), strict=True)
+        return cls(tuple(sizes), typical, cautious, batch_sizes)
 
     def ms(self, rows: int, *, cautious: bool = False) -> float:
         """Beyond the largest size measured the milliseconds of a row stay as they are there."""
