@@ -75,7 +75,8 @@ def ddim_step(
     num_states, device = _check_state(state, launch)
     batch_size = num_states
     if places is not None:
-        batch_size = len(places) if isinstance(places, Tensor) and places.ndim > 0 else 1
+        readable = isinstance(places, Tensor) and unreadable(places) is None and places.ndim > 0
+        batch_size = len(places) if readable else 1
         _check("places", places, (batch_size, 3), (torch.int32,), device)
     network_shape = (flags.input_copies * batch_size, *state.shape[1:])
     channels = (2 if flags.wide_output else 1) * state.shape[1]
