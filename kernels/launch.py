@@ -155,11 +155,18 @@ def _multiprocessor(compute_capability: int) -> _Multiprocessor:
 
 
 def step_constants(
-    flags: StepFlags, *, per_sample: bool, store_x0: bool, counted: bool = False, checked: bool = False
+    flags: StepFlags,
+    *,
+    per_sample: bool,
+    store_x0: bool,
+    counted: bool = False,
+    checked: bool = False,
+    placed: bool = False,
 ) -> dict[str, int]:
     """The kernel's compile-time constants except BLOCK, for launching and for compiling ahead of time.
 
-    `counted`: the stage is read on the device. `checked`: samples that are not finite are marked.
+    `counted`: the stage is read on the device. `checked`: samples that are not finite are marked. `placed`: samples
+    are some of those in memory, each at its own stage.
     """
     check_type("flags", flags, StepFlags, remedy="pass the plan's, of one stage")
     check_slots(flags)
@@ -183,4 +190,5 @@ def step_constants(
         "STORE_X0": store_x0,
         "COUNTED": counted,
         "CHECKED": checked,
+        "PLACED": placed,
     }

@@ -12,7 +12,7 @@ from torch import Tensor
 from skipstep.arrays import unreadable
 from skipstep.errors import DeviceUnavailableError, InputError, MissingDependencyError, check_integer, check_type
 from skipstep.kernels.launch import DEFAULT_LAUNCH, StepLaunch, step_constants
-from skipstep.kernels.layout import NUM_COLUMNS, StepFlags, Stream
+from skipstep.kernels.layout import NUM_COLUMNS, NUM_SLOTS, StepFlags, Stream
 
 try:
     from triton import knobs
@@ -33,7 +33,7 @@ def ddim_step(
     *,
     state: Tensor,
     model_output: Tensor,
-    network_input: Tensor,
+    network_input: Tensor | None,
     table: Tensor,
     stage: int,
     flags: StepFlags,
@@ -45,6 +45,7 @@ def ddim_step(
     x0: Tensor | None = None,
     counter: Tensor | None = None,
     broken: Tensor | None = None,
+    places: Tensor | None = None,
     launch: StepLaunch = DEFAULT_LAUNCH,
 ) -> None:
     """Advance `state` from x_t to x_s in place and fill the network's next input, in one launch on the current stream.
@@ -63,22 +64,33 @@ def ddim_step(
     x0            optional float32 `[B, C, …]`, receives the predicted image.
     counter       optional int32 `[1]`, the stage; `stage` is then not read.
     broken        optional int32 `[B]`, lowered to the first stage that leaves NaN or infinity in a sample.
+    places        optional int32 `[N, 3]`: step N of the B samples, each at its own stage. For each its place among the
+                  B, -1 for none, its row of the table `[E, 1, NUM_COLUMNS]`, and its stage. The network's output,
+                  rescale and bound are then of N samples, the history is `[B, NUM_SLOTS, C, …]`, and neither
+                  `network_input` nor `stage` and `counter` are used.
 
     All tensors are contiguous and on one device. Raises InputError and DeviceUnavailableError.
     """
     check_type("flags", flags, StepFlags, remedy="pass the plan's, of this stage")
-    batch_size, device = _check_state(state, launch)
+    num_states, device = _check_state(state, launch)
+    batch_size = num_states
+    if places is not None:
+        readable = isinstance(places, Tensor) and unreadable(places) is None and places.ndim > 0
+        batch_size = len(places) if readable else 1
+        _check("places", places, (batch_size, 3), (torch.int32,), device)
     network_shape = (flags.input_copies * batch_size, *state.shape[1:])
     channels = (2 if flags.wide_output else 1) * state.shape[1]
     output_shape = (2 * batch_size if flags.guided else batch_size, channels, *state.shape[2:])
     _check("model_output", model_output, output_shape, NETWORK_DTYPES, device)
-    _check("network_input", network_input, network_shape, NETWORK_DTYPES, device)
+    if places is None:
+        _check("network_input", network_input, network_shape, NETWORK_DTYPES, device)
     known = isinstance(table, Tensor) and unreadable(table) is None and table.ndim == 3
     stages, rows = table.shape[:2] if known else (1, 1)
-    _check("table", table, (stages, batch_size if rows == batch_size else 1, NUM_COLUMNS), (torch.float32,), device)
+    own_rows = places is None and rows == batch_size
+    _check("table", table, (stages, batch_size if own_rows else 1, NUM_COLUMNS), (torch.float32,), device)
     stage = check_integer("stage", stage, low=0, high=stages - 1, remedy="pass a row of the table")
     if flags.add_noise:
-        _check("seeds", seeds, (batch_size,), (torch.int64,), device)
+        _check("seeds", seeds, (num_states,), (torch.int64,), device)
     vectors = {
         "guidance": (guidance, flags.guided),
         "rescale": (rescale, flags.rescale),
@@ -86,7 +98,8 @@ def ddim_step(
     }
     for name, (tensor, used) in vectors.items():
         if used:
-            _check(name, tensor, (batch_size,), (torch.float32,), device)
+            count = num_states if name == "guidance" else batch_size
+            _check(name, tensor, (count,), (torch.float32,), device)
     images = {
         "history": (history, flags.num_slots > 0),
         "x0": (x0, x0 is not None),
@@ -95,7 +108,9 @@ def ddim_step(
     if isinstance(history, Tensor) and unreadable(history) is None and history.ndim > 0:
         slots = max(slots, len(history))  # Those that the flags do not use are left alone.
     for name, (tensor, used) in images.items():
-        shape = (slots, *state.shape) if name == "history" else tuple(state.shape)
+        shape = tuple(state.shape)
+        if name == "history":
+            shape = (slots, *shape) if places is None else (num_states, NUM_SLOTS, *shape[1:])
         if used:
             _check(name, tensor, shape, (torch.float32,), device)
     # The kernel does not touch an operand that the flags leave out; any pointer will do.
@@ -107,7 +122,7 @@ def ddim_step(
         **images,
     }
     pointers = {name: tensor if used else state for name, (tensor, used) in operands.items()}
-    for name, tensor, shape in (("counter", counter, (1,)), ("broken", broken, (batch_size,))):
+    for name, tensor, shape in (("counter", counter, (1,)), ("broken", broken, (num_states,))):
         if tensor is not None:
             _check(name, tensor, shape, (torch.int32,), device)
     _check_runnable(state)
@@ -116,19 +131,22 @@ def ddim_step(
         state,
         state,
         model_output,
-        network_input,
+        state if network_input is None else network_input,
         pointers["x0"],
         pointers["history"],
         table,
-        *(pointers[name] for name in ("seeds", "guidance", "rescale", "bound", "counter", "broken")),
+        *(pointers[name] for name in ("seeds", "guidance", "rescale", "bound")),
+        pointers["counter"] if places is None else places,
+        pointers["broken"],
         num_elements,
         stage,
         **step_constants(
             flags,
             per_sample=rows > 1,
             store_x0=x0 is not None,
-            counted=counter is not None,
+            counted=counter is not None and places is None,
             checked=broken is not None,
+            placed=places is not None,
         ),
         BLOCK=launch.block_size,
         num_warps=launch.num_warps,

@@ -17,6 +17,9 @@ enable_fp_fusion=False); skipstep.kernels.step_numpy does the same operations in
 a float32 table on the device and not as scalar arguments: different launchers round those differently, and a captured
 graph could not change them. skipstep.kernels.layout describes the columns, skipstep.kernels.step has the launcher.
 
+If PLACED, the samples of the batch are some of those that are kept in memory, each at a stage of its own: the state,
+what a call brings and the history, `[places, slots, n]` then, are read and written where `counter_ptr` says.
+
 A slot may be read and written in one launch. Threads may store elements that others loaded, but what is stored follows
 from what was loaded (by M_H), so the exchange between threads orders the two. Do not drop that term where M_H is zero.
 """
@@ -24,10 +27,11 @@ from what was loaded (by M_H), so the exchange between threads orders the two. D
 import triton
 import triton.language as tl
 
-from skipstep.kernels.layout import NUM_COLUMNS, Column, Stream
+from skipstep.kernels.layout import NUM_COLUMNS, NUM_SLOTS, Column, Stream
 from skipstep.kernels.philox_kernel import standard_normal_block
 
 ROW = tl.constexpr(NUM_COLUMNS)
+SLOTS = tl.constexpr(NUM_SLOTS)
 X0_X = tl.constexpr(int(Column.X0_X))
 X0_OUT = tl.constexpr(int(Column.X0_OUT))
 EPS_X = tl.constexpr(int(Column.EPS_X))
@@ -58,7 +62,7 @@ def ddim_step_kernel(
     state_ptr,  # float32 [B, n], x_t; may be next_ptr
     next_ptr,  # float32 [B, n], x_s
     output_ptr,  # float16, bfloat16 or float32 [B or 2B, n], the network's output; 2n if WIDE
-    network_input_ptr,  # the same dtypes, [B or 2B, n], the network's next input, 2B if DOUBLED
+    network_input_ptr,  # the same dtypes, [B or 2B, n], the network's next input, 2B if DOUBLED; not if PLACED
     x0_ptr,  # float32 [B, n], written if STORE_X0
     history_ptr,  # float32 [slots, B, n], slot j read if READ_Hj, WRITTEN_SLOT written
     table_ptr,  # float32 [S, B or 1, ROW]
@@ -66,7 +70,7 @@ def ddim_step_kernel(
     guidance_ptr,  # float32 [B], read if GUIDED
     rescale_ptr,  # float32 [B], read if RESCALED
     bound_ptr,  # float32 [B], read if THRESHOLDED
-    counter_ptr,  # int32 [1], the stage, read if COUNTED
+    counter_ptr,  # int32 [1], the stage, if COUNTED; [B, 3], place (-1: none), row and stage of samples, if PLACED
     broken_ptr,  # int32 [B], lowered to the first stage that left a sample not finite, if CHECKED
     num_elements,  # n = C·H·W
     stage,  # row of the table and word of the noise counter
@@ -89,31 +93,39 @@ def ddim_step_kernel(
     STORE_X0: tl.constexpr,
     COUNTED: tl.constexpr,
     CHECKED: tl.constexpr,
+    PLACED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
     batch_size = tl.num_programs(1).to(tl.int64)
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < num_elements
-    elements = sample * num_elements + offsets
     second_half = batch_size * num_elements
 
     if COUNTED:
         stage = tl.load(counter_ptr)
-    row_ptr = table_ptr + tl.cast(stage, tl.int64) * ROW
+    place, row = sample, stage
+    if PLACED:
+        place = tl.load(counter_ptr + 3 * sample).to(tl.int64)
+        row = tl.load(counter_ptr + 3 * sample + 1)
+        stage = tl.load(counter_ptr + 3 * sample + 2)
+        mask = offsets < tl.where(place < 0, 0, num_elements)
+        place = tl.maximum(place, 0)
+    elements = place * num_elements + offsets
+    row_ptr = table_ptr + tl.cast(row, tl.int64) * ROW
     if PER_SAMPLE:
         row_ptr = table_ptr + (tl.cast(stage, tl.int64) * batch_size + sample) * ROW
 
     x = tl.load(state_ptr + elements, mask=mask)
-    predicted = elements
+    predicted = sample * num_elements + offsets
     predicted_half = second_half
     if WIDE:  # [B, 2, n]: the prediction, then its interpolation between two variances.
-        predicted = elements + sample * num_elements
+        predicted += sample * num_elements
         predicted_half = 2 * second_half
     out = tl.load(output_ptr + predicted, mask=mask).to(tl.float32)
     if GUIDED:
         unconditional = tl.load(output_ptr + predicted_half + predicted, mask=mask).to(tl.float32)
-        guidance = tl.load(guidance_ptr + sample)
+        guidance = tl.load(guidance_ptr + place)
         if SCALED:
             guidance = tl.load(row_ptr + GUIDANCE) * (guidance - 1.0) + 1.0
         out = unconditional + guidance * (out - unconditional)
@@ -137,17 +149,22 @@ def ddim_step_kernel(
     x_next = tl.load(row_ptr + C_X0) * x0 + tl.load(row_ptr + C_EPS) * eps
     if ADD_STATE:
         x_next += tl.load(row_ptr + C_X) * x
+    history = elements
+    slot_size = second_half
+    if PLACED:
+        history = elements + place * ((SLOTS - 1) * num_elements)
+        slot_size = tl.cast(num_elements, tl.int64)
     if READ_H0:
-        h0 = tl.load(history_ptr + elements, mask=mask)
+        h0 = tl.load(history_ptr + history, mask=mask)
         x_next += tl.load(row_ptr + C_H0) * h0
     if READ_H1:
-        h1 = tl.load(history_ptr + second_half + elements, mask=mask)
+        h1 = tl.load(history_ptr + slot_size + history, mask=mask)
         x_next += tl.load(row_ptr + C_H1) * h1
     if READ_H2:
-        h2 = tl.load(history_ptr + 2 * second_half + elements, mask=mask)
+        h2 = tl.load(history_ptr + 2 * slot_size + history, mask=mask)
         x_next += tl.load(row_ptr + C_H2) * h2
     if NOISY:
-        seed = tl.load(seeds_ptr + sample)
+        seed = tl.load(seeds_ptr + place)
         stream = tl.full((), STEP_STREAM, tl.uint32)
         z = standard_normal_block(seed, tl.program_id(0), tl.cast(stage, tl.int32), stream, BLOCK)
         if LEARNED_VARIANCE:
@@ -160,11 +177,12 @@ def ddim_step_kernel(
         # A comparison with NaN is false.
         sound = (tl.abs(x_next) <= LARGEST) | ~mask
         if tl.min(sound.to(tl.int32)) == 0:
-            tl.atomic_min(broken_ptr + sample, tl.cast(stage, tl.int32), sem="relaxed")
-    network_input = x_next.to(network_input_ptr.dtype.element_ty)
-    tl.store(network_input_ptr + elements, network_input, mask=mask)
-    if DOUBLED:
-        tl.store(network_input_ptr + second_half + elements, network_input, mask=mask)
+            tl.atomic_min(broken_ptr + place, tl.cast(stage, tl.int32), sem="relaxed")
+    if not PLACED:
+        network_input = x_next.to(network_input_ptr.dtype.element_ty)
+        tl.store(network_input_ptr + elements, network_input, mask=mask)
+        if DOUBLED:
+            tl.store(network_input_ptr + second_half + elements, network_input, mask=mask)
     if WRITTEN_SLOT >= 0:
         kept = tl.load(row_ptr + M_X) * x + tl.load(row_ptr + M_X0) * x0 + tl.load(row_ptr + M_EPS) * eps
         if WRITTEN_SLOT == 0 and READ_H0:
@@ -173,6 +191,6 @@ def ddim_step_kernel(
             kept += tl.load(row_ptr + M_H) * h1
         if WRITTEN_SLOT == 2 and READ_H2:
             kept += tl.load(row_ptr + M_H) * h2
-        tl.store(history_ptr + WRITTEN_SLOT * second_half + elements, kept, mask=mask)
+        tl.store(history_ptr + WRITTEN_SLOT * slot_size + history, kept, mask=mask)
     if STORE_X0:
         tl.store(x0_ptr + elements, x0, mask=mask)

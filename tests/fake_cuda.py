@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from skipstep.kernels.step import ddim_step, initial_noise
-from skipstep.loops import workspace
+from skipstep.loops import mixed, places, workspace
 
 
 @dataclass(eq=False)
@@ -78,9 +78,11 @@ class FakeStream:
 
     def step(self) -> None:
         item = self.queue.popleft()
-        self.done += 1
-        if not isinstance(item, FakeEvent):
-            item()
+        try:
+            if not isinstance(item, FakeEvent):
+                item()
+        finally:  # Not before: another thread may ask whether memory is free to be written again.
+            self.done += 1
 
 
 class FakeGraph:
@@ -229,5 +231,7 @@ def build_on(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> None:
 
 def install(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> None:
     """Let kernels go through the device, which may be recording."""
-    monkeypatch.setattr(workspace, "ddim_step", lambda **keywords: device.kernel(ddim_step, keywords))
-    monkeypatch.setattr(workspace, "initial_noise", lambda **keywords: device.kernel(initial_noise, keywords))
+    for module in (workspace, mixed):
+        monkeypatch.setattr(module, "ddim_step", lambda **keywords: device.kernel(ddim_step, keywords))
+    for module in (workspace, places):
+        monkeypatch.setattr(module, "initial_noise", lambda **keywords: device.kernel(initial_noise, keywords))

@@ -10,6 +10,7 @@ microseconds, and not while the device works.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from skipstep.kernels.launch import StepLaunch, choose_launch
 from skipstep.loops.call_block import PendingSamples
 from skipstep.loops.contract import Array, LoopReport, Run, replicate
 from skipstep.loops.lifecycle import Lifecycle
+from skipstep.loops.mixed import DeviceMix, step_kinds
 from skipstep.loops.programs import DeviceLoopName, Program, Stepwise, compile_program, too_little_memory
 from skipstep.loops.structure import Structure
 from skipstep.loops.workspace import Workspace
@@ -115,6 +117,24 @@ class CudaLoop:
                 yield DeviceRun(workspace, stages, request)
             finally:
                 self._synchronize()
+
+    def mix(self, stages: Sequence[Stages], max_rows: int) -> DeviceMix:
+        requests = [_blank_request(1, copies) for copies in ((1, 2) if self._network.can_guide else (1,))]
+        kinds = [step_kinds(self._network, each, request) for each in stages for request in requests]
+        with self._held:
+            made = DeviceMix(
+                self._device,
+                self._network,
+                self._denoisers,
+                {size: self._launch(size, 1) for size in self._denoisers},
+                held=self._held,
+                watched=self._watched,
+                records=self._wanted != "stepwise",
+                max_rows=max_rows,
+                num_stages=max(map(len, stages), default=1),
+            )
+            made.prepare(list(dict.fromkeys(itertools.chain(*kinds))))
+        return made
 
     def new_samples(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, device=self._device.torch_device)

@@ -83,6 +83,42 @@ class LoopReport:
         return f"{made}, made in {self.seconds:.2f} s" + (f" ({self.reason})" if self.reason else "")
 
 
+class MixedSample(Protocol):
+    """One sample of a mix. `rows` of the network that each of its stages evaluates: 2 with guidance, else 1."""
+
+    @property
+    def rows(self) -> Sequence[int]: ...
+    def copy_state(self) -> Array:
+        """After the steps taken so far, `[1, *sample_shape]` in host memory."""
+        ...
+
+    def copy_x0(self) -> Array:
+        """The image predicted at the last step."""
+        ...
+
+
+class Mix(Protocol):
+    """How samples at different stages of different plans share the evaluations of a loop. One thread at a time
+    advances them.
+
+    `batch_sizes` of the evaluations, ascending: rows that are left over are evaluated for nothing. Empty: any size.
+    """
+
+    batch_sizes: tuple[int, ...]
+
+    def sample(self, stages: Stages, request: SampleRequest) -> MixedSample:
+        """A request of one sample, made ready; from any thread."""
+        ...
+
+    def advance(self, chosen: Sequence[tuple[Any, int]]) -> None:
+        """Evaluate the network once for all of these, each at its stage, and take their steps."""
+        ...
+
+    def leave(self, sample: Any) -> None:
+        """It will not be advanced again."""
+        ...
+
+
 class Loop(Protocol):
     """`name` is the form that was requested, `device` torch's name of the device ("cpu", "cuda:0"), `device_name` the
     GPU's own, None on the CPU. `any_batch`: it takes every batch size. `reports`: how each structure of plans runs.
@@ -111,6 +147,11 @@ class Loop(Protocol):
 
     def start(self, stages: Stages, request: SampleRequest, *, keep_x0: bool = False) -> AbstractContextManager[Run]:
         """The same one evaluation at a time. On a GPU other calls wait until the context ends."""
+        ...
+
+    def mix(self, stages: Sequence[Stages], max_rows: int) -> Mix:
+        """Evaluations of up to `max_rows` rows that samples share; ready for `stages` where others have to be recorded
+        first."""
         ...
 
     def new_samples(self, shape: tuple[int, ...]) -> Any:

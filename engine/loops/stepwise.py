@@ -12,9 +12,11 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from skipstep.backends.denoiser import Denoiser, MakeDenoiser
 from skipstep.calls.request import SampleRequest
@@ -89,6 +91,9 @@ class HostLoop:
             with self._lock:
                 self._free = [*self._free, denoiser][-MAX_FREE_BUFFERS:]
 
+    def mix(self, stages: Sequence[Stages], max_rows: int) -> HostMix:
+        return HostMix(self, self._network)
+
     def new_samples(self, shape: tuple[int, ...]) -> Array:
         return np.empty(shape, np.float32)
 
@@ -126,10 +131,55 @@ class HostRun:
         walk.step(stage)
 
     def state(self) -> Array:
-        return self._walk.state.copy()
+        return self._walk.copy_state()
 
     def x0(self) -> Array:
-        return self._walk.x0.copy()
+        return self._walk.copy_x0()
 
     def set_state(self, state: Array) -> None:
         self._walk.set_state(state)
+
+
+@dataclass(frozen=True, slots=True)
+class _MixedInputs:
+    """The step inputs of several samples, each at its own stage, as a denoiser reads them: one stage of all rows."""
+
+    chosen: Sequence[tuple[Walk, int]]
+
+    def row(self, name: str, stage: int) -> tuple[NDArray[np.generic], NDArray[np.int64]]:
+        found = [walk.values(own).row(name, own) for walk, own in self.chosen]
+        values = np.concatenate([table[rows] for table, rows in found])
+        return values, np.arange(len(values))
+
+
+class HostMix:
+    """Walks of one sample each (skipstep.loops.contract.Mix): the numbers that one reads and writes are those of a call
+    of one sample, and only the network's batch is shared.
+
+        inputs side by side ──▶ network ──▶ each sample's own step
+    """
+
+    batch_sizes: tuple[int, ...] = ()
+
+    def __init__(self, loop: HostLoop, network: NetworkSpec) -> None:
+        self._loop, self._network = loop, network
+        with loop.buffers(1) as denoiser:  # What runs before the loop is the same at every batch size.
+            self._compute = denoiser.compute
+
+    def sample(self, stages: Stages, request: SampleRequest) -> Walk:
+        return Walk(self._compute, self._network, stages, request)
+
+    def advance(self, chosen: Sequence[tuple[Walk, int]]) -> None:
+        widths = [walk.rows[stage] for walk, stage in chosen]
+        parts = [slice(end - width, end) for end, width in zip(np.cumsum(widths), widths, strict=True)]
+        with self._loop.buffers(sum(widths)) as denoiser:
+            for part, width, (walk, _) in zip(parts, widths, chosen, strict=True):
+                denoiser.input[part] = walk.input[:width]
+            denoiser.new_context()(_MixedInputs(chosen), 0)
+            for part, width, (walk, _) in zip(parts, widths, chosen, strict=True):
+                walk.output[:width] = denoiser.output[part]
+        for walk, stage in chosen:
+            walk.step(stage)
+
+    def leave(self, sample: Walk) -> None:
+        """It holds nothing beside its own memory."""

@@ -80,6 +80,12 @@ class Walk:
         """The step inputs of the rows that this stage evaluates."""
         return self._values if self.rows[stage] == len(self.input) else self._values_once
 
+    def copy_state(self) -> Array:
+        return self.state.copy()
+
+    def copy_x0(self) -> Array:
+        return self.x0.copy()
+
     def set_state(self, state: Array) -> None:
         self.state[...] = state
         replicate(self.state, self.input)

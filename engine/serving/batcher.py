@@ -31,8 +31,6 @@ from skipstep.errors import (
     check_type,
 )
 from skipstep.loops.runner import OutputType, check_output_type
-from skipstep.loops.stepwise import HostLoop
-from skipstep.loops.walk import Walk
 from skipstep.networks.spec import MAX_BATCH_SIZE
 from skipstep.plans.plan import Plan
 from skipstep.plans.stages import Stages
@@ -45,15 +43,16 @@ _MAX_MS = 1e9
 
 
 class Batcher:
-    """Continuous batching over an engine on the CPU. Safe to call from several threads.
+    """Continuous batching over an engine. Safe to call from several threads.
 
-    max_batch    the most rows of the network in one evaluation: a sample has one, with guidance two.
+    max_batch    the most rows of the network in one evaluation: a sample has one, with guidance two. On a GPU at most
+                 the network's largest batch size, and an evaluation takes the next one from its rows up.
     max_wait_ms  how long the first request of an idle batcher waits for others to come along.
     max_queue    the most samples that are under way or wait.
 
     What an evaluation costs, and so how many samples share one and which deadlines can be met, follows from
     engine.calibration, as it is when the batcher is made; without one as many share it as `max_batch` allows, and
-    deadlines are refused. Raises InputError, also for an engine that is not on the CPU.
+    deadlines are refused. On a GPU the evaluations are recorded when the batcher is made. Raises InputError.
     """
 
     def __init__(
@@ -63,17 +62,12 @@ class Batcher:
         max_batch = check_integer("max_batch", max_batch, low=1, high=MAX_BATCH_SIZE)
         self._max_queue = check_integer("max_queue", max_queue, low=1)
         self._wait = 1e-3 * check_number("max_wait_ms", max_wait_ms, low=0.0, high=_MAX_MS)
-        loop = engine.runner.loop
-        if not isinstance(loop, HostLoop):
-            raise InputError(
-                got=f"an engine on {engine.device}",
-                expected="one on the CPU, whose loop takes samples at different stages",
-                remedy="build or load it with device='cpu', or draw requests of one plan with one engine.sample call",
-            )
+        engine.runner.check()
         self._engine = engine
-        with loop.buffers(1) as denoiser:  # What runs before the loop is the same at every batch size.
-            self._compute = denoiser.compute
-        self._flight = Flight(Policy(max_batch, Cost.of(engine.calibration, engine.plans)), loop, time.monotonic)
+        mix = engine.runner.loop.mix([Stages.of([plan]) for plan in engine.plans.values()], max_batch)
+        cost = Cost.of(engine.calibration, engine.plans, mix.batch_sizes)
+        policy = Policy(min(max_batch, *mix.batch_sizes[-1:], MAX_BATCH_SIZE), cost)
+        self._flight = Flight(policy, mix, time.monotonic)
         self._changed, self._coming = self._flight.changed, 0
         self._arrivals = itertools.count()
         self._worker: threading.Thread | None = None
@@ -121,15 +115,15 @@ class Batcher:
         engine, flight = self._engine, self._flight
         with self._room(request.num_samples, room):
             call = Call(request.num_samples, engine, output_type, callback, stages.ends_step)
-            walks = [
-                Walk(self._compute, engine.network, stages.chunk(index, 1), request.chunk(index, 1))
+            samples = [
+                flight.mix.sample(stages.chunk(index, 1), request.chunk(index, 1))
                 for index in range(request.num_samples)
             ]
             with self._changed:
                 self._check()
                 members = [
-                    Member(next(self._arrivals), walk.rows, deadline, call=call, index=index, walk=walk)
-                    for index, walk in enumerate(walks)
+                    Member(next(self._arrivals), sample.rows, deadline, call=call, index=index, sample=sample)
+                    for index, sample in enumerate(samples)
                 ]
                 flight.policy.admit(flight.members, members, time.monotonic())
                 if self._worker is None:

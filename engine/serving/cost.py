@@ -18,14 +18,20 @@ LEAST_GAIN = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """`typical` and `cautious` milliseconds of an evaluation of `rows` rows, sorted: p50 and p99 of whole calls."""
+    """`typical` and `cautious` milliseconds of an evaluation of `rows` rows, sorted: p50 and p99 of whole calls.
+
+    `batch_sizes`: the only ones that are evaluated, ascending; others cost what the next does. Empty: any.
+    """
 
     rows: tuple[int, ...]
     typical: tuple[float, ...]
     cautious: tuple[float, ...]
+    batch_sizes: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, calibration: Calibration | None, plans: Mapping[str, Plan]) -> Cost | None:
+    def of(
+        cls, calibration: Calibration | None, plans: Mapping[str, Plan], batch_sizes: tuple[int, ...] = ()
+    ) -> Cost | None:
         """None where fewer than two sizes were measured: one says nothing about what a larger batch costs."""
         found: dict[int, tuple[float, float]] = {}
         for kind, latency in ({} if calibration is None else calibration.latencies).items():
@@ -39,10 +45,12 @@ class Cost:
         if len(found) < 2:
             return None
         sizes = sorted(found)
-        return cls(tuple(sizes), *zip(*(found[size] for size in sizes), strict=True))
+        typical, cautious = zip(*(found[size] for size in sizes), strict=True)
+        return cls(tuple(sizes), typical, cautious, batch_sizes)
 
     def ms(self, rows: int, *, cautious: bool = False) -> float:
         """Beyond the largest size measured the milliseconds of a row stay as they are there."""
+        rows = next((size for size in self.batch_sizes if size >= rows), rows)
         known = self.cautious if cautious else self.typical
         place = bisect_left(self.rows, rows)
         if place == len(self.rows):

@@ -1,9 +1,6 @@
 """The samples under way, each at its own stage of its own plan. A turn is one evaluation that some of them share.
 
-    choose ──▶ their inputs, side by side ──▶ network ──▶ each sample's own step ──▶ the finished ones leave
-
-A sample walks alone (skipstep.loops.walk): the numbers that it reads and writes are those of a call of one sample, and
-only the network's batch is shared.
+choose ──▶ one evaluation of the network, each sample's own step (skipstep.loops.contract.Mix) ──▶ the finished leave
 """
 
 from __future__ import annotations
@@ -16,13 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from skipstep.calls.trajectory import Callback, StepEvent
 from skipstep.engine import Engine
+from skipstep.loops.contract import Mix, MixedSample
 from skipstep.loops.runner import OutputType, check_finite
-from skipstep.loops.stepwise import HostLoop
-from skipstep.loops.walk import Walk
 from skipstep.serving.policy import Job, Policy
 
 
@@ -71,40 +66,27 @@ class Member(Job):
 
     call: Call
     index: int
-    walk: Walk
+    sample: MixedSample
 
     def advance(self) -> None:
-        """The step after an evaluation."""
+        """After an evaluation and its step."""
         call, stage = self.call, self.stage
-        self.walk.step(stage)
         self.stage += 1
         if call.callback is not None and call.ends_step[stage]:
             step = sum(call.ends_step[:stage])
-            x_t, x0 = self.walk.state.copy(), self.walk.x0.copy()
+            x_t, x0 = self.sample.copy_state(), self.sample.copy_x0()
             call.callback(StepEvent(step, sum(call.ends_step), self.index, x_t, x0))
         if not self.remaining:
-            call.samples[self.index] = self.walk.state[0]
+            call.samples[self.index] = self.sample.copy_state()[0]
             call.missing -= 1
-
-
-@dataclass(frozen=True, slots=True)
-class SharedInputs:
-    """The step inputs of several samples, each at its own stage, as a denoiser reads them: one stage of all rows."""
-
-    members: Sequence[Member]
-
-    def row(self, name: str, stage: int) -> tuple[NDArray[np.generic], NDArray[np.int64]]:
-        found = [member.walk.values(member.stage).row(name, member.stage) for member in self.members]
-        values = np.concatenate([table[rows] for table, rows in found])
-        return values, np.arange(len(values))
 
 
 class Flight:
     """`members` in the order of arrival. A thread that reads or changes them holds the condition `changed`, which is
     notified after every turn. One thread at a time takes turns."""
 
-    def __init__(self, policy: Policy, loop: HostLoop, clock: Callable[[], float]) -> None:
-        self.policy, self._loop, self._clock = policy, loop, clock
+    def __init__(self, policy: Policy, mix: Mix, clock: Callable[[], float]) -> None:
+        self.policy, self.mix, self._clock = policy, mix, clock
         self.members: list[Member] = []
         self.changed = threading.Condition()
         self.evaluations = self.rows = 0
@@ -137,24 +119,20 @@ class Flight:
         for member in self.members:
             if member.call.future.cancelled():
                 member.call.settle()
+            if not member.remaining or member.call.over:
+                self.mix.leave(member.sample)
         self.members = [member for member in self.members if member.remaining and not member.call.over]
 
     def _evaluate(self, chosen: Sequence[Member]) -> None:
-        widths = [member.width for member in chosen]
-        parts = [slice(end - width, end) for end, width in zip(np.cumsum(widths), widths, strict=True)]
+        rows = sum(member.width for member in chosen)
         try:
-            with self._loop.buffers(sum(widths)) as denoiser:
-                for part, member in zip(parts, chosen, strict=True):
-                    denoiser.input[part] = member.walk.input[: member.width]
-                denoiser.new_context()(SharedInputs(chosen), 0)
-                for part, member in zip(parts, chosen, strict=True):
-                    member.walk.output[: member.width] = denoiser.output[part]
+            self.mix.advance([(member.sample, member.stage) for member in chosen])
         except BaseException as error:
             for member in chosen:
                 member.call.settle(error)
             return
         self.evaluations += 1
-        self.rows += sum(widths)
+        self.rows += rows
         for member in chosen:
             if member.call.over:
                 continue  # Another sample of the same request has failed just now.

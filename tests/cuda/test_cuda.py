@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from skipstep import Engine, NoiseSchedule, Plan
 from skipstep.errors import CaptureError, EngineStateError, NonFiniteError
+from skipstep.serving import Batcher
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -115,6 +116,21 @@ def test_a_sample_does_not_depend_on_its_batch():
             for place, seed in enumerate([10, 11, 12, 13]):
                 alone = engine.sample(steps=5, seeds=[seed], **labels)
                 np.testing.assert_allclose(alone[0], together[place], rtol=0, atol=tolerance)
+
+
+def test_samples_that_share_evaluations_are_as_they_are_alone():
+    """Each at its own stage of its own plan, with noise and without, guided or not."""
+    plans, scales = [PLANS[name] for name in ("eta", "heun", "dpm_solver_pp_2m", "dynamic")], (None, 2.0, None)
+    for network, options, tolerance in ((Curve(), {}, 0.0), (labelled_unet(), UNET, BATCH_INVARIANCE)):
+        requests = [{"plan": plans[n % 4], "seeds": n} for n in range(12)]
+        if options:
+            requests = [
+                {**each, "class_labels": n % 10, "guidance_scale": scales[n % 3]} for n, each in enumerate(requests)
+            ]
+        with build(network, plans=plans, **options) as engine, Batcher(engine) as batcher:
+            futures = [batcher.submit(**request) for request in requests]
+            for request, future in zip(requests, futures, strict=True):
+                np.testing.assert_allclose(future.result(60.0), engine.sample(**request), rtol=0, atol=tolerance)
 
 
 def test_one_graph_serves_every_plan_of_its_structure():

@@ -74,7 +74,12 @@ def launches():
     for flags, (index, (size, stage)) in itertools.product(FLAGS, enumerate(itertools.product(SIZES, STAGES))):
         network, launch = Pointer(("float16", "bfloat16", "float32")[index % 3]), LAUNCHES[index % 2]
         options = step_constants(
-            flags, per_sample=index % 2 == 1, store_x0=index % 3 == 1, counted=index == 4, checked=index % 4 != 3
+            flags,
+            per_sample=index % 2 == 1,
+            store_x0=index % 3 == 1,
+            counted=index == 4,
+            checked=index % 4 != 3,
+            placed=index == 6,
         )
         state = (f32, f32, network, network, f32, f32, f32, i64, f32, f32, f32, i32, i32, size, stage)
         yield ddim_step_kernel, state, {**options, "BLOCK": launch.block_size}, launch.num_warps

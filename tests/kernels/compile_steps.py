@@ -12,8 +12,11 @@ from dataclasses import asdict
 import triton
 import triton.language as tl
 
+from skipstep.export.cubins import step_pointers
 from skipstep.export.kernel_inspection import DTYPES, VARIANTS, compile_kernel, inspect_kernel, inspect_step
+from skipstep.kernels.launch import step_constants
 from skipstep.kernels.layout import NUM_COLUMNS, Column
+from skipstep.kernels.step_kernel import ddim_step_kernel
 
 ROW = tl.constexpr(NUM_COLUMNS)
 X0_X = tl.constexpr(int(Column.X0_X))
@@ -53,8 +56,17 @@ def bare_facts(arch: int, dtype: str):
     return inspect_kernel(ptx, cubin, arch=arch, variant="plain", dtype=dtype)
 
 
+def placed_facts(arch: int, variant: str, dtype: str):
+    """As it steps some of the samples that are kept, each at its own stage."""
+    constants = step_constants(VARIANTS[variant], per_sample=False, store_x0=False, placed=True)
+    ptx, cubin = compile_kernel(ddim_step_kernel, arch, step_pointers(dtype), constants)
+    return inspect_kernel(ptx, cubin, arch=arch, variant=variant, dtype=dtype)
+
+
 if __name__ == "__main__":
     arch = int(sys.argv[1])
     steps = [inspect_step(arch, *case) for case in itertools.product(VARIANTS, DTYPES)]
     bare = [bare_facts(arch, dtype) for dtype in DTYPES]
-    print(json.dumps({"steps": [asdict(facts) for facts in steps], "bare": [asdict(facts) for facts in bare]}))
+    placed = [placed_facts(arch, *case) for case in itertools.product(VARIANTS, DTYPES)]
+    found = {"steps": steps, "bare": bare, "placed": placed}
+    print(json.dumps({name: [asdict(facts) for facts in each] for name, each in found.items()}))

@@ -99,13 +99,22 @@ def test_generated_code(arch):
     for case, kernel in bare.items():
         assert steps[case] == kernel
 
-    for (variant, dtype), kernel in steps.items():
+    placed = {(each["variant"], each["dtype"]): each for each in facts["placed"]}
+    assert placed.keys() == steps.keys()
+    every = [*((*item, False) for item in steps.items()), *((*item, True) for item in placed.items())]
+    for (variant, dtype), kernel, own in every:
         case, traffic, size = (variant, dtype), TRAFFIC[variant], {"fp16": 2, "fp32": 4}[dtype]
         accesses = kernel["global_accesses"]
         # Whole operands move 16 bytes at a time, each once.
         read = ELEMENTS_PER_THREAD * (4 * traffic.float32_in + size * traffic.network_in)
-        written = ELEMENTS_PER_THREAD * (4 * traffic.float32_out + size * traffic.network_out)
-        expected = {"ld.v4.b32": read // 16, "st.v4.b32": written // 16, "ld.v1.b32": traffic.scalars}
+        # A sample with a stage of its own reads its place and row, for noise its stage; it leaves the network no input.
+        network_out = 0 if own else traffic.network_out
+        written = ELEMENTS_PER_THREAD * (4 * traffic.float32_out + size * network_out)
+        expected = {
+            "ld.v4.b32": read // 16,
+            "st.v4.b32": written // 16,
+            "ld.v1.b32": traffic.scalars + own * (2 + traffic.seeds),
+        }
         assert accesses == expected | ({"ld.v1.b64": traffic.seeds} if traffic.seeds else {}), case
         assert (read % 16, written % 16) == (0, 0), case
 

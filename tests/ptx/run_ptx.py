@@ -24,7 +24,7 @@ from ptx_parser import parse
 from skipstep.calls.noise import StageNoise, standard_normal
 from skipstep.export.cubins import ARCHITECTURES, compile_for, needed_variants, step_pointers
 from skipstep.kernels.launch import StepLaunch, step_constants
-from skipstep.kernels.layout import NUM_COLUMNS, Column, StepFlags, Stream
+from skipstep.kernels.layout import NUM_COLUMNS, NUM_SLOTS, Column, StepFlags, Stream
 from skipstep.kernels.philox_kernel import philox_normal_kernel
 from skipstep.kernels.statistics import Thresholding, rescale_factor_numpy, threshold_bound_numpy
 from skipstep.kernels.step_kernel import ddim_step_kernel
@@ -40,6 +40,8 @@ THRESHOLDING = Thresholding(0.9, 1.5)
 # relative to the largest value.
 EXPONENTIAL = 2.0**-21
 STAGE, NUM_STAGES = 1, 2
+# Where samples are kept that are some of several; one row of the batch is nobody's.
+PLACES, NUM_PLACES = (4, 0, 2), 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +57,16 @@ class Case:
     store_x0: bool = False
     counted: bool = False
     checked: bool = True
+    placed: bool = False
 
     def ptx(self) -> str:
         constants = step_constants(
-            self.flags, per_sample=self.per_sample, store_x0=self.store_x0, counted=self.counted, checked=self.checked
+            self.flags,
+            per_sample=self.per_sample and not self.placed,
+            store_x0=self.store_x0,
+            counted=self.counted,
+            checked=self.checked,
+            placed=self.placed,
         )
         pointers = step_pointers(self.dtype)
         compiled = compile_for(ddim_step_kernel, self.arch, pointers, constants, wide=self.wide, launch=self.launch)
@@ -102,8 +110,9 @@ def cases(architectures: list[int], *, every: bool) -> Iterator[Case]:
                 wide=f % 3 != 2,
                 per_sample=f % 2 == 1,
                 store_x0=f % 3 == 1,
-                counted=f % 4 == 1,
+                counted=f % 4 == 1 and f % 7 != 3,
                 checked=f % 5 != 4,
+                placed=f % 7 == 3,
             )
 
 
@@ -194,10 +203,13 @@ def check_step(case: Case, n: int, ptx: str) -> int:
         "counter": np.array([STAGE], np.int32) if case.counted else None,
         "broken": broken if case.checked else None,
     }
-    steps = execute(ptx, arrays, (n, 0 if case.counted else STAGE), case.launch.grid(n, batch))
+    if case.placed:
+        steps = execute_placed(case, n, ptx, arrays)
+    else:
+        steps = execute(ptx, arrays, (n, 0 if case.counted else STAGE), case.launch.grid(n, batch))
     exact = not flags.learned_variance
     _same("state", state, twin_state, exact)
-    if exact:
+    if exact and not case.placed:
         expected = as_network(twin_input, case.dtype)
         _same("network input", as_float32(network_input, case.dtype), as_float32(expected, case.dtype), True)
     if case.store_x0:
@@ -206,6 +218,44 @@ def check_step(case: Case, n: int, ptx: str) -> int:
         _same(f"history slot {slot}", ours, theirs, exact)
     if case.checked:
         _same("broken", broken, np.array([99, STAGE, 99], np.int32), True)
+    return steps
+
+
+def execute_placed(case: Case, n: int, ptx: str, arrays: dict[str, Any]) -> int:
+    """The same, the samples kept in places among others, each with its own row of the table; results go to `arrays`."""
+    places, one_each = list(PLACES), {name: arrays[name] for name in ("state", "x0", "seeds", "guidance", "broken")}
+    kept = {name: each for name, each in one_each.items() if each is not None}
+    if arrays["history"] is not None:
+        slots = np.zeros((len(SEEDS), NUM_SLOTS, n), np.float32)
+        slots[:, : len(arrays["history"])] = np.moveaxis(arrays["history"].reshape(-1, len(SEEDS), n), 0, 1)
+        kept["history"] = slots
+    memory = {name: np.full((NUM_PLACES, *each.shape[1:]), 77, each.dtype) for name, each in kept.items()}
+    for name, each in kept.items():
+        memory[name][places] = each
+    output = arrays["output"].reshape(-1, len(SEEDS), *arrays["output"].shape[1:])
+    for_batch = {name: arrays[name] for name in ("rescale", "bound") if arrays[name] is not None}
+    given = {
+        **arrays,
+        **memory,
+        **{name: np.append(each, each[:1]) for name, each in for_batch.items()},
+        "next": memory["state"],
+        "output": np.ascontiguousarray(np.concatenate([output, output[:, :1]], axis=1)),
+        "network_input": None,
+        "counter": np.full((len(SEEDS) + 1, 3), -1, np.int32),
+    }
+    rows = arrays["table"].shape[1]
+    for sample, place in enumerate(places):
+        given["counter"][sample] = place, STAGE * rows + sample % rows, STAGE
+    given["counter"][-1] = -1, 0, 0
+    steps = execute(ptx, given, (n, 7), case.launch.grid(n, len(SEEDS) + 1))
+    others = [place for place in range(NUM_PLACES) if place not in places]
+    for name, each in memory.items():
+        assert (each[others] == 77).all(), f"{name} of another sample was touched"
+        if name == "history":
+            part = np.moveaxis(each[places], 1, 0)[: len(arrays["history"])]
+            arrays["history"][...] = part.reshape(arrays["history"].shape)
+        else:
+            arrays[name][...] = each[places]
     return steps
 
 

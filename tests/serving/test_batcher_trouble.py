@@ -233,9 +233,3 @@ def test_what_a_request_cannot_have_is_said_when_it_is_submitted(engine, batcher
         alone.submit(steps=5, seeds=1, class_labels=0, guidance_scale=2.0)
     with pytest.raises(InputError, match="a Engine"):
         Batcher("bundle")
-
-
-def test_an_engine_on_a_gpu_is_refused_with_what_is_there(engine, monkeypatch):
-    monkeypatch.setattr(engine.runner, "loop", type("StepGraphLoop", (), {"device": "cuda:0"})())
-    with pytest.raises(InputError, match="an engine on cuda:0"):
-        Batcher(engine)

@@ -55,3 +55,11 @@ def test_joining_pays_while_a_larger_batch_evaluates_more_rows_a_millisecond():
     assert bound_by_arithmetic.paying_rows(16) == 1
     assert knee.paying_rows(16) == 4
     assert knee.paying_rows(2) == 2
+
+
+def test_batches_of_given_sizes_cost_what_the_next_size_does():
+    cost = Cost((1, 4, 8), (5.0, 8.0, 12.0), (6.0, 9.0, 13.0), batch_sizes=(1, 4, 8))
+    assert [cost.ms(rows) for rows in (1, 2, 4, 5, 8)] == [5.0, 8.0, 8.0, 12.0, 12.0]
+    assert cost.ms(3, cautious=True) == 9.0
+    assert cost.paying_rows(8) == 8
+    assert cost.paying_rows(5) == 4, "five rows take as long as eight"

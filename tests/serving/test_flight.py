@@ -10,7 +10,6 @@ import pytest
 from serving_cases import random_request, serving_engine
 
 from skipstep.calls.request import resolve_request
-from skipstep.loops.walk import Walk
 from skipstep.plans.stages import Stages
 from skipstep.serving.cost import Cost
 from skipstep.serving.flight import Call, Flight, Member
@@ -27,13 +26,13 @@ class Clock:
         return self.now
 
 
-def member(engine: Any, compute: Any, arrival: int, arguments: dict[str, Any], deadline: float) -> Member:
+def member(engine: Any, mix: Any, arrival: int, arguments: dict[str, Any], deadline: float) -> Member:
     stages = Stages.of([arguments["plan"]])
     conditions = {name: value for name, value in arguments.items() if name != "plan"}
     request = resolve_request(engine.network, x_T=None, adds_noise=stages.adds_noise, **conditions)
     call = Call(1, engine, ends_step=stages.ends_step)
-    walk = Walk(compute, engine.network, stages, request)
-    return Member(arrival, walk.rows, deadline, call=call, index=0, walk=walk)
+    sample = mix.sample(stages, request)
+    return Member(arrival, sample.rows, deadline, call=call, index=0, sample=sample)
 
 
 def images_alone(engine: Any, requests: list[dict[str, Any]]) -> list[Any]:
@@ -59,10 +58,8 @@ def images_alone(engine: Any, requests: list[dict[str, Any]]) -> list[Any]:
 def test_every_request_gets_the_image_it_would_have_alone_and_none_starves(num_arrivals):
     rng, clock = np.random.default_rng(3), Clock()
     with serving_engine() as engine:
-        loop = engine.runner.loop
-        with loop.buffers(1) as denoiser:
-            compute = denoiser.compute
-        flight = Flight(Policy(16, COST), loop, clock)
+        mix = engine.runner.loop.mix([], 16)
+        flight = Flight(Policy(16, COST), mix, clock)
         requests: list[dict[str, Any]] = []
         members: list[Member] = []
         cancelled: set[int] = set()
@@ -79,7 +76,7 @@ def test_every_request_gets_the_image_it_would_have_alone_and_none_starves(num_a
                 request = random_request(engine, rng)
                 deadline = clock.now + float(rng.uniform(0.03, 1.0)) if rng.random() < 0.6 else math.inf
                 requests.append(request)
-                members.append(member(engine, compute, len(members), request, deadline))
+                members.append(member(engine, mix, len(members), request, deadline))
                 flight.members.append(members[-1])
             if rng.random() < 0.02:
                 chosen = flight.members[rng.integers(len(flight.members))]
