@@ -119,6 +119,9 @@ class EdgeLoop:
             finally:
                 self._queue.settle()
 
+    def mix(self, stages: Sequence[Stages], max_rows: int) -> NoReturn:
+        raise InputError(got="a Batcher", expected="an engine that torch or the CPU runs", remedy=_WITH_TORCH)
+
     def new_samples(self, shape: tuple[int, ...]) -> NoReturn:
         raise InputError(got="output_type='pt' without torch", expected="'np' or 'pil'", remedy="pass output_type='np'")
 
@@ -126,11 +129,7 @@ class EdgeLoop:
         return lambda: None
 
     def launch_cases(self) -> Iterable[LaunchCase]:
-        raise InputError(
-            got="autotune with kernels that were compiled ahead of time",
-            expected="kernels that Triton compiles here",
-            remedy=_WITH_TORCH,
-        )
+        raise InputError(got="autotune", expected="kernels that Triton compiles here", remedy=_WITH_TORCH)
 
     def use_launches(self, launches: Mapping[LaunchCase, StepLaunch]) -> None:
         """A launch is fixed in a compiled kernel."""

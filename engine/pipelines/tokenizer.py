@@ -146,9 +146,9 @@ def _from_vocabulary(folder: Path, special: dict[str, str]) -> tokenizers.Tokeni
         )
         words = pre_tokenizers.Split(library.Regex(_WORDS), behavior="removed", invert=True)
         made.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-        start, end = ((special[name], made.token_to_id(special[name])) for name in ("bos_token", "eos_token"))
-        places: Any = (end, start)  # A special token that the vocabulary lacks is refused by the library.
-        made.post_processor = processors.RobertaProcessing(*places, trim_offsets=False, add_prefix_space=False)
+        known = made.get_vocab()
+        start, end = ((special[name], known[special[name]]) for name in ("bos_token", "eos_token"))
+        made.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
         made.add_special_tokens(list(dict.fromkeys(special.values())))
     except Exception as error:  # As above.
         raise ModelFormatError(
