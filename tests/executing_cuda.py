@@ -8,26 +8,21 @@ interpreted by the NumPy twins of the kernels. What a real driver would crash on
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import enum
 import json
 import random
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
-import fake_tensorrt
 import numpy as np
+from executing_kernels import run_noise, run_step
 from numpy.typing import NDArray
 
-from skipstep.calls.noise import standard_normal
 from skipstep.edge.step_binary import StepBinaryFacts
-from skipstep.kernels.layout import NUM_COLUMNS, Stream
-from skipstep.kernels.step_numpy import NumpyStep
 
 POISON = 0xA5
 # An ELF header for machine 190, CUDA. What follows are the kernel's facts: there is no code to interpret.
@@ -308,49 +303,8 @@ class ExecutingCuda:
         assert count % facts.num_elements_multiple == 0
         for each in facts.arguments:
             assert values[each.name] % facts.pointer_alignment == 0 or not each.type.startswith("*"), each.name
-        interpret = self._noise if facts.purpose == "noise" else self._step
-        return self._enqueue(stream, lambda: interpret(facts, values, count, batch))
-
-    def _noise(self, facts, values, count, batch):
-        state = self.floats(values["state_ptr"], (batch, count))
-        if not self.floats(values["given_ptr"], (1,), "int32")[0]:
-            seeds = self.floats(values["seeds_ptr"], (batch,), "uint64")
-            state[...] = standard_normal(seeds, count, stage=values["stage"], stream=Stream.INITIAL)
-        copies = facts.flags.input_copies
-        network_input = self.floats(values["network_input_ptr"], (copies, batch, count), facts.network_dtype)
-        network_input[...] = state
-
-    def _step(self, facts, values, count, batch):
-        flags, stage = facts.flags, values["stage"]
-        assert not any((flags.rescale, flags.threshold, facts.per_sample, facts.store_x0)), "nobody launches these"
-        assert values["next_ptr"] == values["state_ptr"]
-        state = self.floats(values["state_ptr"], (batch, 1, count))
-        output_shape = ((2 if flags.guided else 1) * batch, 2 if flags.wide_output else 1, count)
-        output = self.floats(values["output_ptr"], output_shape, facts.network_dtype)
-        network_input = self.floats(
-            values["network_input_ptr"], (flags.input_copies * batch, 1, count), facts.network_dtype
-        )
-        table = self.floats(values["table_ptr"], (stage + 1, 1, NUM_COLUMNS))[stage:]
-
-        def noise(_: int) -> NDArray[np.float32]:
-            seeds = self.floats(values["seeds_ptr"], (batch,), "uint64")
-            return standard_normal(seeds, count, stage=stage, stream=Stream.STEP)
-
-        step = NumpyStep(
-            state=state,
-            model_output=output,
-            network_input=network_input,
-            table=table,
-            flags=[flags],
-            guidance=self.floats(values["guidance_ptr"], (batch,)) if flags.guided else None,
-            noise=noise if flags.add_noise else None,
-        )
-        slots = flags.num_slots
-        history = self.floats(values["history_ptr"], (slots, batch, 1, count)) if slots else ()
-        step.history = [each.copy() for each in history]
-        step(0)
-        for slot in flags.written_slots:
-            history[slot] = step.history[slot]
+        interpret = run_noise if facts.purpose == "noise" else run_step
+        return self._enqueue(stream, lambda: interpret(self.floats, facts, values, count, batch))
 
     # What stand-ins of libraries ask
 
@@ -394,43 +348,3 @@ def _inside(memory: dict[int, NDArray[np.uint8]], address: int, num_bytes: int, 
         if start <= address and address + num_bytes <= start + len(array):
             return array[address - start :][:num_bytes]
     raise AssertionError(f"{num_bytes} bytes at {address:#x} are no {what}")
-
-
-_EXECUTE = fake_tensorrt.IExecutionContext.execute_async_v3
-
-
-def modules(cuda: ExecutingCuda, library: str = "tensorrt_rtx") -> dict[str, Any]:
-    """What to put into sys.modules: the driver and a TensorRT."""
-    package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
-    package.bindings, bindings.driver = bindings, cuda  # type: ignore[attr-defined]
-    names = {"cuda": package, "cuda.bindings": bindings, "cuda.bindings.driver": cuda}
-    return {**names, library: fake_tensorrt.library(library)}
-
-
-def launches_on(cuda: ExecutingCuda) -> Callable[[Any, int], bool]:
-    """IExecutionContext.execute_async_v3 of a TensorRT whose launches run when the driver's stream comes to them."""
-
-    def execute_async_v3(self: Any, stream_handle: int) -> bool:
-        if fake_tensorrt.PRETENCES.get("no launch"):
-            return _EXECUTE(self, stream_handle)
-        # Only what stands when it is launched counts.
-        engine, launched = self._engine, copy.copy(self)
-        launched._addresses = dict(self._addresses)
-
-        def run() -> None:
-            cuda.device(launched._memory[0], engine.device_memory_size_v2)
-            for name in launched._addresses:
-                array = launched._array(name)
-                cuda.device(array.ctypes.data, array.nbytes)
-            assert _EXECUTE(launched, stream_handle)
-
-        cuda._enqueue(stream_handle, run)
-        return True
-
-    return execute_async_v3
-
-
-def install(cuda: ExecutingCuda, library: str = "tensorrt_rtx") -> None:
-    """For a process of its own."""
-    sys.modules.update(modules(cuda, library))
-    fake_tensorrt.IExecutionContext.execute_async_v3 = launches_on(cuda)  # type: ignore[method-assign]

@@ -10,7 +10,8 @@ import fake_tensorrt
 import numpy as np
 import pytest
 from edge_bundles import edge_bundle
-from executing_cuda import CUresult, ExecutingCuda, launches_on, modules
+from executing_cuda import CUresult, ExecutingCuda
+from executing_library import launches_on, modules
 from faults import run_python
 
 import skipstep
@@ -313,7 +314,8 @@ def test_an_engine_that_does_not_launch(cuda, bundle):
 START = """
 import sys
 sys.path[:0] = {tests!r}
-from executing_cuda import ExecutingCuda, install
+from executing_cuda import ExecutingCuda
+from executing_library import install
 install(ExecutingCuda())
 sys.modules.update(dict.fromkeys(("torch", "triton", "onnx", "safetensors.torch")))
 import time

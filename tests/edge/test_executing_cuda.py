@@ -7,7 +7,8 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
-from executing_cuda import ExecutingCuda, cubin_of, modules
+from executing_cuda import ExecutingCuda, cubin_of
+from executing_library import modules
 from step_binaries import step_facts
 
 from skipstep.cuda.driver import CudaDriver

@@ -8,7 +8,7 @@ import pytest
 import torch
 from engines import SCHEDULE, build
 from onnxruntime import InferenceSession, SessionOptions
-from tiny_networks import Curve, LearnedVariance, tiny_unet
+from tiny_networks import Curve, LearnedVariance, Small, tiny_unet
 from tolerances import STATIC_SHAPES
 from torch import Tensor, nn
 
@@ -72,23 +72,6 @@ def run(session, plan, **given):
     assert {each.name for each in session.get_inputs()} == set(given)
     names = [each.name for each in session.get_outputs()]
     return dict(zip(names, session.run(names, given), strict=True))
-
-
-class Small(nn.Module):
-    """Two convolutions, with what follows from the timestep and the label between them; quick to load many times."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
-        self.norm = nn.GroupNorm(4, 8)
-        self.label, self.mix = nn.Embedding(4, 8), nn.Linear(8, 8)
-
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        angles = t.to(x.dtype)[:, None] / 1000 * torch.arange(1, 9, dtype=x.dtype)
-        told = self.mix(torch.sin(angles) + self.label(labels))
-        hidden = nn.functional.silu(self.norm(self.first(x)) + told[:, :, None, None])
-        return self.last(hidden) + x
 
 
 LABELLED = {"sample_shape": (1, 8, 8), "num_classes": 3, "null_label": 3, "fractional_timesteps": True}
