@@ -318,7 +318,7 @@ class Engine:
 
     def _draw(self, call: _Call, progress: Any = None, callback: Any = None, kept: Any = None) -> Any:
         observers = None
-        if any(each is not None for each in (call.blend, progress, callback, kept)):
+        if (call.blend, progress, callback, kept) != (None, None, None, None):
             num_runs = len(self.split(call.request.num_samples))
             observers = Observers(call.stages, num_runs, progress, callback, kept, call.blend)
         self.runner.draw(call.stages, call.request, call.samples, observers=observers)

@@ -15,7 +15,6 @@ from safetensors.numpy import save as save_arrays
 from skipstep.bundles.bundle import weight_file
 from skipstep.bundles.manifest import FileEntry
 from skipstep.errors import ExportError
-from skipstep.export.graph_writer import load_graph
 from skipstep.networks.large_graph import LOCATION, LargeGraph, Weights, without_stored_weights
 
 PART_BYTES: Final = 1 << 29
@@ -48,6 +47,8 @@ class BundleFiles:
         return self.add(name, graph)
 
     def _add_weights(self, name: str, graph: LargeGraph) -> bytes:
+        from skipstep.export.graph_writer import load_graph  # onnx: a device that only calibrates has none.
+
         model = load_graph(graph)
         tensors = {each.name: each for each in model.graph.initializer}
         for number, part in enumerate(_in_parts(graph.weights)):

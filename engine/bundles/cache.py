@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from skipstep.errors import CacheError, InputError, StorageError
-from skipstep.networks.large_graph import weights_of
 from skipstep.storage.atomic import atomic_write
 from skipstep.storage.verified import read_up_to
 
@@ -119,6 +118,8 @@ class ArtefactCache:
             except (CacheError, StorageError) as error:
                 self._warn(error)
             data = build()
+            from skipstep.networks.large_graph import weights_of
+
             if weights_of(data):  # The bytes are not all of it.
                 return data
             try:

@@ -35,6 +35,7 @@ class Inputs(Conditions, total=False):
 
 _STARTS: Final = ("image", "mask", "strength", "noise")
 _OF_PIPELINES: Final = ("prompt", "negative_prompt", "image", "mask", "strength")
+_FURTHER: Final = frozenset((*_STARTS, *_OF_PIPELINES))
 
 
 class Encoding(Protocol):
@@ -48,6 +49,8 @@ def split_inputs(
 ) -> tuple[Conditions, dict[str, Any]]:
     """The conditions of a call, with embeddings in place of prompts, and what it begins with. Raises InputError."""
     if pipeline is None:
+        if _FURTHER.isdisjoint(inputs):  # Most calls, and nothing is spent on them.
+            return cast(Conditions, inputs), {}
         refuse_inputs(inputs)
     conditions = dict(inputs) if pipeline is None else pipeline.conditions(network, inputs)
     starts = {name: conditions.pop(name, None) for name in _STARTS}

@@ -24,6 +24,7 @@ def packages(tmp_path):
     return tmp_path / "packages"
 
 
+@pytest.mark.slow
 def test_the_folder_holds_what_the_page_asks_for(packages, tmp_path, capsys):
     browser.main(["--packages", str(packages), "--out", str(tmp_path / "site"), "--only-write"])
     site = json.loads((tmp_path / "site" / "site.json").read_text())

@@ -194,7 +194,7 @@ def test_a_bundle_that_is_rewritten_keeps_its_weights(copy, apart):
 
 
 def test_what_needs_one_graph_is_refused_with_a_remedy(lowered, tmp_path):
-    with pytest.raises(InputError, match=r"whole loops.*leave onnx-loop, server and trtexec out"):
+    with pytest.raises(InputError, match=r"whole loops.*leave onnx-loop, onnx-unrolled, server and trtexec out"):
         saved_to(tmp_path / "bundle", targets=["onnx-loop"])
     assert not (tmp_path / "bundle").exists()
     saved_to(tmp_path / "bundle", targets=[])

@@ -15,7 +15,8 @@ import pytest
 from bundle_cases import make
 from engines import SCHEDULE, parts_of
 from onnx import TensorProto
-from tiny_networks import Labelled, LearnedVariance, Wide, tiny_text_unet, tiny_unet
+from step_networks import EveryTime
+from tiny_networks import Labelled, LearnedVariance, Wide, tiny_unet
 from tolerances import HALF_PRECISION_LOOP
 
 from skipstep import Engine, Plan, load
@@ -170,7 +171,8 @@ def test_networks_without_labels(network, tmp_path):
 
 
 def test_what_no_table_holds_is_refused(tmp_path, monkeypatch):
-    text = make(tiny_text_unet(), plans=[2], prompt_shape=(3, 24))
+    given = {"sample_shape": (2, 4, 4), "num_classes": 5, "prompt_shape": (3, 6)}
+    text = make(EveryTime(), plans=[2], **given)
     with pytest.raises(InputError, match="a network that takes encoder_hidden_states"):
         text.save(tmp_path / "bundle", license="MIT", targets=["trtexec"])
     assert not list(tmp_path.iterdir())

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from skipstep import Condition, load
 from skipstep.export.onnx_sampler import build_sampler
 
-# Exports take long: of those, a family with every kind of condition and one without guidance are quick enough.
-EXPORTED = [pytest.param(name, marks=[] if name in ("SDXL", "DiT") else [pytest.mark.slow]) for name in FAMILIES]
+# Exports take long: of those, one is quick enough.
+EXPORTED = [pytest.param(name, marks=[] if name == "DiT" else [pytest.mark.slow]) for name in FAMILIES]
 CASES = [
     pytest.param(*name.values, guided, backend, marks=[] if backend == "torch" else name.marks)
     for name in EXPORTED

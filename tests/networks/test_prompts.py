@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=["onnxruntime", "torch"])
+@pytest.fixture(scope="module", params=["torch", pytest.param("onnxruntime", marks=pytest.mark.slow)])
 def engine(request, folder):
     return build(folder, plans=[PLAN, 3], batch_sizes=[1, 3], backend=request.param)
 
@@ -91,6 +91,7 @@ def test_latents_are_found_again(engine, prompts):
     assert np.abs(again - images).max() < 0.05 * np.abs(images).max()
 
 
+@pytest.mark.slow
 def test_keys_and_values_leave_the_loop(folder):
     engine = build(folder, plans=[PLAN], backend="onnxruntime")
     parts = engine.source.partition()
@@ -102,6 +103,7 @@ def test_keys_and_values_leave_the_loop(folder):
     assert not any(WIDTH in tensor.dims for tensor in left)
 
 
+@pytest.mark.slow
 def test_a_bundle_takes_prompts(folder, prompts, tmp_path):
     engine = build(folder, plans=[PLAN], backend="onnxruntime")
     engine.save(tmp_path / "bundle", license="MIT")

@@ -50,7 +50,7 @@ def check(found: Any, pipeline: Any, **call: Any) -> None:
     assert np.abs(found - expected).max() <= tolerances.PIPELINE_LATENTS * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", ["sd", "xl"])
+@pytest.mark.parametrize("name", ["sd", pytest.param("xl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scale", [1.0, 7.5])
 @pytest.mark.parametrize("negative", [None, "the dog"])
 @pytest.mark.parametrize("batch", [1, 3])
@@ -70,6 +70,7 @@ def test_latents_of_prompts(name, scale, negative, batch):
     check(found, pipeline, generator=generators(seeds), **given)
 
 
+@pytest.mark.slow
 def test_pictures_in_another_size():
     drawn = engine("sd", height=24, width=16).sample(
         prompt=PROMPTS[0], steps=20, seeds=[3], guidance_scale=7.5, noise="torch", output_type="pil"
@@ -82,6 +83,7 @@ def test_pictures_in_another_size():
     assert np.asarray(drawn[0]).std() > 10  # Not one colour.
 
 
+@pytest.mark.slow
 def test_a_consistency_models_guidance_is_an_input():
     found = engine("lcm").sample(
         prompt=PROMPTS, guidance_scale=8.5, steps=1, seeds=SEEDS, noise="torch", output_type="latent"
@@ -91,6 +93,7 @@ def test_a_consistency_models_guidance_is_an_input():
     assert np.abs(found - expected).max() <= tolerances.PIPELINE_LATENTS * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_pictures_of_an_unconditional_pipeline():
     found = engine("ldm").sample(steps=20, seeds=SEEDS, noise="torch")
     call = {"batch_size": 3, "num_inference_steps": 20, "generator": generators(SEEDS), "output_type": "np"}
@@ -120,7 +123,7 @@ def test_image_to_image(strength):
     check(found, pipeline, prompt=PROMPTS[:2], **call)
 
 
-@pytest.mark.parametrize("name", ["sd", "inpaint"])
+@pytest.mark.parametrize("name", ["sd", pytest.param("inpaint", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_inpainting_by_the_loop_and_by_a_network_for_it(name, strength):
     given, seeds = pictures(2, (16, 16)), SEEDS[:2]

@@ -41,6 +41,7 @@ def test_seams_are_blended():
     assert 0 < np.abs(np.diff(found[0, 0, 5])).max() <= 1 / 4
 
 
+@pytest.mark.slow
 def test_a_pipeline_works_in_tiles_above_a_size():
     pytest.importorskip("transformers")
     pipeline, folder = tiny_pipeline("sd")
