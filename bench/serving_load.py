@@ -29,6 +29,7 @@ import numpy as np
 
 from skipstep import Engine, load
 from skipstep.bench.models import open_subject
+from skipstep.bench.page.plots import Line, Plot, to_png
 from skipstep.bench.record import environment, write_json
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.latency.calibration import nearest_rank
@@ -37,6 +38,7 @@ from skipstep.serving.cost import Cost
 
 MAX_BATCH = 16
 MAX_WAIT_MS = 2.0
+ROLES = ("reference", "s1", "s2", "ours")  # Of the plot's colours, in the order of the contenders.
 HEADER = ["model", "load", "served by", "p50 ms", "p99 ms", "requests/s", "p50 beside one call after the other"]
 Request = dict[str, Any]
 
@@ -222,6 +224,23 @@ def measure(case: Case, folder: Path, *, scale: float) -> tuple[list[list[str]],
         )
 
 
+def plot_of(rows: Sequence[Sequence[str]]) -> Plot:
+    """p99 by load for the first model of a table's rows."""
+    of_model = [row for row in rows if row[0] == rows[0][0]]
+    lines = [
+        Line(
+            name,
+            role,
+            marker,
+            [(float(load.rstrip("%")), float(p99)) for _, load, by, _, p99, *_ in of_model if by == name],
+        )
+        for name, role, marker in zip(dict.fromkeys(row[2] for row in rows), ROLES, "s^Do", strict=True)
+    ]
+    ticks = [round(place) for place, _ in lines[0].points]
+    title = f"Requests at random times: {rows[0][0]}"
+    return Plot("serving-load", title, lines, "load, % of one call after the other", "p99, ms", log_y=True, ticks=ticks)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=[case.model for case in CASES])
@@ -241,6 +260,7 @@ def main() -> None:
     write_json(
         options.out, {"commit": facts["commit"], "command": command, "header": HEADER, "rows": rows, "note": note}
     )
+    options.out.with_suffix(".png").write_bytes(to_png(plot_of(rows)))
 
 
 if __name__ == "__main__":

@@ -73,3 +73,7 @@ def test_the_command_writes_a_finding(tmp_path, monkeypatch):
     assert all(len(row) == len(finding["header"]) for row in finding["rows"])
     assert finding["command"] == "python -m skipstep.bench.serving_load --scale 0.1 --models tiny-architecture"
     assert "rows pay" in finding["note"]
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert [line.points for line in serving_load.plot_of(finding["rows"]).lines] == [
+        [(60.0, float(finding["rows"][place][4])), (95.0, float(finding["rows"][place + 4][4]))] for place in range(4)
+    ]
