@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,13 @@ CASES = {"DDIM": 10, "DDPM": 100}
 
 def import_lerobot(module: str) -> Any:
     """A module of lerobot's. Beside a torch without CUDA, PyPI's torchvision cannot load its own operators, which it
-    only declares shapes for on import; they are declared first. Nothing calls them."""
+    only declares shapes for on import; they are declared first. Nothing calls them. The package of policies imports
+    all of them, and some need releases of transformers of their own: it is entered bare."""
+    found = importlib.util.find_spec("lerobot")
+    if found is not None and found.origin is not None and "lerobot.policies" not in sys.modules:
+        policies = ModuleType("lerobot.policies")
+        policies.__path__ = [str(Path(found.origin).parent / "policies")]
+        sys.modules["lerobot.policies"] = policies
     library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):

@@ -75,7 +75,8 @@ class WebGpuDenoiser(OnnxRuntimeDenoiser):
     name = "webgpu"
 
     def __init__(self, session: LazySession, early: EarlyGraphs, spec: NetworkSpec, *, batch_size: int) -> None:
-        super().__init__(session, early, spec, batch_size=batch_size)
+        with _DEVICE_LOCK:  # It binds its inputs.
+            super().__init__(session, early, spec, batch_size=batch_size)
         self.placement = placement(self._session)
 
     def _run(self) -> None:

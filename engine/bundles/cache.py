@@ -118,9 +118,7 @@ class ArtefactCache:
             except (CacheError, StorageError) as error:
                 self._warn(error)
             data = build()
-            from skipstep.networks.large_graph import weights_of
-
-            if weights_of(data):  # The bytes are not all of it.
+            if type(data) is not bytes:  # A LargeGraph: the bytes are not all of it.
                 return data
             try:
                 self._store(key, data, description)
