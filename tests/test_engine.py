@@ -254,6 +254,7 @@ def test_a_missing_backend_names_its_extra(monkeypatch):
     assert build(Curve(), sample_shape=(1, 4, 4), backend="auto").backend == "torch"
 
 
+@pytest.mark.slow
 def test_an_export_that_differs_from_its_module_is_refused(monkeypatch):
     """The graph of a network with other weights stands for an exporter that went wrong."""
     from skipstep.backends.torch import DenoisingModule

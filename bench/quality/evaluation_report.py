@@ -189,5 +189,5 @@ def _plot(path: Path, points: Sequence[tuple[str, int, Estimate | None]]) -> Non
         axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axes.yaxis.set_minor_locator(ticker.NullLocator())
         axes.xaxis.set_minor_locator(ticker.NullLocator())
-        axes.legend()
+        figure.legend(loc="outside right upper")
         figure.savefig(path, dpi=120)

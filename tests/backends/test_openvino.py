@@ -93,6 +93,7 @@ def test_a_run_copies_nothing_in_or_out():
     assert request.get_output_tensor(0).data.ctypes.data == network.output.ctypes.data
 
 
+@pytest.mark.slow
 def test_an_engine_draws_what_torch_draws():
     options = {"plans": [4], "num_classes": 3, "null_label": 3, "sample_shape": (1, 8, 8), "fractional_timesteps": True}
     network = tiny_unet(num_class_embeds=4)

@@ -161,6 +161,7 @@ def test_throughput_counts_the_calls_of_all_threads():
         throughput(lambda: 1 / 0, callers=2, seconds=0.1)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_the_process_s_own():
     """A child begins with its parent's peak in getrusage's eyes; this process holds torch, a bundle's does not."""
     ballast = np.ones(1 << 28, np.uint8)
@@ -207,6 +208,7 @@ def test_the_plugin_runs_anywhere_with_one_benchmark_a_contender(benchmarked):
     assert len(found["benchmarks"]) + len(facts["absent"]) == 12
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues(benchmarked, model, tmp_path):
     """What the file holds is kept as it is; with other options everything is measured again."""
     whole = json.loads(benchmarked[1].read_text())

@@ -82,6 +82,7 @@ def test_whole_loops_for_other_hosts(engine, tmp_path):
             np.testing.assert_allclose(drawn, expected, rtol=0, atol=BATCH_INVARIANCE)
 
 
+@pytest.mark.slow
 def test_no_plan_may_be_too_long_to_unroll(tmp_path):
     """Those of at most 20 evaluations are unrolled, and one must be there."""
     built = make(tiny_unet(), plans=[21])

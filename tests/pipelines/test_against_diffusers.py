@@ -102,7 +102,10 @@ def test_pictures_of_an_unconditional_pipeline():
     assert np.mean(np.abs(found - expected) <= 2 / 255) >= tolerances.PIPELINE_PIXELS
 
 
-@pytest.mark.parametrize("strength", [0.3, 0.62, 1.0])
+AT_ENDS = [pytest.param(each, marks=pytest.mark.slow) for each in (0.3, 1.0)]
+
+
+@pytest.mark.parametrize("strength", [0.62, *AT_ENDS])
 def test_image_to_image(strength):
     given, seeds = pictures(2, (16, 16)), SEEDS[:2]
     found = engine("sd").sample(

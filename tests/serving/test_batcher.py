@@ -29,7 +29,7 @@ def test_hundreds_of_requests_from_several_threads(engine, batcher):
     assert batcher.evaluations < sum(each["plan"].num_evaluations for each in requests) / 2
 
 
-@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("onnxruntime", marks=pytest.mark.slow)])
 def test_a_trained_networks_images_are_those_that_it_draws_alone(backend):
     rng = np.random.default_rng(0)
     unet = tiny_unet(num_class_embeds=4)
