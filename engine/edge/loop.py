@@ -72,7 +72,7 @@ class EdgeLoop:
         self._lifecycle, self._batch_sizes, self._releases = lifecycle, tuple(batch_sizes), releases
         self._programs: OrderedDict[Structure, tuple[Program, LoopReport]] = OrderedDict()
         self._lock = threading.RLock()
-        # Threads that wait for results; results that nobody has waited for yet.
+        # How many threads wait for results; the results that were not waited for yet.
         self._waiting, self._idle = 0, threading.Condition(self._lock)
         self._pending: weakref.WeakSet[EdgePending] = weakref.WeakSet()
         self._closed = False

@@ -195,7 +195,7 @@ class _Turn:
             count = self._denoiser.batch_size // (2 if kind[0].guided else 1)
             samples = StagedBlock(self._device, {"samples": Field((count, 3), torch.int32)})
             self._device.stream.follow(self._device.caller_stream())  # It was filled with zeros there.
-            samples.fill({"samples": _nobody(count)})
+            samples.fill({"samples": _left_out(count)})
             chosen = samples.tensors["samples"]
             self._steps[kind] = samples, self._recorded(lambda: self._launch_step(kind, chosen), True)
         return self._steps[kind]
@@ -218,7 +218,7 @@ class _Turn:
                     COPIES * sample.place + half,
                     COPIES * in_table + half,
                 )
-            samples.setdefault(kind, _nobody(size // width))[row] = sample.place, in_table, own
+            samples.setdefault(kind, _left_out(size // width))[row] = sample.place, in_table, own
         steps = {kind: self.step(kind) for kind in samples}
         self._rows.fill({"place": place, "copy": copy, "stage": stage})
         self._device.stream.run(self._evaluate)
@@ -284,5 +284,5 @@ class _Turn:
             return work
 
 
-def _nobody(count: int) -> NDArray[np.int32]:
+def _left_out(count: int) -> NDArray[np.int32]:
     return np.tile(np.array([-1, 0, 0], np.int32), (count, 1))

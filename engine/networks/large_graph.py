@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 Weights = Mapping[str, NDArray[Any]]
 
-# Names of a file that nobody opens, and of the entry that holds such names.
+# The name of a file that is never opened, and of the entry that holds such names.
 NO_FILE: Final = "weights"
 LOCATION: Final = b"location"
 # TensorProto.DataType

@@ -3,7 +3,7 @@
     FOLDER/draw.json              what is drawn, so that another call goes on with the same
     FOLDER/00000.parquet, …       or .tar: a run of consecutive seeds each
 
-A sample is its seed, and a shard is drawn in the same batches whoever draws it, so a shard that is drawn again has the
+A sample is its seed, and every worker draws a shard in the same batches, so a shard that is drawn again has the
 same bits.
 """
 

@@ -145,7 +145,7 @@ class Thing:
         self.key = key
 
 
-def test_what_is_shared_is_made_again_once_nobody_holds_it():
+def test_what_is_shared_is_made_again_once_it_was_released():
     made = []
     shared = Shared(lambda key: made.append(key) or Thing(key))
     one = shared.get(2)

@@ -18,7 +18,7 @@ FLAGS = {
     "ring": StepFlags(add_state=True, read_h0=True, read_h1=True, read_h2=True, write_h2=True),
     "learned": StepFlags(add_noise=True, learned_variance=True, wide_output=True),
 }
-# Of five that are kept two are left out; a row of the batch is nobody's.
+# Of five that are kept two are left out; a row of the batch has no sample.
 PLACES, KEPT, NUM_STAGES = (4, 0, None, 2), 5, 6
 STAGES = (3, 0, 0, 5)
 

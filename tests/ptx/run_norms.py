@@ -14,7 +14,8 @@ from dataclasses import replace
 
 import numpy as np
 import triton
-from run_ptx import DTYPES, as_float32, as_network, execute
+from ptx_launch import execute
+from run_ptx import DTYPES, as_float32, as_network
 
 from skipstep.export.cubins import ARCHITECTURES
 from skipstep.export.norm_inspection import NormCase

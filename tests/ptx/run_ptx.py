@@ -11,20 +11,18 @@ import argparse
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import triton
 from numpy.typing import NDArray
-from ptx_machine import SHARED_BYTES, Machine
-from ptx_memory import Memory
-from ptx_parser import parse
+from ptx_launch import execute, execute_placed
 
 from skipstep.calls.noise import StageNoise, standard_normal
 from skipstep.export.cubins import ARCHITECTURES, compile_for, needed_variants, step_pointers
 from skipstep.kernels.launch import StepLaunch, step_constants
-from skipstep.kernels.layout import NUM_COLUMNS, NUM_SLOTS, Column, StepFlags, Stream
+from skipstep.kernels.layout import NUM_COLUMNS, Column, StepFlags, Stream
 from skipstep.kernels.philox_kernel import philox_normal_kernel
 from skipstep.kernels.statistics import Thresholding, rescale_factor_numpy, threshold_bound_numpy
 from skipstep.kernels.step_kernel import ddim_step_kernel
@@ -40,8 +38,6 @@ THRESHOLDING = Thresholding(0.9, 1.5)
 # relative to the largest value.
 EXPONENTIAL = 2.0**-21
 STAGE, NUM_STAGES = 1, 2
-# Where samples are kept that are some of several; one row of the batch is nobody's.
-PLACES, NUM_PLACES = (4, 0, 2), 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,29 +124,6 @@ def as_float32(array: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bf16" else array.astype(np.float32)
 
 
-def execute(
-    ptx: str, arrays: Mapping[str, NDArray[Any] | None], numbers: tuple[int, ...], grid: tuple[int, int]
-) -> int:
-    """Run a kernel on these arrays, in place; None is a pointer that must not be followed. Thread instructions run."""
-    kernel, memory = parse(ptx), Memory()
-    memory.add("shared memory", np.full(SHARED_BYTES * grid[0] * grid[1], 0xCD, np.uint8))
-    held: dict[int, int] = {}
-    arguments: list[int] = []
-    for name, array in arrays.items():
-        if array is None or id(array) not in held:
-            data = np.zeros(0, np.uint8) if array is None else array.reshape(-1).view(np.uint8)
-            arguments.append(memory.add(name, data))
-            held[id(array)] = arguments[-1]
-        else:
-            arguments.append(held[id(array)])
-    arguments += numbers
-    while len(arguments) < len(kernel.parameters):
-        arguments.append(memory.add("scratch", np.zeros(0, np.uint8)))
-    machine = Machine(kernel, memory, grid, arguments)
-    machine.run()
-    return machine.steps
-
-
 def check_step(case: Case, n: int, ptx: str) -> int:
     flags, batch = case.flags, len(SEEDS)
     rng = np.random.default_rng(n)
@@ -204,7 +177,7 @@ def check_step(case: Case, n: int, ptx: str) -> int:
         "broken": broken if case.checked else None,
     }
     if case.placed:
-        steps = execute_placed(case, n, ptx, arrays)
+        steps = execute_placed(ptx, arrays, n, STAGE, case.launch)
     else:
         steps = execute(ptx, arrays, (n, 0 if case.counted else STAGE), case.launch.grid(n, batch))
     exact = not flags.learned_variance
@@ -218,44 +191,6 @@ def check_step(case: Case, n: int, ptx: str) -> int:
         _same(f"history slot {slot}", ours, theirs, exact)
     if case.checked:
         _same("broken", broken, np.array([99, STAGE, 99], np.int32), True)
-    return steps
-
-
-def execute_placed(case: Case, n: int, ptx: str, arrays: dict[str, Any]) -> int:
-    """The same, the samples kept in places among others, each with its own row of the table; results go to `arrays`."""
-    places, one_each = list(PLACES), {name: arrays[name] for name in ("state", "x0", "seeds", "guidance", "broken")}
-    kept = {name: each for name, each in one_each.items() if each is not None}
-    if arrays["history"] is not None:
-        slots = np.zeros((len(SEEDS), NUM_SLOTS, n), np.float32)
-        slots[:, : len(arrays["history"])] = np.moveaxis(arrays["history"].reshape(-1, len(SEEDS), n), 0, 1)
-        kept["history"] = slots
-    memory = {name: np.full((NUM_PLACES, *each.shape[1:]), 77, each.dtype) for name, each in kept.items()}
-    for name, each in kept.items():
-        memory[name][places] = each
-    output = arrays["output"].reshape(-1, len(SEEDS), *arrays["output"].shape[1:])
-    for_batch = {name: arrays[name] for name in ("rescale", "bound") if arrays[name] is not None}
-    given = {
-        **arrays,
-        **memory,
-        **{name: np.append(each, each[:1]) for name, each in for_batch.items()},
-        "next": memory["state"],
-        "output": np.ascontiguousarray(np.concatenate([output, output[:, :1]], axis=1)),
-        "network_input": None,
-        "counter": np.full((len(SEEDS) + 1, 3), -1, np.int32),
-    }
-    rows = arrays["table"].shape[1]
-    for sample, place in enumerate(places):
-        given["counter"][sample] = place, STAGE * rows + sample % rows, STAGE
-    given["counter"][-1] = -1, 0, 0
-    steps = execute(ptx, given, (n, 7), case.launch.grid(n, len(SEEDS) + 1))
-    others = [place for place in range(NUM_PLACES) if place not in places]
-    for name, each in memory.items():
-        assert (each[others] == 77).all(), f"{name} of another sample was touched"
-        if name == "history":
-            part = np.moveaxis(each[places], 1, 0)[: len(arrays["history"])]
-            arrays["history"][...] = part.reshape(arrays["history"].shape)
-        else:
-            arrays[name][...] = each[places]
     return steps
 
 
