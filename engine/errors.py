@@ -6,6 +6,7 @@ Each class also derives from the built-in that a caller would reach for (`ValueE
 
 from __future__ import annotations
 
+import importlib
 import math
 import operator
 import os
@@ -115,6 +116,17 @@ def shown(value: object) -> str:
         return f"{value!r:.200}"
     except Exception:  # An integer of too many digits, or a class with a repr that fails.
         return f"a {type(value).__name__} that cannot be shown"
+
+
+def optional_package(name: str, *, use: str, remedy: str) -> Any:
+    """A module of a package that an extra installs; `use` is what it does here. Raises MissingDependencyError."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise MissingDependencyError(
+            got=f"no package {package}", expected=f"{package}, which {use}", remedy=remedy
+        ) from error
 
 
 def check_integer(

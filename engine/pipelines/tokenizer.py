@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.errors import InputError, MissingDependencyError, ModelFormatError, check_integer
+from skipstep.errors import InputError, MissingDependencyError, ModelFormatError, check_integer, optional_package
 from skipstep.networks.weights import DOWNLOAD
 from skipstep.pipelines.spec import TextSpec
 from skipstep.reporting import LOGGER
@@ -164,12 +164,4 @@ def _text(token: Any) -> str:
 
 
 def _library() -> Any:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise MissingDependencyError(
-            got="no package tokenizers",
-            expected="tokenizers, which reads prompts",
-            remedy="pip install 'skipstep[prompts]'",
-        ) from error
-    return tokenizers
+    return optional_package("tokenizers", use="reads prompts", remedy="pip install 'skipstep[prompts]'")

@@ -32,10 +32,10 @@ from skipstep.errors import (
     EngineStateError,
     InputError,
     IntegrityError,
-    MissingDependencyError,
     check_choice,
     check_integer,
     check_text,
+    optional_package,
 )
 from skipstep.loading import load
 from skipstep.serving.requests import call_arguments
@@ -218,12 +218,5 @@ def _tar(job: Drawing, seeds: list[int], labels: list[int] | None, samples: NDAr
 
 
 def _pyarrow() -> Any:
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise MissingDependencyError(
-            got="Parquet without the package pyarrow",
-            expected="pyarrow, which the extra ray brings",
-            remedy="pip install pyarrow, or choose the format tar",
-        ) from error
-    return pyarrow
+    remedy = "pip install pyarrow, or choose the format tar"
+    return optional_package("pyarrow", use="writes Parquet", remedy=remedy)

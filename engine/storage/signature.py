@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from skipstep.errors import InputError, MissingDependencyError, SignatureError, StorageError, check_path
+from skipstep.errors import InputError, SignatureError, StorageError, check_path, optional_package
 from skipstep.storage.atomic import atomic_write
 from skipstep.storage.verified import read_regular
 
@@ -136,15 +136,8 @@ def _not_a_key(path: Path, got: str, kind: str) -> InputError:
 
 def _serialization() -> Any:
     """What reads and writes keys. Imported where keys are used: a bundle without a signature does not pay for it."""
-    try:
-        from cryptography.hazmat.primitives import serialization
-    except ImportError as error:
-        raise MissingDependencyError(
-            got="no package cryptography",
-            expected="cryptography, which signs and verifies",
-            remedy="pip install 'skipstep[sign]'",
-        ) from error
-    return serialization
+    name = "cryptography.hazmat.primitives.serialization"
+    return optional_package(name, use="signs and verifies", remedy="pip install 'skipstep[sign]'")
 
 
 def _write_new(path: Path, data: bytes, *, mode: int) -> None:

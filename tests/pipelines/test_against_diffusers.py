@@ -102,53 +102,32 @@ def test_pictures_of_an_unconditional_pipeline():
     assert np.mean(np.abs(found - expected) <= 2 / 255) >= tolerances.PIPELINE_PIXELS
 
 
+def compare_from_pictures(
+    name: str, kind: Any, strength: float, inputs: dict[str, Any], theirs: dict[str, Any]
+) -> None:
+    """Latents from pictures, ours with these `inputs` and those of diffusers' pipeline of this kind."""
+    given, seeds = pictures(2, (16, 16)), SEEDS[:2]
+    call = {"prompt": PROMPTS[:2], "image": given, "strength": strength, "guidance_scale": 7.5}
+    found = engine(name).sample(steps=20, seeds=seeds, noise="torch", output_type="latent", **call, **inputs)
+    pipeline = kind(**tiny_pipeline(name)[0].components, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    check(found, pipeline, generator=generators(seeds), **call, **theirs)
+
+
 AT_ENDS = [pytest.param(each, marks=pytest.mark.slow) for each in (0.3, 1.0)]
 
 
 @pytest.mark.parametrize("strength", [0.62, *AT_ENDS])
 def test_image_to_image(strength):
-    given, seeds = pictures(2, (16, 16)), SEEDS[:2]
-    found = engine("sd").sample(
-        prompt=PROMPTS[:2],
-        image=given,
-        strength=strength,
-        guidance_scale=7.5,
-        steps=20,
-        seeds=seeds,
-        noise="torch",
-        output_type="latent",
-    )
-    pipeline = diffusers.StableDiffusionImg2ImgPipeline(
-        **tiny_pipeline("sd")[0].components, requires_safety_checker=False
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    call = {"image": given, "strength": strength, "guidance_scale": 7.5, "generator": generators(seeds)}
-    check(found, pipeline, prompt=PROMPTS[:2], **call)
+    compare_from_pictures("sd", diffusers.StableDiffusionImg2ImgPipeline, strength, {}, {})
 
 
 @pytest.mark.parametrize("name", ["sd", pytest.param("inpaint", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_inpainting_by_the_loop_and_by_a_network_for_it(name, strength):
-    given, seeds = pictures(2, (16, 16)), SEEDS[:2]
     mask = Image.fromarray(np.uint8(255) * (np.indices((16, 16)).sum(axis=0) < 13).astype(np.uint8))
-    found = engine(name).sample(
-        prompt=PROMPTS[:2],
-        image=given,
-        mask=mask,
-        strength=strength,
-        guidance_scale=7.5,
-        steps=20,
-        seeds=seeds,
-        noise="torch",
-        output_type="latent",
-    )
-    pipeline = diffusers.StableDiffusionInpaintPipeline(
-        **tiny_pipeline(name)[0].components, requires_safety_checker=False
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    call = {"image": given, "mask_image": [mask] * 2, "strength": strength, "guidance_scale": 7.5}
-    size = {"height": 16, "width": 16}
-    check(found, pipeline, prompt=PROMPTS[:2], generator=generators(seeds), **call, **size)
+    theirs = {"mask_image": [mask] * 2, "height": 16, "width": 16}
+    compare_from_pictures(name, diffusers.StableDiffusionInpaintPipeline, strength, {"mask": mask}, theirs)
 
 
 def test_pictures_to_latents_and_back():
