@@ -12,18 +12,21 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skipstep.backends.denoiser import Denoiser, MakeDenoiser
+from skipstep.calls.conditioning import Conditioning, call_conditioning
+from skipstep.calls.noise import StageNoise, initial_state
 from skipstep.calls.request import SampleRequest
 from skipstep.errors import InputError
 from skipstep.kernels.launch import StepLaunch
-from skipstep.loops.contract import Array, LoopReport, Pending, Run, run_observed
-from skipstep.loops.walk import Walk
+from skipstep.kernels.step_numpy import NumpyStep
+from skipstep.loops.contract import Array, LoopReport, Pending, Run, call_flags, replicate, run_observed
+from skipstep.networks.graphs import StepInputs
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.stages import Stages
 
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 
 # Sets of buffers that wait for a call, of all batch sizes together; the one that waits longest goes first.
 MAX_FREE_BUFFERS = 16
+
+Compute = Callable[[NDArray[np.float64], Conditioning], StepInputs]
 
 
 class HostLoop:
@@ -109,6 +114,71 @@ class HostLoop:
     def close(self) -> None:
         with self._lock:
             self._free.clear()
+
+
+class Walk:
+    """A call on its way: its state, its step and its step inputs, beside the network that evaluates it.
+
+    n samples: `input` and `output` hold n rows, or 2n with guidance; `state` and `x0` are `[n, *sample_shape]`.
+
+    `compute` is a denoiser's; `network_input` and `output` are its buffers, or left out for new memory.
+    """
+
+    def __init__(
+        self,
+        compute: Compute,
+        network: NetworkSpec,
+        stages: Stages,
+        request: SampleRequest,
+        *,
+        network_input: Any = None,
+        output: Any = None,
+    ) -> None:
+        flags = call_flags(network, stages, request)
+        rows = request.num_copies * request.num_samples
+        self.input = np.empty((rows, *network.sample_shape), np.float32) if network_input is None else network_input
+        self.output = np.empty((rows, *network.output_shape), np.float32) if output is None else output
+        self.state: Array = initial_state(network, request)
+        self.x0 = np.empty_like(self.state)
+        self.step = NumpyStep(
+            state=self.state,
+            model_output=self.output,
+            network_input=self.input,
+            table=stages.table,
+            flags=flags,
+            guidance=request.guidance,
+            rescale=request.rescale,
+            thresholding=stages.thresholding,
+            noise=StageNoise(request.seeds, network.num_elements, len(stages))
+            if stages.adds_noise and request.seeds is not None
+            else None,
+            x0=self.x0,
+        )
+        # How many rows of `input` each stage evaluates: half of them where a guided call has no guidance.
+        self.rows = tuple(request.num_samples if each.doubled else rows for each in flags)
+        self._values = compute(
+            stages.network_timesteps(request.num_copies, request.num_samples), call_conditioning(network, request)
+        )
+        self._values_once = self._values
+        if min(self.rows) < rows:
+            once = replace(request, guidance=None, rescale=None, negative_conditions={})
+            timesteps = stages.network_timesteps(1, request.num_samples)
+            self._values_once = compute(timesteps, call_conditioning(network, once))
+        replicate(self.state, self.input)
+
+    def values(self, stage: int) -> StepInputs:
+        """The step inputs of the rows that this stage evaluates."""
+        return self._values if self.rows[stage] == len(self.input) else self._values_once
+
+    def copy_state(self) -> Array:
+        return self.state.copy()
+
+    def copy_x0(self) -> Array:
+        return self.x0.copy()
+
+    def set_state(self, state: Array) -> None:
+        self.state[...] = state
+        replicate(self.state, self.input)
 
 
 class HostRun:
