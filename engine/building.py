@@ -30,6 +30,7 @@ from skipstep.model_source import NO_TORCH_BACKEND, ModelOptions, is_onnx_path
 from skipstep.networks.spec import MAX_BATCH_SIZE, network_batch_sizes
 from skipstep.opening import open_model
 from skipstep.pipelines.building import PartsOptions, find_parts
+from skipstep.pipelines.exporting import export_parts
 from skipstep.plans.parameterization import PREDICTION_TYPES, TIME_INPUTS
 from skipstep.plans.plan import Plan
 from skipstep.plans.schedule import NoiseSchedule, check_schedule
@@ -238,7 +239,7 @@ def build_network(
         reference=reference,
         ready=chosen.compiles_late,
     )
-    pipeline = None if parts is None else parts.built(network, num_threads, report)
+    pipeline = None if parts is None else export_parts(parts, network, num_threads, report)
     runner = BatchRunner(made, network, sizes, lifecycle, pipeline)
     return CompiledNetwork(source, held, runner, chosen.name, precision, num_threads)
 

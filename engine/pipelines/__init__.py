@@ -5,6 +5,7 @@ tokenizer.py   prompts to token ids, by the `tokenizers` library alone
 pictures.py    pictures to arrays and back, and the autoencoder's graphs, in tiles above a size
 start.py       where a call begins: noise, a picture (image to image) or a part of one (inpainting)
 pipeline.py    `Pipeline`: the parts behind an engine; skipstep.Engine.sample calls it
-building.py    from a diffusers folder to these parts; what it exports of them needs torch
+building.py    what a diffusers folder holds, read and checked without torch
+exporting.py   these parts as graphs
 modules.py     the parts as torch modules
 """

@@ -1,53 +1,42 @@
-"""From a diffusers pipeline's folder to its parts as graphs. ADD A FAMILY HERE: its name in `FAMILIES`.
+"""A diffusers pipeline's folder, read and checked without torch. ADD A FAMILY HERE: its name in `FAMILIES`.
 
-`find_parts` reads and checks without torch; `FoundParts.built` loads the modules, which needs torch, transformers and
-diffusers, and exports them. A folder of another pipeline, or of a network alone, is built as a network alone.
+skipstep.pipelines.exporting makes its parts. A folder of another pipeline, or of a network alone, is built as a network
+alone.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
-import numpy as np
-from safetensors.numpy import save
-
 from skipstep.errors import (
     InputError,
-    MissingDependencyError,
     ModelFormatError,
-    NonFiniteError,
-    SkipstepError,
     check_flag,
     check_integer,
 )
 from skipstep.networks.condition import MAX_SIDE, Condition
-from skipstep.networks.spec import NetworkSpec
-from skipstep.networks.weights import DOWNLOAD, find_weights, tensor_shapes
-from skipstep.pipelines.pipeline import EMBEDS, LATENTS, MOMENTS, PICTURES, POOLED, TOKENS, Pipeline
-from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, MASKED, PipelineSpec
+from skipstep.networks.weights import DOWNLOAD
+from skipstep.pipelines.spec import MASKED, PipelineSpec
 from skipstep.pipelines.tokenizer import read_tokenizer
 from skipstep.storage.untrusted import read_json_object
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
-_XL: Final = "StableDiffusionXL"
+XL: Final = "StableDiffusionXL"
 FAMILIES: Final = (
-    *(f"{stem}{task}Pipeline" for stem in ("StableDiffusion", _XL) for task in ("", "Img2Img", "Inpaint")),
+    *(f"{stem}{task}Pipeline" for stem in ("StableDiffusion", XL) for task in ("", "Img2Img", "Inpaint")),
     *("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline", "LDMPipeline"),
 )
-_TEXT_CLASSES: Final = ("CLIPTextModel", "CLIPTextModelWithProjection")
-_DECODERS: Final = {"vae": "AutoencoderKL", "vqvae": "VQModel"}
+TEXT_CLASSES: Final = ("CLIPTextModel", "CLIPTextModelWithProjection")
+DECODERS: Final = {"vae": "AutoencoderKL", "vqvae": "VQModel"}
 # Pixels a side that the autoencoder takes as a whole: what these models were made for.
 _TILE: Final = 1024
-_FORMAT: Final = 1
 
 
 class PartsOptions(TypedDict, total=False):
@@ -76,61 +65,6 @@ class FoundParts:
     sample_shape: tuple[int, ...]
     conditions: Mapping[str, Condition]
 
-    def built(self, network: NetworkSpec, num_threads: int | None, report: Callable[[str], None]) -> Pipeline:
-        """Raises MissingDependencyError, ModelFormatError, ExportError."""
-        files = {name: text.encode() for name, text in zip(self.spec.tokenizer_names(), self.tokenizers, strict=True)}
-        for i, (name, class_name) in enumerate(self.texts):
-            report(f"export {name}")
-            files[f"{FOLDER}/text-{i}.onnx"] = self._graph(name, class_name, "text", self.spec.texts[i].pooled)
-        for part in ("decoder", "encoder")[: 1 + self.spec.encodes]:
-            report(f"export the {part} of {self.decoder}")
-            files[f"{FOLDER}/{part}.onnx"] = self._graph(self.decoder, _DECODERS[self.decoder], part, False)
-        made = Pipeline(self.spec, files.__getitem__, num_threads=num_threads)
-        self._check_widths(made, network)
-        latents = np.random.default_rng(0).standard_normal((1, *self.sample_shape), np.float32)
-        files[GOLDEN_FILE] = save(made.golden(latents))
-        return made
-
-    def _graph(self, name: str, class_name: str, part: str, pooled: bool) -> bytes:
-        from skipstep.bundles.cache import ArtefactCache
-        from skipstep.bundles.cache_key import cache_key
-        from skipstep.export.onnx_model import exporter_versions
-
-        config = read_json_object(self.folder / name / "config.json", remedy=DOWNLOAD)
-        weights = find_weights(self.folder / name, *(["model"] if part == "text" else []))
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        for path in weights:
-            tensor_shapes(path)  # Refuses what is no whole file.
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-
-        def export() -> bytes:
-            module = _load(self.folder / name, class_name, "fp16" if ".fp16" in weights[0].name else None)
-            return _exported(module, part, self.spec, config, pooled)
-
-        key = cache_key(
-            kind=f"pipeline {part}",
-            weights=digest.hexdigest(),
-            shape=repr((_FORMAT, class_name, self.spec.tile, self.spec.texts)),
-            exporter=exporter_versions(),
-        )
-        return ArtefactCache().get_or_build(key, export, f"{part} of {class_name}, exported to ONNX")
-
-    def _check_widths(self, made: Pipeline, network: NetworkSpec) -> None:
-        if not self.texts:
-            return
-        embeds, pooled = made.embed([""])
-        given = {"encoder_hidden_states": embeds.shape[1:]} | (
-            {} if pooled is None else {"text_embeds": pooled.shape[1:]}
-        )
-        read = {name: each.shape for name, each in network.all_conditions.items() if name in given}
-        if given != read:
-            raise ModelFormatError(
-                got=f"text encoders in {self.folder} that give {given}",
-                expected=f"what the network reads, {read}",
-                remedy="check that the parts belong together: download the whole folder again",
-            )
-
 
 def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOptions]) -> FoundParts | None:
     """The parts of the folder of a pipeline in FAMILIES, None for anything else. Raises InputError, ModelFormatError,
@@ -153,7 +87,7 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
             remedy=_alone(folder),
         )
     _check_complete(folder, family, parts)
-    decoder = next(name for name in _DECODERS if name in parts)
+    decoder = next(name for name in DECODERS if name in parts)
     config = read_json_object(folder / decoder / "config.json", remedy=DOWNLOAD)
     network = read_json_object(folder / "unet" / "config.json", remedy=DOWNLOAD)
     remedy = "correct the config.json of the part"
@@ -177,7 +111,7 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
     names = [name for name in ("text_encoder", "text_encoder_2") if name in parts]
     texts, tokenizers = [], []
     for name in names:
-        pooled = parts[name][1] == _TEXT_CLASSES[1] and family.startswith(_XL)
+        pooled = parts[name][1] == TEXT_CLASSES[1] and family.startswith(XL)
         found, text = read_tokenizer(folder / name.replace("text_encoder", "tokenizer"), pooled=pooled)
         texts.append(text)
         tokenizers.append(found)
@@ -228,7 +162,7 @@ def _check_safety(parts: Mapping[str, Any], asked: bool | None) -> None:
 def _check_complete(folder: Path, family: str, parts: Mapping[str, Any]) -> None:
     needed = ["vqvae" if family == "LDMPipeline" and "vae" not in parts else "vae", "unet"]
     if family != "LDMPipeline":
-        needed += ["text_encoder", "tokenizer"] + (["text_encoder_2", "tokenizer_2"] if family.startswith(_XL) else [])
+        needed += ["text_encoder", "tokenizer"] + (["text_encoder_2", "tokenizer_2"] if family.startswith(XL) else [])
     missing = [name for name in needed if name not in parts or not (folder / name).is_dir()]
     if missing:
         raise ModelFormatError(
@@ -236,7 +170,7 @@ def _check_complete(folder: Path, family: str, parts: Mapping[str, Any]) -> None
             expected=f"the folders {', '.join(needed)}",
             remedy=f"complete the download, or {_alone(folder)}",
         )
-    kinds = {**_DECODERS, **{name: " or ".join(_TEXT_CLASSES) for name in ("text_encoder", "text_encoder_2")}}
+    kinds = {**DECODERS, **{name: " or ".join(TEXT_CLASSES) for name in ("text_encoder", "text_encoder_2")}}
     for name, kind in kinds.items():
         if name in parts and parts[name][1] not in kind.split(" or "):
             raise ModelFormatError(
@@ -273,64 +207,3 @@ def _sample_shape(
             raise InputError(got=f"{name}={pixels}", expected=f"a multiple of {unit}", remedy=f"pass {name}={near}")
         sides.append(pixels // factor)
     return channels, *sides
-
-
-def _load(folder: Path, class_name: str, variant: str | None) -> nn.Module:
-    try:
-        import diffusers
-        import torch
-        import transformers
-    except ImportError as error:
-        raise MissingDependencyError(
-            got=f"no package {error.name}",
-            expected="torch, transformers and diffusers, which build the parts of a pipeline's folder",
-            remedy="pip install 'skipstep[torch,diffusers,prompts]'",
-        ) from error
-    home, dtype = (transformers, "dtype") if class_name in _TEXT_CLASSES else (diffusers, "torch_dtype")
-    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False}
-    try:
-        module = getattr(home, class_name).from_pretrained(folder, variant=variant, **options, **{dtype: torch.float32})
-    except SkipstepError:
-        raise
-    except Exception as error:  # Whatever a library makes of files that it does not check.
-        raise ModelFormatError(
-            got=f"{folder}, of which {class_name} cannot be made: {type(error).__name__}: {error!s:.300}",
-            expected="its configuration and its weights",
-            remedy=DOWNLOAD,
-        ) from error
-    made: nn.Module = module.eval().requires_grad_(False)
-    return made
-
-
-def _exported(module: nn.Module, part: str, spec: PipelineSpec, config: Mapping[str, Any], pooled: bool) -> bytes:
-    import torch
-
-    from skipstep.export.encoder import check_encoder, export_encoder
-    from skipstep.pipelines import modules
-
-    generator = torch.Generator().manual_seed(0)
-    made: nn.Module
-    if part == "text":
-        length = max(text.num_tokens for text in spec.texts)
-        made = modules.TextEncoder(module, penultimate=spec.family.startswith(_XL), pooled=pooled)
-        inputs = {TOKENS: torch.randint(0, int(config["vocab_size"]), (2, length), generator=generator)}
-        outputs = [EMBEDS, POOLED] if pooled else [EMBEDS]
-    else:
-        factor = 1 if part == "decoder" else spec.factor
-        width = int(config.get("latent_channels", 4)) if part == "decoder" else spec.channels
-        name, output = (LATENTS, PICTURES) if part == "decoder" else (PICTURES, MOMENTS)
-        made = (modules.Decoder if part == "decoder" else modules.Encoder)(module, config)
-        shape = (2, width, spec.tile[0] * factor, spec.tile[1] * factor)
-        inputs, outputs = {name: torch.rand(shape, generator=generator) * 2 - 1}, [output]
-    with torch.no_grad():
-        given = made(*inputs.values())
-    expected = dict(zip(outputs, given if pooled else [given], strict=True))
-    if not all(bool(each.isfinite().all()) for each in expected.values()):
-        raise NonFiniteError(
-            got=f"NaN or infinity from the pipeline's {part}",
-            expected="finite numbers: it runs in float32, whatever precision the network has",
-            remedy=f"check the weights of the part: {DOWNLOAD}",
-        )
-    graph = export_encoder(made, inputs, outputs)
-    check_encoder(graph, inputs, expected, f"pipeline's {part}")
-    return graph
