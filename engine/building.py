@@ -147,6 +147,7 @@ def build_network(
     height: int | None = None,
     width: int | None = None,
     tile: int | None = None,
+    prompt_chunks: int | None = None,
     safety_checker: bool | None = None,
     **model_options: Unpack[ModelOptions],
 ) -> CompiledNetwork:
@@ -167,9 +168,12 @@ def build_network(
             got="backend='torch' for an .onnx file", expected="a backend that runs graphs", remedy=NO_TORCH_BACKEND
         )
     shape = model_options.get("sample_shape")
-    parts = find_parts(model, shape, height=height, width=width, tile=tile, safety_checker=safety_checker)
+    sizes_of_parts: PartsOptions = {"height": height, "width": width, "tile": tile, "prompt_chunks": prompt_chunks}
+    parts = find_parts(model, shape, safety_checker=safety_checker, **sizes_of_parts)
     if parts is not None:
         model_options["sample_shape"] = parts.sample_shape
+        if parts.prompt_shape is not None:
+            model_options["prompt_shape"] = parts.prompt_shape
         model_options["conditions"] = {**parts.conditions, **(model_options.get("conditions") or {})}
     opened = open_model(model, with_scheduler=request.schedule is None, **model_options)
     plans, defaults = request.made(opened.scheduler, model_options.get("time_input"), model_options.get("sigma_data"))

@@ -63,7 +63,11 @@ def text_encoder(vocabulary: Any, *, projected: bool = False, width: int = 16) -
         projection_dim=16,
         hidden_act="gelu" if projected else "quick_gelu",
     )
-    return (transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel)(config)
+    made = (transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel)(config)
+    # A trained norm's outputs have a mean, which prompts with weights keep.
+    (bias,) = (each for name, each in made.named_parameters() if name.endswith("final_layer_norm.bias"))
+    bias.data += torch.linspace(-0.2, 0.8, width)
+    return made
 
 
 def unet(channels: int = 4, **options: Any) -> Any:

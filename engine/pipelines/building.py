@@ -20,8 +20,9 @@ from skipstep.errors import (
     check_integer,
 )
 from skipstep.networks.condition import MAX_SIDE, Condition
+from skipstep.networks.families import prompt_width
 from skipstep.networks.weights import DOWNLOAD
-from skipstep.pipelines.spec import MASKED, PipelineSpec
+from skipstep.pipelines.spec import MASK, MASKED, MAX_CHUNKS, PipelineSpec
 from skipstep.pipelines.tokenizer import read_tokenizer
 from skipstep.storage.untrusted import read_json_object
 
@@ -44,18 +45,21 @@ class PartsOptions(TypedDict, total=False):
 
     height, width   pixels of the pictures, multiples of the autoencoder's factor; None: what the network was made for.
     tile            pixels a side above which the autoencoder works in blended tiles; None: 1024.
+    prompt_chunks   how many chunks of tokens, of 75 with CLIP, a prompt may have; None: one, and the rest is cut off.
     safety_checker  False: leave out the checker that the folder has, which is not run here; it then has to be said.
     """
 
     height: int | None
     width: int | None
     tile: int | None
+    prompt_chunks: int | None
     safety_checker: bool | None
 
 
 @dataclass(frozen=True, slots=True)
 class FoundParts:
-    """A pipeline's folder that was checked and not loaded; `sample_shape` and `conditions` are its network's."""
+    """A pipeline's folder that was checked and not loaded; what follows `decoder` is of its network, and
+    `prompt_shape` None for one chunk."""
 
     folder: Path
     spec: PipelineSpec
@@ -64,6 +68,7 @@ class FoundParts:
     decoder: str
     sample_shape: tuple[int, ...]
     conditions: Mapping[str, Condition]
+    prompt_shape: tuple[int, int] | None
 
 
 def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOptions]) -> FoundParts | None:
@@ -104,7 +109,7 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
             expected=f"{latents}, or {1 + 2 * latents} for inpainting",
             remedy=_alone(folder) + " and conditions=",
         )
-    masked = {MASKED: Condition((extra, *shape[1:]), null="same", concat_to_state=True)} if extra else {}
+    conditions = {MASKED: Condition((extra, *shape[1:]), null="same", concat_to_state=True)} if extra else {}
     tile = (
         check_integer("tile", options.get("tile") or _TILE, low=4 * factor, remedy="pass pixels, such as 512") // factor
     )
@@ -115,6 +120,20 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
         found, text = read_tokenizer(folder / name.replace("text_encoder", "tokenizer"), pooled=pooled)
         texts.append(text)
         tokenizers.append(found)
+    chunks = check_integer(
+        "prompt_chunks", options.get("prompt_chunks") or 1, low=1, high=MAX_CHUNKS if texts else 1, remedy="pass e.g. 3"
+    )
+    prompt_shape = None
+    if chunks > 1:
+        width = check_integer(
+            "cross_attention_dim",
+            prompt_width({"cross_attention_dim": 1280, **network}),
+            low=1,
+            high=MAX_SIDE,
+            remedy=remedy,
+        )
+        prompt_shape = chunks * texts[0].num_tokens, width
+        conditions[MASK] = Condition(prompt_shape[:1], null=1.0)
     return FoundParts(
         folder,
         PipelineSpec(
@@ -125,12 +144,14 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
             tile=(min(tile, shape[1]), min(tile, shape[2])),
             zero_negative=bool(contents.get("force_zeros_for_empty_prompt", False)),
             encodes=True,
+            chunks=chunks,
         ),
         tuple((name, parts[name][1]) for name in names),
         tuple(tokenizers),
         decoder,
         shape,
-        masked,
+        conditions,
+        prompt_shape,
     )
 
 

@@ -16,7 +16,7 @@ from skipstep.networks.spec import NetworkSpec
 from skipstep.networks.weights import DOWNLOAD, find_weights, tensor_shapes
 from skipstep.pipelines.building import DECODERS, TEXT_CLASSES, XL, FoundParts
 from skipstep.pipelines.pipeline import EMBEDS, LATENTS, MOMENTS, PICTURES, POOLED, TOKENS, Pipeline
-from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, PipelineSpec
+from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, MASK, PipelineSpec
 from skipstep.storage.untrusted import read_json_object
 
 if TYPE_CHECKING:
@@ -72,8 +72,9 @@ def _graph(found: FoundParts, name: str, class_name: str, part: str, pooled: boo
 def _check_widths(found: FoundParts, made: Pipeline, network: NetworkSpec) -> None:
     if not found.texts:
         return
-    embeds, pooled = made.embed([""])
-    given = {"encoder_hidden_states": embeds.shape[1:]} | ({} if pooled is None else {"text_embeds": pooled.shape[1:]})
+    found_of = made.embed([("",) * len(found.texts)])
+    names = {EMBEDS: "encoder_hidden_states", POOLED: "text_embeds", MASK: MASK}
+    given = {names[name]: each.shape[1:] for name, each in found_of.items()}
     read = {name: each.shape for name, each in network.all_conditions.items() if name in given}
     if given != read:
         raise ModelFormatError(

@@ -22,7 +22,8 @@ from skipstep.errors import InputError, IntegrityError, check_choice
 from skipstep.loops.contract import Sampler
 from skipstep.networks.spec import NetworkSpec
 from skipstep.pipelines.pictures import decode_tiled, encode_tiled, read_pictures
-from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, SPEC_FILE, PipelineSpec
+from skipstep.pipelines.prompts import plain_sections, weigh, weighted_sections
+from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, MASK, SPEC_FILE, PipelineSpec
 from skipstep.pipelines.tokenizer import PromptTokenizer, check_prompts
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ TOKENS, EMBEDS, POOLED, LATENTS, PICTURES, MOMENTS = "tokens", "embeds", "pooled
 # What a network reads of pooled embeddings, and of the picture's size.
 # Processors sum a float32 product in different orders; of the largest value.
 _GOLDEN_PROMPT, _GOLDEN_TOLERANCE = "a red apple", 1e-3
+_TEXTS: Final = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_syntax")
+_SYNTAXES: Final = ("plain", "a1111")
 _TEXT_EMBEDS, _TIME_IDS = "text_embeds", "time_ids"
 
 
@@ -64,8 +67,8 @@ class Pipeline:
         """What the parts give for a prompt and for these latents."""
         found = {LATENTS: latents, PICTURES: self.decode(latents)}
         if self.spec.texts:
-            embeds, pooled = self.embed([_GOLDEN_PROMPT])
-            found |= {EMBEDS: embeds} | ({} if pooled is None else {POOLED: pooled})
+            found |= self.embed([(_GOLDEN_PROMPT,) * len(self.spec.texts)])
+            found.pop(MASK, None)
         return found
 
     def check(self) -> None:
@@ -87,12 +90,13 @@ class Pipeline:
     def conditions(self, network: NetworkSpec, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """`inputs` of a call with embeddings in place of its prompts. Raises InputError."""
         made = dict(inputs)
-        prompt, negative = made.pop("prompt", None), made.pop("negative_prompt", None)
+        prompt, prompt_2, negative, negative_2, syntax = (made.pop(name, None) for name in _TEXTS)
+        weighted = check_choice("prompt_syntax", "plain" if syntax is None else syntax, _SYNTAXES) != "plain"
         if _TIME_IDS in network.all_conditions:
             height, width = (side * self.factor for side in network.sample_shape[1:])
             ids = np.array([height, width, 0, 0, height, width], np.float32)
             made["conditions"] = {_TIME_IDS: ids, **(made.get("conditions") or {})}
-        if prompt is None and negative is None:
+        if all(each is None for each in (prompt, prompt_2, negative, negative_2)):
             return made
         if not self.spec.texts:
             raise InputError(
@@ -104,37 +108,90 @@ class Pipeline:
                 expected="one of prompt and prompt_embeds, and the negative in the same form",
                 remedy="pass prompt=, or negative_prompt_embeds= beside prompt_embeds=",
             )
-        self._add(made, "", prompt, self.embed(check_prompts("prompt", prompt)))
+        self._add(made, "", self._texts("", prompt, prompt_2), weighted)
         scale = made.get("guidance_scale")
         if scale is None or network.takes_guidance or not np.any(np.asarray(scale) != 1.0):
             return made
-        if negative is None and self.spec.zero_negative:
-            embeds, pooled = self.embed([""])
-            self._add(made, "negative_", "", (embeds * 0, None if pooled is None else pooled * 0))
-        else:
-            negative = "" if negative is None else negative
-            self._add(made, "negative_", negative, self.embed(check_prompts("negative_prompt", negative)))
+        if negative is None and negative_2 is not None:
+            raise InputError(
+                got="negative_prompt_2 without negative_prompt",
+                expected="the first text encoder's as well",
+                remedy="pass negative_prompt='' for an empty one",
+            )
+        none = negative is None and self.spec.zero_negative
+        self._add(made, "negative_", self._texts("negative_", negative or "", negative_2), weighted, zero=none)
         return made
 
-    def _add(self, made: dict[str, Any], half: str, given: Any, embedded: tuple[Array, Array | None]) -> None:
-        """A single text's rows are for all samples."""
-        row = 0 if isinstance(given, str) else slice(None)
-        made[f"{half}prompt_embeds"] = embedded[0][row]
-        if embedded[1] is not None:
-            made[f"{half}conditions"] = {**(made.get(f"{half}conditions") or {}), _TEXT_EMBEDS: embedded[1][row]}
+    def _texts(self, half: str, first: Any, second: Any) -> tuple[list[tuple[str, ...]], bool]:
+        """A text for each encoder, for every sample; and whether they are one for all samples."""
+        alone = isinstance(first, str) and isinstance(second, str | None)
+        texts = [check_prompts(f"{half}prompt", first)]
+        if second is not None:
+            texts.append(check_prompts(f"{half}prompt_2", second))
+        if len(texts) > len(self.spec.texts):
+            raise InputError(
+                got=f"{half}prompt_2 for a {self.spec.family}, which has one text encoder",
+                expected=f"{half}prompt alone",
+                remedy="leave it out",
+            )
+        count = max(map(len, texts))
+        if not {len(each) for each in texts} <= {1, count}:
+            raise InputError(
+                got=f"{len(texts[0])} texts as {half}prompt and {len(texts[1])} as {half}prompt_2",
+                expected="the same number of each",
+                remedy="pass lists of one length, or one text for all samples",
+            )
+        columns = [each * (count // len(each)) for each in texts]
+        return list(zip(columns[0], *columns[-1:] * (len(self.spec.texts) - 1), strict=True)), alone
 
-    def embed(self, prompts: Sequence[str]) -> tuple[Array, Array | None]:
-        """`[B, L, D]` of all text encoders side by side, and the pooled embeddings of the last that has them."""
+    def _add(
+        self,
+        made: dict[str, Any],
+        half: str,
+        given: tuple[list[tuple[str, ...]], bool],
+        weighted: bool,
+        zero: bool = False,
+    ) -> None:
+        """A single text's rows are for all samples."""
+        texts, alone = given
+        found = self.embed(texts, weighted=weighted)
+        row = 0 if alone else slice(None)
+        zeros = np.float32(not zero)
+        made[f"{half}prompt_embeds"] = found[EMBEDS][row] * zeros
+        others = {MASK: found[MASK][row]} if MASK in found else {}
+        if POOLED in found:
+            others[_TEXT_EMBEDS] = found[POOLED][row] * zeros
+        made[f"{half}conditions"] = {**(made.get(f"{half}conditions") or {}), **others}
+
+    def embed(self, prompts: Sequence[tuple[str, ...]], *, weighted: bool = False) -> dict[str, Array]:
+        """Of prompts, a text for each text encoder: EMBEDS `[B, chunks·L, D]` of all encoders side by side, POOLED of
+        the last that gives them, of the first chunk, and of several chunks the MASK `[B, chunks·L]`."""
         distinct = list(dict.fromkeys(prompts))
-        embeds, pooled = [], None
+        read, most = weighted_sections if weighted else plain_sections, self.spec.chunks
+        tokenizers = [self._tokenizer(i) for i in range(len(self.spec.texts))]
+        split = [[each.chunks(read(texts[i]), most) for texts in distinct] for i, each in enumerate(tokenizers)]
+        counts = [max(len(ids) for ids, _ in of_prompt) for of_prompt in zip(*split, strict=True)]
+        prompt, chunk = np.repeat(np.arange(len(distinct)), counts), np.concatenate([*map(np.arange, counts)])
+        embeds, made = [], dict[str, Array]()
         for i, text in enumerate(self.spec.texts):
-            ids = self._tokenizer(i).encode(distinct)
-            outputs = [EMBEDS, POOLED] if text.pooled else [EMBEDS]
-            found = self._run(f"text-{i}", outputs, {TOKENS: ids})
-            embeds.append(found[EMBEDS])
-            pooled = found.get(POOLED, pooled)
-        rows = [distinct.index(prompt) for prompt in prompts]
-        return np.concatenate(embeds, axis=-1)[rows], None if pooled is None else pooled[rows]
+            empty = tokenizers[i].chunks(plain_sections(""))
+            filled = [
+                np.concatenate([own, *[blank] * (count - len(own))])
+                for of_prompt, count in zip(split[i], counts, strict=True)
+                for own, blank in zip(of_prompt, empty, strict=True)
+            ]
+            ids, weights = np.concatenate(filled[::2]), np.concatenate(filled[1::2])
+            found = self._run(f"text-{i}", [EMBEDS, POOLED] if text.pooled else [EMBEDS], {TOKENS: ids})
+            placed = np.zeros((len(distinct), most, *found[EMBEDS].shape[1:]), np.float32)
+            placed[prompt, chunk] = weigh(found[EMBEDS], weights)
+            embeds.append(placed.reshape(len(distinct), -1, placed.shape[-1]))
+            if text.pooled:
+                made[POOLED] = found[POOLED][chunk == 0]
+        made[EMBEDS] = np.concatenate(embeds, axis=-1)
+        if most > 1:
+            made[MASK] = np.repeat(np.arange(most) < np.array(counts)[:, None], ids.shape[1], axis=1).astype(np.float32)
+        rows = [distinct.index(each) for each in prompts]
+        return {name: each[rows] for name, each in made.items()}
 
     def decode(self, latents: Any) -> Array:
         """Pictures float32 `[B, C, H, W]` in [-1, 1] of latents, NumPy or a tensor. Raises NonFiniteError."""

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Final
 
 from skipstep.networks.condition import MAX_SIDE
-from skipstep.storage.untrusted import Length, Within, own_rules, parse_json, read_dataclass, read_schema
+from skipstep.storage.untrusted import ADDED_LATER, Length, Within, own_rules, parse_json, read_dataclass, read_schema
 
 FOLDER: Final = "pipeline"
 SPEC_FILE: Final = f"{FOLDER}/pipeline.json"
@@ -21,6 +21,9 @@ GOLDEN_FILE: Final = f"{FOLDER}/golden.safetensors"
 SCHEMA: Final = 1
 # The condition that an inpainting network reads beside its state: the mask, and the latents of what it leaves.
 MASKED: Final = "mask_and_masked_image"
+# Of prompts of several chunks: 1 for the tokens that are there.
+MASK: Final = "encoder_attention_mask"
+MAX_CHUNKS: Final = 32
 
 _Token = Annotated[int, Within(0, 1 << 31)]
 _Side = Annotated[int, Within(1, MAX_SIDE)]
@@ -41,7 +44,7 @@ class PipelineSpec:
     the graphs take latents of `tile`, (height, width).
 
     `zero_negative`: without a negative prompt, guidance contrasts with zeros and not with the empty prompt.
-    `encodes`: there is an encoder.
+    `encodes`: there is an encoder. `chunks` of a prompt's tokens are read, and a mask says how many there are.
     """
 
     family: str
@@ -51,6 +54,7 @@ class PipelineSpec:
     tile: tuple[_Side, _Side]
     zero_negative: bool
     encodes: bool
+    chunks: Annotated[int, Within(1, MAX_CHUNKS), ADDED_LATER] = 1
     schema: int = SCHEMA
 
     def to_json(self) -> bytes:

@@ -3,7 +3,6 @@ vocab.json and merges.txt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from skipstep.errors import InputError, MissingDependencyError, ModelFormatError, check_integer, optional_package
 from skipstep.networks.weights import DOWNLOAD
+from skipstep.pipelines.prompts import Sections
 from skipstep.pipelines.spec import TextSpec
 from skipstep.reporting import LOGGER
 from skipstep.storage.untrusted import malformed, read_json_object
@@ -26,7 +26,7 @@ _MAX_PROMPT: Final = 1 << 20
 
 
 class PromptTokenizer:
-    """One text encoder's tokenizer: start, the prompt's tokens, end, and padding up to `spec.num_tokens`."""
+    """One text encoder's tokenizer: chunks of start, tokens of the prompt, end, and padding up to `spec.num_tokens`."""
 
     def __init__(self, contents: str, spec: TextSpec) -> None:
         try:
@@ -39,22 +39,39 @@ class PromptTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._spec = spec
+        ends = self._tokenizer.encode("").ids
+        if len(ends) < 2:
+            raise malformed("a tokenizer's file", "no start and end of a prompt")
+        self._start, self._end = ends[0], ends[-1]
 
-    def encode(self, prompts: Sequence[str]) -> NDArray[np.int64]:
-        """Ids int64 `[B, num_tokens]`; a warning quotes what is cut from a prompt."""
-        ids = np.full((len(prompts), self._spec.num_tokens), self._spec.pad, np.int64)
-        for row, prompt, encoding in zip(ids, prompts, self._tokenizer.encode_batch(list(prompts)), strict=True):
-            found, last = encoding.ids, self._spec.num_tokens - 1
-            if len(found) > last + 1:
-                LOGGER.warning(
-                    "the prompt %.60r… is longer than the %d tokens that the text encoder reads; cut off: %r",
-                    prompt,
-                    last - 1,
-                    prompt[encoding.offsets[last][0] :],
-                )
-                found = [*found[:last], found[-1]]
-            row[: len(found)] = found
-        return ids
+    def chunks(self, sections: Sections, most: int = 1) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Ids and weights `[n, num_tokens]` of a prompt's chunks, `most` of them; a warning quotes what is cut off."""
+        room, shown = self._spec.num_tokens - 2, ""
+        rows: list[list[tuple[int, float, int]]] = []  # Each token's id, its weight and its place in `shown`.
+        for section in sections:
+            tokens = []
+            for text, weight in section:
+                encoding = self._tokenizer.encode(text, add_special_tokens=False)
+                places = (len(shown) + start for start, _ in encoding.offsets)
+                tokens += [(token, weight, place) for token, place in zip(encoding.ids, places, strict=True)]
+                shown += text
+            rows += [tokens[i : i + room] for i in range(0, max(len(tokens), 1), room)]
+        while len(rows) > 1 and not rows[-1]:
+            rows.pop()
+        cut = [token for row in rows[most:] for token in row]
+        if cut:
+            LOGGER.warning(
+                "the prompt %.60r… is longer than the %d tokens that the text encoder reads; cut off: %r",
+                shown,
+                room * most,
+                shown[cut[0][2] :],
+            )
+        ids = np.full((len(rows[:most]), self._spec.num_tokens), self._spec.pad, np.int64)
+        weights = np.ones(ids.shape, np.float32)
+        for i, row in enumerate(rows[:most]):
+            ids[i, : len(row) + 2] = [self._start, *(token for token, _, _ in row), self._end]
+            weights[i, 1 : len(row) + 1] = [weight for _, weight, _ in row]
+        return ids, weights
 
 
 def check_prompts(name: str, value: Any) -> list[str]:
