@@ -31,7 +31,12 @@ if TYPE_CHECKING:
 
 XL: Final = "StableDiffusionXL"
 FAMILIES: Final = (
-    *(f"{stem}{task}Pipeline" for stem in ("StableDiffusion", XL) for task in ("", "Img2Img", "Inpaint")),
+    *(
+        f"{stem}{control}{task}Pipeline"
+        for stem in ("StableDiffusion", XL)
+        for control in ("", "ControlNet")
+        for task in ("", "Img2Img", "Inpaint")
+    ),
     *("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline", "LDMPipeline"),
 )
 TEXT_CLASSES: Final = ("CLIPTextModel", "CLIPTextModelWithProjection")
@@ -69,6 +74,7 @@ class FoundParts:
     sample_shape: tuple[int, ...]
     conditions: Mapping[str, Condition]
     prompt_shape: tuple[int, int] | None
+    controlnets: tuple[Path, ...] | None  # Those of the folder.
 
 
 def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOptions]) -> FoundParts | None:
@@ -152,6 +158,7 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
         shape,
         conditions,
         prompt_shape,
+        tuple(folder / name for name in _controlnets(folder)) or None,
     )
 
 
@@ -184,6 +191,7 @@ def _check_complete(folder: Path, family: str, parts: Mapping[str, Any]) -> None
     needed = ["vqvae" if family == "LDMPipeline" and "vae" not in parts else "vae", "unet"]
     if family != "LDMPipeline":
         needed += ["text_encoder", "tokenizer"] + (["text_encoder_2", "tokenizer_2"] if family.startswith(XL) else [])
+    needed += ["controlnet"] if "ControlNet" in family else []
     missing = [name for name in needed if name not in parts or not (folder / name).is_dir()]
     if missing:
         raise ModelFormatError(
@@ -197,6 +205,12 @@ def _check_complete(folder: Path, family: str, parts: Mapping[str, Any]) -> None
             raise ModelFormatError(
                 got=f"{name} of the class {parts[name][1]!r:.80} in {folder}", expected=kind, remedy=_alone(folder)
             )
+
+
+def _controlnets(folder: Path) -> list[str]:
+    """The folders of a pipeline's ControlNets, as diffusers names them."""
+    names = ("controlnet", *(f"controlnet_{i}" for i in range(1, 8)))
+    return [name for name in names if (folder / name).is_dir()]
 
 
 def _alone(folder: Path) -> str:

@@ -15,7 +15,8 @@ from skipstep.errors import MissingDependencyError, ModelFormatError, NonFiniteE
 from skipstep.networks.spec import NetworkSpec
 from skipstep.networks.weights import DOWNLOAD, find_weights, tensor_shapes
 from skipstep.pipelines.building import DECODERS, TEXT_CLASSES, XL, FoundParts
-from skipstep.pipelines.pipeline import EMBEDS, LATENTS, MOMENTS, PICTURES, POOLED, TOKENS, Pipeline
+from skipstep.pipelines.conditions import EMBEDS, POOLED
+from skipstep.pipelines.pipeline import LATENTS, MOMENTS, PICTURES, TOKENS, Pipeline
 from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, MASK, PipelineSpec
 from skipstep.storage.untrusted import read_json_object
 

@@ -21,23 +21,20 @@ from skipstep.calls.request import resolve_latents
 from skipstep.errors import InputError, IntegrityError, check_choice
 from skipstep.loops.contract import Sampler
 from skipstep.networks.spec import NetworkSpec
+from skipstep.pipelines.conditions import EMBEDS, POOLED, read_conditions
 from skipstep.pipelines.pictures import decode_tiled, encode_tiled, read_pictures
 from skipstep.pipelines.prompts import plain_sections, weigh, weighted_sections
 from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, MASK, SPEC_FILE, PipelineSpec
-from skipstep.pipelines.tokenizer import PromptTokenizer, check_prompts
+from skipstep.pipelines.tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 Array = NDArray[np.float32]
 # Names in the graphs.
-TOKENS, EMBEDS, POOLED, LATENTS, PICTURES, MOMENTS = "tokens", "embeds", "pooled", "latents", "pictures", "moments"
-# What a network reads of pooled embeddings, and of the picture's size.
+TOKENS, LATENTS, PICTURES, MOMENTS = "tokens", "latents", "pictures", "moments"
 # Processors sum a float32 product in different orders; of the largest value.
 _GOLDEN_PROMPT, _GOLDEN_TOLERANCE = "a red apple", 1e-3
-_TEXTS: Final = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_syntax")
-_SYNTAXES: Final = ("plain", "a1111")
-_TEXT_EMBEDS, _TIME_IDS = "text_embeds", "time_ids"
 
 
 class Pipeline:
@@ -88,80 +85,8 @@ class Pipeline:
                 )
 
     def conditions(self, network: NetworkSpec, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """`inputs` of a call with embeddings in place of its prompts. Raises InputError."""
-        made = dict(inputs)
-        prompt, prompt_2, negative, negative_2, syntax = (made.pop(name, None) for name in _TEXTS)
-        weighted = check_choice("prompt_syntax", "plain" if syntax is None else syntax, _SYNTAXES) != "plain"
-        if _TIME_IDS in network.all_conditions:
-            height, width = (side * self.factor for side in network.sample_shape[1:])
-            ids = np.array([height, width, 0, 0, height, width], np.float32)
-            made["conditions"] = {_TIME_IDS: ids, **(made.get("conditions") or {})}
-        if all(each is None for each in (prompt, prompt_2, negative, negative_2)):
-            return made
-        if not self.spec.texts:
-            raise InputError(
-                got=f"a prompt for a {self.spec.family}, which reads none", expected="no prompt", remedy="leave it out"
-            )
-        if prompt is None or made.get("prompt_embeds") is not None:
-            raise InputError(
-                got="negative_prompt alone" if prompt is None else "prompt beside prompt_embeds",
-                expected="one of prompt and prompt_embeds, and the negative in the same form",
-                remedy="pass prompt=, or negative_prompt_embeds= beside prompt_embeds=",
-            )
-        self._add(made, "", self._texts("", prompt, prompt_2), weighted)
-        scale = made.get("guidance_scale")
-        if scale is None or network.takes_guidance or not np.any(np.asarray(scale) != 1.0):
-            return made
-        if negative is None and negative_2 is not None:
-            raise InputError(
-                got="negative_prompt_2 without negative_prompt",
-                expected="the first text encoder's as well",
-                remedy="pass negative_prompt='' for an empty one",
-            )
-        none = negative is None and self.spec.zero_negative
-        self._add(made, "negative_", self._texts("negative_", negative or "", negative_2), weighted, zero=none)
-        return made
-
-    def _texts(self, half: str, first: Any, second: Any) -> tuple[list[tuple[str, ...]], bool]:
-        """A text for each encoder, for every sample; and whether they are one for all samples."""
-        alone = isinstance(first, str) and isinstance(second, str | None)
-        texts = [check_prompts(f"{half}prompt", first)]
-        if second is not None:
-            texts.append(check_prompts(f"{half}prompt_2", second))
-        if len(texts) > len(self.spec.texts):
-            raise InputError(
-                got=f"{half}prompt_2 for a {self.spec.family}, which has one text encoder",
-                expected=f"{half}prompt alone",
-                remedy="leave it out",
-            )
-        count = max(map(len, texts))
-        if not {len(each) for each in texts} <= {1, count}:
-            raise InputError(
-                got=f"{len(texts[0])} texts as {half}prompt and {len(texts[1])} as {half}prompt_2",
-                expected="the same number of each",
-                remedy="pass lists of one length, or one text for all samples",
-            )
-        columns = [each * (count // len(each)) for each in texts]
-        return list(zip(columns[0], *columns[-1:] * (len(self.spec.texts) - 1), strict=True)), alone
-
-    def _add(
-        self,
-        made: dict[str, Any],
-        half: str,
-        given: tuple[list[tuple[str, ...]], bool],
-        weighted: bool,
-        zero: bool = False,
-    ) -> None:
-        """A single text's rows are for all samples."""
-        texts, alone = given
-        found = self.embed(texts, weighted=weighted)
-        row = 0 if alone else slice(None)
-        zeros = np.float32(not zero)
-        made[f"{half}prompt_embeds"] = found[EMBEDS][row] * zeros
-        others = {MASK: found[MASK][row]} if MASK in found else {}
-        if POOLED in found:
-            others[_TEXT_EMBEDS] = found[POOLED][row] * zeros
-        made[f"{half}conditions"] = {**(made.get(f"{half}conditions") or {}), **others}
+        """`inputs` of a call with what the network reads in place of prompts and control images. Raises InputError."""
+        return read_conditions(self.spec, self.embed, network, inputs)
 
     def embed(self, prompts: Sequence[tuple[str, ...]], *, weighted: bool = False) -> dict[str, Array]:
         """Of prompts, a text for each text encoder: EMBEDS `[B, chunks·L, D]` of all encoders side by side, POOLED of

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tolerances
 import torch
-from tiny_pipelines import LENGTH, tiny_pipeline
+from tiny_pipelines import LENGTH, embedded, tiny_pipeline
 
 from skipstep import Engine
 from skipstep.errors import InputError
@@ -43,23 +43,6 @@ def test_brackets_are_weights(prompt):
 def test_weights_that_no_prompt_has_are_refused(prompt):
     with pytest.raises(InputError):
         weighted_sections(prompt)
-
-
-def embedded(pipeline: Any, pieces: list[tuple[str, float]], chunks: int) -> torch.Tensor:
-    """By transformers alone: tokens in chunks between start and end, times their weights, each chunk's mean kept."""
-    words, encoder = pipeline.tokenizer, pipeline.text_encoder
-    tokens = [(i, w) for text, w in pieces for i in words(text, add_special_tokens=False).input_ids]
-    made = []
-    for k in range(chunks):
-        own = tokens[k * (LENGTH - 2) : (k + 1) * (LENGTH - 2)]
-        rest = LENGTH - 1 - len(own)
-        ids = [words.bos_token_id, *(i for i, _ in own), words.eos_token_id, *[words.pad_token_id] * (rest - 1)]
-        weights = torch.tensor([1.0, *(w for _, w in own), *[1.0] * rest])
-        with torch.no_grad():
-            plain = encoder(torch.tensor([ids])).last_hidden_state
-        weighed = plain * weights[None, :, None]
-        made.append(weighed * (plain.mean() / weighed.mean()))
-    return torch.cat(made, dim=1)
 
 
 def test_weights_and_chunks_are_those_of_transformers_and_diffusers():
