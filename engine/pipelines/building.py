@@ -126,18 +126,12 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
         found, text = read_tokenizer(folder / name.replace("text_encoder", "tokenizer"), pooled=pooled)
         texts.append(text)
         tokenizers.append(found)
-    chunks = check_integer(
-        "prompt_chunks", options.get("prompt_chunks") or 1, low=1, high=MAX_CHUNKS if texts else 1, remedy="pass e.g. 3"
-    )
+    asked, most = options.get("prompt_chunks"), MAX_CHUNKS if texts else 1
+    chunks = 1 if asked is None else check_integer("prompt_chunks", asked, low=1, high=most)
     prompt_shape = None
     if chunks > 1:
-        width = check_integer(
-            "cross_attention_dim",
-            prompt_width({"cross_attention_dim": 1280, **network}),
-            low=1,
-            high=MAX_SIDE,
-            remedy=remedy,
-        )
+        told = prompt_width({"cross_attention_dim": 1280, **network})
+        width = check_integer("cross_attention_dim", told, low=1, high=MAX_SIDE, remedy=remedy)
         prompt_shape = chunks * texts[0].num_tokens, width
         conditions[MASK] = Condition(prompt_shape[:1], null=1.0)
     return FoundParts(

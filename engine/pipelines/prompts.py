@@ -60,23 +60,22 @@ def weighted_sections(prompt: str) -> Sections:
         else:
             texts[-1] += escaped or mark[0]
         if sum(map(len, opened.values())) > _DEEPEST:
-            raise InputError(
-                got=f"brackets nested more than {_DEEPEST} deep in the prompt {prompt!r:.80}",
-                expected="a few, such as ((cat))",
-                remedy="write the weight as a number, (cat:1.3), or leave prompt_syntax out",
-            )
+            raise _refused(f"brackets nested more than {_DEEPEST} deep", prompt)
     texts[-1] += prompt[place:]
     for bracket, starts in opened.items():
         while starts:
             close(bracket, _FACTORS[bracket])
-    extreme = max(map(abs, weights))
-    if not extreme <= _LARGEST:
-        raise InputError(
-            got=f"a weight of {extreme:g} in the prompt {prompt!r:.80}",
-            expected=f"at most {_LARGEST:g}; 0.5 to 1.5 is usual",
-            remedy="pass a smaller one",
-        )
+    if not max(map(abs, weights)) <= _LARGEST:
+        raise _refused(f"a weight above {_LARGEST:g}", prompt)
     return _sections([(text, weight) for text, weight in zip(texts, weights, strict=True) if text])
+
+
+def _refused(what: str, prompt: str) -> InputError:
+    return InputError(
+        got=f"{what} in the prompt {prompt!r:.80}",
+        expected="a few brackets, and weights of 0.5 to 1.5, such as ((cat)) and (cat:1.3)",
+        remedy="shorten it, or leave prompt_syntax out",
+    )
 
 
 def _sections(pieces: list[tuple[str, float]]) -> Sections:
