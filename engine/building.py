@@ -174,7 +174,8 @@ def build_network(
         model_options["sample_shape"] = parts.sample_shape
         if parts.prompt_shape is not None:
             model_options["prompt_shape"] = parts.prompt_shape
-        model_options.setdefault("controlnet", parts.controlnets)
+        if model_options.get("controlnet") is None:
+            model_options["controlnet"] = parts.controlnets
         model_options["conditions"] = {**parts.conditions, **(model_options.get("conditions") or {})}
     opened = open_model(model, with_scheduler=request.schedule is None, **model_options)
     plans, defaults = request.made(opened.scheduler, model_options.get("time_input"), model_options.get("sigma_data"))

@@ -40,6 +40,7 @@ FAMILIES: Final = (
     *("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline", "LDMPipeline"),
 )
 TEXT_CLASSES: Final = ("CLIPTextModel", "CLIPTextModelWithProjection")
+CHECKER: Final = "StableDiffusionSafetyChecker"
 DECODERS: Final = {"vae": "AutoencoderKL", "vqvae": "VQModel"}
 # Pixels a side that the autoencoder takes as a whole: what these models were made for.
 _TILE: Final = 1024
@@ -51,7 +52,7 @@ class PartsOptions(TypedDict, total=False):
     height, width   pixels of the pictures, multiples of the autoencoder's factor; None: what the network was made for.
     tile            pixels a side above which the autoencoder works in blended tiles; None: 1024.
     prompt_chunks   how many chunks of tokens, of 75 with CLIP, a prompt may have; None: one, and the rest is cut off.
-    safety_checker  False: leave out the checker that the folder has, which is not run here; it then has to be said.
+    safety_checker  None: run the checker that the folder has, which turns pictures black and warns; False: not.
     """
 
     height: int | None
@@ -90,7 +91,7 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
         _refuse(options)
         return None
     parts = {n: each for n, each in contents.items() if isinstance(each, list) and len(each) == 2 and each[0]}
-    _check_safety(parts, options.get("safety_checker"))
+    checks = _checker_side(folder, parts, options.get("safety_checker"))
     if contents.get("requires_aesthetics_score"):
         raise ModelFormatError(
             got=f"requires_aesthetics_score in {index}, an SDXL refiner",
@@ -145,6 +146,7 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
             zero_negative=bool(contents.get("force_zeros_for_empty_prompt", False)),
             encodes=True,
             chunks=chunks,
+            checks=checks,
         ),
         tuple((name, parts[name][1]) for name in names),
         tuple(tokenizers),
@@ -166,19 +168,26 @@ def _refuse(options: PartsOptions) -> None:
         )
 
 
-def _check_safety(parts: Mapping[str, Any], asked: bool | None) -> None:
-    if asked is not None and check_flag("safety_checker", asked):
+def _checker_side(folder: Path, parts: Mapping[str, Any], asked: bool | None) -> int:
+    """Pixels a side that the safety checker reads; 0 where there is none, or it is left out."""
+    there = "safety_checker" in parts
+    if asked is not None and check_flag("safety_checker", asked) and not there:
         raise InputError(
-            got="safety_checker=True",
-            expected="False: the checker is not run here",
-            remedy="check the pictures yourself",
+            got=f"safety_checker=True for {folder}, which has none",
+            expected="a folder with one",
+            remedy="leave it out, and check the pictures yourself",
         )
-    if "safety_checker" in parts and asked is None:
-        raise InputError(
-            got="a folder with a safety checker, which is not run here",
-            expected="safety_checker=False, so that leaving it out is your decision",
-            remedy="pass safety_checker=False to Engine.build, and check the pictures yourself where others see them",
+    if not there or asked is False:
+        return 0
+    remedy = f"{DOWNLOAD}; or pass safety_checker=False to Engine.build, and check the pictures yourself"
+    if parts["safety_checker"][1] != CHECKER:
+        raise ModelFormatError(
+            got=f"a safety checker of the class {parts['safety_checker'][1]!r:.80}", expected=CHECKER, remedy=remedy
         )
+    vision = read_json_object(folder / "safety_checker" / "config.json", remedy=remedy).get("vision_config")
+    read_json_object(folder / "feature_extractor" / "preprocessor_config.json", remedy=remedy)
+    side = vision.get("image_size", 224) if isinstance(vision, dict) else 224
+    return check_integer("image_size", side, low=1, high=MAX_SIDE, remedy=remedy, error=ModelFormatError)
 
 
 def _check_complete(folder: Path, family: str, parts: Mapping[str, Any]) -> None:

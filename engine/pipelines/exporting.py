@@ -14,9 +14,9 @@ from safetensors.numpy import save
 from skipstep.errors import MissingDependencyError, ModelFormatError, NonFiniteError, SkipstepError
 from skipstep.networks.spec import NetworkSpec
 from skipstep.networks.weights import DOWNLOAD, find_weights, tensor_shapes
-from skipstep.pipelines.building import DECODERS, TEXT_CLASSES, XL, FoundParts
+from skipstep.pipelines.building import CHECKER, DECODERS, TEXT_CLASSES, XL, FoundParts
 from skipstep.pipelines.conditions import EMBEDS, POOLED
-from skipstep.pipelines.pipeline import LATENTS, MOMENTS, PICTURES, TOKENS, Pipeline
+from skipstep.pipelines.pipeline import LATENTS, MARGINS, MOMENTS, PICTURES, TOKENS, Pipeline
 from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, MASK, PipelineSpec
 from skipstep.storage.untrusted import read_json_object
 
@@ -37,6 +37,9 @@ def export_parts(
     for part in ("decoder", "encoder")[: 1 + found.spec.encodes]:
         report(f"export the {part} of {found.decoder}")
         files[f"{FOLDER}/{part}.onnx"] = _graph(found, found.decoder, DECODERS[found.decoder], part, False)
+    if found.spec.checks:
+        report("export the safety checker")
+        files[f"{FOLDER}/checker.onnx"] = _graph(found, "safety_checker", CHECKER, "checker", False)
     made = Pipeline(found.spec, files.__getitem__, num_threads=num_threads)
     _check_widths(found, made, network)
     latents = np.random.default_rng(0).standard_normal((1, *found.sample_shape), np.float32)
@@ -50,7 +53,9 @@ def _graph(found: FoundParts, name: str, class_name: str, part: str, pooled: boo
     from skipstep.export.onnx_model import exporter_versions
 
     config = read_json_object(found.folder / name / "config.json", remedy=DOWNLOAD)
-    weights = find_weights(found.folder / name, *(["model"] if part == "text" else []))
+    weights = find_weights(found.folder / name, *(["model"] if part in ("text", "checker") else []))
+    if part == "checker":
+        config |= read_json_object(found.folder / "feature_extractor" / "preprocessor_config.json", remedy=DOWNLOAD)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path in weights:
         tensor_shapes(path)  # Refuses what is no whole file.
@@ -90,6 +95,7 @@ def _load(folder: Path, class_name: str, variant: str | None) -> nn.Module:
         import diffusers
         import torch
         import transformers
+        from diffusers.pipelines.stable_diffusion import safety_checker
     except ImportError as error:
         raise MissingDependencyError(
             got=f"no package {error.name}",
@@ -97,6 +103,7 @@ def _load(folder: Path, class_name: str, variant: str | None) -> nn.Module:
             remedy="pip install 'skipstep[torch,diffusers,prompts]'",
         ) from error
     home, dtype = (transformers, "dtype") if class_name in TEXT_CLASSES else (diffusers, "torch_dtype")
+    home, dtype = (safety_checker, "dtype") if class_name == CHECKER else (home, dtype)
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False}
     try:
         module = getattr(home, class_name).from_pretrained(folder, variant=variant, **options, **{dtype: torch.float32})
@@ -125,6 +132,9 @@ def _exported(module: nn.Module, part: str, spec: PipelineSpec, config: Mapping[
         made = modules.TextEncoder(module, penultimate=spec.family.startswith(XL), pooled=pooled)
         inputs = {TOKENS: torch.randint(0, int(config["vocab_size"]), (2, length), generator=generator)}
         outputs = [EMBEDS, POOLED] if pooled else [EMBEDS]
+    elif part == "checker":
+        made = modules.SafetyChecker(module, config)
+        inputs, outputs = {PICTURES: torch.rand((2, 3, spec.checks, spec.checks), generator=generator)}, [MARGINS]
     else:
         factor = 1 if part == "decoder" else spec.factor
         width = int(config.get("latent_channels", 4)) if part == "decoder" else spec.channels

@@ -57,6 +57,27 @@ class Encoder(_Scaled):
         return torch.cat([(mean - self.get_buffer("shift")) / scale, deviation / scale], dim=1)
 
 
+class SafetyChecker(nn.Module):
+    """Pictures in [0, 1] of the size that it reads -> [B], above 0 for what shows one of its concepts."""
+
+    def __init__(self, checker: Any, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.checker = checker
+        for name in ("image_mean", "image_std"):
+            self.register_buffer(name, torch.tensor(config[name]).reshape(1, 3, 1, 1))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        pixels = (pictures - self.get_buffer("image_mean")) / self.get_buffer("image_std")
+        embeds = self.checker.visual_projection(self.checker.vision_model(pixels)[1])
+        return self._margin(embeds, "concept") + 0.01 * (self._margin(embeds, "special_care") > 0)
+
+    def _margin(self, embeds: Tensor, name: str) -> Tensor:
+        """How far the nearest concept is above its threshold, which diffusers rounds to three digits."""
+        concepts, thresholds = (getattr(self.checker, f"{name}_embeds{end}") for end in ("", "_weights"))
+        near = nn.functional.normalize(embeds) @ nn.functional.normalize(concepts).T
+        return (near - thresholds - 0.0005).amax(dim=1)
+
+
 class Controlled(nn.Module):
     """A UNet and ControlNets, whose residuals are added to what its up blocks read: `control_image` holds a picture for
     each, `controlnet_conditioning_scale` [N, number of ControlNets] their weights."""

@@ -112,6 +112,21 @@ def _pixels(picture: Image.Image, mode: str, size: tuple[int, int]) -> Array:
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
+def squares(pictures: Array, side: int) -> Array:
+    """Float32 `[B, 3, side, side]` in [0, 1]: the middle of pictures in [-1, 1], as CLIP's processor cuts it out."""
+    from PIL.Image import Resampling
+
+    from skipstep.calls.images import to_pil
+
+    made = []
+    for picture in to_pil(pictures):
+        width, height = (each * side // min(picture.size) for each in picture.size)
+        left, top = (width - side) // 2, (height - side) // 2
+        scaled = picture.convert("RGB").resize((width, height), Resampling.BICUBIC)
+        made.append(_pixels(scaled.crop((left, top, left + side, top + side)), "RGB", (side, side)))
+    return np.stack(made)
+
+
 def _array(name: str, given: Any, channels: int, size: tuple[int, int], *, low: float) -> Array:
     array = float32(host_floats(name, from_dlpack(name, given)))
     shape = (channels, *size)

@@ -22,10 +22,11 @@ from skipstep.errors import InputError, IntegrityError, check_choice
 from skipstep.loops.contract import Sampler
 from skipstep.networks.spec import NetworkSpec
 from skipstep.pipelines.conditions import EMBEDS, POOLED, read_conditions
-from skipstep.pipelines.pictures import decode_tiled, encode_tiled, read_pictures
+from skipstep.pipelines.pictures import decode_tiled, encode_tiled, read_pictures, squares
 from skipstep.pipelines.prompts import plain_sections, weigh, weighted_sections
 from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, MASK, SPEC_FILE, PipelineSpec
 from skipstep.pipelines.tokenizer import PromptTokenizer
+from skipstep.reporting import LOGGER
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float32]
 # Names in the graphs.
 TOKENS, LATENTS, PICTURES, MOMENTS = "tokens", "latents", "pictures", "moments"
+MARGINS: Final = "margins"
 # Processors sum a float32 product in different orders; of the largest value.
 _GOLDEN_PROMPT, _GOLDEN_TOLERANCE = "a red apple", 1e-3
 
@@ -62,7 +64,7 @@ class Pipeline:
 
     def golden(self, latents: Array) -> dict[str, Array]:
         """What the parts give for a prompt and for these latents."""
-        found = {LATENTS: latents, PICTURES: self.decode(latents)}
+        found = {LATENTS: latents, PICTURES: self._decoded(latents)}
         if self.spec.texts:
             found |= self.embed([(_GOLDEN_PROMPT,) * len(self.spec.texts)])
             found.pop(MASK, None)
@@ -119,7 +121,18 @@ class Pipeline:
         return {name: each[rows] for name, each in made.items()}
 
     def decode(self, latents: Any) -> Array:
-        """Pictures float32 `[B, C, H, W]` in [-1, 1] of latents, NumPy or a tensor. Raises NonFiniteError."""
+        """Pictures float32 `[B, C, H, W]` in [-1, 1] of latents, NumPy or a tensor. Those that the safety checker
+        refuses are black, and a warning says which. Raises NonFiniteError."""
+        made = self._decoded(latents)
+        if self.spec.checks:
+            given = {PICTURES: squares(made, self.spec.checks)}
+            refused = np.flatnonzero(self._run("checker", [MARGINS], given)[MARGINS] > 0)
+            if refused.size:
+                LOGGER.warning("the safety checker refuses pictures %s of %d: black", refused.tolist(), len(made))
+                made[refused] = -1.0
+        return made
+
+    def _decoded(self, latents: Any) -> Array:
         values = np.ascontiguousarray(float32(host_floats("latents", latents)))
         made = decode_tiled(self._graph("decoder", PICTURES, LATENTS), values, tile=self.spec.tile, factor=self.factor)
         return made.clip(-1.0, 1.0)
