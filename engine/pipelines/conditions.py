@@ -42,7 +42,8 @@ def read_conditions(
     if _TIME_IDS in network.all_conditions:
         height, width = (side * spec.factor for side in network.sample_shape[1:])
         _add(made, "", {_TIME_IDS: np.array([height, width, 0, 0, height, width], np.float32)})
-    if all(text is None for text in texts):
+    said = [name for name, text in zip(_TEXTS, texts, strict=True) if text is not None]
+    if not said:
         return made
     if not spec.texts:
         raise InputError(
@@ -50,7 +51,7 @@ def read_conditions(
         )
     if prompt is None or made.get("prompt_embeds") is not None:
         raise InputError(
-            got="negative_prompt alone" if prompt is None else "prompt beside prompt_embeds",
+            got=f"{said[0]} without prompt" if prompt is None else "prompt beside prompt_embeds",
             expected="one of prompt and prompt_embeds, and the negative in the same form",
             remedy="pass prompt=, or negative_prompt_embeds= beside prompt_embeds=",
         )

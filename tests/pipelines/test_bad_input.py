@@ -86,7 +86,7 @@ CALLS = {
     "leaves none": {"prompt": "a cat", "image": PICTURE, "strength": 0.1},
     "strength=0": {"prompt": "a cat", "image": PICTURE, "strength": 0},
     "beside prompt_embeds": {"prompt": "a cat", "prompt_embeds": np.zeros((1, 12, 16), np.float32)},
-    "negative_prompt alone": {"negative_prompt": "a cat"},
+    "negative_prompt without prompt": {"negative_prompt": "a cat"},
     "prompt=3": {"prompt": 3},
     "noise='ours'": {"prompt": "a cat", "noise": "ours"},
     "beside x_T": {"prompt": "a cat", "noise": "torch", "x_T": np.zeros((1, 4, 8, 8), np.float32)},

@@ -83,7 +83,7 @@ def test_the_second_encoder_reads_its_own_prompt(case):
             steps=4, seeds=[5, 6][:count], noise="torch", guidance_scale=7.5, output_type="latent", **given
         )
         for wrong in ({"prompt_2": "a"}, {"prompt": ["a"] * 3, "prompt_2": ["b"] * 2}):
-            with pytest.raises(InputError, match=r"prompt_2|negative_prompt alone"):
+            with pytest.raises(InputError, match="prompt_2"):
                 engine.sample(steps=4, seeds=[1], **wrong)
         with pytest.raises(InputError, match="negative_prompt_2 without"):
             engine.sample(steps=4, seeds=[1], prompt="a", negative_prompt_2="b", guidance_scale=2.0)
