@@ -45,6 +45,7 @@ def test_weights_that_no_prompt_has_are_refused(prompt):
         weighted_sections(prompt)
 
 
+@pytest.mark.slow
 def test_weights_and_chunks_are_those_of_transformers_and_diffusers():
     pipeline, folder = tiny_pipeline("sd")
     text = [("the red ", 1.0), ("cat", 1.3), (" and the dog " * 2, 1.0), ("in the red", 1 / 1.1), (" cat", 1.0)]
