@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from typing import Any
@@ -63,9 +64,7 @@ def test_a_network_alone_with_controlnets(nets):
             call = {"prompt_embeds": embeds, "negative_prompt_embeds": negative, "guidance_scale": scale}
             conditions = {**given, "controlnet_conditioning_scale": SCALES[:nets]}
             found = engine.sample(seeds=[0, 1], conditions=conditions, **call, **{**DRAWN, "output_type": "np"})
-            theirs: Any = (
-                PICTURES[:2] if nets == 1 else [list(each) for each in zip(PICTURES[:2], PICTURES[1:], strict=True)]
-            )
+            theirs: Any = PICTURES[:2] if nets == 1 else [list(each) for each in itertools.pairwise(PICTURES)]
             weights = SCALES[0] if nets == 1 else SCALES
             check(found, nets, image=theirs, controlnet_conditioning_scale=weights, **call)
 
