@@ -168,8 +168,10 @@ def build_network(
             got="backend='torch' for an .onnx file", expected="a backend that runs graphs", remedy=NO_TORCH_BACKEND
         )
     shape = model_options.get("sample_shape")
-    of_parts: PartsOptions = {"height": height, "width": width, "tile": tile, "prompt_chunks": prompt_chunks}
-    parts = find_parts(model, shape, safety_checker=safety_checker, **of_parts)
+    of_parts = PartsOptions(
+        height=height, width=width, tile=tile, prompt_chunks=prompt_chunks, safety_checker=safety_checker
+    )
+    parts = find_parts(model, shape, **of_parts)
     if parts is not None:
         model_options["sample_shape"] = parts.sample_shape
         if parts.prompt_shape is not None:
