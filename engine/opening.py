@@ -77,11 +77,13 @@ def open_model(
         options: Any = {"config": config, "inputs": inputs, "controlnet": controlnet}
         opened = open_model(model, with_scheduler=False, **options, **_with_time(said, given))
         return replace(opened, scheduler=given)
-    if controlnet is not None and (is_onnx_path(model) or not isinstance(model, str | os.PathLike)):
+    in_object = not is_module(model) and is_module(getattr(model, "controlnet", None))
+    in_folder = isinstance(model, str | os.PathLike) and not is_onnx_path(model)
+    if in_object or (controlnet is not None and not in_folder):
         raise InputError(
-            got="controlnet= beside an .onnx file or a module",
+            got=f"a ControlNet beside {'an .onnx file' if is_onnx_path(model) else f'a {type(model).__name__}'}",
             expected="the folder of a pipeline or of a network",
-            remedy="leave it out, and make network and ControlNet one module yourself",
+            remedy="pass the folder that pipeline.save_pretrained() wrote, or a module around network and ControlNet",
         )
     if is_onnx_path(model) and config is None:
         return _opened_file(Path(model), inputs, with_scheduler, said)

@@ -134,5 +134,9 @@ def test_other_folders_are_refused(tmp_path):
         Engine.build(str(folder), controlnet=[folder / "controlnet", other], **call)
     with pytest.raises(ModelFormatError, match="UNet2DConditionModel"):
         Engine.build(str(folder), controlnet=folder / "unet", **call)
-    with pytest.raises(InputError, match="controlnet= beside"):
-        Engine.build(torch.nn.Identity(), controlnet=folder / "controlnet", **call)
+    for model, given in (
+        (torch.nn.Identity(), {"controlnet": folder / "controlnet"}),
+        (tiny_pipeline("control")[0], {}),
+    ):
+        with pytest.raises(InputError, match="a ControlNet beside a"):
+            Engine.build(model, **given, **call)
