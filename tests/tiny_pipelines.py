@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 import diffusers
+import numpy as np
+import tolerances
 import torch
 
 LENGTH = 12
@@ -210,6 +213,17 @@ def tiny_pipeline(name: str) -> tuple[Any, Path]:
     made.save_pretrained(folder)
     made.set_progress_bar_config(disable=True)
     return made, folder
+
+
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def compare(found: Any, pipeline: Any, seeds: Sequence[int], steps: int = 20, **call: Any) -> None:
+    """Latents with those that diffusers' pipeline draws."""
+    call = {"num_inference_steps": steps, "output_type": "latent", "generator": generators(seeds), **call}
+    expected = pipeline(**call).images.numpy()
+    assert np.abs(found - expected).max() <= tolerances.PIPELINE_LATENTS * np.abs(expected).max()
 
 
 def embedded(pipeline: Any, pieces: list[tuple[str, float]], chunks: int) -> torch.Tensor:

@@ -124,25 +124,19 @@ def _add_controls(made: dict[str, Any], network: NetworkSpec, images: Any, scale
                 remedy="pass controlnet=folder to Engine.build, or leave it out",
             )
         return
-    several = list(images) if isinstance(images, list | tuple) else []
-    pictures = [images] if len(names) == 1 else several
-    if images is None or len(pictures) != len(names):
+    if images is None:
         raise InputError(
-            got="no control_image" if images is None else f"{len(pictures)} as control_image",
-            expected="pictures for the ControlNet"
-            if len(names) == 1
-            else f"a list with those of {len(names)} ControlNets",
-            remedy=f"pass control_image={'picture' if len(names) == 1 else '[picture, …]'}",
+            got="no control_image", expected="what the ControlNet reads", remedy="pass control_image=picture"
         )
-    weights = [1.0 if scales is None else scales] * len(names)
-    if isinstance(scales, list | tuple):
-        weights = list(scales)
-    if len(weights) != len(names):
-        raise InputError(
-            got=f"{len(weights)} numbers as {CONTROL_SCALE}",
-            expected=f"one for all ControlNets, or {len(names)}",
-            remedy=f"pass {CONTROL_SCALE}=0.8",
-        )
+    pictures = list(images) if len(names) > 1 and isinstance(images, list | tuple) else [images]
+    weights = list(scales) if isinstance(scales, list | tuple) else [1.0 if scales is None else scales] * len(names)
+    for what, values in (("control_image", pictures), (CONTROL_SCALE, weights)):
+        if len(values) != len(names):
+            raise InputError(
+                got=f"{len(values)} as {what}",
+                expected=f"a list of one for each of {len(names)} ControlNets",
+                remedy="pass them in the order of controlnet= of Engine.build",
+            )
     read = {}
     for name, picture in zip(names, pictures, strict=True):
         channels, *size = network.conditions[name].shape

@@ -6,9 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tolerances
-import torch
-from tiny_pipelines import LENGTH, embedded, tiny_pipeline
+from tiny_pipelines import LENGTH, compare, embedded, tiny_pipeline
 
 from skipstep import Engine
 from skipstep.errors import InputError
@@ -61,9 +59,7 @@ def test_weights_and_chunks_are_those_of_transformers_and_diffusers():
         mixed = engine.sample(prompt=["a cat", written.replace("(", "")], **{**drawn, "seeds": [3, 3]})
     embeds = {"prompt_embeds": embedded(pipeline, text, 2), "negative_prompt_embeds": embedded(pipeline, negative, 2)}
     for found, given in ((long, embeds), (mixed[:1], {"prompt": "a cat"})):
-        generator = torch.Generator().manual_seed(3)
-        expected = pipeline(num_inference_steps=4, output_type="latent", generator=generator, **given, **call).images
-        assert np.abs(found - expected.numpy()).max() <= tolerances.PIPELINE_LATENTS * np.abs(expected.numpy()).max()
+        compare(found, pipeline, [3], steps=4, **given, **call)
     assert np.abs(mixed[1] - long[0]).max() > 1e-3
 
 
@@ -89,8 +85,4 @@ def test_the_second_encoder_reads_its_own_prompt(case):
                 engine.sample(steps=4, seeds=[1], **wrong)
         with pytest.raises(InputError, match="negative_prompt_2 without"):
             engine.sample(steps=4, seeds=[1], prompt="a", negative_prompt_2="b", guidance_scale=2.0)
-    generators = [torch.Generator().manual_seed(seed) for seed in [5, 6][:count]]
-    expected = pipeline(
-        num_inference_steps=4, generator=generators, guidance_scale=7.5, output_type="latent", **given
-    ).images.numpy()
-    assert np.abs(found - expected).max() <= tolerances.PIPELINE_LATENTS * np.abs(expected).max()
+    compare(found, pipeline, [5, 6][:count], steps=4, guidance_scale=7.5, **given)

@@ -14,7 +14,7 @@ import pytest
 import tolerances
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from tiny_pipelines import tiny_pipeline
+from tiny_pipelines import generators, tiny_pipeline
 
 from skipstep import Engine
 from skipstep.errors import InputError, ModelFormatError
@@ -48,8 +48,8 @@ def checked_pipeline() -> Any:
 
 
 def draw(pipeline: Any) -> Any:
-    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    return pipeline(["a cat"] * len(SEEDS), num_inference_steps=2, guidance_scale=1.0, generator=generators)
+    call = {"num_inference_steps": 2, "guidance_scale": 1.0, "generator": generators(SEEDS)}
+    return pipeline(["a cat"] * len(SEEDS), **call)
 
 
 @pytest.mark.slow
