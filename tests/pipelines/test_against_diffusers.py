@@ -12,7 +12,7 @@ import pytest
 import tolerances
 import torch
 from PIL import Image
-from tiny_pipelines import tiny_pipeline
+from tiny_pipelines import compare, generators, tiny_pipeline
 
 from skipstep import Engine
 
@@ -36,18 +36,9 @@ def _closed() -> Iterator[None]:
     engine.cache_clear()
 
 
-def generators(seeds: list[int]) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
 def pictures(number: int, size: tuple[int, int]) -> list[Image.Image]:
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for _ in range(number)]
-
-
-def check(found: Any, pipeline: Any, **call: Any) -> None:
-    expected = pipeline(num_inference_steps=20, output_type="latent", **call).images.numpy()
-    assert np.abs(found - expected).max() <= tolerances.PIPELINE_LATENTS * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("name", ["sd", pytest.param("xl", marks=pytest.mark.slow)])
@@ -67,7 +58,7 @@ def test_latents_of_prompts(name, scale, negative, batch):
     )
     negatives = None if negative is None else [negative] * batch
     given = {"prompt": prompts, "negative_prompt": negatives, "guidance_scale": scale}
-    check(found, pipeline, generator=generators(seeds), **given)
+    compare(found, pipeline, seeds, **given)
 
 
 @pytest.mark.slow
@@ -88,9 +79,7 @@ def test_a_consistency_models_guidance_is_an_input():
     found = engine("lcm").sample(
         prompt=PROMPTS, guidance_scale=8.5, steps=1, seeds=SEEDS, noise="torch", output_type="latent"
     )
-    call = {"num_inference_steps": 1, "guidance_scale": 8.5, "generator": generators(SEEDS), "output_type": "latent"}
-    expected = tiny_pipeline("lcm")[0](PROMPTS, **call).images.numpy()
-    assert np.abs(found - expected).max() <= tolerances.PIPELINE_LATENTS * np.abs(expected).max()
+    compare(found, tiny_pipeline("lcm")[0], SEEDS, steps=1, prompt=PROMPTS, guidance_scale=8.5)
 
 
 @pytest.mark.slow
@@ -111,7 +100,7 @@ def compare_from_pictures(
     found = engine(name).sample(steps=20, seeds=seeds, noise="torch", output_type="latent", **call, **inputs)
     pipeline = kind(**tiny_pipeline(name)[0].components, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
-    check(found, pipeline, generator=generators(seeds), **call, **theirs)
+    compare(found, pipeline, seeds, **call, **theirs)
 
 
 AT_ENDS = [pytest.param(each, marks=pytest.mark.slow) for each in (0.3, 1.0)]
