@@ -12,12 +12,21 @@ if TYPE_CHECKING:
     from skipstep.networks.spec import NetworkSpec
 
 
-class Inputs(Conditions, total=False):
+class Prompted(Conditions, total=False):
     """Conditions, and for an engine that was built from a latent pipeline's folder:
 
     prompt           a text for all samples, or one each; negative_prompt the same for the unconditional half of
     negative_prompt  guidance, where the empty prompt is usual. What the text encoder does not read is cut off, with a
                      warning that quotes it.
+    """
+
+    prompt: str | Sequence[str] | None
+    negative_prompt: str | Sequence[str] | None
+
+
+class Inputs(Prompted, total=False):
+    """Prompts and other conditions, and for an engine that was built from a latent pipeline's folder:
+
     image            pictures to begin with, PIL or float32 `[B, C, H, W]` in [-1, 1], noised as far as
     strength         says, in (0, 1]: the share of the steps that is walked; 0.8 where it is left out.
     mask             white (1) where the picture is drawn anew and black (0) where it stays; strength is then 1.
@@ -25,8 +34,6 @@ class Inputs(Conditions, total=False):
                      on the CPU, low 32 bits of the seed; for any engine.
     """
 
-    prompt: str | Sequence[str] | None
-    negative_prompt: str | Sequence[str] | None
     image: Any
     mask: Any
     strength: float | None
@@ -57,6 +64,16 @@ def split_inputs(
     for name in _OF_PIPELINES:
         conditions.pop(name, None)
     return cast(Conditions, conditions), {name: value for name, value in starts.items() if value is not None}
+
+
+def embedded(pipeline: Encoding | None, network: NetworkSpec, inputs: Mapping[str, Any]) -> Conditions:
+    """The conditions of a call that begins with pictures of its own. Raises InputError."""
+    conditions, starts = split_inputs(pipeline, network, inputs)
+    for name in starts:
+        raise InputError(
+            got=f"{name}= in a call that is about pictures of its own", expected="conditions", remedy="leave it out"
+        )
+    return conditions
 
 
 def refuse_inputs(inputs: Mapping[str, Any]) -> None:
