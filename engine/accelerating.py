@@ -64,10 +64,11 @@ def accelerate(
     """
     base = type(pipe)
     family = next((each for each in base.__mro__ if "__call__" in vars(each)), object)
-    if family.__name__ not in FAMILIES or not family.__module__.startswith("diffusers.") or "engine" in vars(family):
+    known = family.__name__ in FAMILIES and "ControlNet" not in family.__name__
+    if not known or not family.__module__.startswith("diffusers.") or "engine" in vars(family):
         raise InputError(
             got=f"a {base.__name__} whose call is not one of diffusers, or accelerated already",
-            expected=f"one of {', '.join(FAMILIES)}",
+            expected=f"one of {', '.join(each for each in FAMILIES if 'ControlNet' not in each)}",
             remedy="pass Engine.build the pipeline instead, and its embeddings to engine.sample",
         )
     name = type(pipe.scheduler).__name__

@@ -30,6 +30,7 @@ from skipstep.model_source import NO_TORCH_BACKEND, ModelOptions, is_onnx_path
 from skipstep.networks.spec import MAX_BATCH_SIZE, network_batch_sizes
 from skipstep.opening import open_model
 from skipstep.pipelines.building import PartsOptions, find_parts
+from skipstep.pipelines.exporting import export_parts
 from skipstep.plans.parameterization import PREDICTION_TYPES, TIME_INPUTS
 from skipstep.plans.plan import Plan
 from skipstep.plans.schedule import NoiseSchedule, check_schedule
@@ -146,6 +147,7 @@ def build_network(
     height: int | None = None,
     width: int | None = None,
     tile: int | None = None,
+    prompt_chunks: int | None = None,
     safety_checker: bool | None = None,
     **model_options: Unpack[ModelOptions],
 ) -> CompiledNetwork:
@@ -166,9 +168,14 @@ def build_network(
             got="backend='torch' for an .onnx file", expected="a backend that runs graphs", remedy=NO_TORCH_BACKEND
         )
     shape = model_options.get("sample_shape")
-    parts = find_parts(model, shape, height=height, width=width, tile=tile, safety_checker=safety_checker)
+    of_parts: PartsOptions = {"height": height, "width": width, "tile": tile, "prompt_chunks": prompt_chunks}
+    parts = find_parts(model, shape, safety_checker=safety_checker, **of_parts)
     if parts is not None:
         model_options["sample_shape"] = parts.sample_shape
+        if parts.prompt_shape is not None:
+            model_options["prompt_shape"] = parts.prompt_shape
+        if model_options.get("controlnet") is None:
+            model_options["controlnet"] = parts.controlnets
         model_options["conditions"] = {**parts.conditions, **(model_options.get("conditions") or {})}
     opened = open_model(model, with_scheduler=request.schedule is None, **model_options)
     plans, defaults = request.made(opened.scheduler, model_options.get("time_input"), model_options.get("sigma_data"))
@@ -238,7 +245,7 @@ def build_network(
         reference=reference,
         ready=chosen.compiles_late,
     )
-    pipeline = None if parts is None else parts.built(network, num_threads, report)
+    pipeline = None if parts is None else export_parts(parts, network, num_threads, report)
     runner = BatchRunner(made, network, sizes, lifecycle, pipeline)
     return CompiledNetwork(source, held, runner, chosen.name, precision, num_threads)
 

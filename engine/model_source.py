@@ -5,6 +5,7 @@ The engine's door to skipstep.export, which is imported only when a graph is nee
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import threading
@@ -59,12 +60,14 @@ class ModelOptions(SpecOptions, total=False):
 
     config     of a single .safetensors file: the local folder of its configuration.
     scheduler  scheduler_config.json, its contents or a diffusers scheduler, instead of what came with the model.
+    controlnet of a folder: that of a ControlNet, or a list of several (skipstep.networks.controlnet).
     inputs     of an .onnx file: its names by ours, {"sample": "noisy", "timestep": "sigma"}; also "class_labels",
                "encoder_hidden_states" and, for its output, "out_sample". The others are found by name or shape.
     """
 
     config: str | os.PathLike[str] | None
     scheduler: Any
+    controlnet: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
     inputs: Mapping[str, str] | None
 
 
@@ -267,13 +270,21 @@ def is_module(model: object) -> bool:
     return torch is not None and isinstance(model, torch.nn.Module)
 
 
-def read_model(model: Any, checkpoint: Checkpoint | None, network: NetworkSpec) -> ModelSource:
+def read_model(
+    model: Any, checkpoint: Checkpoint | None, network: NetworkSpec, controlnets: Sequence[Checkpoint] = ()
+) -> ModelSource:
     from skipstep.backends.torch import prepare_module
 
     name, digest, module = type(model).__name__, None, model
     if checkpoint is not None:
         name, digest = checkpoint.name, checkpoint.digest()
         module = load_unet(checkpoint)
+    if controlnets:
+        from skipstep.pipelines.modules import Controlled
+
+        digests = (str(digest), *(each.digest() for each in controlnets))
+        digest = hashlib.sha256("".join(digests).encode()).hexdigest()
+        module = Controlled(module, [load_unet(each) for each in controlnets])
     prepared, network = prepare_module(module, network)
     return ModelSource(name, network, prepared, digest)
 

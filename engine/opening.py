@@ -23,6 +23,7 @@ from skipstep.model_source import (
     specification,
 )
 from skipstep.networks.checkpoint import NETWORK_FOLDERS, read_checkpoint
+from skipstep.networks.controlnet import read_controlnets, with_controls
 from skipstep.networks.families import prompt_tokens, prompt_width
 from skipstep.networks.spec import NetworkSpec
 from skipstep.networks.weights import DOWNLOAD
@@ -61,6 +62,7 @@ def open_model(
     scheduler: object = None,
     config: str | os.PathLike[str] | None = None,
     inputs: Mapping[str, str] | None = None,
+    controlnet: object = None,
     **said: Unpack[SpecOptions],
 ) -> OpenedModel:
     """`said` completes what the model says of itself, and `scheduler` stands for the configuration that came with it.
@@ -72,8 +74,15 @@ def open_model(
         if not with_scheduler:
             raise InputError(got="scheduler= beside schedule=", expected="one of them", remedy="leave schedule out")
         given = _given_scheduler(scheduler)
-        opened = open_model(model, with_scheduler=False, config=config, inputs=inputs, **_with_time(said, given))
+        options: Any = {"config": config, "inputs": inputs, "controlnet": controlnet}
+        opened = open_model(model, with_scheduler=False, **options, **_with_time(said, given))
         return replace(opened, scheduler=given)
+    if controlnet is not None and (is_onnx_path(model) or not isinstance(model, str | os.PathLike)):
+        raise InputError(
+            got="controlnet= beside an .onnx file or a module",
+            expected="the folder of a pipeline or of a network",
+            remedy="leave it out, and make network and ControlNet one module yourself",
+        )
     if is_onnx_path(model) and config is None:
         return _opened_file(Path(model), inputs, with_scheduler, said)
     if inputs is not None:
@@ -84,8 +93,9 @@ def open_model(
         )
     if isinstance(model, str | os.PathLike) and not is_onnx_path(model):
         checkpoint = read_checkpoint(model, scheduler=with_scheduler, config=config)
-        network = specification(model, checkpoint, **_with_time(said, checkpoint.scheduler))
-        return OpenedModel(network, checkpoint.scheduler, lambda: read_model(model, checkpoint, network))
+        nets = read_controlnets(controlnet, checkpoint)
+        network = with_controls(specification(model, checkpoint, **_with_time(said, checkpoint.scheduler)), nets)
+        return OpenedModel(network, checkpoint.scheduler, lambda: read_model(model, checkpoint, network, nets))
     if config is not None:
         raise InputError(
             got=f"config= beside {'an .onnx file' if is_onnx_path(model) else f'a {type(model).__name__}'}",

@@ -147,7 +147,7 @@ def test_no_modules_import_each_other():
                 "commands",
                 "skipstep.demo.browser",
                 "skipstep.model_source",
-                "skipstep.pipelines.building",
+                "skipstep.pipelines.exporting",
                 "skipstep.quantizing",
                 "skipstep.robotics.encoder",
             },

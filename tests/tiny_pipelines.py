@@ -63,7 +63,11 @@ def text_encoder(vocabulary: Any, *, projected: bool = False, width: int = 16) -
         projection_dim=16,
         hidden_act="gelu" if projected else "quick_gelu",
     )
-    return (transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel)(config)
+    made = (transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel)(config)
+    # A trained norm's outputs have a mean, which prompts with weights keep.
+    (bias,) = (each for name, each in made.named_parameters() if name.endswith("final_layer_norm.bias"))
+    bias.data += torch.linspace(-0.2, 0.8, width)
+    return made
 
 
 def unet(channels: int = 4, **options: Any) -> Any:
@@ -164,7 +168,30 @@ def _ldm(where: Path) -> Any:
     return diffusers.LDMPipeline(vqvae=vq, unet=network, scheduler=scheduler())
 
 
+def controlnet() -> Any:
+    made = diffusers.ControlNetModel(
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        conditioning_embedding_out_channels=(4, 8),
+    )
+    for each in made.parameters():  # Its last layers are zeros until it is trained.
+        if not each.any():
+            torch.nn.init.normal_(each, std=0.2)
+    return made
+
+
+def _controlled(where: Path) -> Any:
+    parts = _stable_diffusion(where).components
+    nets = [controlnet(), controlnet()]
+    return diffusers.StableDiffusionControlNetPipeline(**parts, controlnet=nets, requires_safety_checker=False)
+
+
 _MADE = {
+    "control": _controlled,
     "sd": _stable_diffusion,
     "inpaint": lambda where: _stable_diffusion(where, 9),
     "xl": _xl,
@@ -183,3 +210,20 @@ def tiny_pipeline(name: str) -> tuple[Any, Path]:
     made.save_pretrained(folder)
     made.set_progress_bar_config(disable=True)
     return made, folder
+
+
+def embedded(pipeline: Any, pieces: list[tuple[str, float]], chunks: int) -> torch.Tensor:
+    """By transformers alone: tokens in chunks between start and end, times their weights, each chunk's mean kept."""
+    words, encoder = pipeline.tokenizer, pipeline.text_encoder
+    tokens = [(i, w) for text, w in pieces for i in words(text, add_special_tokens=False).input_ids]
+    made = []
+    for k in range(chunks):
+        own = tokens[k * (LENGTH - 2) : (k + 1) * (LENGTH - 2)]
+        rest = LENGTH - 1 - len(own)
+        ids = [words.bos_token_id, *(i for i, _ in own), words.eos_token_id, *[words.pad_token_id] * (rest - 1)]
+        weights = torch.tensor([1.0, *(w for _, w in own), *[1.0] * rest])
+        with torch.no_grad():
+            plain = encoder(torch.tensor([ids])).last_hidden_state
+        weighed = plain * weights[None, :, None]
+        made.append(weighed * (plain.mean() / weighed.mean()))
+    return torch.cat(made, dim=1)

@@ -18,10 +18,20 @@ class Prompted(Conditions, total=False):
     prompt           a text for all samples, or one each; negative_prompt the same for the unconditional half of
     negative_prompt  guidance, where the empty prompt is usual. What the text encoder does not read is cut off, with a
                      warning that quotes it.
+    prompt_2         what SDXL's second text encoder reads, and negative_prompt_2; the first's where they are left out.
+    prompt_syntax    "plain", or "a1111": weights in brackets, (cat:1.3) and [dog] (skipstep.pipelines.prompts).
+    control_image    what a ControlNet reads: pictures, PIL or float32 `[B, C, H, W]` in [0, 1]; of several ControlNets
+                     a list with those of each. Its weight is
+    controlnet_conditioning_scale   a number, or a list of one for each ControlNet; 1 where it is left out.
     """
 
     prompt: str | Sequence[str] | None
     negative_prompt: str | Sequence[str] | None
+    prompt_2: str | Sequence[str] | None
+    negative_prompt_2: str | Sequence[str] | None
+    prompt_syntax: Literal["plain", "a1111"] | None
+    control_image: Any
+    controlnet_conditioning_scale: float | Sequence[float] | None
 
 
 class Inputs(Prompted, total=False):
@@ -41,7 +51,9 @@ class Inputs(Prompted, total=False):
 
 
 _STARTS: Final = ("image", "mask", "strength", "noise")
-_OF_PIPELINES: Final = ("prompt", "negative_prompt", "image", "mask", "strength")
+_TEXTS: Final = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_syntax")
+CONTROLS: Final = ("control_image", "controlnet_conditioning_scale")
+_OF_PIPELINES: Final = (*_TEXTS, *CONTROLS, "image", "mask", "strength")
 _FURTHER: Final = frozenset((*_STARTS, *_OF_PIPELINES))
 
 

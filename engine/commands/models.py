@@ -33,7 +33,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         dest="safety_checker",
         action="store_const",
         const=False,
-        help="leave out the checker that a pipeline's folder has; it is not run here",
+        help="leave out the checker that a pipeline's folder has",
     )
     group.add_argument("--null-label", type=int, metavar="N", help="the label that stands for no class")
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, Unpack
 import numpy as np
 
 from skipstep.arrays import from_dlpack
-from skipstep.calls.inputs import Prompted, embedded
+from skipstep.calls.inputs import CONTROLS, Prompted, embedded
 from skipstep.calls.noise import sample_noise
 from skipstep.calls.request import (
     Conditions,
@@ -176,7 +176,8 @@ def edit(
         named = {name: each for name, each in (target.get("conditions") or {}).items() if name != LABELS}
         given: Conditions = {"prompt_embeds": target.get("prompt_embeds"), "conditions": named}
         if source_prompt is not None:
-            given = embedded(pipeline, engine.network, {"prompt": source_prompt})
+            kept = {name: each for name, each in conditions.items() if name in (*CONTROLS, "prompt_syntax")}
+            given = embedded(pipeline, engine.network, {**kept, "prompt": source_prompt})
         found = resolve_request(engine.network, seeds=None, x_T=images, **{**given, "class_labels": source_labels})
         latents = _invert(engine, tail.inverted(), found, progress=up).latents
     result = engine.runner.run(Stages.of([tail]), dataclasses.replace(request, x_T=latents), progress=down)

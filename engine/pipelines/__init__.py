@@ -1,10 +1,13 @@
 """Whole latent pipelines: what turns prompts and pictures into what the network reads, and its latents into pictures.
 
 spec.py        what a bundle says of a pipeline's parts
+conditions.py  what a call passes, prompts and control images, as the network's conditions
+prompts.py     prompts with weights in brackets
 tokenizer.py   prompts to token ids, by the `tokenizers` library alone
 pictures.py    pictures to arrays and back, and the autoencoder's graphs, in tiles above a size
 start.py       where a call begins: noise, a picture (image to image) or a part of one (inpainting)
 pipeline.py    `Pipeline`: the parts behind an engine; skipstep.Engine.sample calls it
-building.py    from a diffusers folder to these parts; what it exports of them needs torch
+building.py    what a diffusers folder holds, read and checked without torch
+exporting.py   these parts as graphs
 modules.py     the parts as torch modules
 """

@@ -1,53 +1,49 @@
-"""From a diffusers pipeline's folder to its parts as graphs. ADD A FAMILY HERE: its name in `FAMILIES`.
+"""A diffusers pipeline's folder, read and checked without torch. ADD A FAMILY HERE: its name in `FAMILIES`.
 
-`find_parts` reads and checks without torch; `FoundParts.built` loads the modules, which needs torch, transformers and
-diffusers, and exports them. A folder of another pipeline, or of a network alone, is built as a network alone.
+skipstep.pipelines.exporting makes its parts. A folder of another pipeline, or of a network alone, is built as a network
+alone.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
-import numpy as np
-from safetensors.numpy import save
-
 from skipstep.errors import (
     InputError,
-    MissingDependencyError,
     ModelFormatError,
-    NonFiniteError,
-    SkipstepError,
     check_flag,
     check_integer,
 )
 from skipstep.networks.condition import MAX_SIDE, Condition
-from skipstep.networks.spec import NetworkSpec
-from skipstep.networks.weights import DOWNLOAD, find_weights, tensor_shapes
-from skipstep.pipelines.pipeline import EMBEDS, LATENTS, MOMENTS, PICTURES, POOLED, TOKENS, Pipeline
-from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, MASKED, PipelineSpec
+from skipstep.networks.families import prompt_width
+from skipstep.networks.weights import DOWNLOAD
+from skipstep.pipelines.spec import MASK, MASKED, MAX_CHUNKS, PipelineSpec
 from skipstep.pipelines.tokenizer import read_tokenizer
 from skipstep.storage.untrusted import read_json_object
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
-_XL: Final = "StableDiffusionXL"
+XL: Final = "StableDiffusionXL"
 FAMILIES: Final = (
-    *(f"{stem}{task}Pipeline" for stem in ("StableDiffusion", _XL) for task in ("", "Img2Img", "Inpaint")),
+    *(
+        f"{stem}{control}{task}Pipeline"
+        for stem in ("StableDiffusion", XL)
+        for control in ("", "ControlNet")
+        for task in ("", "Img2Img", "Inpaint")
+    ),
     *("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline", "LDMPipeline"),
 )
-_TEXT_CLASSES: Final = ("CLIPTextModel", "CLIPTextModelWithProjection")
-_DECODERS: Final = {"vae": "AutoencoderKL", "vqvae": "VQModel"}
+TEXT_CLASSES: Final = ("CLIPTextModel", "CLIPTextModelWithProjection")
+CHECKER: Final = "StableDiffusionSafetyChecker"
+DECODERS: Final = {"vae": "AutoencoderKL", "vqvae": "VQModel"}
 # Pixels a side that the autoencoder takes as a whole: what these models were made for.
 _TILE: Final = 1024
-_FORMAT: Final = 1
 
 
 class PartsOptions(TypedDict, total=False):
@@ -55,18 +51,21 @@ class PartsOptions(TypedDict, total=False):
 
     height, width   pixels of the pictures, multiples of the autoencoder's factor; None: what the network was made for.
     tile            pixels a side above which the autoencoder works in blended tiles; None: 1024.
-    safety_checker  False: leave out the checker that the folder has, which is not run here; it then has to be said.
+    prompt_chunks   how many chunks of tokens, of 75 with CLIP, a prompt may have; None: one, and the rest is cut off.
+    safety_checker  None: run the checker that the folder has, which turns pictures black and warns; False: not.
     """
 
     height: int | None
     width: int | None
     tile: int | None
+    prompt_chunks: int | None
     safety_checker: bool | None
 
 
 @dataclass(frozen=True, slots=True)
 class FoundParts:
-    """A pipeline's folder that was checked and not loaded; `sample_shape` and `conditions` are its network's."""
+    """A pipeline's folder that was checked and not loaded; what follows `decoder` is of its network, and
+    `prompt_shape` None for one chunk."""
 
     folder: Path
     spec: PipelineSpec
@@ -75,61 +74,8 @@ class FoundParts:
     decoder: str
     sample_shape: tuple[int, ...]
     conditions: Mapping[str, Condition]
-
-    def built(self, network: NetworkSpec, num_threads: int | None, report: Callable[[str], None]) -> Pipeline:
-        """Raises MissingDependencyError, ModelFormatError, ExportError."""
-        files = {name: text.encode() for name, text in zip(self.spec.tokenizer_names(), self.tokenizers, strict=True)}
-        for i, (name, class_name) in enumerate(self.texts):
-            report(f"export {name}")
-            files[f"{FOLDER}/text-{i}.onnx"] = self._graph(name, class_name, "text", self.spec.texts[i].pooled)
-        for part in ("decoder", "encoder")[: 1 + self.spec.encodes]:
-            report(f"export the {part} of {self.decoder}")
-            files[f"{FOLDER}/{part}.onnx"] = self._graph(self.decoder, _DECODERS[self.decoder], part, False)
-        made = Pipeline(self.spec, files.__getitem__, num_threads=num_threads)
-        self._check_widths(made, network)
-        latents = np.random.default_rng(0).standard_normal((1, *self.sample_shape), np.float32)
-        files[GOLDEN_FILE] = save(made.golden(latents))
-        return made
-
-    def _graph(self, name: str, class_name: str, part: str, pooled: bool) -> bytes:
-        from skipstep.bundles.cache import ArtefactCache
-        from skipstep.bundles.cache_key import cache_key
-        from skipstep.export.onnx_model import exporter_versions
-
-        config = read_json_object(self.folder / name / "config.json", remedy=DOWNLOAD)
-        weights = find_weights(self.folder / name, *(["model"] if part == "text" else []))
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        for path in weights:
-            tensor_shapes(path)  # Refuses what is no whole file.
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-
-        def export() -> bytes:
-            module = _load(self.folder / name, class_name, "fp16" if ".fp16" in weights[0].name else None)
-            return _exported(module, part, self.spec, config, pooled)
-
-        key = cache_key(
-            kind=f"pipeline {part}",
-            weights=digest.hexdigest(),
-            shape=repr((_FORMAT, class_name, self.spec.tile, self.spec.texts)),
-            exporter=exporter_versions(),
-        )
-        return ArtefactCache().get_or_build(key, export, f"{part} of {class_name}, exported to ONNX")
-
-    def _check_widths(self, made: Pipeline, network: NetworkSpec) -> None:
-        if not self.texts:
-            return
-        embeds, pooled = made.embed([""])
-        given = {"encoder_hidden_states": embeds.shape[1:]} | (
-            {} if pooled is None else {"text_embeds": pooled.shape[1:]}
-        )
-        read = {name: each.shape for name, each in network.all_conditions.items() if name in given}
-        if given != read:
-            raise ModelFormatError(
-                got=f"text encoders in {self.folder} that give {given}",
-                expected=f"what the network reads, {read}",
-                remedy="check that the parts belong together: download the whole folder again",
-            )
+    prompt_shape: tuple[int, int] | None
+    controlnets: tuple[Path, ...] | None  # Those of the folder.
 
 
 def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOptions]) -> FoundParts | None:
@@ -145,7 +91,7 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
         _refuse(options)
         return None
     parts = {n: each for n, each in contents.items() if isinstance(each, list) and len(each) == 2 and each[0]}
-    _check_safety(parts, options.get("safety_checker"))
+    checks = _checker_side(folder, parts, options.get("safety_checker"))
     if contents.get("requires_aesthetics_score"):
         raise ModelFormatError(
             got=f"requires_aesthetics_score in {index}, an SDXL refiner",
@@ -153,7 +99,7 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
             remedy=_alone(folder),
         )
     _check_complete(folder, family, parts)
-    decoder = next(name for name in _DECODERS if name in parts)
+    decoder = next(name for name in DECODERS if name in parts)
     config = read_json_object(folder / decoder / "config.json", remedy=DOWNLOAD)
     network = read_json_object(folder / "unet" / "config.json", remedy=DOWNLOAD)
     remedy = "correct the config.json of the part"
@@ -170,17 +116,25 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
             expected=f"{latents}, or {1 + 2 * latents} for inpainting",
             remedy=_alone(folder) + " and conditions=",
         )
-    masked = {MASKED: Condition((extra, *shape[1:]), null="same", concat_to_state=True)} if extra else {}
+    conditions = {MASKED: Condition((extra, *shape[1:]), null="same", concat_to_state=True)} if extra else {}
     tile = (
         check_integer("tile", options.get("tile") or _TILE, low=4 * factor, remedy="pass pixels, such as 512") // factor
     )
     names = [name for name in ("text_encoder", "text_encoder_2") if name in parts]
     texts, tokenizers = [], []
     for name in names:
-        pooled = parts[name][1] == _TEXT_CLASSES[1] and family.startswith(_XL)
+        pooled = parts[name][1] == TEXT_CLASSES[1] and family.startswith(XL)
         found, text = read_tokenizer(folder / name.replace("text_encoder", "tokenizer"), pooled=pooled)
         texts.append(text)
         tokenizers.append(found)
+    asked, most = options.get("prompt_chunks"), MAX_CHUNKS if texts else 1
+    chunks = 1 if asked is None else check_integer("prompt_chunks", asked, low=1, high=most)
+    prompt_shape = None
+    if chunks > 1:
+        told = prompt_width({"cross_attention_dim": 1280, **network})
+        width = check_integer("cross_attention_dim", told, low=1, high=MAX_SIDE, remedy=remedy)
+        prompt_shape = chunks * texts[0].num_tokens, width
+        conditions[MASK] = Condition(prompt_shape[:1], null=1.0)
     return FoundParts(
         folder,
         PipelineSpec(
@@ -191,12 +145,16 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
             tile=(min(tile, shape[1]), min(tile, shape[2])),
             zero_negative=bool(contents.get("force_zeros_for_empty_prompt", False)),
             encodes=True,
+            chunks=chunks,
+            checks=checks,
         ),
         tuple((name, parts[name][1]) for name in names),
         tuple(tokenizers),
         decoder,
         shape,
-        masked,
+        conditions,
+        prompt_shape,
+        tuple(folder / name for name in _controlnets(folder)) or None,
     )
 
 
@@ -210,25 +168,33 @@ def _refuse(options: PartsOptions) -> None:
         )
 
 
-def _check_safety(parts: Mapping[str, Any], asked: bool | None) -> None:
-    if asked is not None and check_flag("safety_checker", asked):
+def _checker_side(folder: Path, parts: Mapping[str, Any], asked: bool | None) -> int:
+    """Pixels a side that the safety checker reads; 0 where there is none, or it is left out."""
+    there = "safety_checker" in parts
+    if asked is not None and check_flag("safety_checker", asked) and not there:
         raise InputError(
-            got="safety_checker=True",
-            expected="False: the checker is not run here",
-            remedy="check the pictures yourself",
+            got=f"safety_checker=True for {folder}, which has none",
+            expected="a folder with one",
+            remedy="leave it out, and check the pictures yourself",
         )
-    if "safety_checker" in parts and asked is None:
-        raise InputError(
-            got="a folder with a safety checker, which is not run here",
-            expected="safety_checker=False, so that leaving it out is your decision",
-            remedy="pass safety_checker=False to Engine.build, and check the pictures yourself where others see them",
+    if not there or asked is False:
+        return 0
+    remedy = f"{DOWNLOAD}; or pass safety_checker=False to Engine.build, and check the pictures yourself"
+    if parts["safety_checker"][1] != CHECKER:
+        raise ModelFormatError(
+            got=f"a safety checker of the class {parts['safety_checker'][1]!r:.80}", expected=CHECKER, remedy=remedy
         )
+    vision = read_json_object(folder / "safety_checker" / "config.json", remedy=remedy).get("vision_config")
+    read_json_object(folder / "feature_extractor" / "preprocessor_config.json", remedy=remedy)
+    side = vision.get("image_size", 224) if isinstance(vision, dict) else 224
+    return check_integer("image_size", side, low=1, high=MAX_SIDE, remedy=remedy, error=ModelFormatError)
 
 
 def _check_complete(folder: Path, family: str, parts: Mapping[str, Any]) -> None:
     needed = ["vqvae" if family == "LDMPipeline" and "vae" not in parts else "vae", "unet"]
     if family != "LDMPipeline":
-        needed += ["text_encoder", "tokenizer"] + (["text_encoder_2", "tokenizer_2"] if family.startswith(_XL) else [])
+        needed += ["text_encoder", "tokenizer"] + (["text_encoder_2", "tokenizer_2"] if family.startswith(XL) else [])
+    needed += ["controlnet"] if "ControlNet" in family else []
     missing = [name for name in needed if name not in parts or not (folder / name).is_dir()]
     if missing:
         raise ModelFormatError(
@@ -236,12 +202,18 @@ def _check_complete(folder: Path, family: str, parts: Mapping[str, Any]) -> None
             expected=f"the folders {', '.join(needed)}",
             remedy=f"complete the download, or {_alone(folder)}",
         )
-    kinds = {**_DECODERS, **{name: " or ".join(_TEXT_CLASSES) for name in ("text_encoder", "text_encoder_2")}}
+    kinds = {**DECODERS, **{name: " or ".join(TEXT_CLASSES) for name in ("text_encoder", "text_encoder_2")}}
     for name, kind in kinds.items():
         if name in parts and parts[name][1] not in kind.split(" or "):
             raise ModelFormatError(
                 got=f"{name} of the class {parts[name][1]!r:.80} in {folder}", expected=kind, remedy=_alone(folder)
             )
+
+
+def _controlnets(folder: Path) -> list[str]:
+    """The folders of a pipeline's ControlNets, as diffusers names them."""
+    names = ("controlnet", *(f"controlnet_{i}" for i in range(1, 8)))
+    return [name for name in names if (folder / name).is_dir()]
 
 
 def _alone(folder: Path) -> str:
@@ -273,64 +245,3 @@ def _sample_shape(
             raise InputError(got=f"{name}={pixels}", expected=f"a multiple of {unit}", remedy=f"pass {name}={near}")
         sides.append(pixels // factor)
     return channels, *sides
-
-
-def _load(folder: Path, class_name: str, variant: str | None) -> nn.Module:
-    try:
-        import diffusers
-        import torch
-        import transformers
-    except ImportError as error:
-        raise MissingDependencyError(
-            got=f"no package {error.name}",
-            expected="torch, transformers and diffusers, which build the parts of a pipeline's folder",
-            remedy="pip install 'skipstep[torch,diffusers,prompts]'",
-        ) from error
-    home, dtype = (transformers, "dtype") if class_name in _TEXT_CLASSES else (diffusers, "torch_dtype")
-    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False}
-    try:
-        module = getattr(home, class_name).from_pretrained(folder, variant=variant, **options, **{dtype: torch.float32})
-    except SkipstepError:
-        raise
-    except Exception as error:  # Whatever a library makes of files that it does not check.
-        raise ModelFormatError(
-            got=f"{folder}, of which {class_name} cannot be made: {type(error).__name__}: {error!s:.300}",
-            expected="its configuration and its weights",
-            remedy=DOWNLOAD,
-        ) from error
-    made: nn.Module = module.eval().requires_grad_(False)
-    return made
-
-
-def _exported(module: nn.Module, part: str, spec: PipelineSpec, config: Mapping[str, Any], pooled: bool) -> bytes:
-    import torch
-
-    from skipstep.export.encoder import check_encoder, export_encoder
-    from skipstep.pipelines import modules
-
-    generator = torch.Generator().manual_seed(0)
-    made: nn.Module
-    if part == "text":
-        length = max(text.num_tokens for text in spec.texts)
-        made = modules.TextEncoder(module, penultimate=spec.family.startswith(_XL), pooled=pooled)
-        inputs = {TOKENS: torch.randint(0, int(config["vocab_size"]), (2, length), generator=generator)}
-        outputs = [EMBEDS, POOLED] if pooled else [EMBEDS]
-    else:
-        factor = 1 if part == "decoder" else spec.factor
-        width = int(config.get("latent_channels", 4)) if part == "decoder" else spec.channels
-        name, output = (LATENTS, PICTURES) if part == "decoder" else (PICTURES, MOMENTS)
-        made = (modules.Decoder if part == "decoder" else modules.Encoder)(module, config)
-        shape = (2, width, spec.tile[0] * factor, spec.tile[1] * factor)
-        inputs, outputs = {name: torch.rand(shape, generator=generator) * 2 - 1}, [output]
-    with torch.no_grad():
-        given = made(*inputs.values())
-    expected = dict(zip(outputs, given if pooled else [given], strict=True))
-    if not all(bool(each.isfinite().all()) for each in expected.values()):
-        raise NonFiniteError(
-            got=f"NaN or infinity from the pipeline's {part}",
-            expected="finite numbers: it runs in float32, whatever precision the network has",
-            remedy=f"check the weights of the part: {DOWNLOAD}",
-        )
-    graph = export_encoder(made, inputs, outputs)
-    check_encoder(graph, inputs, expected, f"pipeline's {part}")
-    return graph

@@ -55,3 +55,81 @@ class Encoder(_Scaled):
         mean, deviation = (found, torch.zeros_like(found)) if isinstance(found, Tensor) else (found.mean, found.std)
         scale = self.get_buffer("scale")
         return torch.cat([(mean - self.get_buffer("shift")) / scale, deviation / scale], dim=1)
+
+
+class SafetyChecker(nn.Module):
+    """Pictures in [0, 1] of the size that it reads -> [B], above 0 for what shows one of its concepts."""
+
+    def __init__(self, checker: Any, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.checker = checker
+        for name in ("image_mean", "image_std"):
+            self.register_buffer(name, torch.tensor(config[name]).reshape(1, 3, 1, 1))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        pixels = (pictures - self.get_buffer("image_mean")) / self.get_buffer("image_std")
+        embeds = self.checker.visual_projection(self.checker.vision_model(pixels)[1])
+        return self._margin(embeds, "concept") + 0.01 * (self._margin(embeds, "special_care") > 0)
+
+    def _margin(self, embeds: Tensor, name: str) -> Tensor:
+        """How far the nearest concept is above its threshold, which diffusers rounds to three digits."""
+        concepts, thresholds = (getattr(self.checker, f"{name}_embeds{end}") for end in ("", "_weights"))
+        near = nn.functional.normalize(embeds) @ nn.functional.normalize(concepts).T
+        return (near - thresholds - 0.0005).amax(dim=1)
+
+
+class Controlled(nn.Module):
+    """A UNet and ControlNets, whose residuals are added to what its up blocks read: `control_image` holds a picture for
+    each, `controlnet_conditioning_scale` [N, number of ControlNets] their weights."""
+
+    def __init__(self, unet: Any, nets: list[Any]) -> None:
+        super().__init__()
+        self.unet, self.nets, self.config = unet, nn.ModuleList(nets), unet.config
+        self._bias: list[Tensor] = []
+        for module in self.nets.modules():
+            if hasattr(module, "to_k"):
+                module.register_forward_pre_hook(self._masked, with_kwargs=True)
+
+    def _masked(self, _: nn.Module, arguments: Any, named: dict[str, Any]) -> Any:
+        """A ControlNet's forward takes no mask for prompts, its attention layers do."""
+        if not self._bias or named.get("encoder_hidden_states") is None:
+            return None
+        return arguments, {**named, "attention_mask": self._bias[0]}
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        added_cond_kwargs: Any = None,
+        *,
+        control_image: list[Tensor],
+        controlnet_conditioning_scale: Tensor,
+    ) -> Any:
+        read = {"class_labels": class_labels, "added_cond_kwargs": added_cond_kwargs}
+        mask = encoder_attention_mask
+        self._bias[:] = [] if mask is None else [((1 - mask) * -10000.0).to(sample.dtype)[:, None]]
+        down: list[Tensor] = []
+        middle: Any = None
+        for i, (net, picture) in enumerate(zip(self.nets, control_image, strict=True)):
+            scale = controlnet_conditioning_scale[:, i].reshape(-1, 1, 1, 1)
+            # An inpainting network's further channels are its own.
+            latents = sample[:, : net.config.in_channels]
+            found, last = net(latents, timestep, encoder_hidden_states, picture, scale, return_dict=False, **read)
+            down = [a + b for a, b in zip(down, found, strict=True)] if down else list(found)
+            middle = last if middle is None else middle + last
+        self._bias.clear()
+        return self.unet(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            timestep_cond=timestep_cond,
+            encoder_attention_mask=mask,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+            return_dict=False,
+            **read,
+        )[0]

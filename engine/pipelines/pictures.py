@@ -83,26 +83,22 @@ def _ramp(size: int) -> NDArray[np.float64]:
     return ramp
 
 
-def read_pictures(name: str, given: Any, *, channels: int, size: tuple[int, int]) -> Array:
-    """Float32 `[B, C, H, W]` in [-1, 1] from PIL pictures, resized where they are of another size, or from an array.
+def read_pictures(name: str, given: Any, *, channels: int, size: tuple[int, int], low: float = -1.0) -> Array:
+    """Float32 `[B, C, H, W]` in [low, 1] from PIL pictures, resized where they are of another size, or from an array.
 
     Raises InputError.
     """
     pictures = [given] if _is_picture(given) else given
     if isinstance(pictures, Sequence) and pictures and all(map(_is_picture, pictures)):
         arrays = [_pixels(each, "L" if channels == 1 else "RGB", size) for each in pictures]
-        return np.stack(arrays) * np.float32(2.0) - np.float32(1.0)
-    return _array(name, given, channels, size, low=-1.0)
+        return np.stack(arrays) * np.float32(1.0 - low) + np.float32(low)
+    return _array(name, given, channels, size, low=low)
 
 
 def read_masks(given: Any, *, size: tuple[int, int]) -> Array:
     """Float32 `[B, 1, H, W]`: 1 where it is drawn anew, 0 where the picture stays. From PIL pictures, white for 1, or
     an array in [0, 1]."""
-    pictures = [given] if _is_picture(given) else given
-    if isinstance(pictures, Sequence) and pictures and all(map(_is_picture, pictures)):
-        masks = np.stack([_pixels(each, "L", size) for each in pictures])
-    else:
-        masks = _array("mask", given, 1, size, low=0.0)
+    masks = read_pictures("mask", given, channels=1, size=size, low=0.0)
     return (masks >= np.float32(0.5)).astype(np.float32)
 
 
@@ -114,6 +110,21 @@ def _pixels(picture: Image.Image, mode: str, size: tuple[int, int]) -> Array:
         picture = picture.resize(size[::-1], Resampling.LANCZOS)
     pixels = np.asarray(picture, np.float32) / np.float32(255.0)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def squares(pictures: Array, side: int) -> Array:
+    """Float32 `[B, 3, side, side]` in [0, 1]: the middle of pictures in [-1, 1], as CLIP's processor cuts it out."""
+    from PIL.Image import Resampling
+
+    from skipstep.calls.images import to_pil
+
+    made = []
+    for picture in to_pil(pictures):
+        width, height = (each * side // min(picture.size) for each in picture.size)
+        left, top = (width - side) // 2, (height - side) // 2
+        scaled = picture.convert("RGB").resize((width, height), Resampling.BICUBIC)
+        made.append(_pixels(scaled.crop((left, top, left + side, top + side)), "RGB", (side, side)))
+    return np.stack(made)
 
 
 def _array(name: str, given: Any, channels: int, size: tuple[int, int], *, low: float) -> Array:

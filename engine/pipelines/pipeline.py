@@ -21,20 +21,22 @@ from skipstep.calls.request import resolve_latents
 from skipstep.errors import InputError, IntegrityError, check_choice
 from skipstep.loops.contract import Sampler
 from skipstep.networks.spec import NetworkSpec
-from skipstep.pipelines.pictures import decode_tiled, encode_tiled, read_pictures
-from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, SPEC_FILE, PipelineSpec
-from skipstep.pipelines.tokenizer import PromptTokenizer, check_prompts
+from skipstep.pipelines.conditions import EMBEDS, POOLED, read_conditions
+from skipstep.pipelines.pictures import decode_tiled, encode_tiled, read_pictures, squares
+from skipstep.pipelines.prompts import plain_sections, weigh, weighted_sections
+from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, MASK, SPEC_FILE, PipelineSpec
+from skipstep.pipelines.tokenizer import PromptTokenizer
+from skipstep.reporting import LOGGER
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 Array = NDArray[np.float32]
 # Names in the graphs.
-TOKENS, EMBEDS, POOLED, LATENTS, PICTURES, MOMENTS = "tokens", "embeds", "pooled", "latents", "pictures", "moments"
-# What a network reads of pooled embeddings, and of the picture's size.
+TOKENS, LATENTS, PICTURES, MOMENTS = "tokens", "latents", "pictures", "moments"
+MARGINS: Final = "margins"
 # Processors sum a float32 product in different orders; of the largest value.
 _GOLDEN_PROMPT, _GOLDEN_TOLERANCE = "a red apple", 1e-3
-_TEXT_EMBEDS, _TIME_IDS = "text_embeds", "time_ids"
 
 
 class Pipeline:
@@ -62,10 +64,10 @@ class Pipeline:
 
     def golden(self, latents: Array) -> dict[str, Array]:
         """What the parts give for a prompt and for these latents."""
-        found = {LATENTS: latents, PICTURES: self.decode(latents)}
+        found = {LATENTS: latents, PICTURES: self._decoded(latents)}
         if self.spec.texts:
-            embeds, pooled = self.embed([_GOLDEN_PROMPT])
-            found |= {EMBEDS: embeds} | ({} if pooled is None else {POOLED: pooled})
+            found |= self.embed([(_GOLDEN_PROMPT,) * len(self.spec.texts)])
+            found.pop(MASK, None)
         return found
 
     def check(self) -> None:
@@ -85,59 +87,52 @@ class Pipeline:
                 )
 
     def conditions(self, network: NetworkSpec, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """`inputs` of a call with embeddings in place of its prompts. Raises InputError."""
-        made = dict(inputs)
-        prompt, negative = made.pop("prompt", None), made.pop("negative_prompt", None)
-        if _TIME_IDS in network.all_conditions:
-            height, width = (side * self.factor for side in network.sample_shape[1:])
-            ids = np.array([height, width, 0, 0, height, width], np.float32)
-            made["conditions"] = {_TIME_IDS: ids, **(made.get("conditions") or {})}
-        if prompt is None and negative is None:
-            return made
-        if not self.spec.texts:
-            raise InputError(
-                got=f"a prompt for a {self.spec.family}, which reads none", expected="no prompt", remedy="leave it out"
-            )
-        if prompt is None or made.get("prompt_embeds") is not None:
-            raise InputError(
-                got="negative_prompt alone" if prompt is None else "prompt beside prompt_embeds",
-                expected="one of prompt and prompt_embeds, and the negative in the same form",
-                remedy="pass prompt=, or negative_prompt_embeds= beside prompt_embeds=",
-            )
-        self._add(made, "", prompt, self.embed(check_prompts("prompt", prompt)))
-        scale = made.get("guidance_scale")
-        if scale is None or network.takes_guidance or not np.any(np.asarray(scale) != 1.0):
-            return made
-        if negative is None and self.spec.zero_negative:
-            embeds, pooled = self.embed([""])
-            self._add(made, "negative_", "", (embeds * 0, None if pooled is None else pooled * 0))
-        else:
-            negative = "" if negative is None else negative
-            self._add(made, "negative_", negative, self.embed(check_prompts("negative_prompt", negative)))
-        return made
+        """`inputs` of a call with what the network reads in place of prompts and control images. Raises InputError."""
+        return read_conditions(self.spec, self.embed, network, inputs)
 
-    def _add(self, made: dict[str, Any], half: str, given: Any, embedded: tuple[Array, Array | None]) -> None:
-        """A single text's rows are for all samples."""
-        row = 0 if isinstance(given, str) else slice(None)
-        made[f"{half}prompt_embeds"] = embedded[0][row]
-        if embedded[1] is not None:
-            made[f"{half}conditions"] = {**(made.get(f"{half}conditions") or {}), _TEXT_EMBEDS: embedded[1][row]}
-
-    def embed(self, prompts: Sequence[str]) -> tuple[Array, Array | None]:
-        """`[B, L, D]` of all text encoders side by side, and the pooled embeddings of the last that has them."""
+    def embed(self, prompts: Sequence[tuple[str, ...]], *, weighted: bool = False) -> dict[str, Array]:
+        """Of prompts, a text for each text encoder: EMBEDS `[B, chunks·L, D]` of all encoders side by side, POOLED of
+        the last that gives them, of the first chunk, and of several chunks the MASK `[B, chunks·L]`."""
         distinct = list(dict.fromkeys(prompts))
-        embeds, pooled = [], None
+        read, most = weighted_sections if weighted else plain_sections, self.spec.chunks
+        tokenizers = [self._tokenizer(i) for i in range(len(self.spec.texts))]
+        split = [[each.chunks(read(texts[i]), most) for texts in distinct] for i, each in enumerate(tokenizers)]
+        counts = [max(len(ids) for ids, _ in of_prompt) for of_prompt in zip(*split, strict=True)]
+        prompt, chunk = np.repeat(np.arange(len(distinct)), counts), np.concatenate([*map(np.arange, counts)])
+        embeds, made = [], dict[str, Array]()
         for i, text in enumerate(self.spec.texts):
-            ids = self._tokenizer(i).encode(distinct)
-            outputs = [EMBEDS, POOLED] if text.pooled else [EMBEDS]
-            found = self._run(f"text-{i}", outputs, {TOKENS: ids})
-            embeds.append(found[EMBEDS])
-            pooled = found.get(POOLED, pooled)
-        rows = [distinct.index(prompt) for prompt in prompts]
-        return np.concatenate(embeds, axis=-1)[rows], None if pooled is None else pooled[rows]
+            empty = tokenizers[i].chunks(plain_sections(""))
+            filled = [
+                np.concatenate([own, *[blank] * (count - len(own))])
+                for of_prompt, count in zip(split[i], counts, strict=True)
+                for own, blank in zip(of_prompt, empty, strict=True)
+            ]
+            ids, weights = np.concatenate(filled[::2]), np.concatenate(filled[1::2])
+            found = self._run(f"text-{i}", [EMBEDS, POOLED] if text.pooled else [EMBEDS], {TOKENS: ids})
+            placed = np.zeros((len(distinct), most, *found[EMBEDS].shape[1:]), np.float32)
+            placed[prompt, chunk] = weigh(found[EMBEDS], weights)
+            embeds.append(placed.reshape(len(distinct), -1, placed.shape[-1]))
+            if text.pooled:
+                made[POOLED] = found[POOLED][chunk == 0]
+        made[EMBEDS] = np.concatenate(embeds, axis=-1)
+        if most > 1:
+            made[MASK] = np.repeat(np.arange(most) < np.array(counts)[:, None], ids.shape[1], axis=1).astype(np.float32)
+        rows = [distinct.index(each) for each in prompts]
+        return {name: each[rows] for name, each in made.items()}
 
     def decode(self, latents: Any) -> Array:
-        """Pictures float32 `[B, C, H, W]` in [-1, 1] of latents, NumPy or a tensor. Raises NonFiniteError."""
+        """Pictures float32 `[B, C, H, W]` in [-1, 1] of latents, NumPy or a tensor. Those that the safety checker
+        refuses are black, and a warning says which. Raises NonFiniteError."""
+        made = self._decoded(latents)
+        if self.spec.checks:
+            given = {PICTURES: squares(made, self.spec.checks)}
+            refused = np.flatnonzero(self._run("checker", [MARGINS], given)[MARGINS] > 0)
+            if refused.size:
+                LOGGER.warning("the safety checker refuses pictures %s of %d: black", refused.tolist(), len(made))
+                made[refused] = -1.0
+        return made
+
+    def _decoded(self, latents: Any) -> Array:
         values = np.ascontiguousarray(float32(host_floats("latents", latents)))
         made = decode_tiled(self._graph("decoder", PICTURES, LATENTS), values, tile=self.spec.tile, factor=self.factor)
         return made.clip(-1.0, 1.0)

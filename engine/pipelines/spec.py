@@ -5,6 +5,7 @@ pipeline/tokenizer-N.json    one for each text encoder, as the `tokenizers` libr
 pipeline/text-N.onnx         token ids [B, L] to embeddings, and pooled ones where the network reads them
 pipeline/decoder.onnx        latents to pictures
 pipeline/encoder.onnx        pictures to the mean and the deviation of their latents
+pipeline/checker.onnx        pictures to what is above 0 where the safety checker refuses one
 pipeline/golden.safetensors  a prompt's embeddings, and the picture of some latents
 """
 
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Final
 
 from skipstep.networks.condition import MAX_SIDE
-from skipstep.storage.untrusted import Length, Within, own_rules, parse_json, read_dataclass, read_schema
+from skipstep.storage.untrusted import ADDED_LATER, Length, Within, own_rules, parse_json, read_dataclass, read_schema
 
 FOLDER: Final = "pipeline"
 SPEC_FILE: Final = f"{FOLDER}/pipeline.json"
@@ -21,6 +22,9 @@ GOLDEN_FILE: Final = f"{FOLDER}/golden.safetensors"
 SCHEMA: Final = 1
 # The condition that an inpainting network reads beside its state: the mask, and the latents of what it leaves.
 MASKED: Final = "mask_and_masked_image"
+# Of prompts of several chunks: 1 for the tokens that are there.
+MASK: Final = "encoder_attention_mask"
+MAX_CHUNKS: Final = 32
 
 _Token = Annotated[int, Within(0, 1 << 31)]
 _Side = Annotated[int, Within(1, MAX_SIDE)]
@@ -41,7 +45,8 @@ class PipelineSpec:
     the graphs take latents of `tile`, (height, width).
 
     `zero_negative`: without a negative prompt, guidance contrasts with zeros and not with the empty prompt.
-    `encodes`: there is an encoder.
+    `encodes`: there is an encoder. `chunks` of a prompt's tokens are read, and a mask says how many there are.
+    `checks`: pixels a side that the safety checker reads, 0 without one.
     """
 
     family: str
@@ -51,6 +56,8 @@ class PipelineSpec:
     tile: tuple[_Side, _Side]
     zero_negative: bool
     encodes: bool
+    chunks: Annotated[int, Within(1, MAX_CHUNKS), ADDED_LATER] = 1
+    checks: Annotated[int, Within(0, MAX_SIDE), ADDED_LATER] = 0
     schema: int = SCHEMA
 
     def to_json(self) -> bytes:
@@ -60,7 +67,7 @@ class PipelineSpec:
     def graph_names(self) -> tuple[str, ...]:
         """Of the ONNX graphs, without folder and suffix."""
         texts = tuple(f"text-{i}" for i in range(len(self.texts)))
-        return (*texts, "decoder", *(("encoder",) if self.encodes else ()))
+        return (*texts, "decoder", *(("encoder",) if self.encodes else ()), *(("checker",) if self.checks else ()))
 
     def tokenizer_names(self) -> tuple[str, ...]:
         return tuple(f"{FOLDER}/tokenizer-{i}.json" for i in range(len(self.texts)))

@@ -3,15 +3,15 @@ vocab.json and merges.txt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.errors import InputError, MissingDependencyError, ModelFormatError, check_integer, optional_package
+from skipstep.errors import InputError, ModelFormatError, check_integer, optional_package
 from skipstep.networks.weights import DOWNLOAD
+from skipstep.pipelines.prompts import Sections
 from skipstep.pipelines.spec import TextSpec
 from skipstep.reporting import LOGGER
 from skipstep.storage.untrusted import malformed, read_json_object
@@ -26,35 +26,51 @@ _MAX_PROMPT: Final = 1 << 20
 
 
 class PromptTokenizer:
-    """One text encoder's tokenizer: start, the prompt's tokens, end, and padding up to `spec.num_tokens`."""
+    """One text encoder's tokenizer: chunks of start, tokens of the prompt, end, and padding up to `spec.num_tokens`."""
 
     def __init__(self, contents: str, spec: TextSpec) -> None:
+        library = _library()
         try:
-            self._tokenizer: tokenizers.Tokenizer = _library().Tokenizer.from_str(contents)
-        except MissingDependencyError:
-            raise
+            self._tokenizer: tokenizers.Tokenizer = library.Tokenizer.from_str(contents)
         except Exception as error:  # The library has no class of its own for what it cannot read.
             raise malformed("a tokenizer's file", f"what the tokenizers library refuses ({error!s:.200})") from error
         # Its file may ask for either; both are done here, because what is cut has to be said.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._spec = spec
+        ends = self._tokenizer.encode("").ids
+        if len(ends) < 2:
+            raise malformed("a tokenizer's file", "no start and end of a prompt")
+        self._start, self._end = ends[0], ends[-1]
 
-    def encode(self, prompts: Sequence[str]) -> NDArray[np.int64]:
-        """Ids int64 `[B, num_tokens]`; a warning quotes what is cut from a prompt."""
-        ids = np.full((len(prompts), self._spec.num_tokens), self._spec.pad, np.int64)
-        for row, prompt, encoding in zip(ids, prompts, self._tokenizer.encode_batch(list(prompts)), strict=True):
-            found, last = encoding.ids, self._spec.num_tokens - 1
-            if len(found) > last + 1:
-                LOGGER.warning(
-                    "the prompt %.60r… is longer than the %d tokens that the text encoder reads; cut off: %r",
-                    prompt,
-                    last - 1,
-                    prompt[encoding.offsets[last][0] :],
-                )
-                found = [*found[:last], found[-1]]
-            row[: len(found)] = found
-        return ids
+    def chunks(self, sections: Sections, most: int = 1) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Ids and weights `[n, num_tokens]` of a prompt's chunks, `most` of them; a warning quotes what is cut off."""
+        room, shown = self._spec.num_tokens - 2, ""
+        rows: list[list[tuple[int, float, int]]] = []  # Each token's id, its weight and its place in `shown`.
+        for section in sections:
+            tokens = []
+            for text, weight in section:
+                encoding = self._tokenizer.encode(text, add_special_tokens=False)
+                places = (len(shown) + start for start, _ in encoding.offsets)
+                tokens += [(token, weight, place) for token, place in zip(encoding.ids, places, strict=True)]
+                shown += text
+            rows += [tokens[i : i + room] for i in range(0, max(len(tokens), 1), room)]
+        while len(rows) > 1 and not rows[-1]:
+            rows.pop()
+        cut = [token for row in rows[most:] for token in row]
+        if cut:
+            LOGGER.warning(
+                "the prompt %.60r… is longer than the %d tokens that the text encoder reads; cut off: %r",
+                shown,
+                room * most,
+                shown[cut[0][2] :],
+            )
+        ids = np.full((len(rows[:most]), self._spec.num_tokens), self._spec.pad, np.int64)
+        weights = np.ones(ids.shape, np.float32)
+        for i, row in enumerate(rows[:most]):
+            ids[i, : len(row) + 2] = [self._start, *(token for token, _, _ in row), self._end]
+            weights[i, 1 : len(row) + 1] = [weight for _, weight, _ in row]
+        return ids, weights
 
 
 def check_prompts(name: str, value: Any) -> list[str]:
@@ -95,7 +111,20 @@ def read_tokenizer(folder: Path, *, pooled: bool) -> tuple[str, TextSpec]:
     for source in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         contents = read_json_object(source, remedy=DOWNLOAD) if source.exists() else {}
         special |= {name: _text(contents[name]) for name in special if contents.get(name) is not None}
-    made = _from_file(folder) if (folder / "tokenizer.json").exists() else _from_vocabulary(folder, special)
+    library, file = _library(), folder / "tokenizer.json"
+    try:
+        if file.exists():
+            made: tokenizers.Tokenizer = library.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        else:
+            made = _from_vocabulary(folder, special, library)
+    except ModelFormatError:
+        raise
+    except Exception as error:  # As above.
+        raise ModelFormatError(
+            got=f"{folder} with a tokenizer that the tokenizers library refuses ({error!s:.200})",
+            expected="a tokenizer.json that it wrote, or CLIP's vocab.json and merges.txt",
+            remedy=DOWNLOAD,
+        ) from error
     length = config.get("model_max_length")
     num_tokens = check_integer("model_max_length", length, low=3, high=1 << 16, remedy="correct tokenizer_config.json")
     pad = made.token_to_id(special["pad_token"])
@@ -108,54 +137,30 @@ def read_tokenizer(folder: Path, *, pooled: bool) -> tuple[str, TextSpec]:
     return made.to_str(), TextSpec(num_tokens, pad, pooled)
 
 
-def _from_file(folder: Path) -> tokenizers.Tokenizer:
-    try:
-        made: tokenizers.Tokenizer = _library().Tokenizer.from_str(
-            (folder / "tokenizer.json").read_text(encoding="utf-8")
-        )
-        return made
-    except MissingDependencyError:
-        raise
-    except Exception as error:  # As above.
-        raise ModelFormatError(
-            got=f"{folder / 'tokenizer.json'}, which the tokenizers library refuses ({error!s:.200})",
-            expected="a file that it wrote",
-            remedy=DOWNLOAD,
-        ) from error
-
-
-def _from_vocabulary(folder: Path, special: dict[str, str]) -> tokenizers.Tokenizer:
-    library = _library()
+def _from_vocabulary(folder: Path, special: dict[str, str], library: Any) -> tokenizers.Tokenizer:
     from tokenizers import models, normalizers, pre_tokenizers, processors
 
-    for name in ("vocab.json", "merges.txt"):
-        if not (folder / name).exists():
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    for path in (vocabulary, merges):
+        if not path.exists():
             raise ModelFormatError(
-                got=f"no {name} in {folder}", expected="tokenizer.json, or vocab.json and merges.txt", remedy=DOWNLOAD
+                got=f"no {path.name} in {folder}",
+                expected="tokenizer.json, or vocab.json and merges.txt",
+                remedy=DOWNLOAD,
             )
-    try:
-        model = models.BPE.from_file(
-            str(folder / "vocab.json"),
-            str(folder / "merges.txt"),
-            unk_token=special["unk_token"],
-            end_of_word_suffix="</w>",
-        )
-        made: tokenizers.Tokenizer = library.Tokenizer(model)
-        made.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Replace(library.Regex(r"\s+"), " "), normalizers.Lowercase()]
-        )
-        words = pre_tokenizers.Split(library.Regex(_WORDS), behavior="removed", invert=True)
-        made.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-        known = made.get_vocab()
-        start, end = ((special[name], known[special[name]]) for name in ("bos_token", "eos_token"))
-        made.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
-        made.add_special_tokens(list(dict.fromkeys(special.values())))
-    except Exception as error:  # As above.
-        raise ModelFormatError(
-            got=f"{folder} with a vocabulary that the tokenizers library refuses ({error!s:.200})",
-            expected="CLIP's vocab.json and merges.txt",
-            remedy=DOWNLOAD,
-        ) from error
+    model = models.BPE.from_file(
+        str(vocabulary), str(merges), unk_token=special["unk_token"], end_of_word_suffix="</w>"
+    )
+    made: tokenizers.Tokenizer = library.Tokenizer(model)
+    made.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(library.Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = pre_tokenizers.Split(library.Regex(_WORDS), behavior="removed", invert=True)
+    made.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    known = made.get_vocab()
+    start, end = ((special[name], known[special[name]]) for name in ("bos_token", "eos_token"))
+    made.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
+    made.add_special_tokens(list(dict.fromkeys(special.values())))
     return made
 
 

@@ -11,6 +11,7 @@ import pytest
 from tiny_pipelines import LENGTH, tokenizer
 
 from skipstep.errors import BundleError, InputError, ModelFormatError
+from skipstep.pipelines.prompts import plain_sections, weighted_sections
 from skipstep.pipelines.spec import TextSpec
 from skipstep.pipelines.tokenizer import PromptTokenizer, check_prompts, read_tokenizer
 
@@ -75,17 +76,19 @@ def test_ids_are_those_of_transformers(tmp_path, pad, files):
     ours = PromptTokenizer(*read_tokenizer(tmp_path / "saved", pooled=False))
     given = odd_strings(1000)
     expected = theirs(given, padding="max_length", max_length=LENGTH, truncation=True).input_ids
-    found = ours.encode(given)
-    assert [text for text, a, b in zip(given, found.tolist(), expected, strict=True) if a != b] == []
+    found = [ours.chunks(plain_sections(text))[0][0].tolist() for text in given]
+    assert [text for text, a, b in zip(given, found, expected, strict=True) if a != b] == []
 
 
 def test_what_is_cut_off_is_quoted(tmp_path, caplog):
     tokenizer(tmp_path / "words").save_pretrained(tmp_path)
     ours = PromptTokenizer(*read_tokenizer(tmp_path, pooled=False))
     with caplog.at_level(logging.WARNING, "skipstep"):
-        ours.encode(["the cat " * 5])
+        ours.chunks(plain_sections("the cat " * 5))
         assert not caplog.records
-        ours.encode(["the cat " * 5 + "and Ünder the dog"])
+        ours.chunks(plain_sections("the cat " * 5 + "and Ünder the dog"))
+        ours.chunks(weighted_sections("the (cat:1.2) " * 10 + "(and Ünder the dog) BREAK cat"), most=2)
+    assert caplog.messages[1].endswith("cut off: 'and Ünder the dogcat'")
     assert caplog.messages[0].endswith("cut off: 'and Ünder the dog'")
 
 
