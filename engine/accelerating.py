@@ -72,14 +72,16 @@ def accelerate(
             remedy="pass Engine.build the pipeline instead, and its embeddings to engine.sample",
         )
     name = type(pipe.scheduler).__name__
-    size = [options.pop(side, None) for side in ("height", "width")]  # type: ignore[misc]
-    shape = options.get("sample_shape") or _sample_shape(pipe, *size)
+    for option in ("sample_shape", "conditions"):
+        if options.get(option) is not None:
+            raise _refused(f"{option}=", "leave it out: the pipeline says it; height= and width= set the size")
+    shape = _sample_shape(pipe, options.pop("height", None), options.pop("width", None))
     read: dict[str, Condition] = {}
     if extra := pipe.unet.config.in_channels - shape[0]:
         read[MASKED] = Condition((extra, *shape[1:]), null="same", concat_to_state=True)
     if getattr(pipe.unet.config, "addition_embed_type", None) == "text_time":
         read["time_ids"] = Condition((6,))  # A call may have other sizes in the unconditional half.
-    options["sample_shape"], options["conditions"] = shape, {**read, **(options.get("conditions") or {})} or None
+    options["sample_shape"], options["conditions"] = shape, read or None
     engine = Engine.build(
         pipe,
         plans=plans,

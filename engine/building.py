@@ -148,6 +148,7 @@ def build_network(
     width: int | None = None,
     tile: int | None = None,
     prompt_chunks: int | None = None,
+    preview: str | os.PathLike[str] | None = None,
     safety_checker: bool | None = None,
     **model_options: Unpack[ModelOptions],
 ) -> CompiledNetwork:
@@ -169,7 +170,8 @@ def build_network(
         )
     shape = model_options.get("sample_shape")
     of_parts: PartsOptions = {"height": height, "width": width, "tile": tile, "prompt_chunks": prompt_chunks}
-    parts = find_parts(model, shape, safety_checker=safety_checker, **of_parts)
+    of_parts |= {"preview": preview, "safety_checker": safety_checker}
+    parts = find_parts(model, shape, **of_parts)
     if parts is not None:
         model_options["sample_shape"] = parts.sample_shape
         if parts.prompt_shape is not None:

@@ -66,6 +66,7 @@ class Engine:
     save = saving.save
     encode = pipeline.encode
     decode = pipeline.decode
+    preview = pipeline.preview
 
     def __init__(self, compiled: CompiledNetwork) -> None:
         if not isinstance(compiled, CompiledNetwork):

@@ -131,7 +131,7 @@ CALLS: dict[str, Callable[[Any], dict[str, Any]]] = {
 BOUND: dict[str, Any] = {"Plan": PLAN, "NoiseSchedule": SCHEDULE}
 # A loop runs as many steps as it is told: tests/robotics/test_runner.py has its arguments. Pictures and latents need a
 # pipeline, as accelerate does: tests/pipelines/test_walk.py.
-OF_PIPELINES = {"accelerate", "Engine.encode", "Engine.decode"}
+OF_PIPELINES = {"accelerate", "Engine.encode", "Engine.decode", "Engine.preview"}
 NOT_WALKED = {"Engine.close", *OF_PIPELINES, "PolicyEngine.close", "PolicyRunner.run"}
 
 

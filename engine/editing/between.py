@@ -14,7 +14,7 @@ from skipstep.calls.request import MAX_SEED, resolve_latents
 from skipstep.calls.trajectory import Progress
 from skipstep.editing.edit import invert, is_picture, num_evaluations, parts_of
 from skipstep.editing.interpolation import MAX_POINTS, slerp, slerp_grid
-from skipstep.errors import check_integer, check_items
+from skipstep.errors import check_callable, check_integer, check_items
 from skipstep.kernels.layout import Stream
 from skipstep.loops.contract import Array, Sampler
 from skipstep.loops.runner import OutputType
@@ -41,8 +41,8 @@ def interpolate(
     of plans that add some. Raises InputError.
     """
     n = check_integer("n", n, low=2, high=MAX_POINTS, remedy="pass n=8; both ends are drawn")
-    ends, given = _noises(engine, [a, b], n, steps=steps, plan=plan, progress=progress, **conditions)
-    return engine.sample(x_T=slerp(*ends, np.linspace(0.0, 1.0, n)), seeds=seeds, output_type=output_type, **given)
+    (start, end), given = _noises(engine, [a, b], n, steps=steps, plan=plan, progress=progress, **conditions)
+    return engine.sample(x_T=slerp(start, end, np.linspace(0.0, 1.0, n)), seeds=seeds, output_type=output_type, **given)
 
 
 def interpolate_grid(
@@ -73,6 +73,7 @@ def _noises(
     engine: Sampler, sources: Sequence[Any], number: int, *, progress: Progress | None, **call: Any
 ) -> tuple[list[Array], dict[str, Any]]:
     """The initial noises of these samples, and what is left of the call that then draws `number`."""
+    check_callable("progress", progress, "done, total")
     found = [source if is_picture(engine, source) else _latents_of(engine, source) for source in sources]
     places = [i for i, source in enumerate(found) if is_picture(engine, source)]
     if places:

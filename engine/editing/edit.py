@@ -14,7 +14,7 @@ from typing import Any, Literal, Unpack
 
 import numpy as np
 
-from skipstep.arrays import from_dlpack
+from skipstep.arrays import from_dlpack, is_tensor, unreadable
 from skipstep.calls.inputs import CONTROLS, Prompted, embedded
 from skipstep.calls.noise import sample_noise
 from skipstep.calls.request import (
@@ -178,7 +178,8 @@ def edit(
         if source_prompt is not None:
             kept = {name: each for name, each in conditions.items() if name in (*CONTROLS, "prompt_syntax")}
             given = embedded(pipeline, engine.network, {**kept, "prompt": source_prompt})
-        found = resolve_request(engine.network, seeds=None, x_T=images, **{**given, "class_labels": source_labels})
+        given["class_labels"] = source_labels
+        found = resolve_request(engine.network, seeds=None, x_T=images, **given)
         latents = _invert(engine, tail.inverted(), found, progress=up).latents
     result = engine.runner.run(Stages.of([tail]), dataclasses.replace(request, x_T=latents), progress=down)
     return engine.runner.as_output(result, output_type)
@@ -237,10 +238,11 @@ def _invert(
 
 def is_picture(engine: Sampler, source: Any) -> bool:
     """Whether this is a picture of the engine's pipeline, or several, and not what its network reads."""
-    if engine.runner.pipeline is None or not (hasattr(source, "convert") or len(getattr(source, "shape", ())) > 2):
-        return False
     shape = engine.network.sample_shape
-    return tuple(getattr(source, "shape", ()))[-len(shape) :] != shape
+    if engine.runner.pipeline is None or (is_tensor(source) and unreadable(source) is not None):
+        return False
+    sides = tuple(getattr(source, "shape", ()))
+    return hasattr(source, "convert") or (len(sides) > 2 and sides[-len(shape) :] != shape)
 
 
 def _of_network(engine: Sampler, images: Any) -> Array:
