@@ -10,14 +10,16 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from skipstep.errors import InputError, ModelFormatError, check_integer, check_path, shown
-from skipstep.networks.checkpoint import Checkpoint
 from skipstep.networks.condition import Condition
 from skipstep.networks.spec import NetworkSpec
 from skipstep.networks.weights import DOWNLOAD, find_weights, tensor_shapes
 from skipstep.storage.untrusted import read_json_object
+
+if TYPE_CHECKING:
+    from skipstep.networks.checkpoint import Checkpoint
 
 # The conditions: a picture for each ControlNet, numbered, and the weights of all.
 CONTROL_IMAGE: Final = "control_image"

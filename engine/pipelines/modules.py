@@ -75,7 +75,8 @@ class SafetyChecker(nn.Module):
         """How far the nearest concept is above its threshold, which diffusers rounds to three digits."""
         concepts, thresholds = (getattr(self.checker, f"{name}_embeds{end}") for end in ("", "_weights"))
         near = nn.functional.normalize(embeds) @ nn.functional.normalize(concepts).T
-        return (near - thresholds - 0.0005).amax(dim=1)
+        margin: Tensor = (near - thresholds - 0.0005).amax(dim=1)
+        return margin
 
 
 class Controlled(nn.Module):
@@ -113,8 +114,9 @@ class Controlled(nn.Module):
         mask = encoder_attention_mask
         self._bias[:] = [] if mask is None else [((1 - mask) * -10000.0).to(sample.dtype)[:, None]]
         down: list[Tensor] = []
+        nets: Any = self.nets
         middle: Any = None
-        for i, (net, picture) in enumerate(zip(self.nets, control_image, strict=True)):
+        for i, (net, picture) in enumerate(zip(nets, control_image, strict=True)):
             scale = controlnet_conditioning_scale[:, i].reshape(-1, 1, 1, 1)
             # An inpainting network's further channels are its own.
             latents = sample[:, : net.config.in_channels]

@@ -94,20 +94,18 @@ class Pipeline:
         """Of prompts, a text for each text encoder: EMBEDS `[B, chunks·L, D]` of all encoders side by side, POOLED of
         the last that gives them, of the first chunk, and of several chunks the MASK `[B, chunks·L]`."""
         distinct = list(dict.fromkeys(prompts))
-        read, most = weighted_sections if weighted else plain_sections, self.spec.chunks
+        most, read = self.spec.chunks, plain_sections
+        if weighted:
+            read = weighted_sections
         tokenizers = [self._tokenizer(i) for i in range(len(self.spec.texts))]
         split = [[each.chunks(read(texts[i]), most) for texts in distinct] for i, each in enumerate(tokenizers)]
-        counts = [max(len(ids) for ids, _ in of_prompt) for of_prompt in zip(*split, strict=True)]
+        counts = [max(len(each[row][0]) for each in split) for row in range(len(distinct))]
         prompt, chunk = np.repeat(np.arange(len(distinct)), counts), np.concatenate([*map(np.arange, counts)])
         embeds, made = [], dict[str, Array]()
         for i, text in enumerate(self.spec.texts):
-            empty = tokenizers[i].chunks(plain_sections(""))
-            filled = [
-                np.concatenate([own, *[blank] * (count - len(own))])
-                for of_prompt, count in zip(split[i], counts, strict=True)
-                for own, blank in zip(of_prompt, empty, strict=True)
-            ]
-            ids, weights = np.concatenate(filled[::2]), np.concatenate(filled[1::2])
+            empty, plain = tokenizers[i].chunks(plain_sections(""))
+            ids = _filled([each for each, _ in split[i]], empty, counts)
+            weights = _filled([each for _, each in split[i]], plain, counts)
             found = self._run(f"text-{i}", [EMBEDS, POOLED] if text.pooled else [EMBEDS], {TOKENS: ids})
             placed = np.zeros((len(distinct), most, *found[EMBEDS].shape[1:]), np.float32)
             placed[prompt, chunk] = weigh(found[EMBEDS], weights)
@@ -184,6 +182,12 @@ class Pipeline:
             if name not in self._made:
                 self._made[name] = make()
             return self._made[name]
+
+
+def _filled(given: Sequence[NDArray[Any]], blank: NDArray[Any], counts: Sequence[int]) -> NDArray[Any]:
+    """Chunks of all prompts, one after the other, so many of each."""
+    counted = zip(given, counts, strict=True)
+    return np.concatenate([part for own, count in counted for part in (own, blank.repeat(count - len(own), axis=0))])
 
 
 _OUTPUTS: Final = ("np", "pil")

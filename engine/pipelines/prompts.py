@@ -101,4 +101,6 @@ def weigh(embeds: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[
     made = embeds * weights[:, :, None]
     before, after, size = (each.mean(axis=(1, 2), dtype=np.float64) for each in (embeds, made, np.abs(embeds)))
     kept = (np.minimum(np.abs(before), np.abs(after)) > 1e-5 * size) & ~plain
-    return (made * np.divide(before, after, out=np.ones_like(before), where=kept)[:, None, None]).astype(np.float32)
+    scale = np.divide(before, after, out=np.ones_like(before), where=kept)[:, None, None]
+    scaled: NDArray[np.float32] = made * scale.astype(np.float32)
+    return scaled

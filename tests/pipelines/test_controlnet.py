@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import diffusers
@@ -15,34 +14,22 @@ import pytest
 import tolerances
 import torch
 from PIL import Image
-from tiny_pipelines import embedded, tiny_pipeline
+from tiny_pipelines import LENGTH, embedded, tiny_pipeline
 
 import skipstep
-from skipstep import Engine
+from skipstep import Condition, Engine
 from skipstep.errors import InputError, ModelFormatError
+from skipstep.networks.spec import NetworkSpec
+from skipstep.pipelines.conditions import read_conditions
+from skipstep.pipelines.spec import PipelineSpec
 
 pytest.importorskip("transformers")
 
-rng = np.random.default_rng(0)
-FIRST, SECOND, THIRD = (Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)) for _ in range(3))
+PICTURES = [Image.fromarray(each) for each in np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)]
 SCALES = [0.8, 0.5]
-
-
-@cache
-def engine(nets: int, **options: Any) -> Engine:
-    """With one ControlNet of a folder beside a pipeline that has none; with two those of the pipeline's folder."""
-    folder = tiny_pipeline("control")[1]
-    control = {"controlnet": str(folder / "controlnet_1")} if nets == 1 else {}
-    backend = "torch" if nets == 1 else "onnxruntime"
-    return Engine.build(
-        str(folder), plans=[20], backend=backend, device="cpu", compatibility="diffusers", **control, **options
-    )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _closed() -> Iterator[None]:
-    yield
-    engine.cache_clear()
+PROMPTS = ["a cat", "the dog"]
+BUILT: dict[str, Any] = {"plans": [20], "device": "cpu", "compatibility": "diffusers"}
+DRAWN: dict[str, Any] = {"steps": 20, "noise": "torch", "output_type": "latent"}
 
 
 def of_diffusers(nets: int) -> Any:
@@ -56,72 +43,85 @@ def of_diffusers(nets: int) -> Any:
 
 
 def check(found: Any, nets: int, **call: Any) -> None:
-    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-    expected = of_diffusers(nets)(num_inference_steps=20, output_type="latent", generator=generators, **call)
-    expected = expected.images.numpy()
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(found))]
+    call = {"num_inference_steps": 20, "output_type": "latent", "generator": generators, **call}
+    expected = of_diffusers(nets)(**call).images.numpy()
     assert np.abs(found - expected).max() <= tolerances.PIPELINE_LATENTS * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("nets", [1, 2])
-@pytest.mark.parametrize("scale", [1.0, 7.5])
-def test_latents_are_those_of_diffusers(nets, scale):
-    prompts = ["a cat", "the dog"]
-    control: Any = [SECOND, THIRD] if nets == 1 else [[FIRST, SECOND], [SECOND, THIRD]]
-    call = {"prompt": prompts, "guidance_scale": scale}
-    weights = 0.8 if nets == 1 else SCALES
-    drawn = {**call, "steps": 20, "seeds": [5, 6], "noise": "torch", "output_type": "latent"}
-    found = engine(nets).sample(control_image=control, controlnet_conditioning_scale=weights, **drawn)
-    theirs = control if nets == 1 else [list(each) for each in zip(*control, strict=True)]
-    check(found, nets, image=theirs, controlnet_conditioning_scale=weights, **call)
-    other = engine(nets).sample(control_image=control, controlnet_conditioning_scale=0, **drawn)
-    assert np.abs(found - other).max() > 1e-3
-
-
-def test_what_follows_from_the_pictures_alone_is_computed_before_the_loop():
-    partition = engine(2).source.partition()
-    names = {each.name for each in onnx.load_from_string(partition.graphs.step).graph.input}
-    assert not {"control_image_0", "control_image_1", "encoder_hidden_states"} & names
-    prompt = onnx.load_from_string(partition.graphs.prompt)
-    assert {"control_image_0", "control_image_1"} <= {each.name for each in prompt.graph.input}
-    assert sum(node.op_type == "Conv" for node in prompt.graph.node) == 2 * 4
-
-
-def test_a_bundle_and_the_network_alone_draw_the_same(tmp_path):
-    call = {"steps": 20, "seeds": [5], "output_type": "latent", "prompt": "a cat"}
-    control = {"control_image": [FIRST, SECOND], "controlnet_conditioning_scale": SCALES}
-    found = engine(2).sample(**call, **control)
-    engine(2).save(tmp_path / "bundle", license="Apache-2.0")
-    with skipstep.load(tmp_path / "bundle") as loaded:
-        np.testing.assert_array_equal(loaded.sample(**call, **control), found)
+def test_a_network_alone_with_controlnets(nets):
+    pipeline, folder = tiny_pipeline("control")
+    folders = [folder / "controlnet", folder / "controlnet_1"][-nets:]
+    options = {"scheduler": folder / "scheduler/scheduler_config.json", "prompt_shape": (LENGTH, 16)}
+    pixels = [np.asarray(picture, np.float32).transpose(2, 0, 1) / 255 for picture in PICTURES]
+    given = {f"control_image_{i}": np.stack(pixels[i : i + 2]) for i in range(nets)}
+    embeds, negative = (
+        torch.cat([embedded(pipeline, [(text, 1.0)], 1) for text in texts]) for texts in (PROMPTS, ["", ""])
+    )
+    with Engine.build(folder / "unet", controlnet=folders, backend="torch", **options, **BUILT) as engine:
+        for scale in (1.0, 7.5):
+            call = {"prompt_embeds": embeds, "negative_prompt_embeds": negative, "guidance_scale": scale}
+            conditions = {**given, "controlnet_conditioning_scale": SCALES[:nets]}
+            found = engine.sample(seeds=[0, 1], conditions=conditions, **call, **{**DRAWN, "output_type": "np"})
+            theirs: Any = PICTURES[:2] if nets == 1 else [list(each) for each in itertools.pairwise(PICTURES)]
+            weights = SCALES[0] if nets == 1 else SCALES
+            check(found, nets, image=theirs, controlnet_conditioning_scale=weights, **call)
 
 
 @pytest.mark.slow
-def test_long_prompts_are_masked_in_the_controlnet_too():
-    text = "the red cat and the dog and the cat"
-    found = engine(1, prompt_chunks=3).sample(
-        prompt=text, control_image=FIRST, steps=20, seeds=[5], noise="torch", output_type="latent"
-    )
-    embeds = embedded(tiny_pipeline("control")[0], [(text, 1.0)], 2)
-    generator = torch.Generator().manual_seed(5)
-    call = {"num_inference_steps": 20, "output_type": "latent", "guidance_scale": 1.0, "generator": generator}
-    expected = of_diffusers(1)(prompt_embeds=embeds, image=FIRST, **call).images.numpy()
-    assert np.abs(found - expected).max() <= tolerances.PIPELINE_LATENTS * np.abs(expected).max()
+def test_a_pipelines_folder_with_controlnets(tmp_path):
+    folder = tiny_pipeline("control")[1]
+    call = {"prompt": "a cat", "guidance_scale": 7.5, "controlnet_conditioning_scale": SCALES}
+    with Engine.build(folder, backend="onnxruntime", **BUILT) as engine:
+        found = engine.sample(control_image=PICTURES[:2], seeds=[0], **call, **DRAWN)
+        partition = engine.source.partition()
+        engine.save(tmp_path / "bundle", license="Apache-2.0")
+    check(found, 2, image=PICTURES[:2], **call)
+    with skipstep.load(tmp_path / "bundle") as loaded:
+        again = loaded.sample(control_image=PICTURES[:2], seeds=[0], **call, **DRAWN)
+        other = loaded.sample(control_image=PICTURES[1:], seeds=[0], **call, **DRAWN)
+    np.testing.assert_array_equal(again, found)
+    assert np.abs(other - found).max() > 1e-3
+    # The pictures are embedded before the loop: each by four convolutions.
+    step, prompt = (onnx.load_from_string(each).graph for each in (partition.graphs.step, partition.graphs.prompt))
+    assert not {"control_image_0", "control_image_1"} & {each.name for each in step.input}
+    assert sum(node.op_type == "Conv" for node in prompt.node) == 2 * 4
 
 
+@pytest.mark.slow
+def test_long_prompts_are_masked_in_a_controlnet_too():
+    pipeline, folder = tiny_pipeline("control")
+    text = "the red cat and the dog and the cat " * 2
+    with Engine.build(folder, controlnet=folder / "controlnet_1", backend="torch", prompt_chunks=3, **BUILT) as engine:
+        found = engine.sample(prompt=text, control_image=PICTURES[0], seeds=[0], **DRAWN)
+    check(found, 1, prompt_embeds=embedded(pipeline, [(text, 1.0)], 2), image=PICTURES[0], guidance_scale=1.0)
+
+
+SPEC = PipelineSpec("StableDiffusionControlNetPipeline", (), 2, 3, (8, 8), False, True)
+PICTURE = Condition((3, 16, 16), null="same")
+CONTROLS = {f"control_image_{i}": PICTURE for i in (0, 1)} | {
+    "controlnet_conditioning_scale": Condition((2,), null="same")
+}
 CALLS: dict[str, dict[str, Any]] = {
     "no control_image": {},
-    "1 as control_image": {"control_image": [FIRST]},
-    "3 numbers": {"control_image": [FIRST, SECOND], "controlnet_conditioning_scale": [1, 2, 3]},
-    "conditioning_scale=nan": {"control_image": [FIRST, SECOND], "controlnet_conditioning_scale": float("nan")},
+    "1 as control_image": {"control_image": PICTURES[:1]},
+    "3 numbers": {"control_image": PICTURES[:2], "controlnet_conditioning_scale": [1, 2, 3]},
+    "conditioning_scale=nan": {"control_image": PICTURES[:2], "controlnet_conditioning_scale": float("nan")},
     "control_image of shape": {"control_image": [np.zeros((3, 8, 8), np.float32)] * 2},
-    "control_image twice": {"control_image": [FIRST, SECOND], "conditions": {"control_image_0": 1}},
+    "control_image twice": {"control_image": PICTURES[:2], "conditions": {"control_image_0": 1}},
 }
 
 
 @pytest.mark.parametrize("message", CALLS)
 def test_calls_that_contradict_themselves(message):
     with pytest.raises(InputError, match=message):
-        engine(2).sample(prompt="a cat", steps=20, seeds=[0], **CALLS[message])
+        read_conditions(SPEC, None, NetworkSpec((4, 8, 8), conditions=CONTROLS), CALLS[message])
+
+
+def test_a_call_without_a_controlnet():
+    with pytest.raises(InputError, match="without a ControlNet"):
+        read_conditions(SPEC, None, NetworkSpec((4, 8, 8)), {"control_image": PICTURES[0]})
 
 
 def test_other_folders_are_refused(tmp_path):

@@ -45,6 +45,7 @@ def test_weights_that_no_prompt_has_are_refused(prompt):
         weighted_sections(prompt)
 
 
+@pytest.mark.slow
 def test_weights_and_chunks_are_those_of_transformers_and_diffusers():
     pipeline, folder = tiny_pipeline("sd")
     text = [("the red ", 1.0), ("cat", 1.3), (" and the dog " * 2, 1.0), ("in the red", 1 / 1.1), (" cat", 1.0)]
@@ -78,7 +79,8 @@ def test_the_second_encoder_reads_its_own_prompt(case):
     pipeline, folder = tiny_pipeline("xl")
     given = PROMPTS_2[case]
     count = 2 if case == "zeros" else 1
-    with Engine.build(str(folder), plans=[4], backend="torch", device="cpu", compatibility="diffusers") as engine:
+    built: dict[str, Any] = {"plans": [4], "backend": "torch", "device": "cpu", "compatibility": "diffusers"}
+    with Engine.build(str(folder), prompt_chunks=2, **built) as engine:
         found = engine.sample(
             steps=4, seeds=[5, 6][:count], noise="torch", guidance_scale=7.5, output_type="latent", **given
         )

@@ -52,6 +52,7 @@ def draw(pipeline: Any) -> Any:
     return pipeline(["a cat"] * len(SEEDS), num_inference_steps=2, guidance_scale=1.0, generator=generators)
 
 
+@pytest.mark.slow
 def test_pictures_are_black_where_diffusers_finds_them_so(tmp_path, caplog):
     pipeline = checked_pipeline()
     pipeline.save_pretrained(tmp_path)
