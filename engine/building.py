@@ -148,6 +148,7 @@ def build_network(
     width: int | None = None,
     tile: int | None = None,
     prompt_chunks: int | None = None,
+    preview: str | os.PathLike[str] | None = None,
     safety_checker: bool | None = None,
     **model_options: Unpack[ModelOptions],
 ) -> CompiledNetwork:
@@ -168,9 +169,8 @@ def build_network(
             got="backend='torch' for an .onnx file", expected="a backend that runs graphs", remedy=NO_TORCH_BACKEND
         )
     shape = model_options.get("sample_shape")
-    of_parts = PartsOptions(
-        height=height, width=width, tile=tile, prompt_chunks=prompt_chunks, safety_checker=safety_checker
-    )
+    of_parts: PartsOptions = {"height": height, "width": width, "tile": tile, "prompt_chunks": prompt_chunks}
+    of_parts |= {"preview": preview, "safety_checker": safety_checker}
     parts = find_parts(model, shape, **of_parts)
     if parts is not None:
         model_options["sample_shape"] = parts.sample_shape

@@ -32,15 +32,15 @@ from skipstep.plans.stages import Stages
 if TYPE_CHECKING:
     from skipstep import saving
     from skipstep.building import BuildOptions
-    from skipstep.editing import edit as editing
+    from skipstep.editing import between, edit
     from skipstep.fitting import tune as fitting
     from skipstep.latency import description, identity, pareto, tuning
     from skipstep.latency.calibration import Calibration
     from skipstep.loops.contract import LoopReport
     from skipstep.pipelines import pipeline
 else:
-    editing, fitting, saving = map(Later, ("skipstep.editing.edit", "skipstep.fitting.tune", "skipstep.saving"))
-    pipeline = Later("skipstep.pipelines.pipeline")
+    fitting, saving, pipeline = map(Later, ("skipstep.fitting.tune", "skipstep.saving", "skipstep.pipelines.pipeline"))
+    between, edit = map(Later, ("skipstep.editing.between", "skipstep.editing.edit"))
     latency = (Later(f"skipstep.latency.{name}") for name in ("description", "identity", "pareto", "tuning"))
     description, identity, pareto, tuning = latency
 
@@ -52,12 +52,11 @@ class Engine:
     `calibration`: latencies that were measured here or came with a bundle, for deadlines.
     """
 
-    # One-line delegates: functions over an engine, with its arguments and documentation.
-    invert = editing.invert
-    reconstruct = editing.reconstruct
-    edit = editing.edit
-    interpolate = editing.interpolate
-    interpolate_grid = editing.interpolate_grid
+    invert = edit.invert
+    reconstruct = edit.reconstruct
+    edit = edit.edit
+    interpolate = between.interpolate
+    interpolate_grid = between.interpolate_grid
     calibrate = tuning.calibrate
     autotune = tuning.autotune
     tune = fitting.tune
@@ -67,6 +66,7 @@ class Engine:
     save = saving.save
     encode = pipeline.encode
     decode = pipeline.decode
+    preview = pipeline.preview
 
     def __init__(self, compiled: CompiledNetwork) -> None:
         if not isinstance(compiled, CompiledNetwork):

@@ -18,7 +18,7 @@ from hostile_values import hostile_values
 
 from skipstep import Engine
 from skipstep.building import BuildOptions
-from skipstep.calls.inputs import Inputs
+from skipstep.calls.inputs import Inputs, Prompted
 from skipstep.calls.request import Conditions
 from skipstep.errors import SkipstepError
 from skipstep.loading import LoadOptions
@@ -27,7 +27,7 @@ from skipstep.loops.runner import SampleArguments
 # Longer than any of these calls takes on a busy machine: a hang, or work that should have been refused.
 SECONDS = 20.0
 # A keyword dictionary's names, by its type's name.
-KEYWORDS = {each.__name__: each for each in (Conditions, Inputs, SampleArguments, BuildOptions, LoadOptions)}
+KEYWORDS = {each.__name__: each for each in (Conditions, Prompted, Inputs, SampleArguments, BuildOptions, LoadOptions)}
 # The caller's own functions: what they raise is the caller's.
 CALLBACKS = ("callback", "progress", "noise")
 

@@ -130,8 +130,9 @@ CALLS: dict[str, Callable[[Any], dict[str, Any]]] = {
 # Called with an engine or a plan; those that end the engine are not walked, and have no parameters.
 BOUND: dict[str, Any] = {"Plan": PLAN, "NoiseSchedule": SCHEDULE}
 # A loop runs as many steps as it is told: tests/robotics/test_runner.py has its arguments. Pictures and latents need a
-# pipeline: tests/pipelines/test_walk.py.
-NOT_WALKED = {"Engine.close", "Engine.encode", "Engine.decode", "PolicyEngine.close", "PolicyRunner.run"}
+# pipeline, as accelerate does: tests/pipelines/test_walk.py.
+OF_PIPELINES = {"accelerate", "Engine.encode", "Engine.decode", "Engine.preview"}
+NOT_WALKED = {"Engine.close", *OF_PIPELINES, "PolicyEngine.close", "PolicyRunner.run"}
 
 
 def _functions() -> Iterator[tuple[str, Any]]:

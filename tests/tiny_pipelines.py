@@ -97,6 +97,13 @@ def autoencoder(**options: Any) -> Any:
     return diffusers.AutoencoderKL(in_channels=3, out_channels=3, **blocks, **sizes, **options)
 
 
+def small_decoder(**options: Any) -> Any:
+    """An AutoencoderTiny for the latents of `autoencoder`."""
+    made = {f"{part}_block_out_channels": (8, 8) for part in ("encoder", "decoder")}
+    counts = {f"num_{part}_blocks": (1, 1) for part in ("encoder", "decoder")}
+    return diffusers.AutoencoderTiny(**made, **counts, **options)
+
+
 def scheduler(**options: Any) -> Any:
     return diffusers.DDIMScheduler(
         **{

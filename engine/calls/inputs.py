@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from skipstep.networks.spec import NetworkSpec
 
 
-class Inputs(Conditions, total=False):
+class Prompted(Conditions, total=False):
     """Conditions, and for an engine that was built from a latent pipeline's folder:
 
     prompt           a text for all samples, or one each; negative_prompt the same for the unconditional half of
@@ -20,14 +20,9 @@ class Inputs(Conditions, total=False):
                      warning that quotes it.
     prompt_2         what SDXL's second text encoder reads, and negative_prompt_2; the first's where they are left out.
     prompt_syntax    "plain", or "a1111": weights in brackets, (cat:1.3) and [dog] (skipstep.pipelines.prompts).
-    image            pictures to begin with, PIL or float32 `[B, C, H, W]` in [-1, 1], noised as far as
-    strength         says, in (0, 1]: the share of the steps that is walked; 0.8 where it is left out.
-    mask             white (1) where the picture is drawn anew and black (0) where it stays; strength is then 1.
     control_image    what a ControlNet reads: pictures, PIL or float32 `[B, C, H, W]` in [0, 1]; of several ControlNets
                      a list with those of each. Its weight is
     controlnet_conditioning_scale   a number, or a list of one for each ControlNet; 1 where it is left out.
-    noise            "skipstep", or "torch": the initial noise of diffusers' pipelines with a torch.Generator per seed
-                     on the CPU, low 32 bits of the seed; for any engine.
     """
 
     prompt: str | Sequence[str] | None
@@ -35,18 +30,30 @@ class Inputs(Conditions, total=False):
     prompt_2: str | Sequence[str] | None
     negative_prompt_2: str | Sequence[str] | None
     prompt_syntax: Literal["plain", "a1111"] | None
+    control_image: Any
+    controlnet_conditioning_scale: float | Sequence[float] | None
+
+
+class Inputs(Prompted, total=False):
+    """Prompts and other conditions, and for an engine that was built from a latent pipeline's folder:
+
+    image            pictures to begin with, PIL or float32 `[B, C, H, W]` in [-1, 1], noised as far as
+    strength         says, in (0, 1]: the share of the steps that is walked; 0.8 where it is left out.
+    mask             white (1) where the picture is drawn anew and black (0) where it stays; strength is then 1.
+    noise            "skipstep", or "torch": the initial noise of diffusers' pipelines with a torch.Generator per seed
+                     on the CPU, low 32 bits of the seed; for any engine.
+    """
+
     image: Any
     mask: Any
     strength: float | None
-    control_image: Any
-    controlnet_conditioning_scale: float | Sequence[float] | None
     noise: Literal["skipstep", "torch"] | None
 
 
 _STARTS: Final = ("image", "mask", "strength", "noise")
 _TEXTS: Final = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_syntax")
-_CONTROLS: Final = ("control_image", "controlnet_conditioning_scale")
-_OF_PIPELINES: Final = (*_TEXTS, *_CONTROLS, "image", "mask", "strength")
+CONTROLS: Final = ("control_image", "controlnet_conditioning_scale")
+_OF_PIPELINES: Final = (*_TEXTS, *CONTROLS, "image", "mask", "strength")
 _FURTHER: Final = frozenset((*_STARTS, *_OF_PIPELINES))
 
 
@@ -69,6 +76,16 @@ def split_inputs(
     for name in _OF_PIPELINES:
         conditions.pop(name, None)
     return cast(Conditions, conditions), {name: value for name, value in starts.items() if value is not None}
+
+
+def embedded(pipeline: Encoding | None, network: NetworkSpec, inputs: Mapping[str, Any]) -> Conditions:
+    """The conditions of a call that begins with pictures of its own. Raises InputError."""
+    conditions, starts = split_inputs(pipeline, network, inputs)
+    for name in starts:
+        raise InputError(
+            got=f"{name}= in a call that is about pictures of its own", expected="conditions", remedy="leave it out"
+        )
+    return conditions
 
 
 def refuse_inputs(inputs: Mapping[str, Any]) -> None:

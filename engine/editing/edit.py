@@ -1,8 +1,9 @@
-"""Inversion, reconstruction, editing, interpolation: without fresh noise, an image determines the noise that draws it.
+"""Inversion, reconstruction, editing: without fresh noise, an image determines the noise that draws it.
 
-Functions over an engine, which are methods of `skipstep.Engine`. Images are `[B, *sample_shape]` in [-1, 1]. Each takes
-the conditions of `Engine.sample` as well: labels, prompts, guidance (skipstep.calls.request.Conditions). `progress` is
-called as progress(done, total), in network evaluations of the whole call.
+Functions over an engine, which are methods of `skipstep.Engine`. Images are `[B, *sample_shape]` in [-1, 1]; of a
+pipeline they are pictures, as for `Engine.encode`, or latents. Each takes the conditions of `Engine.sample` as well:
+labels, prompts, guidance (skipstep.calls.inputs.Prompted). `progress` is called as progress(done, total), in network
+evaluations of the whole call.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import Any, Literal, Unpack
 
 import numpy as np
 
-from skipstep.arrays import from_dlpack, host_floats
+from skipstep.arrays import from_dlpack, is_tensor, unreadable
+from skipstep.calls.inputs import CONTROLS, Prompted, embedded
 from skipstep.calls.noise import sample_noise
 from skipstep.calls.request import (
-    MAX_SEED,
     Conditions,
     SampleRequest,
     resolve_latents,
@@ -24,13 +25,13 @@ from skipstep.calls.request import (
     resolve_seeds,
 )
 from skipstep.calls.trajectory import Progress, part_of
-from skipstep.editing.interpolation import MAX_POINTS, slerp, slerp_grid
 from skipstep.editing.inversion import Inversion
 from skipstep.editing.inversion import invert as invert_batch
-from skipstep.errors import InputError, check_callable, check_choice, check_integer, check_items, check_number
+from skipstep.errors import InputError, check_callable, check_choice, check_integer, check_number
 from skipstep.kernels.layout import Stream
 from skipstep.loops.contract import Array, Sampler
 from skipstep.loops.runner import OutputType, check_finite, check_output_type
+from skipstep.networks.spec import LABELS
 from skipstep.plans.plan import Plan
 from skipstep.plans.stages import Stages
 
@@ -45,7 +46,7 @@ def invert(
     refinements: int = 0,
     tolerance: float = 1e-6,
     progress: Progress | None = None,
-    **conditions: Unpack[Conditions],
+    **conditions: Unpack[Prompted],
 ) -> Inversion:
     """The noise from which the sampling plan of `steps` steps, or `plan`, draws `images`.
 
@@ -79,9 +80,9 @@ def invert(
     request = resolve_request(
         engine.network,
         seeds=None,
-        x_T=images,
+        x_T=_of_network(engine, images),
         latents_name="images",
-        **conditions,
+        **embedded(engine.runner.pipeline, engine.network, conditions),
     )
     plan = sampling.inverted(evaluate_at=evaluate_at)
     return _invert(engine, plan, request, refinements=refinements, tolerance=tolerance, progress=progress)
@@ -96,7 +97,7 @@ def reconstruct(
     refinements: int = 0,
     output_type: OutputType = "np",
     progress: Progress | None = None,
-    **conditions: Unpack[Conditions],
+    **conditions: Unpack[Prompted],
 ) -> Any:
     """Invert and draw again: how much of an image survives the round trip. Arguments as for `invert`."""
     check_output_type(output_type)
@@ -104,8 +105,8 @@ def reconstruct(
     chosen = engine.select_plan(steps=steps, plan=plan)
     refinements = _check_refinements(refinements)
     shares = (1 + refinements, 1)
-    images = resolve_latents(images, engine.network, name="images")
-    up, down = _parts(progress, [share * _num_evaluations(engine, chosen, len(images)) for share in shares])
+    images = _of_network(engine, images)
+    up, down = parts_of(progress, [share * num_evaluations(engine, chosen, len(images)) for share in shares])
     found = invert(engine, images, plan=chosen, refinements=refinements, progress=up, **conditions)
     return engine.sample(plan=chosen, x_T=found.latents, output_type=output_type, progress=down, **conditions)
 
@@ -121,16 +122,18 @@ def edit(
     method: Literal["noise", "invert"] = "noise",
     seeds: int | Sequence[int] | None = None,
     source_labels: int | Sequence[int] | None = None,
+    source_prompt: str | Sequence[str] | None = None,
     output_type: OutputType = "np",
     progress: Progress | None = None,
-    **conditions: Unpack[Conditions],
+    **conditions: Unpack[Prompted],
 ) -> Any:
     """Draw `images` again from a level part of the way up, with other labels or none.
 
     strength      in (0, 1]: the share of the plan's steps that is drawn again; or
     noise_level   in (0, 1]: sqrt(1 - alpha_bar) to go up to, at most.
     method        "noise": fresh noise of `seeds` on the image (SDEdit, Meng et al. 2022, arXiv 2108.01073); small
-                  strengths keep the layout. "invert": DDIM inversion with `source_labels`, which keeps more of it.
+                  strengths keep the layout. "invert": DDIM inversion with `source_labels` or `source_prompt`, which
+                  keeps more of it; left out, no label and the prompt of the call.
 
     Raises InputError, PlanError and PlanNotFoundError.
     """
@@ -139,15 +142,18 @@ def edit(
     check_choice("method", method, ("noise", "invert"))
     check_callable("progress", progress, "done, total")
     check_output_type(output_type)
-    if source_labels is not None and method == "noise":
-        raise InputError(
-            got="source_labels with method='noise'",
-            expected="method='invert', which finds the noise of the image as it was labelled",
-            remedy="leave source_labels out, or invert",
-        )
+    for name, source in (("source_labels", source_labels), ("source_prompt", source_prompt)):
+        if source is not None and method == "noise":
+            raise InputError(
+                got=f"{name} with method='noise'",
+                expected="method='invert', which finds the noise of the image as it was labelled",
+                remedy=f"leave {name} out, or invert",
+            )
     if seeds is None and method == "noise":
         raise InputError(got="no seeds", expected="a seed per image, for the fresh noise", remedy="pass seeds=[...]")
-    images = resolve_latents(images, engine.network, name="images")
+    images = _of_network(engine, images)
+    pipeline = engine.runner.pipeline
+    target = embedded(pipeline, engine.network, conditions)
     if len(images) == 1 and seeds is not None:
         # One image, edited once with each seed.
         images = np.repeat(images, resolve_seeds(seeds).size, axis=0)
@@ -157,86 +163,37 @@ def edit(
         x_T=images,
         adds_noise=tail.adds_noise,
         latents_name="images",
-        **conditions,
+        **target,
     )
-    num_evaluations = _num_evaluations(engine, tail, request.num_samples)
-    up, down = _parts(progress, [0 if method == "noise" else num_evaluations, num_evaluations])
+    count = num_evaluations(engine, tail, request.num_samples)
+    up, down = parts_of(progress, [0 if method == "noise" else count, count])
     if method == "noise":
         assert request.seeds is not None, "they were checked"
         a = tail.alpha_bars[0]
         z = sample_noise(engine.network, request.seeds, Stream.EDIT)
         latents = (np.sqrt(a) * request.x_T + np.sqrt(1.0 - a) * z).astype(np.float32)
     else:
-        source = resolve_request(
-            engine.network,
-            seeds=None,
-            x_T=images,
-            class_labels=source_labels,
-            prompt_embeds=conditions.get("prompt_embeds"),
-        )
-        latents = _invert(engine, tail.inverted(), source, progress=up).latents
+        named = {name: each for name, each in (target.get("conditions") or {}).items() if name != LABELS}
+        given: Conditions = {"prompt_embeds": target.get("prompt_embeds"), "conditions": named}
+        if source_prompt is not None:
+            kept = {name: each for name, each in conditions.items() if name in (*CONTROLS, "prompt_syntax")}
+            given = embedded(pipeline, engine.network, {**kept, "prompt": source_prompt})
+        given["class_labels"] = source_labels
+        found = resolve_request(engine.network, seeds=None, x_T=images, **given)
+        latents = _invert(engine, tail.inverted(), found, progress=up).latents
     result = engine.runner.run(Stages.of([tail]), dataclasses.replace(request, x_T=latents), progress=down)
     return engine.runner.as_output(result, output_type)
-
-
-def interpolate(
-    engine: Sampler,
-    a: int | Array,
-    b: int | Array,
-    n: int,
-    *,
-    steps: int | None = None,
-    plan: Plan | None = None,
-    seeds: int | Sequence[int] | None = None,
-    output_type: OutputType = "np",
-    progress: Progress | None = None,
-    **conditions: Unpack[Conditions],
-) -> Any:
-    """Draw `n` ≥ 2 samples between the initial noises a and b, both included.
-
-    a, b are seeds, or latents float32 `[*sample_shape]`; the way between them is `slerp`. `seeds`
-    key the fresh noise of plans that add some. Raises InputError.
-    """
-    n = check_integer("n", n, low=2, high=MAX_POINTS, remedy="pass n=8; both ends are drawn")
-    x_T = slerp(_latents_of(engine, a), _latents_of(engine, b), np.linspace(0.0, 1.0, n))
-    return engine.sample(
-        steps=steps, plan=plan, x_T=x_T, seeds=seeds, output_type=output_type, progress=progress, **conditions
-    )
-
-
-def interpolate_grid(
-    engine: Sampler,
-    corners: Sequence[int | Array],
-    *,
-    rows: int,
-    columns: int,
-    steps: int | None = None,
-    plan: Plan | None = None,
-    seeds: int | Sequence[int] | None = None,
-    output_type: OutputType = "np",
-    progress: Progress | None = None,
-    **conditions: Unpack[Conditions],
-) -> Any:
-    """Draw `rows·columns` samples, row by row, between four corners: top left, top right, bottom left and right.
-
-    As `interpolate`, down both sides and then across.
-    """
-    given = check_items("corners", corners, expected="four seeds or latents", remedy="pass corners=[0, 1, 2, 3]")
-    x_T = slerp_grid([_latents_of(engine, corner) for corner in given], rows=rows, columns=columns)
-    return engine.sample(
-        steps=steps, plan=plan, x_T=x_T, seeds=seeds, output_type=output_type, progress=progress, **conditions
-    )
 
 
 def _check_refinements(refinements: int) -> int:
     return check_integer("refinements", refinements, low=0, high=1000, remedy="pass 0, or a few, such as 3")
 
 
-def _num_evaluations(engine: Sampler, plan: Plan, num_samples: int) -> int:
+def num_evaluations(engine: Sampler, plan: Plan, num_samples: int) -> int:
     return len(engine.split(num_samples)) * plan.num_evaluations
 
 
-def _parts(progress: Progress | None, sizes: Sequence[int]) -> list[Progress | None]:
+def parts_of(progress: Progress | None, sizes: Sequence[int]) -> list[Progress | None]:
     """The progress of each part of a call, in evaluations of the whole call."""
     starts = np.cumsum([0, *sizes]).tolist()
     return [part_of(progress, start, starts[-1]) for start in starts[:-1]]
@@ -253,7 +210,7 @@ def _invert(
 ) -> Inversion:
     engine.runner.check()
     stages = Stages.of([plan])
-    total = (1 + refinements) * _num_evaluations(engine, plan, request.num_samples)
+    total = (1 + refinements) * num_evaluations(engine, plan, request.num_samples)
     done = 0
 
     def after_step() -> None:
@@ -279,14 +236,22 @@ def _invert(
     return Inversion(latents, residuals)
 
 
-def _latents_of(engine: Sampler, source: int | Array) -> Array:
-    if hasattr(source, "__dlpack__"):
-        latents = resolve_latents(host_floats("latents", from_dlpack("latents", source))[None], engine.network)
-    else:
-        seed = check_integer("seed", source, low=0, high=MAX_SEED, remedy="pass a seed, or latents of one sample")
-        latents = sample_noise(engine.network, np.array([seed], np.uint64), Stream.INITIAL)
-    first: Array = latents[0]
-    return first
+def is_picture(engine: Sampler, source: Any) -> bool:
+    """Whether this is a picture of the engine's pipeline, or several, and not what its network reads."""
+    shape = engine.network.sample_shape
+    if engine.runner.pipeline is None or (is_tensor(source) and unreadable(source) is not None):
+        return False
+    sides = tuple(getattr(source, "shape", ()))
+    return hasattr(source, "convert") or (len(sides) > 2 and sides[-len(shape) :] != shape)
+
+
+def _of_network(engine: Sampler, images: Any) -> Array:
+    """`[B, *sample_shape]` of images or latents; pictures of a pipeline are encoded."""
+    given = from_dlpack("images", images)
+    if is_picture(engine, given) or (engine.runner.pipeline is not None and isinstance(given, list | tuple)):
+        given = engine.encode(given)
+    resolved: Array = resolve_latents(given, engine.network, name="images")
+    return resolved
 
 
 def _first_step(plan: Plan, *, strength: float | None, noise_level: float | None) -> int:

@@ -10,4 +10,5 @@ pipeline.py    `Pipeline`: the parts behind an engine; skipstep.Engine.sample ca
 building.py    what a diffusers folder holds, read and checked without torch
 exporting.py   these parts as graphs
 modules.py     the parts as torch modules
+stand_ins.py   what lets an engine draw in the loop of a diffusers pipeline (skipstep.accelerate)
 """

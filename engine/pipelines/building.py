@@ -18,6 +18,7 @@ from skipstep.errors import (
     ModelFormatError,
     check_flag,
     check_integer,
+    check_path,
 )
 from skipstep.networks.condition import MAX_SIDE, Condition
 from skipstep.networks.families import prompt_width
@@ -40,6 +41,7 @@ FAMILIES: Final = (
     *("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline", "LDMPipeline"),
 )
 TEXT_CLASSES: Final = ("CLIPTextModel", "CLIPTextModelWithProjection")
+SMALL: Final = "AutoencoderTiny"
 CHECKER: Final = "StableDiffusionSafetyChecker"
 DECODERS: Final = {"vae": "AutoencoderKL", "vqvae": "VQModel"}
 # Pixels a side that the autoencoder takes as a whole: what these models were made for.
@@ -52,6 +54,7 @@ class PartsOptions(TypedDict, total=False):
     height, width   pixels of the pictures, multiples of the autoencoder's factor; None: what the network was made for.
     tile            pixels a side above which the autoencoder works in blended tiles; None: 1024.
     prompt_chunks   how many chunks of tokens, of 75 with CLIP, a prompt may have; None: one, and the rest is cut off.
+    preview         the folder of an AutoencoderTiny (TAESD) for the same latents, with which Engine.preview draws.
     safety_checker  None: run the checker that the folder has, which turns pictures black and warns; False: not.
     """
 
@@ -59,6 +62,7 @@ class PartsOptions(TypedDict, total=False):
     width: int | None
     tile: int | None
     prompt_chunks: int | None
+    preview: str | os.PathLike[str] | None
     safety_checker: bool | None
 
 
@@ -76,6 +80,7 @@ class FoundParts:
     conditions: Mapping[str, Condition]
     prompt_shape: tuple[int, int] | None
     controlnets: tuple[Path, ...] | None  # Those of the folder.
+    preview: str | None = None  # The folder of a small decoder.
 
 
 def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOptions]) -> FoundParts | None:
@@ -135,6 +140,7 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
         width = check_integer("cross_attention_dim", told, low=1, high=MAX_SIDE, remedy=remedy)
         prompt_shape = chunks * texts[0].num_tokens, width
         conditions[MASK] = Condition(prompt_shape[:1], null=1.0)
+    small = _small_decoder(options.get("preview"), latents, factor)
     return FoundParts(
         folder,
         PipelineSpec(
@@ -147,6 +153,7 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
             encodes=True,
             chunks=chunks,
             checks=checks,
+            previews=small is not None,
         ),
         tuple((name, parts[name][1]) for name in names),
         tuple(tokenizers),
@@ -155,7 +162,25 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
         conditions,
         prompt_shape,
         tuple(folder / name for name in _controlnets(folder)) or None,
+        small,
     )
+
+
+def _small_decoder(given: Any, channels: int, factor: int) -> str | None:
+    if given is None:
+        return None
+    folder = Path(check_path("preview", given)).resolve()
+    config = read_json_object(folder / "config.json", remedy=DOWNLOAD)
+    blocks = config.get("num_decoder_blocks", [3, 3, 3, 1])
+    halvings = len(blocks) - 1 if isinstance(blocks, list) and len(blocks) <= 8 else 0
+    kind, width = config.get("_class_name"), config.get("latent_channels", 4)
+    if (kind, width, 1 << halvings) != (SMALL, channels, factor):
+        raise ModelFormatError(
+            got=f"preview= of a {kind!r:.80} with {width!r:.20} latent channels, {1 << halvings} pixels a side",
+            expected=f"an {SMALL} for the pipeline's latents: {channels} channels, {factor} pixels a side",
+            remedy="pass the one that was made for this autoencoder, or leave preview out",
+        )
+    return str(folder)
 
 
 def _refuse(options: PartsOptions) -> None:

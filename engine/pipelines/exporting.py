@@ -14,7 +14,7 @@ from safetensors.numpy import save
 from skipstep.errors import MissingDependencyError, ModelFormatError, NonFiniteError, SkipstepError
 from skipstep.networks.spec import NetworkSpec
 from skipstep.networks.weights import DOWNLOAD, find_weights, tensor_shapes
-from skipstep.pipelines.building import CHECKER, DECODERS, TEXT_CLASSES, XL, FoundParts
+from skipstep.pipelines.building import CHECKER, DECODERS, SMALL, TEXT_CLASSES, XL, FoundParts
 from skipstep.pipelines.conditions import EMBEDS, POOLED
 from skipstep.pipelines.pipeline import LATENTS, MARGINS, MOMENTS, PICTURES, TOKENS, Pipeline
 from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, MASK, PipelineSpec
@@ -40,6 +40,9 @@ def export_parts(
     if found.spec.checks:
         report("export the safety checker")
         files[f"{FOLDER}/checker.onnx"] = _graph(found, "safety_checker", CHECKER, "checker", False)
+    if found.preview is not None:
+        report("export the decoder of previews")
+        files[f"{FOLDER}/preview.onnx"] = _graph(found, found.preview, SMALL, "preview", False)
     made = Pipeline(found.spec, files.__getitem__, num_threads=num_threads)
     _check_widths(found, made, network)
     latents = np.random.default_rng(0).standard_normal((1, *found.sample_shape), np.float32)
@@ -136,10 +139,11 @@ def _exported(module: nn.Module, part: str, spec: PipelineSpec, config: Mapping[
         made = modules.SafetyChecker(module, config)
         inputs, outputs = {PICTURES: torch.rand((2, 3, spec.checks, spec.checks), generator=generator)}, [MARGINS]
     else:
-        factor = 1 if part == "decoder" else spec.factor
-        width = int(config.get("latent_channels", 4)) if part == "decoder" else spec.channels
-        name, output = (LATENTS, PICTURES) if part == "decoder" else (PICTURES, MOMENTS)
-        made = (modules.Decoder if part == "decoder" else modules.Encoder)(module, config)
+        decodes = part != "encoder"
+        factor = 1 if decodes else spec.factor
+        width = int(config.get("latent_channels", 4)) if decodes else spec.channels
+        name, output = (LATENTS, PICTURES) if decodes else (PICTURES, MOMENTS)
+        made = (modules.Decoder if decodes else modules.Encoder)(module, config)
         shape = (2, width, spec.tile[0] * factor, spec.tile[1] * factor)
         inputs, outputs = {name: torch.rand(shape, generator=generator) * 2 - 1}, [output]
     with torch.no_grad():

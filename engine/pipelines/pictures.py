@@ -83,6 +83,25 @@ def _ramp(size: int) -> NDArray[np.float64]:
     return ramp
 
 
+def fit_preview(graph: Graph, *, channels: int, tile: tuple[int, int], factor: int) -> Array:
+    """The linear map `[channels + 1, C]` from a latent pixel, and 1, to the mean colour of its pixels: the nearest to
+    what the decoder makes of noise of every coarseness, by least squares. Pictures have details of all sizes."""
+    rng = np.random.default_rng(0)
+    sides = [1 << power for power in range(max(tile).bit_length())]
+    seen: list[Array] = []
+    colours: list[Array] = []
+    for _ in range(max(1, 1024 // (tile[0] * tile[1]))):
+        latents = np.zeros((channels, *tile), np.float32)
+        for side in sides:
+            coarse = rng.standard_normal((channels, *(-(-whole // side) for whole in tile)), np.float32)
+            latents += coarse.repeat(side, axis=1).repeat(side, axis=2)[:, : tile[0], : tile[1]]
+        latents /= np.float32(np.sqrt(len(sides)))
+        means = graph(latents[None])[0].reshape(-1, tile[0], factor, tile[1], factor).mean(axis=(2, 4))
+        seen.append(np.append(latents, np.ones((1, *tile), np.float32), axis=0).reshape(channels + 1, -1).T)
+        colours.append(means.reshape(len(means), -1).T)
+    return float32(np.linalg.lstsq(np.concatenate(seen), np.concatenate(colours), rcond=None)[0])
+
+
 def read_pictures(name: str, given: Any, *, channels: int, size: tuple[int, int], low: float = -1.0) -> Array:
     """Float32 `[B, C, H, W]` in [low, 1] from PIL pictures, resized where they are of another size, or from an array.
 

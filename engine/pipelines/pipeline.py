@@ -22,7 +22,7 @@ from skipstep.errors import InputError, IntegrityError, check_choice
 from skipstep.loops.contract import Sampler
 from skipstep.networks.spec import NetworkSpec
 from skipstep.pipelines.conditions import EMBEDS, POOLED, read_conditions
-from skipstep.pipelines.pictures import decode_tiled, encode_tiled, read_pictures, squares
+from skipstep.pipelines.pictures import decode_tiled, encode_tiled, fit_preview, read_pictures, squares
 from skipstep.pipelines.prompts import plain_sections, weigh, weighted_sections
 from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, MASK, SPEC_FILE, PipelineSpec
 from skipstep.pipelines.tokenizer import PromptTokenizer
@@ -130,10 +130,23 @@ class Pipeline:
                 made[refused] = -1.0
         return made
 
-    def _decoded(self, latents: Any) -> Array:
+    def _decoded(self, latents: Any, part: str = "decoder") -> Array:
         values = np.ascontiguousarray(float32(host_floats("latents", latents)))
-        made = decode_tiled(self._graph("decoder", PICTURES, LATENTS), values, tile=self.spec.tile, factor=self.factor)
+        made = decode_tiled(self._graph(part, PICTURES, LATENTS), values, tile=self.spec.tile, factor=self.factor)
         return made.clip(-1.0, 1.0)
+
+    def preview(self, latents: Any) -> Array:
+        """As `decode`, quickly: by the pipeline's small decoder, else a pixel for each of the latents."""
+        if self.spec.previews:
+            return self._decoded(latents, "preview")
+
+        def fit() -> Array:
+            graph = self._graph("decoder", PICTURES, LATENTS)
+            return fit_preview(graph, channels=latents.shape[1], tile=self.spec.tile, factor=self.factor)
+
+        colours: Array = self._held("linear preview", fit)
+        made = np.einsum("bchw,cd->bdhw", host_floats("latents", latents), colours[:-1]) + colours[-1][:, None, None]
+        return float32(made.clip(-1.0, 1.0))
 
     def moments(self, pictures: Array) -> tuple[Array, Array]:
         """Mean and deviation of the latents of pictures in [-1, 1]. Raises InputError, NonFiniteError."""
@@ -195,9 +208,20 @@ def decode(engine: Sampler, latents: Any, *, output_type: str = "np") -> Any:
 
     Raises InputError, NonFiniteError.
     """
+    return _pictures(engine, latents, output_type, "decode")
+
+
+def preview(engine: Sampler, latents: Any, *, output_type: str = "np") -> Any:
+    """As `decode`, quickly, such as of the x0 in a StepEvent or a Trajectory. The small decoder that preview= named at
+    build makes them; else a linear map gives a pixel for each of the latents, and is fitted to the decoder when it is
+    first needed, in the time of one picture. The safety checker does not see them. Raises InputError."""
+    return _pictures(engine, latents, output_type, "preview")
+
+
+def _pictures(engine: Sampler, latents: Any, output_type: str, by: str) -> Any:
     check_choice("output_type", output_type, _OUTPUTS)
-    pipeline = _pipeline_of(engine)
-    pictures = pipeline.decode(resolve_latents(latents, engine.network, name="latents"))
+    make = getattr(_pipeline_of(engine), by)
+    pictures = make(resolve_latents(latents, engine.network, name="latents"))
     if output_type == "np":
         return pictures
     from skipstep.calls.images import to_pil

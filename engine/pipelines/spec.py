@@ -5,6 +5,7 @@ pipeline/tokenizer-N.json    one for each text encoder, as the `tokenizers` libr
 pipeline/text-N.onnx         token ids [B, L] to embeddings, and pooled ones where the network reads them
 pipeline/decoder.onnx        latents to pictures
 pipeline/encoder.onnx        pictures to the mean and the deviation of their latents
+pipeline/preview.onnx        latents to pictures in less time, and less exactly
 pipeline/checker.onnx        pictures to what is above 0 where the safety checker refuses one
 pipeline/golden.safetensors  a prompt's embeddings, and the picture of some latents
 """
@@ -46,7 +47,7 @@ class PipelineSpec:
 
     `zero_negative`: without a negative prompt, guidance contrasts with zeros and not with the empty prompt.
     `encodes`: there is an encoder. `chunks` of a prompt's tokens are read, and a mask says how many there are.
-    `checks`: pixels a side that the safety checker reads, 0 without one.
+    `checks`: pixels a side that the safety checker reads, 0 without one. `previews`: there is a small decoder for them.
     """
 
     family: str
@@ -58,6 +59,7 @@ class PipelineSpec:
     encodes: bool
     chunks: Annotated[int, Within(1, MAX_CHUNKS), ADDED_LATER] = 1
     checks: Annotated[int, Within(0, MAX_SIDE), ADDED_LATER] = 0
+    previews: Annotated[bool, ADDED_LATER] = False
     schema: int = SCHEMA
 
     def to_json(self) -> bytes:
@@ -67,7 +69,8 @@ class PipelineSpec:
     def graph_names(self) -> tuple[str, ...]:
         """Of the ONNX graphs, without folder and suffix."""
         texts = tuple(f"text-{i}" for i in range(len(self.texts)))
-        return (*texts, "decoder", *(("encoder",) if self.encodes else ()), *(("checker",) if self.checks else ()))
+        others = {"encoder": self.encodes, "checker": self.checks, "preview": self.previews}
+        return (*texts, "decoder", *(name for name, given in others.items() if given))
 
     def tokenizer_names(self) -> tuple[str, ...]:
         return tuple(f"{FOLDER}/tokenizer-{i}.json" for i in range(len(self.texts)))
