@@ -1,7 +1,7 @@
 """The kernels of a loop compiled ahead of time, for any NVIDIA architecture, on a machine without a GPU.
 
-`compile_step_kernels` and `compile_noise_kernels` make what skipstep.edge.launcher runs on a machine without Triton:
-cubins, each with the facts that a launch needs. The facts come from the compiler's output: arguments from the PTX,
+The `compile_…_kernels` make what skipstep.edge.launcher runs on a machine without Triton: cubins, each with the facts
+that a launch needs. The facts come from the compiler's output: arguments from the PTX,
 checked against the kernel's declaration; shared memory and registers from the machine code.
 """
 
@@ -37,6 +37,7 @@ try:
     from triton.compiler import ASTSource
 
     from skipstep.kernels.philox_kernel import philox_normal_kernel
+    from skipstep.kernels.statistics_kernel import sample_statistics_kernel
     from skipstep.kernels.step_kernel import ddim_step_kernel
 except ImportError as error:
     raise MissingDependencyError(
@@ -58,6 +59,12 @@ _TRITON_TYPES: Final[Mapping[str, str]] = {
     "float32": "fp32",
     "int64": "i64",
     "int32": "i32",
+}
+# A sample's statistics are one program, read many times: as many threads as there are bytes to wait for.
+_KERNELS: Final[Mapping[Purpose, tuple[Any, StepLaunch]]] = {
+    "step": (ddim_step_kernel, DEFAULT_LAUNCH),
+    "noise": (philox_normal_kernel, DEFAULT_LAUNCH),
+    "statistics": (sample_statistics_kernel, StepLaunch(4096, 16)),
 }
 _NETWORK_DTYPES = ("float16", "bfloat16", "float32")
 
@@ -147,6 +154,17 @@ def compile_noise_kernels(
     )
 
 
+def compile_statistics_kernels(
+    architectures: Iterable[int], variants: Iterable[StepFlags], dtypes: Iterable[str], *, num_elements: int
+) -> tuple[StepBinary, ...]:
+    """What steps of these variants need before them: statistics for thresholding and rescaling, each kernel once."""
+    needed = dict.fromkeys(flags for each in variants if (flags := each.of_statistics) is not None)
+    return tuple(
+        _compile_binary(architecture, flags, dtype, num_elements=num_elements, purpose="statistics")
+        for architecture, flags, dtype in product(architectures, needed, dtypes)
+    )
+
+
 def _compile_binary(
     architecture: int,
     flags: StepFlags,
@@ -159,13 +177,12 @@ def _compile_binary(
 ) -> StepBinary:
     multiple = POINTER_ALIGNMENT if num_elements % POINTER_ALIGNMENT == 0 else 1
     types = argument_types(dtype, purpose)
-    if purpose == "noise":
-        kernel = philox_normal_kernel
-        constants = {"STREAM": int(Stream.INITIAL), "COPIES": flags.input_copies, "CHOOSES": 1}
-    else:
-        kernel, constants = ddim_step_kernel, step_constants(flags, per_sample=per_sample, store_x0=store_x0)
-    pointers = {name: f"*{_TRITON_TYPES[kind[1:]]}" for name, kind in types.items() if kind.startswith("*")}
-    compiled = compile_for(kernel, architecture, pointers, constants, wide=multiple > 1)
+    kernel, launch = _KERNELS[purpose]
+    constants = step_constants(flags, per_sample=per_sample, store_x0=store_x0)
+    constants |= {"STREAM": int(Stream.INITIAL), "COPIES": flags.input_copies, "CHOOSES": 1}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    arguments = {name: _triton_type(kind) for name, kind in types.items()}
+    compiled = compile_for(kernel, architecture, arguments, constants, wide=multiple > 1, launch=launch)
     ptx, cubin, metadata = compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
         raise ExportError(
@@ -182,7 +199,7 @@ def _compile_binary(
         per_sample=per_sample,
         store_x0=store_x0,
         network_dtype=dtype,
-        block_size=DEFAULT_LAUNCH.block_size,
+        block_size=launch.block_size,
         num_warps=metadata.num_warps,
         static_shared_bytes=usage["SHARED"],
         dynamic_shared_bytes=metadata.shared,
@@ -216,8 +233,12 @@ def _arguments(ptx: str, types: Mapping[str, str]) -> tuple[KernelArgument, ...]
 def step_pointers(dtype: str) -> dict[str, str]:
     """The step kernel's pointers in Triton's types; the network in `dtype`, one of Triton's too."""
     types = argument_types("float32")
-    pointers = {name: f"*{_TRITON_TYPES[kind[1:]]}" for name, kind in types.items() if kind.startswith("*")}
+    pointers = {name: _triton_type(kind) for name, kind in types.items() if kind.startswith("*")}
     return pointers | {"output_ptr": f"*{dtype}", "network_input_ptr": f"*{dtype}"}
+
+
+def _triton_type(kind: str) -> str:
+    return kind[: kind.startswith("*")] + _TRITON_TYPES[kind.removeprefix("*")]
 
 
 def compile_for(
@@ -232,7 +253,7 @@ def compile_for(
     """What Triton makes of it. `wide`: num_elements is a multiple of 16, so every sample begins at one."""
     values: dict[str, int] = {**constants, "BLOCK": launch.block_size}
     types = {**pointers, "num_elements": "i32", "stage": "i32"}
-    aligned = (*pointers, *["num_elements"] * wide)
+    aligned = [name for name, kind in types.items() if kind.startswith("*")] + ["num_elements"] * wide
     return compile_kernel(kernel, arch, types, values, aligned=aligned, num_warps=launch.num_warps)
 
 

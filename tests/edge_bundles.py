@@ -38,7 +38,13 @@ def kernel_facts(
         step_facts(architecture, flags=each, purpose="noise", arguments=arguments, kernel="noise", **options)
         for each in copies
     ]
-    return [*steps, *noise]
+    arguments = tuple(KernelArgument(*each) for each in argument_types(dtype, "statistics").items())
+    statistics = [
+        step_facts(architecture, flags=each, purpose="statistics", arguments=arguments, kernel="statistics", **options)
+        for each in dict.fromkeys(each.of_statistics for each in flags)
+        if each is not None
+    ]
+    return [*steps, *statistics, *noise]
 
 
 def edge_bundle(
@@ -57,12 +63,12 @@ def edge_bundle(
     bundle = open_bundle(path)
     manifest, network = bundle.manifest, bundle.manifest.network
     plans = read_plans(manifest, bundle.read_arrays(manifest.tables))
-    calls = [(False,), (True,)] if network.can_guide else [(False,)]
+    calls = [(False, False), (True, False), (True, True)] if network.can_guide else [(False, False)]
     flags = [
-        each.in_call(guided=guided, rescale=False, wide_output=network.learns_variance)
+        each.in_call(guided=guided, rescale=rescale, wide_output=network.learns_variance)
         for plan in (*plans, *also)
         for each in plan.stage_flags
-        for (guided,) in calls
+        for guided, rescale in calls
     ]
     facts = kernel_facts(flags, guided=network.can_guide, num_elements=network.num_elements, architecture=architecture)
     kernels = [] if "kernels" in without else facts

@@ -1,6 +1,6 @@
 """The step on a GPU without a compiler: kernels that were compiled ahead of time, launched by the CUDA driver.
 
-    facts + cubin ──choose for this device──▶ load ──▶ begin(x_T), launch(flags, operands, stage, stream)
+    facts + cubin ──choose for this device──▶ load ──▶ begin(x_T), launch(step or its statistics, operands, stage)
 
 Neither torch nor Triton is needed. Cubins are machine code: pass only bytes whose hash has been checked.
 skipstep.edge.step_binary describes a cubin; everything that needs a GPU is in skipstep.cuda.driver.
@@ -9,7 +9,7 @@ skipstep.edge.step_binary describes a cubin; everything that needs a GPU is in s
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Self
 
@@ -21,13 +21,15 @@ from skipstep.kernels.layout import NUM_COLUMNS, StepFlags
 _MAX_BATCH_SIZE: Final = 65_535  # what a grid takes on its second axis
 _MAX_INT32: Final = 2**31 - 1
 _MAX_UINT64: Final = 2**64 - 1
+_C_TYPES: Final[Mapping[str, Any]] = {"int32": ctypes.c_int32, "float32": ctypes.c_float}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOperands:
     """What the step reads and writes; shapes and dtypes are those of skipstep.kernels.step.ddim_step.
 
-    Operands that the flags leave out may be None. With `x0` the kernel stores the predicted image there.
+    Operands that the flags leave out may be None. With `x0` the kernel stores the predicted image there. The statistics
+    write `rescale` and `bound`; they read `strength`, of the rescaling.
     """
 
     state: DeviceBuffer
@@ -36,6 +38,7 @@ class StepOperands:
     table: DeviceBuffer
     seeds: DeviceBuffer | None = None
     guidance: DeviceBuffer | None = None
+    strength: DeviceBuffer | None = None
     rescale: DeviceBuffer | None = None
     bound: DeviceBuffer | None = None
     history: DeviceBuffer | None = None
@@ -89,10 +92,13 @@ class StepLauncher:
         stage: int,
         stream: int,
         per_sample: bool = False,
+        quantile: tuple[int, float, float] | None = None,
     ) -> None:
         """Enqueue one step on `stream` (a CUstream handle): `operands.state` goes from x_t to x_s in place.
 
-        `per_sample`: the table has a row per sample. Nothing is waited for. Raises InputError.
+        `per_sample`: the table has a row per sample. `quantile`: enqueue the statistics instead that flags for
+        thresholding or rescaling need before their step: of the bound its rank below, the weight of the next value and
+        the maximum. Nothing is waited for. Raises InputError.
         """
         check_integer("batch_size", batch_size, low=1, high=_MAX_BATCH_SIZE)
         check_integer("stage", stage, low=0, high=_MAX_INT32)
@@ -100,9 +106,14 @@ class StepLauncher:
         # One sample's table is the same either way.
         per_sample = per_sample and batch_size > 1
         flags = _compiled(flags)
-        facts, kernel = self._kernel("step", flags, per_sample, operands.x0 is not None)
-        addresses = self._addresses(flags, operands, batch_size, stage, per_sample)
-        self._enqueue(facts, kernel, {**addresses, "stage": stage}, batch_size, stream)
+        values: dict[str, float] = {"stage": stage}
+        if quantile is None:
+            facts, kernel = self._kernel("step", flags, per_sample, operands.x0 is not None)
+        else:
+            facts, kernel = self._kernel("statistics", flags.of_statistics or flags, per_sample, False)
+            values |= zip(("low", "weight", "maximum"), quantile, strict=True)
+        values |= self._addresses(flags, operands, batch_size, stage, per_sample, quantile is not None)
+        self._enqueue(facts, kernel, values, batch_size, stream)
 
     def begin(
         self,
@@ -129,13 +140,12 @@ class StepLauncher:
         self._enqueue(facts, kernel, addresses, batch_size, stream)
 
     def _enqueue(
-        self, facts: StepBinaryFacts, kernel: Any, values: dict[str, int], batch_size: int, stream: int
+        self, facts: StepBinaryFacts, kernel: Any, values: Mapping[str, float], batch_size: int, stream: int
     ) -> None:
         values = {**values, "num_elements": self._num_elements}
         # The driver reads every argument through a pointer to it, as many bytes as the kernel declares.
         arguments = [
-            (ctypes.c_uint64 if argument.num_bytes == 8 else ctypes.c_int32)(values.get(argument.name, 0))
-            for argument in facts.arguments
+            _C_TYPES.get(argument.type, ctypes.c_uint64)(values.get(argument.name, 0)) for argument in facts.arguments
         ]
         parameters = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         self._driver.launch(
@@ -148,10 +158,13 @@ class StepLauncher:
         )
 
     def missing(self, flags: Iterable[StepFlags]) -> str:
-        """Those of these flags for which there is no step kernel, in words; empty where all are there."""
-        wanted = dict.fromkeys(_compiled(each) for each in flags)
-        absent = [each for each in wanted if ("step", each, False, False) not in self._kernels]
-        return ", ".join(_describe("step", each, False, False) for each in absent)
+        """The kernels that are not there of those that steps with these flags need, in words; empty where all are."""
+        wanted: dict[_Key, None] = {}
+        for each in map(_compiled, flags):
+            wanted["step", each, False, False] = None
+            if (of_statistics := each.of_statistics) is not None:
+                wanted["statistics", of_statistics, False, False] = None
+        return ", ".join(_describe(*key) for key in wanted if key not in self._kernels)
 
     def __str__(self) -> str:
         return "; ".join(_describe(*key) for key in self._kernels)
@@ -180,7 +193,7 @@ class StepLauncher:
             ) from None
 
     def _addresses(
-        self, flags: StepFlags, operands: StepOperands, batch_size: int, stage: int, per_sample: bool
+        self, flags: StepFlags, operands: StepOperands, batch_size: int, stage: int, per_sample: bool, statistics: bool
     ) -> dict[str, int]:
         """Address by argument, each checked to be aligned and to hold what the kernel will touch."""
         image = batch_size * self._num_elements
@@ -194,6 +207,7 @@ class StepLauncher:
             "table": 4 * NUM_COLUMNS * rows,
             "seeds": 8 * batch_size * flags.add_noise,
             "guidance": 4 * batch_size * flags.guided,
+            "strength": 4 * batch_size * flags.rescale * statistics,
             "rescale": 4 * batch_size * flags.rescale,
             "bound": 4 * batch_size * flags.threshold,
             "history": 4 * image * flags.num_slots,
@@ -290,7 +304,7 @@ def _item_size(network_dtype: str) -> int:
 
 
 def _describe(purpose: Purpose, flags: StepFlags, per_sample: bool, store_x0: bool) -> str:
-    on = ["initial noise"] * (purpose == "noise")
+    on = {"step": [], "noise": ["initial noise"], "statistics": ["statistics"]}[purpose]
     on += [name for name, value in asdict(flags).items() if value]
     on += ["per_sample"] * per_sample + ["store_x0"] * store_x0
     return "+".join(on) or "plain"

@@ -1,6 +1,6 @@
 """The facts that a launcher needs of a kernel that was compiled ahead of time, and their form in JSON.
 
-    kernel(arguments in the order of `arguments`), on grid(C·H·W, B) programs of 32·num_warps threads
+    kernel(arguments in the order of `arguments`), on `grid` programs of 32·num_warps threads
 
 skipstep.export.cubins takes these facts from the compiler; skipstep.edge.launcher uses them.
 """
@@ -18,7 +18,6 @@ from skipstep.storage.untrusted import ADDED_LATER, ReadBy, malformed, read_data
 
 ITEM_SIZES: Final[Mapping[str, int]] = {"float16": 2, "bfloat16": 2, "float32": 4}
 POINTER_ALIGNMENT: Final = 16
-GRID: Final = ["ceil(num_elements / block_size)", "batch_size", "1"]
 
 # Triton's calling convention ends with pointers to memory that this kernel never uses: they are passed as null.
 HIDDEN_ARGUMENTS: Final = ("global_scratch", "profile_scratch")
@@ -28,8 +27,9 @@ _INTEGRATED: Final = frozenset({72, 87, 110})
 # More than this needs the caller to ask the driver for it; the step is far below.
 _MAX_SHARED_BYTES: Final = 48 * 1024
 
-
-Purpose = Literal["step", "noise"]
+Purpose = Literal["step", "noise", "statistics"]
+_GRID: Final = ["ceil(num_elements / block_size)", "batch_size", "1"]
+GRIDS: Final[Mapping[str, list[str]]] = {"step": _GRID, "noise": _GRID, "statistics": ["1", "batch_size", "1"]}
 
 
 def argument_types(network_dtype: str, purpose: Purpose = "step") -> dict[str, str]:
@@ -40,6 +40,21 @@ def argument_types(network_dtype: str, purpose: Purpose = "step") -> dict[str, s
             "network_input_ptr": f"*{network_dtype}",
             "seeds_ptr": "*int64",
             "given_ptr": "*int32",
+            "num_elements": "int32",
+            "stage": "int32",
+        }
+    if purpose == "statistics":
+        return {
+            "state_ptr": "*float32",
+            "output_ptr": f"*{network_dtype}",
+            "table_ptr": "*float32",
+            "guidance_ptr": "*float32",
+            "strength_ptr": "*float32",
+            "rescale_ptr": "*float32",
+            "bound_ptr": "*float32",
+            "low": "int32",
+            "weight": "float32",
+            "maximum": "float32",
             "num_elements": "int32",
             "stage": "int32",
         }
@@ -64,7 +79,7 @@ def argument_types(network_dtype: str, purpose: Purpose = "step") -> dict[str, s
 
 @dataclass(frozen=True, slots=True)
 class KernelArgument:
-    """One parameter of a kernel, by position: `type` is "*…" for a device pointer (8 bytes) or "int32"."""
+    """One parameter of a kernel, by position: `type` is "*…" for a device pointer (8 bytes), "int32" or "float32"."""
 
     name: str
     type: str
@@ -92,8 +107,9 @@ def _read_flags(value: Any, where: str) -> StepFlags:
 class StepBinaryFacts:
     """What a launcher must know of one compiled kernel. Raises ModelFormatError for impossible facts.
 
-    `purpose`: the step, or what comes before the first: x_T of the seeds, unless the state is given, into state and
-    network input; of its flags only `guided` counts, which doubles the network's batch.
+    `purpose`: the step; or what comes before the first: x_T of the seeds, unless the state is given, into state and
+    network input; of its flags only `guided` counts, which doubles the network's batch; or the statistics that a step
+    needs before it, of those flags (skipstep.kernels.statistics_kernel), one program a sample.
     `target` is the compiler's, "sm_90a" for `architecture` 90: with a suffix the cubin runs there and nowhere else.
     The kernel was compiled for one set of flags, `per_sample` tables or not, and with or without an output for x̂0.
     It assumes pointers at multiples of `pointer_alignment` bytes, and C·H·W a multiple of `num_elements_multiple`.
@@ -148,8 +164,8 @@ class StepBinaryFacts:
         return 32 * self.num_warps
 
     def grid(self, num_elements: int, batch_size: int) -> tuple[int, int, int]:
-        """Programs along a sample, samples, 1: what `GRID` says in words."""
-        return -(-num_elements // self.block_size), batch_size, 1
+        """Programs along a sample, samples, 1: what `GRIDS` says in words."""
+        return 1 if self.purpose == "statistics" else -(-num_elements // self.block_size), batch_size, 1
 
     def runs_on(self, capability: int) -> bool:
         """Whether a device of `capability` (87 for 8.7) executes this cubin: the same, or a later minor version.
@@ -173,14 +189,18 @@ class StepBinaryFacts:
         value["arguments"] = [[argument.name, argument.type] for argument in self.arguments]
         if self.purpose == "step":
             del value["purpose"]  # Step kernels are described as they were before there were others.
-        return value | {"grid": list(GRID)}
+        return value | {"grid": list(GRIDS[self.purpose])}
 
     @classmethod
     def from_json(cls, value: object, where: str = "a kernel's facts") -> Self:
         """Read what `to_json` wrote. Raises BundleError for anything else, also for unknown keys and flags."""
-        if not isinstance(value, dict) or value.get("grid") != GRID:
-            raise malformed(where, f"no grid {GRID}")
-        return read_dataclass(cls, {key: each for key, each in value.items() if key != "grid"}, where)
+        grid = value.get("grid") if isinstance(value, dict) else None
+        if not isinstance(value, dict) or grid not in GRIDS.values():
+            raise malformed(where, f"none of the grids {list(GRIDS.values())}")
+        facts = read_dataclass(cls, {key: each for key, each in value.items() if key != "grid"}, where)
+        if grid != GRIDS[facts.purpose]:
+            raise malformed(where, f"the grid {grid} of a kernel for {facts.purpose}")
+        return facts
 
 
 def _require(holds: object, what: str, got: object) -> None:

@@ -53,6 +53,7 @@ def plans(host):
         "multistep": variant(host, solver="dpm_solver_pp_2m"),
         "clipped": variant(host, clip=0.5),
         "guided in part": variant(host, guidance_interval=(0.2, 5.0)),
+        "thresholded": variant(host, clip="dynamic", dynamic_quantile=0.9, dynamic_maximum=1.5),
     }
 
 
@@ -99,10 +100,10 @@ def test_a_call_draws_the_host_s_bits(cuda, bundle, host, call, form):
         assert bool(cuda.launched_graphs) == (form == "captured")
 
 
-@pytest.mark.parametrize("name", ["noise", "multistep", "clipped", "guided in part"])
-@pytest.mark.parametrize("guidance", [None, 2.5])
+@pytest.mark.parametrize("name", ["noise", "multistep", "clipped", "guided in part", "thresholded"])
+@pytest.mark.parametrize("guidance", [{}, {"guidance_scale": 4.0, "guidance_rescale": [0.3, 1.0]}])
 def test_every_kind_of_plan_draws_the_host_s_bits(engine, host, plans, name, guidance):
-    call = {"plan": plans[name], "seeds": [5, 6], "class_labels": [1, 2], "guidance_scale": guidance}
+    call = {"plan": plans[name], "seeds": [5, 6], "class_labels": [1, 2], **guidance}
     assert np.array_equal(engine.sample(**call), host.sample(**call))
 
 
@@ -142,15 +143,9 @@ def test_results_of_many_calls_are_apart(engine, host):
         assert np.array_equal(found[seed], each)
 
 
-@pytest.mark.parametrize("guidance", [None, 2.0])
+@pytest.mark.parametrize("guidance", [{}, {"guidance_scale": 2.0, "guidance_rescale": 0.7}])
 def test_a_trajectory_is_the_host_s(engine, host, plans, guidance):
-    call = {
-        "plan": plans["clipped"],
-        "seeds": [3, 4],
-        "class_labels": 1,
-        "guidance_scale": guidance,
-        "trajectory": True,
-    }
+    call = {"plan": plans["thresholded"], "seeds": [3, 4], "class_labels": 1, "trajectory": True, **guidance}
     (samples, kept), (expected, wanted) = engine.sample(**call), host.sample(**call)
     assert np.array_equal(samples, expected)
     assert np.array_equal(kept.x_t, wanted.x_t)
@@ -191,8 +186,11 @@ def test_closing_gives_everything_back(cuda, bundle):
 # What is refused
 
 REFUSED = {
-    "thresholding": ({"clip": "dynamic", "dynamic_quantile": 0.9}, {}, "dynamic thresholding"),
-    "rescale": ({}, {"guidance_scale": 2.0, "guidance_rescale": 0.5}, "guidance_rescale"),
+    "statistics that are not there": (
+        {"clip": "dynamic", "dynamic_quantile": 0.9, "eta": 0.5},
+        {},
+        r"need threshold.*kernels of the bundle",
+    ),
     "a kernel that is not there": ({"eta": 0.5, "clip": 0.25}, {}, r"need clip\+.*add_noise.*kernels of the bundle"),
 }
 
