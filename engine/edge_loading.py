@@ -3,8 +3,8 @@
     kernels/*.cubin   step and initial noise of the device's architecture     skipstep.edge.launcher
     engines/*         the step network for the device and library here        skipstep.edge.network
 
-What a network computes from conditions before the loop is run by ONNX Runtime on the host, if it has such parts; what
-follows from the timesteps of the bundle's plans is in its tables. Everything is verified before use.
+What follows from the timesteps of the bundle's plans, and from labels, is in its tables; what a network computes from
+other conditions before the loop is run by ONNX Runtime on the host. Everything is verified before use.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipstep.backends.denoiser import Library, NetworkSource
-from skipstep.backends.early import EarlyParts
+from skipstep.backends.early import BY_LABEL, EarlyParts
 from skipstep.backends.tensorrt_engine import TensorRtEngine
 from skipstep.backends.tensorrt_library import choose_library, cuda_releases, import_library
 from skipstep.bundles.bundle import Bundle, read_engine
@@ -47,11 +47,14 @@ class LateEarlyParts(EarlyParts):
             try:
                 from skipstep.backends.onnxruntime import EarlyGraphs
             except ImportError as error:
+                by_label = any(each.startswith(BY_LABEL) for values in self.tables.values() for each in values)
                 raise MissingDependencyError(
                     got=f"no package {error.name}, and a network whose part {name!r} runs before the loop",
                     expected="what computes it on the host",
                     remedy="pip install 'skipstep[cpu]'"
-                    + (", or use the bundle's own plans, whose values are stored" if name == "plan" else ""),
+                    + (
+                        ", or use the bundle's own plans, whose values are stored" if name == "plan" or by_label else ""
+                    ),
                 ) from error
             self._graphs.append(EarlyGraphs(self.graphs, self.spec))
         return self._graphs[0]._run(name, given)

@@ -106,7 +106,9 @@ class _BundleDraft:
         default_schedule = defaults.pop("schedule", None)
         schedules = list(dict.fromkeys(each for each in (*(p.schedule for p in plans), default_schedule) if each))
         inputs = EarlyGraphs(self.parts.graphs.before_loop, network)
-        values = [(plan, inputs.tables_at(distinct(plan.evaluation_timesteps)[0])) for plan in plans]
+        # Where there may be no torch, there need be no ONNX Runtime either.
+        stored = inputs.of_labels if targets.kernels else inputs.tables_at
+        values = [(plan, stored(distinct(plan.evaluation_timesteps)[0])) for plan in plans]
         self.files.add(TABLES_NAME, write_tables(schedules, values))
         graphs, step = self._network()
         engines = []

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import fake_tensorrt
 from executing_cuda import cubin_of
+from safetensors.numpy import save
 from step_binaries import step_facts
 
+from skipstep.backends.onnxruntime import EarlyGraphs
 from skipstep.bundles.bundle import open_bundle
 from skipstep.bundles.manifest import EngineEntry, KernelEntry
-from skipstep.bundles.tables import read_plans
+from skipstep.bundles.tables import plan_arrays, read_plans
+from skipstep.calls.conditioning import distinct
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.edge.step_binary import KernelArgument, StepBinaryFacts, argument_types
 from skipstep.export.bundle_rewriter import rewrite_bundle
@@ -89,6 +92,12 @@ def edge_bundle(
             "inputs": [{"shape": [sizes[0]]}],
         }
         engines = [EngineEntry("engines/step.engine", f"rtx:sm{architecture}", "float32", about)]
+    if kernels:
+        early = EarlyGraphs({each: bundle.read_graph(manifest.graphs[each]) for each in ("plan", "call")}, network)
+        tables = dict(bundle.read_arrays(manifest.tables))
+        for plan in plans:
+            tables |= plan_arrays(plan, early.of_labels(distinct(plan.evaluation_timesteps)[0]))
+        files[manifest.tables] = save(tables)
     changed = replace(manifest, batch_sizes=batch_sizes, kernels=tuple(entries), engines=tuple(engines))
     rewrite_bundle(bundle, changed, files)
     return path
