@@ -10,12 +10,11 @@ import fake_tensorrt
 import numpy as np
 import pytest
 from edge_bundles import edge_bundle
-from executing_cuda import CUresult, ExecutingCuda
-from executing_library import launches_on, modules
+from edge_bundles import load_edge as load
+from executing_cuda import CUresult
 from faults import run_python
 
 import skipstep
-from skipstep.backends.tensorrt_library import RuntimeCache
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.errors import (
     BundleError,
@@ -60,21 +59,6 @@ def plans(host):
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory, plans):
     return edge_bundle(tmp_path_factory.mktemp("edge") / "bundle", also=plans.values())
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    driver = ExecutingCuda()
-    for name, module in modules(driver).items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(fake_tensorrt.IExecutionContext, "execute_async_v3", launches_on(driver))
-    yield driver
-    fake_tensorrt.PRETENCES.clear()
-    RuntimeCache._of_device.clear()
-
-
-def load(path, **options):
-    return skipstep.load(path, device="cuda", runtime="edge", library="tensorrt_rtx", compile_on_miss=True, **options)
 
 
 @pytest.fixture
@@ -221,6 +205,25 @@ ELSEWHERE = {
         {},
         DeviceUnavailableError,
         "tensorrt_rtx 1.7.0.0 for sm_87.*tensorrt 1.7",
+    ),
+    "another version": (
+        {"library_version": "1.6.0.0"},
+        {},
+        DeviceUnavailableError,
+        "rtx 1.7.0.0 for.*expected tensorrt_rtx 1.6.0.0 .*skipstep build",
+    ),
+    "another platform": (
+        {"platform": "linux-riscv64"},
+        {},
+        DeviceUnavailableError,
+        "expected .* on linux-riscv64.*skipstep build",
+    ),
+    "another batch size": ({"profiles": [4]}, {}, DeviceUnavailableError, "at batch 1 .*expected .*at batch 4"),
+    "another dtype": (
+        {"precision": "float16", "network_dtype": "float32"},
+        {},
+        InputError,
+        "float16 network with 784.*expected one of float32.*export the kernels",
     ),
 }
 
