@@ -32,7 +32,13 @@ def test_a_noise_kernel_has_arguments_of_its_own():
         assert StepBinaryFacts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
     # Step kernels are described as they were before there were others.
     assert "purpose" not in step.to_json()
-    for change in ({"purpose": "step"}, {"purpose": "dream"}, {"arguments": step.to_json()["arguments"]}):
+    for change in (
+        {"purpose": "step"},
+        {"grid": ["1", "batch_size", "1"]},
+        {"grid": []},
+        {"purpose": "dream"},
+        {"arguments": step.to_json()["arguments"]},
+    ):
         with pytest.raises((BundleError, ModelFormatError)):
             StepBinaryFacts.from_json({**once.to_json(), **change})
 

@@ -34,7 +34,7 @@ NOISY = StepFlags(clip=True, add_noise=True)
 COMPILE = """
 import itertools, json, sys
 from pathlib import Path
-from skipstep.export.cubins import compile_noise_kernels, compile_step_kernels
+from skipstep.export.cubins import compile_noise_kernels, compile_statistics_kernels, compile_step_kernels
 from skipstep.kernels.layout import NUM_COLUMNS, StepFlags
 
 def keep(*arguments, compile=compile_step_kernels, **options):
@@ -53,6 +53,8 @@ one_each = ["threshold", "read_h2", "write_h0", "add_noise", "guided", "rescale"
 keep([89], [plain, *(StepFlags(**{name: True}) for name in one_each)], ["float32"], num_elements=784)
 keep([89], [plain], ["float32"], num_elements=784, store_x0=[True])
 keep([86], ["float16"], num_elements=784, guided=True, compile=compile_noise_kernels)
+both = StepFlags(clip=True, threshold=True, rescale=True, guided=True)
+keep([80], [plain, both, noisy], ["float16"], num_elements=784, compile=compile_statistics_kernels)
 """
 
 
@@ -114,7 +116,7 @@ def test_a_cubin_is_an_elf_for_its_architecture(compiled, architecture):
 
 
 def test_arguments_are_the_parameters_that_the_assembly_declares(compiled):
-    types = {"int32": ".u32"}
+    types = {"int32": ".u32", "float32": ".f32"}
     for each in compiled:
         assert each.parameters == [types.get(argument.type, ".u64") for argument in each.facts.arguments]
 
@@ -186,6 +188,15 @@ def test_the_noise_kernel_reads_seeds_and_whether_the_state_is_given(compiled):
         assert each.facts.target == "sm_86"
     stores = [len(re.findall(r"st\.global", each.ptx)) for each in (once, twice)]
     assert stores[1] > stores[0] > 0
+
+
+def test_statistics_are_compiled_once_for_the_steps_that_need_them(compiled):
+    [each] = select(compiled, purpose="statistics")
+    assert each.facts.flags == StepFlags(threshold=True, rescale=True, guided=True)
+    assert each.used == {argument.name for argument in each.facts.arguments[:-2]}
+    assert each.facts.grid(784, 3) == (1, 3, 1)
+    assert re.search(r"STACK:0 .*LOCAL:0", each.dump("-res-usage")), "spills"
+    assert "fma.rn" not in each.ptx
 
 
 def test_samples_that_are_not_aligned_get_narrow_accesses(compiled):
