@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.backends.denoiser import Library, NetworkSource
+from skipstep.backends.denoiser import Library, NetworkSource, tensor_dtype
 from skipstep.backends.early import BY_LABEL, EarlyParts
 from skipstep.backends.tensorrt_engine import TensorRtEngine
 from skipstep.backends.tensorrt_library import choose_library, cuda_releases, import_library
@@ -127,7 +127,7 @@ def edge_network(
         launcher = StepLauncher(
             [(StepBinaryFacts.from_json(each.facts, each.file), bundle.read(each.file)) for each in manifest.kernels],
             num_elements=network.num_elements,
-            network_dtype="float32" if built == "tf32" else built,
+            network_dtype=tensor_dtype(built),
             driver=driver,
         )
         engines = _Engines(bundle, choose_library(source.engine_libraries, library), queue, releases)

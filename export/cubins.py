@@ -1,7 +1,7 @@
 """The kernels of a loop compiled ahead of time, for any NVIDIA architecture, on a machine without a GPU.
 
-The `compile_…_kernels` make what skipstep.edge.launcher runs on a machine without Triton: cubins, each with the facts
-that a launch needs. The facts come from the compiler's output: arguments from the PTX,
+`compile_kernels` makes what skipstep.edge.launcher runs on a machine without Triton: cubins, each with the facts that a
+launch needs. The facts come from the compiler's output: arguments from the PTX,
 checked against the kernel's declaration; shared memory and registers from the machine code.
 """
 
@@ -66,6 +66,7 @@ _KERNELS: Final[Mapping[Purpose, tuple[Any, StepLaunch]]] = {
     "noise": (philox_normal_kernel, DEFAULT_LAUNCH),
     "statistics": (sample_statistics_kernel, StepLaunch(4096, 16)),
 }
+Kernel = tuple[Purpose, StepFlags]
 _NETWORK_DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -110,20 +111,25 @@ def needed_variants(
     return tuple(variants)
 
 
-def compile_step_kernels(
-    architectures: Iterable[int],
-    variants: Iterable[StepFlags],
-    dtypes: Iterable[str],
-    *,
-    num_elements: int,
-    per_sample: Iterable[bool] = (False,),
-    store_x0: Iterable[bool] = (False,),
+def loop_kernels(variants: Iterable[StepFlags]) -> tuple[Kernel, ...]:
+    """All that a loop over steps of these variants launches: x_T, the steps, and the statistics before them, each once.
+
+    x_T is drawn, or a given one taken, before the first step; `guided` there: also for a doubled batch.
+    """
+    variants = tuple(variants)
+    steps: list[Kernel] = [("step", each) for each in variants]
+    statistics: list[Kernel] = [("statistics", flags) for each in variants if (flags := each.of_statistics) is not None]
+    noise: list[Kernel] = [("noise", StepFlags(guided=each.input_copies == 2)) for each in variants]
+    return tuple(dict.fromkeys([*steps, *statistics, *noise]))
+
+
+def compile_kernels(
+    architectures: Iterable[int], kernels: Iterable[Kernel], dtypes: Iterable[str], *, num_elements: int
 ) -> tuple[StepBinary, ...]:
     """Compile every combination; nothing is launched and no GPU is needed.
 
     `dtypes` are the network's: "float16", "bfloat16", "float32". `num_elements` is C·H·W of a sample: where 16 divides
-    it the kernel may move 16 bytes at a time, otherwise it takes any number. `per_sample`: for tables with a row per
-    sample; `store_x0`: with the predicted image as an output. Raises InputError and ExportError.
+    it the kernel may move 16 bytes at a time, otherwise it takes any number. Raises InputError and ExportError.
     """
     architectures, dtypes = tuple(architectures), tuple(dtypes)
     for architecture in architectures:
@@ -135,50 +141,19 @@ def compile_step_kernels(
                 expected="one of " + ", ".join(_NETWORK_DTYPES),
                 remedy="pass the dtype of the network's input and output",
             )
-    combinations = product(architectures, tuple(variants), dtypes, tuple(per_sample), tuple(store_x0))
     return tuple(
-        _compile_binary(architecture, flags, dtype, per_sample=rows, store_x0=x0, num_elements=num_elements)
-        for architecture, flags, dtype, rows, x0 in combinations
-    )
-
-
-def compile_noise_kernels(
-    architectures: Iterable[int], dtypes: Iterable[str], *, num_elements: int, guided: bool
-) -> tuple[StepBinary, ...]:
-    """What draws x_T, or takes a given one, before the first step; `guided`: also for a doubled batch. The arguments
-    are those of compile_step_kernels."""
-    variants = [StepFlags(), StepFlags(guided=True)][: 1 + guided]
-    return tuple(
-        _compile_binary(architecture, flags, dtype, num_elements=num_elements, purpose="noise")
-        for architecture, flags, dtype in product(architectures, variants, dtypes)
-    )
-
-
-def compile_statistics_kernels(
-    architectures: Iterable[int], variants: Iterable[StepFlags], dtypes: Iterable[str], *, num_elements: int
-) -> tuple[StepBinary, ...]:
-    """What steps of these variants need before them: statistics for thresholding and rescaling, each kernel once."""
-    needed = dict.fromkeys(flags for each in variants if (flags := each.of_statistics) is not None)
-    return tuple(
-        _compile_binary(architecture, flags, dtype, num_elements=num_elements, purpose="statistics")
-        for architecture, flags, dtype in product(architectures, needed, dtypes)
+        _compile_binary(architecture, purpose, flags, dtype, num_elements=num_elements)
+        for architecture, (purpose, flags), dtype in product(architectures, tuple(kernels), dtypes)
     )
 
 
 def _compile_binary(
-    architecture: int,
-    flags: StepFlags,
-    dtype: str,
-    *,
-    num_elements: int,
-    per_sample: bool = False,
-    store_x0: bool = False,
-    purpose: Purpose = "step",
+    architecture: int, purpose: Purpose, flags: StepFlags, dtype: str, *, num_elements: int
 ) -> StepBinary:
     multiple = POINTER_ALIGNMENT if num_elements % POINTER_ALIGNMENT == 0 else 1
     types = argument_types(dtype, purpose)
     kernel, launch = _KERNELS[purpose]
-    constants = step_constants(flags, per_sample=per_sample, store_x0=store_x0)
+    constants = step_constants(flags, per_sample=False, store_x0=False)
     constants |= {"STREAM": int(Stream.INITIAL), "COPIES": flags.input_copies, "CHOOSES": 1}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     arguments = {name: _triton_type(kind) for name, kind in types.items()}
@@ -196,8 +171,6 @@ def _compile_binary(
         target=_search(r"^\.target\s+(\w+)", ptx),
         kernel=metadata.name,
         flags=flags,
-        per_sample=per_sample,
-        store_x0=store_x0,
         network_dtype=dtype,
         block_size=launch.block_size,
         num_warps=metadata.num_warps,

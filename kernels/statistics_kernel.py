@@ -43,7 +43,7 @@ def _spread(apart, squares, count):
 def sample_statistics_kernel(
     state_ptr,  # float32 [B, n]
     output_ptr,  # network's dtype [B or 2B, n], 2n if WIDE
-    table_ptr,  # float32 [S, B or 1, ROW]
+    table_ptr,  # float32 [S, 1, ROW]
     guidance_ptr,  # float32 [B], read if GUIDED
     strength_ptr,  # float32 [B], phi, read if RESCALED
     rescale_ptr,  # float32 [B], written if RESCALED
@@ -53,7 +53,6 @@ def sample_statistics_kernel(
     maximum,  # of the bound
     num_elements,  # n = C·H·W
     stage,
-    PER_SAMPLE: tl.constexpr,  # the table has a row per sample
     THRESHOLDED: tl.constexpr,
     WIDE: tl.constexpr,
     GUIDED: tl.constexpr,
@@ -63,8 +62,6 @@ def sample_statistics_kernel(
 ):
     sample = tl.program_id(1).to(tl.int64)
     row_ptr = table_ptr + tl.cast(stage, tl.int64) * ROW
-    if PER_SAMPLE:
-        row_ptr = table_ptr + (tl.cast(stage, tl.int64) * tl.num_programs(1) + sample) * ROW
     guidance = 1.0
     if GUIDED:
         guidance = tl.load(guidance_ptr + sample)

@@ -15,6 +15,7 @@ from safetensors.numpy import save
 from step_binaries import step_facts
 
 import skipstep
+from skipstep.backends.denoiser import tensor_dtype
 from skipstep.backends.onnxruntime import EarlyGraphs
 from skipstep.bundles.bundle import open_bundle
 from skipstep.bundles.manifest import EngineEntry, KernelEntry
@@ -84,7 +85,7 @@ def edge_bundle(
         guided=network.can_guide,
         num_elements=network.num_elements,
         architecture=architecture,
-        dtype=network_dtype or precision,
+        dtype=network_dtype or tensor_dtype(precision),
     )
     kernels = [] if "kernels" in without else facts
     files = {f"kernels/{number}.cubin": cubin_of(each) for number, each in enumerate(kernels)}
@@ -93,8 +94,8 @@ def edge_bundle(
     engines = []
     if "engines" not in without:
         step = bundle.read_graph(manifest.graphs["step"])
-        if precision != "float32":
-            step = lower_precision(step, precision)
+        if tensor_dtype(precision) != "float32":
+            step = lower_precision(step, tensor_dtype(precision))
         files["engines/step.engine"] = fake_tensorrt.engine_of(step, *sizes)
         about = {
             "library": library,

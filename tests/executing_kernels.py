@@ -51,7 +51,6 @@ def run_statistics(floats, facts, values, count, batch):
 
 def run_step(floats, facts, values, count, batch):
     flags, stage = facts.flags, values["stage"]
-    assert not any((facts.per_sample, facts.store_x0)), "these are refused before a launch"
     assert values["next_ptr"] == values["state_ptr"]
     state = floats(values["state_ptr"], (batch, 1, count))
     output_shape = ((2 if flags.guided else 1) * batch, 2 if flags.wide_output else 1, count)

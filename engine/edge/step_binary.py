@@ -32,49 +32,21 @@ _GRID: Final = ["ceil(num_elements / block_size)", "batch_size", "1"]
 GRIDS: Final[Mapping[str, list[str]]] = {"step": _GRID, "noise": _GRID, "statistics": ["1", "batch_size", "1"]}
 
 
+_POINTERS: Final[Mapping[str, str]] = {
+    "step": "state next output network_input x0 history table seeds guidance rescale bound counter broken",
+    "noise": "state network_input seeds given",
+    "statistics": "state output table guidance strength rescale bound",
+}
+_INTEGERS: Final[Mapping[str, str]] = {"seeds": "int64", **dict.fromkeys(("given", "counter", "broken"), "int32")}
+
+
 def argument_types(network_dtype: str, purpose: Purpose = "step") -> dict[str, str]:
     """The arguments that a kernel takes, in no binding order; which order a cubin has is among its facts."""
-    if purpose == "noise":
-        return {
-            "state_ptr": "*float32",
-            "network_input_ptr": f"*{network_dtype}",
-            "seeds_ptr": "*int64",
-            "given_ptr": "*int32",
-            "num_elements": "int32",
-            "stage": "int32",
-        }
+    pointed = _INTEGERS | dict.fromkeys(("output", "network_input"), network_dtype)
+    types = {f"{name}_ptr": f"*{pointed.get(name, 'float32')}" for name in _POINTERS[purpose].split()}
     if purpose == "statistics":
-        return {
-            "state_ptr": "*float32",
-            "output_ptr": f"*{network_dtype}",
-            "table_ptr": "*float32",
-            "guidance_ptr": "*float32",
-            "strength_ptr": "*float32",
-            "rescale_ptr": "*float32",
-            "bound_ptr": "*float32",
-            "low": "int32",
-            "weight": "float32",
-            "maximum": "float32",
-            "num_elements": "int32",
-            "stage": "int32",
-        }
-    return {
-        "state_ptr": "*float32",
-        "next_ptr": "*float32",
-        "output_ptr": f"*{network_dtype}",
-        "network_input_ptr": f"*{network_dtype}",
-        "x0_ptr": "*float32",
-        "history_ptr": "*float32",
-        "table_ptr": "*float32",
-        "seeds_ptr": "*int64",
-        "guidance_ptr": "*float32",
-        "rescale_ptr": "*float32",
-        "bound_ptr": "*float32",
-        "counter_ptr": "*int32",
-        "broken_ptr": "*int32",
-        "num_elements": "int32",
-        "stage": "int32",
-    }
+        types |= {"low": "int32", "weight": "float32", "maximum": "float32"}
+    return types | {"num_elements": "int32", "stage": "int32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +83,8 @@ class StepBinaryFacts:
     network input; of its flags only `guided` counts, which doubles the network's batch; or the statistics that a step
     needs before it, of those flags (skipstep.kernels.statistics_kernel), one program a sample.
     `target` is the compiler's, "sm_90a" for `architecture` 90: with a suffix the cubin runs there and nowhere else.
-    The kernel was compiled for one set of flags, `per_sample` tables or not, and with or without an output for x̂0.
-    It assumes pointers at multiples of `pointer_alignment` bytes, and C·H·W a multiple of `num_elements_multiple`.
+    The kernel was compiled for one set of flags, and tables that all samples share. It assumes pointers at multiples of
+    `pointer_alignment` bytes, and C·H·W a multiple of `num_elements_multiple`.
     `registers` are per thread; shared memory is in bytes per program. `toolkit` is the CUDA release of the assembler:
     a driver of an older major release cannot load its cubins.
     """
@@ -121,8 +93,6 @@ class StepBinaryFacts:
     target: str
     kernel: str
     flags: Annotated[StepFlags, ReadBy(_read_flags)]
-    per_sample: bool
-    store_x0: bool
     network_dtype: str
     block_size: int
     num_warps: int
@@ -197,7 +167,9 @@ class StepBinaryFacts:
         grid = value.get("grid") if isinstance(value, dict) else None
         if not isinstance(value, dict) or grid not in GRIDS.values():
             raise malformed(where, f"none of the grids {list(GRIDS.values())}")
-        facts = read_dataclass(cls, {key: each for key, each in value.items() if key != "grid"}, where)
+        others = {"per_sample": False, "store_x0": False}  # Forms that older bundles say they do not have.
+        known = {key: each for key, each in value.items() if key != "grid" and others.get(key) is not each}
+        facts = read_dataclass(cls, known, where)
         if grid != GRIDS[facts.purpose]:
             raise malformed(where, f"the grid {grid} of a kernel for {facts.purpose}")
         return facts

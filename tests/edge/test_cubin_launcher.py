@@ -24,21 +24,20 @@ EVERYTHING = StepFlags(
     guided=True,
     rescale=True,
 )
-# Bytes of every operand when EVERYTHING is on, the network in float16, the table with a row per sample.
+# Bytes of every operand when EVERYTHING is on, the network in float16.
 SIZES = {
     "state": IMAGE,
     "model_output": 2 * IMAGE,
     "network_input": IMAGE,
-    "table": (STAGE + 1) * BATCH_SIZE * 128,
+    "table": (STAGE + 1) * 128,
     "seeds": 8 * BATCH_SIZE,
     "guidance": 4 * BATCH_SIZE,
     "rescale": 4 * BATCH_SIZE,
     "bound": 4 * BATCH_SIZE,
     "history": 3 * IMAGE,
-    "x0": IMAGE,
 }
 OPERANDS = {name: DeviceBuffer(0x7000_0000_0000 + 0x10000 * i, size) for i, (name, size) in enumerate(SIZES.items())}
-CALL = {"batch_size": BATCH_SIZE, "stage": STAGE, "stream": 0x5EA, "per_sample": True}
+CALL = {"batch_size": BATCH_SIZE, "stage": STAGE, "stream": 0x5EA}
 
 
 def launcher(*facts, driver=None, num_elements=NUM_ELEMENTS, network_dtype="float16", **device):
@@ -54,7 +53,7 @@ def plain_operands(**changes):
 
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_arguments_are_passed_in_the_order_that_the_facts_state(shuffled):
-    facts = step_facts(flags=EVERYTHING, per_sample=True, store_x0=True)
+    facts = step_facts(flags=EVERYTHING)
     if shuffled:
         facts = replace(facts, arguments=facts.arguments[::-1])
     driver = RecordingDriver(sizes=[argument.num_bytes for argument in facts.arguments])
@@ -62,7 +61,7 @@ def test_arguments_are_passed_in_the_order_that_the_facts_state(shuffled):
 
     expected = {f"{name}_ptr": buffer.address for name, buffer in OPERANDS.items()}
     expected |= {"next_ptr": expected["state_ptr"], "output_ptr": expected.pop("model_output_ptr")}
-    expected |= dict.fromkeys(("counter_ptr", "broken_ptr"), expected["state_ptr"])
+    expected |= dict.fromkeys(("x0_ptr", "counter_ptr", "broken_ptr"), expected["state_ptr"])
     expected |= {"num_elements": NUM_ELEMENTS, "stage": STAGE, "global_scratch": 0, "profile_scratch": 0}
     [launch] = driver.launches
     assert launch == {
@@ -78,7 +77,7 @@ def test_arguments_are_passed_in_the_order_that_the_facts_state(shuffled):
 def test_statistics_get_their_quantile_and_the_step_s_operands():
     flags = EVERYTHING.of_statistics
     arguments = tuple(KernelArgument(*each) for each in argument_types("float16", "statistics").items())
-    facts = step_facts(flags=flags, purpose="statistics", arguments=arguments, per_sample=True)
+    facts = step_facts(flags=flags, purpose="statistics", arguments=arguments)
     driver = RecordingDriver(sizes=[argument.num_bytes for argument in arguments])
     one = launcher(facts, driver=driver)
     strength = DeviceBuffer(0x7100_0000_0000, 4 * BATCH_SIZE)
@@ -106,7 +105,7 @@ def test_statistics_get_their_quantile_and_the_step_s_operands():
 @pytest.mark.parametrize("damage", ["short", "misaligned", "null", "absent"])
 def test_every_operand_that_is_used_is_checked(name, damage):
     driver = RecordingDriver()
-    one = launcher(step_facts(flags=EVERYTHING, per_sample=True, store_x0=True), driver=driver)
+    one = launcher(step_facts(flags=EVERYTHING), driver=driver)
     good = OPERANDS[name]
     bad = {
         "short": DeviceBuffer(good.address, good.num_bytes - 1),
@@ -114,7 +113,7 @@ def test_every_operand_that_is_used_is_checked(name, damage):
         "null": DeviceBuffer(0, good.num_bytes),
         "absent": None,
     }[damage]
-    with pytest.raises(InputError, match="store_x0" if name == "x0" and damage == "absent" else name):
+    with pytest.raises(InputError, match=name):
         one.launch(EVERYTHING, StepOperands(**{**OPERANDS, name: bad}), **CALL)
     assert not driver.launches
 
@@ -146,14 +145,6 @@ def test_a_stage_past_the_table_is_refused():
     one.launch(StepFlags(), plain_operands(table=table), batch_size=BATCH_SIZE, stage=9, stream=0)
     with pytest.raises(InputError, match="table"):
         one.launch(StepFlags(), plain_operands(table=table), batch_size=BATCH_SIZE, stage=10, stream=0)
-
-
-def test_one_sample_needs_no_kernel_for_tables_per_sample():
-    driver = RecordingDriver(sizes=[argument.num_bytes for argument in step_facts().arguments])
-    one = launcher(step_facts(), driver=driver)
-    one.launch(StepFlags(), plain_operands(), batch_size=1, stage=STAGE, stream=0, per_sample=True)
-    with pytest.raises(InputError, match="per_sample"):
-        one.launch(StepFlags(), plain_operands(), batch_size=2, stage=STAGE, stream=0, per_sample=True)
 
 
 def test_a_variant_that_was_not_exported_is_named_beside_those_that_were():

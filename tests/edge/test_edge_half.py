@@ -45,12 +45,14 @@ class HalfDenoiser:
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
-    return edge_bundle(tmp_path_factory.mktemp("half") / "bundle", precision="float16")
+    """Of networks in eight bits, too, float16 goes in and out."""
+    folder = tmp_path_factory.mktemp("half")
+    return {name: edge_bundle(folder / name, precision=name) for name in ("float16", "int8")}
 
 
 @pytest.fixture(scope="module")
 def host(half):
-    bundle = open_bundle(half)
+    bundle = open_bundle(half["float16"])
     spec = bundle.manifest.network
     graphs = {name: bundle.read_graph(bundle.manifest.graphs[name]) for name in ("plan", "call")}
     early = EarlyGraphs(graphs, spec)
@@ -60,12 +62,12 @@ def host(half):
     return HostLoop(lambda size: HalfDenoiser(session, early, spec, size), spec), spec
 
 
-@pytest.mark.parametrize("form", ["captured", "stepwise"])
+@pytest.mark.parametrize(("precision", "form"), [("float16", "captured"), ("int8", "stepwise")])
 @pytest.mark.parametrize("call", CALLS)
-def test_a_call_in_float16_draws_the_host_loop_s_bits(cuda, half, host, call, form):
+def test_a_call_in_float16_draws_the_host_loop_s_bits(cuda, half, host, call, precision, form):
     loop, spec = host
-    with load_edge(half, loop=form) as engine:
-        assert engine.precision == "float16"
+    with load_edge(half[precision], loop=form) as engine:
+        assert engine.precision == precision
         drawn = engine.sample(steps=10, **CALLS[call])
         plan = engine.select_plan(steps=10)
     request = resolve_request(spec, **{"x_T": None, **CALLS[call]})

@@ -19,7 +19,7 @@ from skipstep.kernels.layout import StepFlags
     [
         step_facts(),
         step_facts(90, target="sm_90a", network_dtype="bfloat16", toolkit="13.4", num_elements_multiple=1),
-        step_facts(flags=StepFlags(clip=True, add_noise=True, guided=True), per_sample=True, store_x0=True),
+        step_facts(flags=StepFlags(clip=True, add_noise=True, guided=True)),
     ],
 )
 def test_json_gives_back_the_facts(facts):

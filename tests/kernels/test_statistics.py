@@ -71,10 +71,10 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize(("n", "quantile", "per_sample"), [(1, 0.5, False), (63, 1.0, False), (300, 0.9, True)])
+@pytest.mark.parametrize(("n", "quantile"), [(1, 0.5), (63, 1.0), (300, 0.9)])
 @pytest.mark.parametrize("case", KERNELS)
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_one_kernel_has_the_bits_of_numpy(case, n, quantile, per_sample, kernel_device):
+def test_one_kernel_has_the_bits_of_numpy(case, n, quantile, kernel_device):
     """The samples: random numbers, equal ones, one with NaN, one with an infinity."""
     from skipstep.kernels.statistics_kernel import sample_statistics_kernel as kernel
 
@@ -85,11 +85,11 @@ def test_one_kernel_has_the_bits_of_numpy(case, n, quantile, per_sample, kernel_
     output = rng.standard_normal((copies, batch, 2 if flags.wide_output else 1, n)).astype(dtype)
     state[1], output[:, 1] = 1.25, output[0, 1, 0, 0]
     state[2, n // 2], state[3, n // 2] = np.nan, -np.inf
-    table = rng.standard_normal((2, batch if per_sample else 1, NUM_COLUMNS), dtype=np.float32)
+    table = rng.standard_normal((2, 1, NUM_COLUMNS), dtype=np.float32)
     guidance, strength = (rng.random(batch, dtype=np.float32) * 3 for _ in range(2))
     thresholding, found = Thresholding(quantile, 1.5), np.full((2, batch), 7, np.float32)
     device = [torch.tensor(each, device=kernel_device) for each in (state, output, table, guidance, strength, found)]
-    constants = step_constants(flags, per_sample=per_sample, store_x0=False)
+    constants = step_constants(flags, per_sample=False, store_x0=False)
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     numbers = *rank(n, quantile), thresholding.maximum, n, 1
     kernel[(1, batch)](*device[:-1], *device[-1], *numbers, **constants, BLOCK=256, enable_fp_fusion=False)
