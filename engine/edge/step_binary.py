@@ -30,8 +30,6 @@ _MAX_SHARED_BYTES: Final = 48 * 1024
 Purpose = Literal["step", "noise", "statistics"]
 _GRID: Final = ["ceil(num_elements / block_size)", "batch_size", "1"]
 GRIDS: Final[Mapping[str, list[str]]] = {"step": _GRID, "noise": _GRID, "statistics": ["1", "batch_size", "1"]}
-
-
 _POINTERS: Final[Mapping[str, str]] = {
     "step": "state next output network_input x0 history table seeds guidance rescale bound counter broken",
     "noise": "state network_input seeds given",
@@ -42,7 +40,7 @@ _INTEGERS: Final[Mapping[str, str]] = {"seeds": "int64", **dict.fromkeys(("given
 
 def argument_types(network_dtype: str, purpose: Purpose = "step") -> dict[str, str]:
     """The arguments that a kernel takes, in no binding order; which order a cubin has is among its facts."""
-    pointed = _INTEGERS | dict.fromkeys(("output", "network_input"), network_dtype)
+    pointed = {**_INTEGERS, **dict.fromkeys(("output", "network_input"), network_dtype)}
     types = {f"{name}_ptr": f"*{pointed.get(name, 'float32')}" for name in _POINTERS[purpose].split()}
     if purpose == "statistics":
         types |= {"low": "int32", "weight": "float32", "maximum": "float32"}
