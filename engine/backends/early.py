@@ -41,7 +41,8 @@ class EarlyParts(ABC):
         """For `timesteps` `[E, N]` and the conditioning of N samples."""
         each_timestep, index = distinct(timesteps)
         stored = self.tables_at(each_timestep)
-        plan = {name: values for name, values in stored.items() if not name.startswith(BY_LABEL)}
+        names = [name for name in stored if not name.startswith(BY_LABEL)]
+        plan = stored if len(names) == len(stored) else {name: stored[name] for name in names}
         rows = dict(conditioning.rows)
         labels = rows[LABELS] if set(rows) == {LABELS} else None
         found = None if labels is None else _of_these(stored, "prompt", labels)
@@ -85,7 +86,8 @@ class EarlyParts(ABC):
         rows: list[Values] = []
         for label in labels:  # One after the other, as a call with this label computes them.
             rows.append(self._outputs("call", {**plan, LABELS: np.full(len(timesteps), label)}))
-            if len(labels) * sum(values.nbytes for values in rows[0].values()) > _MAX_LABEL_BYTES:
+            num_bytes = len(labels) * sum(values.nbytes for values in rows[0].values())
+            if num_bytes + sum(values.nbytes for values in of_prompt.values()) > _MAX_LABEL_BYTES:
                 return plan
         found |= {f"{BY_LABEL}call/{name}": np.stack([each[name] for each in rows], axis=1) for name in rows[0]}
         return plan | found
