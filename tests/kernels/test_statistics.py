@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from skipstep.kernels.launch import step_constants
-from skipstep.kernels.layout import NUM_COLUMNS, Column, StepFlags
+from skipstep.kernels.layout import NUM_COLUMNS, StepFlags
 from skipstep.kernels.statistics import (
     Thresholding,
     rank,
     rescale_factor,
     rescale_factor_numpy,
+    sample_statistics,
     threshold_bound,
     threshold_bound_numpy,
 )
+from skipstep.kernels.statistics_kernel import sample_statistics_kernel
 
 
 def images(n: int, *, scale: float = 2.0) -> np.ndarray:
@@ -64,53 +68,39 @@ def test_a_constant_prediction_has_no_spread_to_take_back():
 
 
 KERNELS = {
-    "threshold": (StepFlags(threshold=True), np.float32),
-    "of half": (StepFlags(threshold=True, guided=True, wide_output=True), np.float16),
-    "rescale": (StepFlags(rescale=True, guided=True), np.float16),
-    "both": (StepFlags(threshold=True, rescale=True, guided=True, scale_guidance=True), np.float32),
+    "threshold": (StepFlags(threshold=True), torch.float32),
+    "of half": (StepFlags(threshold=True, guided=True, wide_output=True), torch.float16),
+    "rescale": (StepFlags(rescale=True, guided=True), torch.float16),
+    "both": (StepFlags(threshold=True, rescale=True, guided=True, scale_guidance=True), torch.float32),
 }
 
 
 @pytest.mark.parametrize(("n", "quantile"), [(1, 0.5), (63, 1.0), (300, 0.9)])
 @pytest.mark.parametrize("case", KERNELS)
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_one_kernel_has_the_bits_of_numpy(case, n, quantile, kernel_device):
+def test_one_kernel_has_the_bits_of_the_others(case, n, quantile, kernel_device):
     """The samples: random numbers, equal ones, one with NaN, one with an infinity."""
-    from skipstep.kernels.statistics_kernel import sample_statistics_kernel as kernel
-
     flags, dtype = KERNELS[case]
-    rng = np.random.default_rng(n)
-    batch, copies = 4, 2 if flags.guided else 1
-    state = 2 * rng.standard_normal((batch, n), dtype=np.float32)
-    output = rng.standard_normal((copies, batch, 2 if flags.wide_output else 1, n)).astype(dtype)
-    state[1], output[:, 1] = 1.25, output[0, 1, 0, 0]
-    state[2, n // 2], state[3, n // 2] = np.nan, -np.inf
-    table = rng.standard_normal((2, 1, NUM_COLUMNS), dtype=np.float32)
-    guidance, strength = (rng.random(batch, dtype=np.float32) * 3 for _ in range(2))
-    thresholding, found = Thresholding(quantile, 1.5), np.full((2, batch), 7, np.float32)
-    device = [torch.tensor(each, device=kernel_device) for each in (state, output, table, guidance, strength, found)]
+    rng, batch = torch.Generator().manual_seed(n), 4
+    state = 2 * torch.randn((batch, 1, n), generator=rng)
+    shape = (2 if flags.guided else 1) * batch, 2 if flags.wide_output else 1, n
+    output = torch.randn(shape, generator=rng).to(dtype)
+    state[1], output[1::batch] = 1.25, output[1, 0, 0]
+    state[2, 0, n // 2], state[3, 0, n // 2] = math.nan, -math.inf
+    table = torch.randn((2, 1, NUM_COLUMNS), generator=rng)
+    guidance, strength = 3 * torch.rand((2, batch), generator=rng)
+    limits, found = Thresholding(quantile, 1.5), torch.full((2, batch), 7.0, device=kernel_device)
     constants = step_constants(flags, per_sample=False, store_x0=False)
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    numbers = *rank(n, quantile), thresholding.maximum, n, 1
-    kernel[(1, batch)](*device[:-1], *device[-1], *numbers, **constants, BLOCK=256, enable_fp_fusion=False)
-
-    columns = table[1][:, :, None]
-    conditional, out = output[0, :, 0], output[0, :, 0].astype(np.float32)
-    if flags.guided:
-        scale = guidance[:, None]
-        if flags.scale_guidance:
-            scale = columns[:, Column.GUIDANCE] * (scale - np.float32(1.0)) + np.float32(1.0)
-        unconditional = output[1, :, 0].astype(np.float32)
-        out = unconditional + scale * (out - unconditional)
-    factor, bound = device[-1].cpu().numpy()
-    expected = np.full(batch, 7, np.float32)
-    if flags.rescale:
-        # The order of a sum is each library's own.
-        np.testing.assert_allclose(factor, rescale_factor_numpy(out, conditional, strength), rtol=1e-6)
-        out = out * factor[:, None]
-    if flags.threshold:
-        x0 = columns[:, Column.X0_X] * state + columns[:, Column.X0_OUT] * out
-        with np.errstate(invalid="ignore"):
-            expected = threshold_bound_numpy(x0, thresholding)
-        assert np.isnan(expected[2])
-    np.testing.assert_array_equal(bound, expected)
+    constants = {name: value for name, value in constants.items() if name in sample_statistics_kernel.arg_names}
+    operands = [each.to(kernel_device) for each in (state, output, table, guidance, strength)]
+    numbers = *rank(n, quantile), limits.maximum, n, 1
+    sample_statistics_kernel[(1, batch)](*operands, *found, *numbers, **constants, BLOCK=256, enable_fp_fusion=False)
+    expected = sample_statistics(
+        state, output, table[1], flags, guidance=guidance, rescale=strength, thresholding=limits
+    )
+    for name, ours, theirs in zip(("factor", "bound"), found.cpu(), expected, strict=True):
+        if theirs is None:
+            assert (ours == 7).all(), name
+        else:
+            np.testing.assert_array_equal(ours.numpy(), theirs.numpy(), err_msg=name)
+            assert name == "factor" or theirs[2].isnan()
