@@ -7,7 +7,6 @@ from faults import modules_after
 from step_binaries import CUBIN, RecordingDriver, step_facts
 
 from skipstep.edge.launcher import DeviceBuffer, StepLauncher, StepOperands
-from skipstep.edge.step_binary import KernelArgument, argument_types
 from skipstep.errors import InputError, ModelFormatError
 from skipstep.kernels.layout import StepFlags
 
@@ -73,31 +72,11 @@ def test_arguments_are_passed_in_the_order_that_the_facts_state(shuffled):
     }
 
 
-def test_statistics_get_their_quantile_and_the_step_s_operands():
-    flags = EVERYTHING.of_statistics
-    arguments = tuple(KernelArgument(*each) for each in argument_types("float16", "statistics").items())
-    facts = step_facts(flags=flags, purpose="statistics", arguments=arguments)
-    driver = RecordingDriver(sizes=[argument.num_bytes for argument in arguments])
-    one = launcher(facts, driver=driver)
-    strength = DeviceBuffer(0x7100_0000_0000, 4 * BATCH_SIZE)
-    operands = StepOperands(**{**OPERANDS, "strength": strength})
-    one.launch(EVERYTHING, operands, **CALL, quantile=(7, 0.5, 1.5))
-    [launch] = driver.launches
-    passed = dict(zip([argument.name for argument in arguments], launch["arguments"], strict=True))
-    names = "state", "table", "guidance", "rescale", "bound"
-    assert passed == {f"{name}_ptr": OPERANDS[name].address for name in names} | {
-        "output_ptr": OPERANDS["model_output"].address,
-        "strength_ptr": strength.address,
-        "low": 7,
-        "weight": 0x3F000000,
-        "maximum": 0x3FC00000,
-        "num_elements": NUM_ELEMENTS,
-        "stage": STAGE,
-    }
-    assert launch["grid"] == (1, BATCH_SIZE, 1)
-    with pytest.raises(InputError, match="strength"):
+def test_statistics_are_kernels_of_their_own():
+    one = launcher(step_facts(flags=EVERYTHING))
+    assert one.missing([EVERYTHING]) == "statistics+threshold+wide_output+guided+rescale"
+    with pytest.raises(InputError, match=r"got statistics\+threshold"):
         one.launch(EVERYTHING, StepOperands(**OPERANDS), **CALL, quantile=(7, 0.5, 1.5))
-    assert one.missing([StepFlags(rescale=True)]) == "rescale, statistics+rescale"
 
 
 @pytest.mark.parametrize("name", SIZES)
