@@ -29,7 +29,7 @@ from skipstep.edge.launcher import StepLauncher
 from skipstep.edge.loop import EdgeLoop
 from skipstep.edge.network import EdgeNetwork
 from skipstep.edge.step_binary import StepBinaryFacts
-from skipstep.errors import DeviceUnavailableError, InputError, MissingDependencyError, check_choice
+from skipstep.errors import DeviceUnavailableError, InputError, MissingDependencyError, check_choice, optional_package
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.loops.runner import BatchRunner, CompiledNetwork
 from skipstep.networks.graphs import Values
@@ -44,18 +44,15 @@ class LateEarlyParts(EarlyParts):
 
     def _run(self, name: str, given: Mapping[str, NDArray[np.generic]]) -> Values:
         if not self._graphs:
-            try:
-                from skipstep.backends.onnxruntime import EarlyGraphs
-            except ImportError as error:
-                by_label = any(each.startswith(BY_LABEL) for values in self.tables.values() for each in values)
-                raise MissingDependencyError(
-                    got=f"no package {error.name}, and a network whose part {name!r} runs before the loop",
-                    expected="what computes it on the host",
-                    remedy="pip install 'skipstep[cpu]'"
-                    + (
-                        ", or use the bundle's own plans, whose values are stored" if name == "plan" or by_label else ""
-                    ),
-                ) from error
+            stored = name == "plan" or any(each.startswith(BY_LABEL) for held in self.tables.values() for each in held)
+            optional_package(
+                "onnxruntime",
+                use=f"computes {name!r}, what of this network runs before the loop, on the host",
+                remedy="pip install 'skipstep[cpu]'"
+                + (", or use the bundle's own plans, whose values are stored" if stored else ""),
+            )
+            from skipstep.backends.onnxruntime import EarlyGraphs
+
             self._graphs.append(EarlyGraphs(self.graphs, self.spec))
         return self._graphs[0]._run(name, given)
 

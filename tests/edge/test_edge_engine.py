@@ -263,8 +263,8 @@ def test_options_that_do_not_fit(cuda, bundle, options, message):
 
 
 def test_what_is_missing_is_named(cuda, bundle, monkeypatch):
-    monkeypatch.setitem(sys.modules, "skipstep.backends.onnxruntime", None)
-    with load(bundle) as engine, pytest.raises(MissingDependencyError, match=r"'plan' runs before.*skipstep\[cpu\]"):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with load(bundle) as engine, pytest.raises(MissingDependencyError, match=r"onnxruntime.*'plan'.*skipstep\[cpu\]"):
         engine.sample(steps=3, seeds=1, class_labels=0)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(MissingDependencyError, match=r"skipstep\[rtx\]"):
@@ -318,7 +318,7 @@ sys.path[:0] = {tests!r}
 from executing_cuda import ExecutingCuda
 from executing_library import install
 install(ExecutingCuda())
-sys.modules.update(dict.fromkeys(("torch", "triton", "onnx", "safetensors.torch", "skipstep.backends.onnxruntime")))
+sys.modules.update(dict.fromkeys(("torch", "triton", "onnx", "onnxruntime", "safetensors.torch")))
 import time
 before, started = set(sys.modules), time.process_time()
 import skipstep
