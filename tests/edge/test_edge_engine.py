@@ -210,6 +210,11 @@ def test_plans_of_their_own_are_refused(engine, host):
 ELSEWHERE = {
     "another architecture": ({}, {"capability": 86}, r"8\.6; expected .*sm_87.*--target sm_86"),
     "an older driver": ({}, {"version": 11080}, "CUDA 11; expected CUDA 12.9"),
+    "a newer library": (
+        {},
+        {"version": 12090},
+        "for CUDA 13 on a driver for CUDA 12.*install tensorrt-rtx-cu12, or up",
+    ),
     "no kernels": ({"without": ("kernels",)}, {}, "no kernels at all.*--target sm_87"),
     "no engines": ({"without": ("engines",)}, {}, "without engines.*skipstep build"),
     "the other library": ({"library": "tensorrt"}, {}, "tensorrt_rtx 1.7.0.0 for sm_87.*tensorrt 1.7"),
@@ -228,8 +233,8 @@ ELSEWHERE = {
 def test_a_bundle_for_another_machine(cuda, tmp_path, case):
     made, machine, message = ELSEWHERE[case]
     vars(cuda).update(machine)
-    error = InputError if case == "another dtype" else DeviceUnavailableError
-    with pytest.raises(error, match=message):
+    errors = {"another dtype": InputError, "a newer library": MissingDependencyError}
+    with pytest.raises(errors.get(case, DeviceUnavailableError), match=message):
         load(edge_bundle(tmp_path / "bundle", batch_sizes=(1,), **made))
     assert not any(cuda.left.values()), cuda.left
 
