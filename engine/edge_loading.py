@@ -3,8 +3,8 @@
     kernels/*.cubin   step and initial noise of the device's architecture     skipstep.edge.launcher
     engines/*         the step network for the device and library here        skipstep.edge.network
 
-What a network computes from conditions before the loop is run by ONNX Runtime on the host, if it has such parts; what
-follows from the timesteps of the bundle's plans is in its tables. Everything is verified before use.
+What follows from the timesteps of the bundle's plans, and from labels, is in its tables; what a network computes from
+other conditions before the loop is run by ONNX Runtime on the host. Everything is verified before use.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.backends.denoiser import Library, NetworkSource
-from skipstep.backends.early import EarlyParts
+from skipstep.backends.denoiser import Library, NetworkSource, tensor_dtype
+from skipstep.backends.early import BY_LABEL, EarlyParts
 from skipstep.backends.tensorrt_engine import TensorRtEngine
 from skipstep.backends.tensorrt_library import choose_library, cuda_releases, import_library
 from skipstep.bundles.bundle import Bundle, read_engine
@@ -29,7 +29,7 @@ from skipstep.edge.launcher import StepLauncher
 from skipstep.edge.loop import EdgeLoop
 from skipstep.edge.network import EdgeNetwork
 from skipstep.edge.step_binary import StepBinaryFacts
-from skipstep.errors import DeviceUnavailableError, InputError, MissingDependencyError, check_choice
+from skipstep.errors import DeviceUnavailableError, InputError, MissingDependencyError, check_choice, optional_package
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.loops.runner import BatchRunner, CompiledNetwork
 from skipstep.networks.graphs import Values
@@ -44,15 +44,15 @@ class LateEarlyParts(EarlyParts):
 
     def _run(self, name: str, given: Mapping[str, NDArray[np.generic]]) -> Values:
         if not self._graphs:
-            try:
-                from skipstep.backends.onnxruntime import EarlyGraphs
-            except ImportError as error:
-                raise MissingDependencyError(
-                    got=f"no package {error.name}, and a network whose part {name!r} runs before the loop",
-                    expected="what computes it on the host",
-                    remedy="pip install 'skipstep[cpu]'"
-                    + (", or use the bundle's own plans, whose values are stored" if name == "plan" else ""),
-                ) from error
+            stored = name == "plan" or any(each.startswith(BY_LABEL) for held in self.tables.values() for each in held)
+            optional_package(
+                "onnxruntime",
+                use=f"computes {name!r}, what of this network runs before the loop, on the host",
+                remedy="pip install 'skipstep[cpu]'"
+                + (", or use the bundle's own plans, whose values are stored" if stored else ""),
+            )
+            from skipstep.backends.onnxruntime import EarlyGraphs
+
             self._graphs.append(EarlyGraphs(self.graphs, self.spec))
         return self._graphs[0]._run(name, given)
 
@@ -124,7 +124,7 @@ def edge_network(
         launcher = StepLauncher(
             [(StepBinaryFacts.from_json(each.facts, each.file), bundle.read(each.file)) for each in manifest.kernels],
             num_elements=network.num_elements,
-            network_dtype="float32" if built == "tf32" else built,
+            network_dtype=tensor_dtype(built),
             driver=driver,
         )
         engines = _Engines(bundle, choose_library(source.engine_libraries, library), queue, releases)

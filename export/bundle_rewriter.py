@@ -97,7 +97,8 @@ def add_plans(
                 expected="the schedule of one of its plans",
                 remedy="export the model again with this plan",
             )
-        arrays |= plan_arrays(plan, early.tables_at(distinct(plan.evaluation_timesteps)[0]))
+        stored = early.of_labels if manifest.kernels else early.tables_at
+        arrays |= plan_arrays(plan, stored(distinct(plan.evaluation_timesteps)[0]))
     qualities = {plan.key: quality for plan in plans if (quality := plan.options().get("quality"))}
 
     def measured(entry: PlanEntry) -> PlanEntry:

@@ -106,7 +106,9 @@ class _BundleDraft:
         default_schedule = defaults.pop("schedule", None)
         schedules = list(dict.fromkeys(each for each in (*(p.schedule for p in plans), default_schedule) if each))
         inputs = EarlyGraphs(self.parts.graphs.before_loop, network)
-        values = [(plan, inputs.tables_at(distinct(plan.evaluation_timesteps)[0])) for plan in plans]
+        # Where there may be no torch, there need be no ONNX Runtime either.
+        stored = inputs.of_labels if targets.kernels else inputs.tables_at
+        values = [(plan, stored(distinct(plan.evaluation_timesteps)[0])) for plan in plans]
         self.files.add(TABLES_NAME, write_tables(schedules, values))
         graphs, step = self._network()
         engines = []
@@ -178,20 +180,21 @@ class _BundleDraft:
         return names[0] if names else None
 
     def _kernels(self) -> list[KernelEntry]:
-        from skipstep.export.cubins import compile_noise_kernels, compile_step_kernels, needed_variants
+        from skipstep.export.cubins import compile_kernels, loop_kernels, needed_variants
 
-        self.report("step kernels for " + ", ".join(f"sm_{each}" for each in self.targets.kernels))
+        self.report("kernels for " + ", ".join(f"sm_{each}" for each in self.targets.kernels))
         network, precision = self.engine.network, tensor_dtype(self.request.precision)
         variants = needed_variants(
             [flags for plan in self.engine.plans.values() for flags in plan.stage_flags],
             guided=network.can_guide,
             wide_output=network.learns_variance,
+            rescale=network.can_guide,
         )
-        count, architectures = network.num_elements, self.targets.kernels
-        steps = compile_step_kernels(architectures, variants, [precision], num_elements=count)
-        noise = compile_noise_kernels(architectures, [precision], num_elements=count, guided=network.can_guide)
+        binaries = compile_kernels(
+            self.targets.kernels, loop_kernels(variants), [precision], num_elements=network.num_elements
+        )
         entries = []
-        for binary in (*steps, *noise):
+        for binary in binaries:
             facts, digest = binary.facts, hashlib.sha256(binary.cubin).hexdigest()[:12]
             name = self.files.add(f"kernels/sm_{facts.architecture}-{precision}-{digest}.cubin", binary.cubin)
             entries.append(KernelEntry(name, facts.to_json()))

@@ -1,7 +1,7 @@
 """The kernels of a loop compiled ahead of time, for any NVIDIA architecture, on a machine without a GPU.
 
-`compile_step_kernels` and `compile_noise_kernels` make what skipstep.edge.launcher runs on a machine without Triton:
-cubins, each with the facts that a launch needs. The facts come from the compiler's output: arguments from the PTX,
+`compile_kernels` makes what skipstep.edge.launcher runs on a machine without Triton: cubins, each with the facts that a
+launch needs. The facts come from the compiler's output: arguments from the PTX,
 checked against the kernel's declaration; shared memory and registers from the machine code.
 """
 
@@ -37,6 +37,7 @@ try:
     from triton.compiler import ASTSource
 
     from skipstep.kernels.philox_kernel import philox_normal_kernel
+    from skipstep.kernels.statistics_kernel import sample_statistics_kernel
     from skipstep.kernels.step_kernel import ddim_step_kernel
 except ImportError as error:
     raise MissingDependencyError(
@@ -59,6 +60,13 @@ _TRITON_TYPES: Final[Mapping[str, str]] = {
     "int64": "i64",
     "int32": "i32",
 }
+# A sample's statistics are one program, read many times: as many threads as there are bytes to wait for.
+_KERNELS: Final[Mapping[Purpose, tuple[Any, StepLaunch]]] = {
+    "step": (ddim_step_kernel, DEFAULT_LAUNCH),
+    "noise": (philox_normal_kernel, DEFAULT_LAUNCH),
+    "statistics": (sample_statistics_kernel, StepLaunch(4096, 16)),
+}
+Kernel = tuple[Purpose, StepFlags]
 _NETWORK_DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -103,20 +111,25 @@ def needed_variants(
     return tuple(variants)
 
 
-def compile_step_kernels(
-    architectures: Iterable[int],
-    variants: Iterable[StepFlags],
-    dtypes: Iterable[str],
-    *,
-    num_elements: int,
-    per_sample: Iterable[bool] = (False,),
-    store_x0: Iterable[bool] = (False,),
+def loop_kernels(variants: Iterable[StepFlags]) -> tuple[Kernel, ...]:
+    """All that a loop over steps of these variants launches: x_T, the steps, and the statistics before them, each once.
+
+    x_T is drawn, or a given one taken, before the first step; `guided` there: also for a doubled batch.
+    """
+    variants = tuple(variants)
+    steps: list[Kernel] = [("step", each) for each in variants]
+    statistics: list[Kernel] = [("statistics", flags) for each in variants if (flags := each.of_statistics) is not None]
+    noise: list[Kernel] = [("noise", StepFlags(guided=each.input_copies == 2)) for each in variants]
+    return tuple(dict.fromkeys([*steps, *statistics, *noise]))
+
+
+def compile_kernels(
+    architectures: Iterable[int], kernels: Iterable[Kernel], dtypes: Iterable[str], *, num_elements: int
 ) -> tuple[StepBinary, ...]:
     """Compile every combination; nothing is launched and no GPU is needed.
 
     `dtypes` are the network's: "float16", "bfloat16", "float32". `num_elements` is C·H·W of a sample: where 16 divides
-    it the kernel may move 16 bytes at a time, otherwise it takes any number. `per_sample`: for tables with a row per
-    sample; `store_x0`: with the predicted image as an output. Raises InputError and ExportError.
+    it the kernel may move 16 bytes at a time, otherwise it takes any number. Raises InputError and ExportError.
     """
     architectures, dtypes = tuple(architectures), tuple(dtypes)
     for architecture in architectures:
@@ -128,44 +141,23 @@ def compile_step_kernels(
                 expected="one of " + ", ".join(_NETWORK_DTYPES),
                 remedy="pass the dtype of the network's input and output",
             )
-    combinations = product(architectures, tuple(variants), dtypes, tuple(per_sample), tuple(store_x0))
     return tuple(
-        _compile_binary(architecture, flags, dtype, per_sample=rows, store_x0=x0, num_elements=num_elements)
-        for architecture, flags, dtype, rows, x0 in combinations
-    )
-
-
-def compile_noise_kernels(
-    architectures: Iterable[int], dtypes: Iterable[str], *, num_elements: int, guided: bool
-) -> tuple[StepBinary, ...]:
-    """What draws x_T, or takes a given one, before the first step; `guided`: also for a doubled batch. The arguments
-    are those of compile_step_kernels."""
-    variants = [StepFlags(), StepFlags(guided=True)][: 1 + guided]
-    return tuple(
-        _compile_binary(architecture, flags, dtype, num_elements=num_elements, purpose="noise")
-        for architecture, flags, dtype in product(architectures, variants, dtypes)
+        _compile_binary(architecture, purpose, flags, dtype, num_elements=num_elements)
+        for architecture, (purpose, flags), dtype in product(architectures, tuple(kernels), dtypes)
     )
 
 
 def _compile_binary(
-    architecture: int,
-    flags: StepFlags,
-    dtype: str,
-    *,
-    num_elements: int,
-    per_sample: bool = False,
-    store_x0: bool = False,
-    purpose: Purpose = "step",
+    architecture: int, purpose: Purpose, flags: StepFlags, dtype: str, *, num_elements: int
 ) -> StepBinary:
     multiple = POINTER_ALIGNMENT if num_elements % POINTER_ALIGNMENT == 0 else 1
     types = argument_types(dtype, purpose)
-    if purpose == "noise":
-        kernel = philox_normal_kernel
-        constants = {"STREAM": int(Stream.INITIAL), "COPIES": flags.input_copies, "CHOOSES": 1}
-    else:
-        kernel, constants = ddim_step_kernel, step_constants(flags, per_sample=per_sample, store_x0=store_x0)
-    pointers = {name: f"*{_TRITON_TYPES[kind[1:]]}" for name, kind in types.items() if kind.startswith("*")}
-    compiled = compile_for(kernel, architecture, pointers, constants, wide=multiple > 1)
+    kernel, launch = _KERNELS[purpose]
+    constants = step_constants(flags, per_sample=False, store_x0=False)
+    constants |= {"STREAM": int(Stream.INITIAL), "COPIES": flags.input_copies, "CHOOSES": 1}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    arguments = {name: _triton_type(kind) for name, kind in types.items()}
+    compiled = compile_for(kernel, architecture, arguments, constants, wide=multiple > 1, launch=launch)
     ptx, cubin, metadata = compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
         raise ExportError(
@@ -179,10 +171,8 @@ def _compile_binary(
         target=_search(r"^\.target\s+(\w+)", ptx),
         kernel=metadata.name,
         flags=flags,
-        per_sample=per_sample,
-        store_x0=store_x0,
         network_dtype=dtype,
-        block_size=DEFAULT_LAUNCH.block_size,
+        block_size=launch.block_size,
         num_warps=metadata.num_warps,
         static_shared_bytes=usage["SHARED"],
         dynamic_shared_bytes=metadata.shared,
@@ -216,8 +206,12 @@ def _arguments(ptx: str, types: Mapping[str, str]) -> tuple[KernelArgument, ...]
 def step_pointers(dtype: str) -> dict[str, str]:
     """The step kernel's pointers in Triton's types; the network in `dtype`, one of Triton's too."""
     types = argument_types("float32")
-    pointers = {name: f"*{_TRITON_TYPES[kind[1:]]}" for name, kind in types.items() if kind.startswith("*")}
+    pointers = {name: _triton_type(kind) for name, kind in types.items() if kind.startswith("*")}
     return pointers | {"output_ptr": f"*{dtype}", "network_input_ptr": f"*{dtype}"}
+
+
+def _triton_type(kind: str) -> str:
+    return kind[: kind.startswith("*")] + _TRITON_TYPES[kind.removeprefix("*")]
 
 
 def compile_for(
@@ -232,7 +226,7 @@ def compile_for(
     """What Triton makes of it. `wide`: num_elements is a multiple of 16, so every sample begins at one."""
     values: dict[str, int] = {**constants, "BLOCK": launch.block_size}
     types = {**pointers, "num_elements": "i32", "stage": "i32"}
-    aligned = (*pointers, *["num_elements"] * wide)
+    aligned = [name for name, kind in types.items() if kind.startswith("*")] + ["num_elements"] * wide
     return compile_kernel(kernel, arch, types, values, aligned=aligned, num_warps=launch.num_warps)
 
 

@@ -125,6 +125,14 @@ class StepFlags:
         """How often the next state is written into the network's input."""
         return 2 if self.guided or self.doubled else 1
 
+    @property
+    def of_statistics(self) -> StepFlags | None:
+        """What matters to the statistics that the step needs before it; None where it needs none."""
+        if not (self.threshold or self.rescale):
+            return None
+        names = "threshold", "wide_output", "guided", "rescale", "scale_guidance"
+        return StepFlags(**{name: getattr(self, name) for name in names})
+
     def in_call(self, *, guided: bool, rescale: bool, wide_output: bool) -> StepFlags:
         """What the step of a plan does in a call, guided or not, with guidance rescale or not."""
         if not guided:

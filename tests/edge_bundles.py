@@ -7,17 +7,24 @@ import sysconfig
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import fake_tensorrt
 from executing_cuda import cubin_of
+from safetensors.numpy import save
 from step_binaries import step_facts
 
+import skipstep
+from skipstep.backends.denoiser import tensor_dtype
+from skipstep.backends.onnxruntime import EarlyGraphs
 from skipstep.bundles.bundle import open_bundle
 from skipstep.bundles.manifest import EngineEntry, KernelEntry
-from skipstep.bundles.tables import read_plans
+from skipstep.bundles.tables import plan_arrays, read_plans
+from skipstep.calls.conditioning import distinct
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.edge.step_binary import KernelArgument, StepBinaryFacts, argument_types
 from skipstep.export.bundle_rewriter import rewrite_bundle
+from skipstep.export.precision import lower_precision
 from skipstep.kernels.layout import StepFlags
 from skipstep.networks.spec import network_batch_sizes
 from skipstep.plans.plan import Plan
@@ -38,7 +45,13 @@ def kernel_facts(
         step_facts(architecture, flags=each, purpose="noise", arguments=arguments, kernel="noise", **options)
         for each in copies
     ]
-    return [*steps, *noise]
+    arguments = tuple(KernelArgument(*each) for each in argument_types(dtype, "statistics").items())
+    statistics = [
+        step_facts(architecture, flags=each, purpose="statistics", arguments=arguments, kernel="statistics", **options)
+        for each in dict.fromkeys(each.of_statistics for each in flags)
+        if each is not None
+    ]
+    return [*steps, *statistics, *noise]
 
 
 def edge_bundle(
@@ -50,28 +63,40 @@ def edge_bundle(
     library: str = "tensorrt_rtx",
     without: tuple[str, ...] = (),
     also: Iterable[Plan] = (),
+    precision: str = "float32",
+    network_dtype: str | None = None,
+    **built_for: Any,
 ) -> Path:
     """The bundle at `source` as if it had been exported for that architecture; `without` "kernels", "engines".
-    It has the kernels of its plans and of those in `also`."""
+    It has the kernels of its plans and of those in `also`. `built_for`: facts of its engine that are others."""
     shutil.copytree(source, path, copy_function=shutil.copyfile)
     bundle = open_bundle(path)
     manifest, network = bundle.manifest, bundle.manifest.network
     plans = read_plans(manifest, bundle.read_arrays(manifest.tables))
-    calls = [(False,), (True,)] if network.can_guide else [(False,)]
+    calls = [(False, False), (True, False), (True, True)] if network.can_guide else [(False, False)]
     flags = [
-        each.in_call(guided=guided, rescale=False, wide_output=network.learns_variance)
+        each.in_call(guided=guided, rescale=rescale, wide_output=network.learns_variance)
         for plan in (*plans, *also)
         for each in plan.stage_flags
-        for (guided,) in calls
+        for guided, rescale in calls
     ]
-    facts = kernel_facts(flags, guided=network.can_guide, num_elements=network.num_elements, architecture=architecture)
+    facts = kernel_facts(
+        flags,
+        guided=network.can_guide,
+        num_elements=network.num_elements,
+        architecture=architecture,
+        dtype=network_dtype or tensor_dtype(precision),
+    )
     kernels = [] if "kernels" in without else facts
     files = {f"kernels/{number}.cubin": cubin_of(each) for number, each in enumerate(kernels)}
     entries = [KernelEntry(name, each.to_json()) for name, each in zip(files, kernels, strict=True)]
     sizes = network_batch_sizes(network, batch_sizes)
     engines = []
     if "engines" not in without:
-        files["engines/step.engine"] = fake_tensorrt.engine_of(bundle.read_graph(manifest.graphs["step"]), *sizes)
+        step = bundle.read_graph(manifest.graphs["step"])
+        if tensor_dtype(precision) != "float32":
+            step = lower_precision(step, tensor_dtype(precision))
+        files["engines/step.engine"] = fake_tensorrt.engine_of(step, *sizes)
         about = {
             "library": library,
             "library_version": "1.7.0.0",
@@ -81,8 +106,19 @@ def edge_bundle(
             "num_multiprocessors": 8 if library == "tensorrt" else None,
             "profiles": list(sizes),
             "inputs": [{"shape": [sizes[0]]}],
+            **built_for,
         }
-        engines = [EngineEntry("engines/step.engine", f"rtx:sm{architecture}", "float32", about)]
+        engines = [EngineEntry("engines/step.engine", f"rtx:sm{architecture}", precision, about)]
+    if kernels:
+        early = EarlyGraphs({each: bundle.read_graph(manifest.graphs[each]) for each in ("plan", "call")}, network)
+        tables = dict(bundle.read_arrays(manifest.tables))
+        for plan in plans:
+            tables |= plan_arrays(plan, early.of_labels(distinct(plan.evaluation_timesteps)[0]))
+        files[manifest.tables] = save(tables)
     changed = replace(manifest, batch_sizes=batch_sizes, kernels=tuple(entries), engines=tuple(engines))
     rewrite_bundle(bundle, changed, files)
     return path
+
+
+def load_edge(path, **options):
+    return skipstep.load(path, device="cuda", runtime="edge", library="tensorrt_rtx", compile_on_miss=True, **options)

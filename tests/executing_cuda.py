@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from executing_kernels import run_noise, run_step
+from executing_kernels import run_noise, run_statistics, run_step
 from numpy.typing import NDArray
 
 from skipstep.edge.step_binary import StepBinaryFacts
@@ -294,16 +294,17 @@ class ExecutingCuda:
         assert (bx, by, bz) == (facts.threads_per_block, 1, 1)
         assert shared == facts.dynamic_shared_bytes
         pointers = (ctypes.c_void_p * len(facts.arguments)).from_address(parameters)
-        values = {
-            each.name: int.from_bytes(ctypes.string_at(pointer, each.num_bytes), "little")
-            for each, pointer in zip(facts.arguments, pointers, strict=True)
-        }
+        values: dict[str, Any] = {}
+        for each, pointer in zip(facts.arguments, pointers, strict=True):
+            data = ctypes.string_at(pointer, each.num_bytes)
+            number = int.from_bytes(data, "little")
+            values[each.name] = np.frombuffer(data, np.float32)[0] if each.type == "float32" else number
         count, batch = values["num_elements"], gy
         assert (gx, gy, gz) == facts.grid(count, batch)
         assert count % facts.num_elements_multiple == 0
         for each in facts.arguments:
-            assert values[each.name] % facts.pointer_alignment == 0 or not each.type.startswith("*"), each.name
-        interpret = run_noise if facts.purpose == "noise" else run_step
+            assert not each.type.startswith("*") or values[each.name] % facts.pointer_alignment == 0, each.name
+        interpret = {"noise": run_noise, "step": run_step, "statistics": run_statistics}[facts.purpose]
         return self._enqueue(stream, lambda: interpret(self.floats, facts, values, count, batch))
 
     # What stand-ins of libraries ask

@@ -21,8 +21,6 @@ def step_facts(architecture: int = 87, *, target: str | None = None, **changes: 
         "target": target or f"sm_{architecture}",
         "kernel": "ddim_step_kernel",
         "flags": StepFlags(),
-        "per_sample": False,
-        "store_x0": False,
         "network_dtype": dtype,
         "block_size": 1024,
         "num_warps": 4,

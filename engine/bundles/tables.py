@@ -3,7 +3,8 @@
 schedule/NUMBER      alpha_bar of a noise schedule, float64 [T]
 KEY/coefficients     a plan's rows of weights, float32 [E, NUM_COLUMNS]
 KEY/timesteps        the network's timestep input at each evaluation, float64 [E]
-KEY/values/NAME      step inputs that follow from the timestep alone: a row for each distinct timestep, in order
+KEY/values/NAME      step inputs that follow from the timestep alone: a row for each distinct timestep, in order; where
+                     labels are the only condition and kernels are there, also `by label/PART/NAME` (backends.early)
 """
 
 from __future__ import annotations

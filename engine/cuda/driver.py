@@ -1,7 +1,6 @@
 """The CUDA driver: a device, its kernels and its calls, without torch and without the CUDA runtime.
 
-`Driver` is what skipstep.edge.launcher needs; `CudaDriver` is the real one, through cuda-bindings. Memory, streams and
-graphs are in skipstep.cuda.queue.
+`CudaDriver` goes through cuda-bindings. Memory, streams and graphs are in skipstep.cuda.queue.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from skipstep.cuda.probe import DeviceFacts
 from skipstep.errors import DeviceMemoryError, DeviceUnavailableError, MissingDependencyError
@@ -28,37 +27,6 @@ class DeviceBuffer:
     def part(self, start: int, num_bytes: int) -> DeviceBuffer:
         assert 0 <= start <= start + num_bytes <= self.num_bytes, "a part lies inside"
         return DeviceBuffer(self.address + start, num_bytes)
-
-
-class Driver(Protocol):
-    """The CUDA driver, on one device."""
-
-    def capability(self) -> int:
-        """Compute capability of the device, 87 for 8.7."""
-        ...
-
-    def cuda_major(self) -> int:
-        """Major release of CUDA that the driver serves."""
-        ...
-
-    def load(self, cubin: bytes, kernel: str) -> Any:
-        """Load a cubin onto the device and return its kernel, which stays loaded until `close`."""
-        ...
-
-    def launch(
-        self,
-        kernel: Any,
-        *,
-        grid: tuple[int, int, int],
-        threads: int,
-        shared_bytes: int,
-        stream: int,
-        parameters: int,
-    ) -> None:
-        """Enqueue the kernel on `stream`. `parameters` is the address of an array of pointers, one per argument."""
-        ...
-
-    def close(self) -> None: ...
 
 
 class CudaDriver:
@@ -98,9 +66,11 @@ class CudaDriver:
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
 
     def capability(self) -> int:
+        """Compute capability of the device, 87 for 8.7."""
         return 10 * self._attribute("COMPUTE_CAPABILITY_MAJOR") + self._attribute("COMPUTE_CAPABILITY_MINOR")
 
     def cuda_major(self) -> int:
+        """Major release of CUDA that the driver serves."""
         return int(self._call("cuDriverGetVersion")) // 1000
 
     def facts(self) -> DeviceFacts:
@@ -118,6 +88,7 @@ class CudaDriver:
         return int(self._call("cuDeviceGetAttribute", kind, self._device))
 
     def load(self, cubin: bytes, kernel: str) -> Any:
+        """The kernel of a cubin, which stays loaded until `close`."""
         with self.current():
             module = self._call("cuModuleLoadData", cubin)
             self._modules.append(module)
@@ -133,6 +104,7 @@ class CudaDriver:
         stream: int,
         parameters: int,
     ) -> None:
+        """Enqueue the kernel on `stream`. `parameters` is the address of an array of pointers, one per argument."""
         with self.current():
             self._call("cuLaunchKernel", kernel, *grid, threads, 1, 1, shared_bytes, stream, parameters, 0)
 

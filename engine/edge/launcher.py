@@ -1,6 +1,6 @@
 """The step on a GPU without a compiler: kernels that were compiled ahead of time, launched by the CUDA driver.
 
-    facts + cubin ──choose for this device──▶ load ──▶ begin(x_T), launch(flags, operands, stage, stream)
+    facts + cubin ──choose for this device──▶ load ──▶ begin(x_T), launch(step or its statistics, operands, stage)
 
 Neither torch nor Triton is needed. Cubins are machine code: pass only bytes whose hash has been checked.
 skipstep.edge.step_binary describes a cubin; everything that needs a GPU is in skipstep.cuda.driver.
@@ -9,11 +9,11 @@ skipstep.edge.step_binary describes a cubin; everything that needs a GPU is in s
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Self
 
-from skipstep.cuda.driver import CudaDriver, DeviceBuffer, Driver
+from skipstep.cuda.driver import CudaDriver, DeviceBuffer
 from skipstep.edge.step_binary import ITEM_SIZES, POINTER_ALIGNMENT, Purpose, StepBinaryFacts
 from skipstep.errors import DeviceUnavailableError, InputError, ModelFormatError, check_integer
 from skipstep.kernels.layout import NUM_COLUMNS, StepFlags
@@ -21,13 +21,15 @@ from skipstep.kernels.layout import NUM_COLUMNS, StepFlags
 _MAX_BATCH_SIZE: Final = 65_535  # what a grid takes on its second axis
 _MAX_INT32: Final = 2**31 - 1
 _MAX_UINT64: Final = 2**64 - 1
+_C_TYPES: Final[Mapping[str, Any]] = {"int32": ctypes.c_int32, "float32": ctypes.c_float}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOperands:
     """What the step reads and writes; shapes and dtypes are those of skipstep.kernels.step.ddim_step.
 
-    Operands that the flags leave out may be None. With `x0` the kernel stores the predicted image there.
+    Operands that the flags leave out may be None. The statistics write `rescale` and `bound`; they read `strength`, of
+    the rescaling.
     """
 
     state: DeviceBuffer
@@ -36,10 +38,10 @@ class StepOperands:
     table: DeviceBuffer
     seeds: DeviceBuffer | None = None
     guidance: DeviceBuffer | None = None
+    strength: DeviceBuffer | None = None
     rescale: DeviceBuffer | None = None
     bound: DeviceBuffer | None = None
     history: DeviceBuffer | None = None
-    x0: DeviceBuffer | None = None
 
 
 class StepLauncher:
@@ -57,7 +59,7 @@ class StepLauncher:
         *,
         num_elements: int,
         network_dtype: str,
-        driver: Driver | None = None,
+        driver: CudaDriver | None = None,
     ) -> None:
         check_integer("num_elements", num_elements, low=1, high=_MAX_INT32)
         binaries = list(binaries)
@@ -88,21 +90,26 @@ class StepLauncher:
         batch_size: int,
         stage: int,
         stream: int,
-        per_sample: bool = False,
+        quantile: tuple[int, float, float] | None = None,
     ) -> None:
         """Enqueue one step on `stream` (a CUstream handle): `operands.state` goes from x_t to x_s in place.
 
-        `per_sample`: the table has a row per sample. Nothing is waited for. Raises InputError.
+        `quantile`: enqueue the statistics instead that flags for
+        thresholding or rescaling need before their step: of the bound its rank below, the weight of the next value and
+        the maximum. Nothing is waited for. Raises InputError.
         """
         check_integer("batch_size", batch_size, low=1, high=_MAX_BATCH_SIZE)
         check_integer("stage", stage, low=0, high=_MAX_INT32)
         check_integer("stream", stream, low=0, high=_MAX_UINT64)
-        # One sample's table is the same either way.
-        per_sample = per_sample and batch_size > 1
         flags = _compiled(flags)
-        facts, kernel = self._kernel("step", flags, per_sample, operands.x0 is not None)
-        addresses = self._addresses(flags, operands, batch_size, stage, per_sample)
-        self._enqueue(facts, kernel, {**addresses, "stage": stage}, batch_size, stream)
+        values: dict[str, float] = {"stage": stage}
+        if quantile is None:
+            facts, kernel = self._kernel("step", flags)
+        else:
+            facts, kernel = self._kernel("statistics", flags.of_statistics or flags)
+            values |= zip(("low", "weight", "maximum"), quantile, strict=True)
+        values |= self._addresses(flags, operands, batch_size, stage, quantile is not None)
+        self._enqueue(facts, kernel, values, batch_size, stream)
 
     def begin(
         self,
@@ -117,7 +124,7 @@ class StepLauncher:
     ) -> None:
         """Enqueue what comes before the first evaluation: x_T of the seeds, or the `state` that is there where the
         int32 `given` is not zero, in state and, `copies` times, in the network's input. Raises InputError."""
-        facts, kernel = self._kernel("noise", StepFlags(guided=copies == 2), False, False)
+        facts, kernel = self._kernel("noise", StepFlags(guided=copies == 2))
         image = batch_size * self._num_elements
         needed = {
             "state": (state, 4 * image),
@@ -129,13 +136,12 @@ class StepLauncher:
         self._enqueue(facts, kernel, addresses, batch_size, stream)
 
     def _enqueue(
-        self, facts: StepBinaryFacts, kernel: Any, values: dict[str, int], batch_size: int, stream: int
+        self, facts: StepBinaryFacts, kernel: Any, values: Mapping[str, float], batch_size: int, stream: int
     ) -> None:
         values = {**values, "num_elements": self._num_elements}
         # The driver reads every argument through a pointer to it, as many bytes as the kernel declares.
         arguments = [
-            (ctypes.c_uint64 if argument.num_bytes == 8 else ctypes.c_int32)(values.get(argument.name, 0))
-            for argument in facts.arguments
+            _C_TYPES.get(argument.type, ctypes.c_uint64)(values.get(argument.name, 0)) for argument in facts.arguments
         ]
         parameters = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         self._driver.launch(
@@ -148,10 +154,13 @@ class StepLauncher:
         )
 
     def missing(self, flags: Iterable[StepFlags]) -> str:
-        """Those of these flags for which there is no step kernel, in words; empty where all are there."""
-        wanted = dict.fromkeys(_compiled(each) for each in flags)
-        absent = [each for each in wanted if ("step", each, False, False) not in self._kernels]
-        return ", ".join(_describe("step", each, False, False) for each in absent)
+        """The kernels that are not there of those that steps with these flags need, in words; empty where all are."""
+        wanted: dict[_Key, None] = {}
+        for each in map(_compiled, flags):
+            wanted["step", each] = None
+            if (of_statistics := each.of_statistics) is not None:
+                wanted["statistics", of_statistics] = None
+        return ", ".join(_describe(*key) for key in wanted if key not in self._kernels)
 
     def __str__(self) -> str:
         return "; ".join(_describe(*key) for key in self._kernels)
@@ -167,37 +176,34 @@ class StepLauncher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _kernel(
-        self, purpose: Purpose, flags: StepFlags, per_sample: bool, store_x0: bool
-    ) -> tuple[StepBinaryFacts, Any]:
+    def _kernel(self, purpose: Purpose, flags: StepFlags) -> tuple[StepBinaryFacts, Any]:
         try:
-            return self._kernels[purpose, flags, per_sample, store_x0]
+            return self._kernels[purpose, flags]
         except KeyError:
             raise InputError(
-                got=_describe(purpose, flags, per_sample, store_x0),
+                got=_describe(purpose, flags),
                 expected=f"one of {self}",
                 remedy="export the kernels of the plans that run here (skipstep.export.cubins.needed_variants)",
             ) from None
 
     def _addresses(
-        self, flags: StepFlags, operands: StepOperands, batch_size: int, stage: int, per_sample: bool
+        self, flags: StepFlags, operands: StepOperands, batch_size: int, stage: int, statistics: bool
     ) -> dict[str, int]:
         """Address by argument, each checked to be aligned and to hold what the kernel will touch."""
         image = batch_size * self._num_elements
         network = image * self._item_size
         halves = 2 if flags.guided else 1
-        rows = (stage + 1) * (batch_size if per_sample else 1)
         needed = {
             "state": 4 * image,
             "model_output": network * halves * (2 if flags.wide_output else 1),
             "network_input": network * flags.input_copies,
-            "table": 4 * NUM_COLUMNS * rows,
+            "table": 4 * NUM_COLUMNS * (stage + 1),
             "seeds": 8 * batch_size * flags.add_noise,
             "guidance": 4 * batch_size * flags.guided,
+            "strength": 4 * batch_size * flags.rescale * statistics,
             "rescale": 4 * batch_size * flags.rescale,
             "bound": 4 * batch_size * flags.threshold,
             "history": 4 * image * flags.num_slots,
-            "x0": 4 * image * (operands.x0 is not None),
         }
         checked = {
             name: _checked_address(name, getattr(operands, name), num_bytes)
@@ -205,7 +211,7 @@ class StepLauncher:
             if num_bytes
         }
         # An operand that the flags leave out is never touched; any pointer will do.
-        addresses = dict.fromkeys((*needed, "counter", "broken"), checked["state"]) | checked
+        addresses = dict.fromkeys((*needed, "x0", "counter", "broken"), checked["state"]) | checked
         output = addresses.pop("model_output")
         return {f"{name}_ptr": address for name, address in addresses.items()} | {
             "next_ptr": addresses["state"],
@@ -218,11 +224,11 @@ def _compiled(flags: StepFlags) -> StepFlags:
     return flags if flags.guided else replace(flags, unguided=False, scale_guidance=False)
 
 
-_Key = tuple[Purpose, StepFlags, bool, bool]
+_Key = tuple[Purpose, StepFlags]
 
 
 def _choose(
-    binaries: list[tuple[StepBinaryFacts, bytes]], driver: Driver, num_elements: int, network_dtype: str
+    binaries: list[tuple[StepBinaryFacts, bytes]], driver: CudaDriver, num_elements: int, network_dtype: str
 ) -> dict[_Key, tuple[StepBinaryFacts, bytes]]:
     """The best binary for this device of every variant: wide accesses before any, then the nearest architecture."""
     capability, cuda_major = driver.capability(), driver.cuda_major()
@@ -253,7 +259,7 @@ def _choose(
             remedy="export the kernels for this network",
         )
     usable.sort(key=lambda pair: (pair[0].num_elements_multiple, pair[0].architecture))
-    return {(facts.purpose, facts.flags, facts.per_sample, facts.store_x0): (facts, cubin) for facts, cubin in usable}
+    return {(facts.purpose, facts.flags): (facts, cubin) for facts, cubin in usable}
 
 
 def _check_cubin(facts: StepBinaryFacts, cubin: bytes) -> None:
@@ -289,8 +295,7 @@ def _item_size(network_dtype: str) -> int:
         ) from None
 
 
-def _describe(purpose: Purpose, flags: StepFlags, per_sample: bool, store_x0: bool) -> str:
-    on = ["initial noise"] * (purpose == "noise")
+def _describe(purpose: Purpose, flags: StepFlags) -> str:
+    on = {"step": [], "noise": ["initial noise"], "statistics": ["statistics"]}[purpose]
     on += [name for name, value in asdict(flags).items() if value]
-    on += ["per_sample"] * per_sample + ["store_x0"] * store_x0
     return "+".join(on) or "plain"

@@ -206,25 +206,18 @@ class EdgeLoop:
 
     def _check(self, structure: Structure) -> None:
         """Raise InputError for what no kernel here does."""
-        problem, instead = None, "use a plan without it"
-        if any(flags.rescale for flags in structure.flags):
-            problem, instead = "guidance_rescale", "leave guidance_rescale out"
-        elif structure.thresholding is not None:
-            problem = "a plan with dynamic thresholding"
-        elif structure.rows > 1:
-            problem, instead = "a plan of its own for each sample", "pass one plan for all samples"
-        if problem is None and (missing := self._launcher.missing(structure.flags)):
+        if structure.rows > 1:
+            raise InputError(
+                got="a plan of its own for each sample on a GPU without torch",
+                expected="one for all: the compiled kernels read one table",
+                remedy=f"pass one plan for all samples, or {_WITH_TORCH}",
+            )
+        if missing := self._launcher.missing(structure.flags):
             target = self._launcher.facts[0].target.rstrip("af")
             raise InputError(
                 got=f"a plan whose steps need {missing}",
                 expected=f"kernels of the bundle: {self._launcher}",
                 remedy=f"export the bundle again with this plan and --target {target}, or {_WITH_TORCH}",
-            )
-        if problem is not None:
-            raise InputError(
-                got=f"{problem} on a GPU without torch",
-                expected="what the compiled kernels do: they have no statistics of a sample, and one table for all",
-                remedy=f"{instead}, or {_WITH_TORCH}",
             )
 
     @contextlib.contextmanager
@@ -331,6 +324,8 @@ class EdgeRun:
             table=stages.table[stage : stage + 1],
             flags=[flags],
             guidance=request.guidance,
+            rescale=request.rescale,
+            thresholding=self._program.structure.thresholding,
             x0=x0,
         )(0)
         return x0

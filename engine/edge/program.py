@@ -1,6 +1,6 @@
 """All memory of a loop of one structure on a GPU without torch, and what is launched on it.
 
-    call block   seeds, guidance, whether x_T is given, step inputs that stages share   one copy in a call
+    call block   seeds, guidance, rescaling, whether x_T is given, step inputs that stages share   one copy in a call
                  state                                                                  one copy out
     plan block   coefficients, and the step inputs of each stage                        one copy, if it changed
     history      the solver's
@@ -25,6 +25,7 @@ from skipstep.edge.blocks import Block, Field
 from skipstep.edge.launcher import StepLauncher, StepOperands
 from skipstep.edge.network import DeviceRows, EdgeNetwork
 from skipstep.kernels.layout import NUM_COLUMNS
+from skipstep.kernels.statistics import Thresholding, rank
 from skipstep.loops.structure import Structure
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.stages import Stages
@@ -48,7 +49,7 @@ class Program:
                 shared[name] = Field((network.batch_size, *each.shape), each.dtype)
         fields = {
             "seeds": Field((count,), "uint64"),
-            "guidance": Field((count,), "float32"),
+            **{name: Field((count,), "float32") for name in ("guidance", "strength", "rescale", "bound")},
             "given": Field((1,), "int32"),
             **shared,
             "state": Field((count, *spec.sample_shape), "float32"),
@@ -70,13 +71,14 @@ class Program:
             model_output=network.output,
             network_input=network.input,
             table=parts["table"],
-            seeds=parts["seeds"],
-            guidance=parts["guidance"],
+            **{name: parts[name] for name in ("seeds", "guidance", "strength", "rescale", "bound")},
             history=self._history,
         )
         self._rows = {name: DeviceRows(self.call.part(name).address) for name in shared} | {
             name: DeviceRows(self._plan.part(name).address, each.pitch) for name, each in of_stages.items()
         }
+        limits = structure.thresholding or Thresholding(1.0)
+        self._quantile = *rank(spec.num_elements, limits.quantile), limits.maximum
         # What the plan block and the values that stages share follow from.
         self._stages: Stages | None = None
         self._conditions: Any = None
@@ -110,6 +112,7 @@ class Program:
         memory, block = self._queue.pinned(self.call.memory.num_bytes), self.call
         block.write(memory, "seeds", 0 if request.seeds is None else request.seeds)
         block.write(memory, "guidance", 1.0 if request.guidance is None else request.guidance)
+        block.write(memory, "strength", 0.0 if request.rescale is None else request.rescale)
         block.write(memory, "given", request.x_T is not None)
         for name in self._shared:
             block.write(memory, name, self._values[name])
@@ -149,13 +152,17 @@ class Program:
         self._enqueue(self._rows, stage)
 
     def step(self, stage: int) -> None:
-        self._launcher.launch(
-            self.structure.flags[stage],
-            self._operands,
-            batch_size=self.structure.num_samples,
-            stage=stage,
-            stream=self._queue.handle,
-        )
+        """After the statistics that it needs, if any."""
+        flags = self.structure.flags[stage]
+        for quantile in (None,) if flags.of_statistics is None else (self._quantile, None):
+            self._launcher.launch(
+                flags,
+                self._operands,
+                batch_size=self.structure.num_samples,
+                stage=stage,
+                stream=self._queue.handle,
+                quantile=quantile,
+            )
 
     def _fill_plan(self, stages: Stages, request: SampleRequest) -> None:
         conditions = request.condition_bytes()

@@ -1,6 +1,6 @@
 """The facts that a launcher needs of a kernel that was compiled ahead of time, and their form in JSON.
 
-    kernel(arguments in the order of `arguments`), on grid(C·H·W, B) programs of 32·num_warps threads
+    kernel(arguments in the order of `arguments`), on `grid` programs of 32·num_warps threads
 
 skipstep.export.cubins takes these facts from the compiler; skipstep.edge.launcher uses them.
 """
@@ -18,7 +18,6 @@ from skipstep.storage.untrusted import ADDED_LATER, ReadBy, malformed, read_data
 
 ITEM_SIZES: Final[Mapping[str, int]] = {"float16": 2, "bfloat16": 2, "float32": 4}
 POINTER_ALIGNMENT: Final = 16
-GRID: Final = ["ceil(num_elements / block_size)", "batch_size", "1"]
 
 # Triton's calling convention ends with pointers to memory that this kernel never uses: they are passed as null.
 HIDDEN_ARGUMENTS: Final = ("global_scratch", "profile_scratch")
@@ -28,43 +27,29 @@ _INTEGRATED: Final = frozenset({72, 87, 110})
 # More than this needs the caller to ask the driver for it; the step is far below.
 _MAX_SHARED_BYTES: Final = 48 * 1024
 
-
-Purpose = Literal["step", "noise"]
+Purpose = Literal["step", "noise", "statistics"]
+_GRID: Final = ["ceil(num_elements / block_size)", "batch_size", "1"]
+GRIDS: Final[Mapping[str, list[str]]] = {"step": _GRID, "noise": _GRID, "statistics": ["1", "batch_size", "1"]}
+_POINTERS: Final[Mapping[str, str]] = {
+    "step": "state next output network_input x0 history table seeds guidance rescale bound counter broken",
+    "noise": "state network_input seeds given",
+    "statistics": "state output table guidance strength rescale bound",
+}
+_INTEGERS: Final[Mapping[str, str]] = {"seeds": "int64", **dict.fromkeys(("given", "counter", "broken"), "int32")}
 
 
 def argument_types(network_dtype: str, purpose: Purpose = "step") -> dict[str, str]:
     """The arguments that a kernel takes, in no binding order; which order a cubin has is among its facts."""
-    if purpose == "noise":
-        return {
-            "state_ptr": "*float32",
-            "network_input_ptr": f"*{network_dtype}",
-            "seeds_ptr": "*int64",
-            "given_ptr": "*int32",
-            "num_elements": "int32",
-            "stage": "int32",
-        }
-    return {
-        "state_ptr": "*float32",
-        "next_ptr": "*float32",
-        "output_ptr": f"*{network_dtype}",
-        "network_input_ptr": f"*{network_dtype}",
-        "x0_ptr": "*float32",
-        "history_ptr": "*float32",
-        "table_ptr": "*float32",
-        "seeds_ptr": "*int64",
-        "guidance_ptr": "*float32",
-        "rescale_ptr": "*float32",
-        "bound_ptr": "*float32",
-        "counter_ptr": "*int32",
-        "broken_ptr": "*int32",
-        "num_elements": "int32",
-        "stage": "int32",
-    }
+    pointed = {**_INTEGERS, **dict.fromkeys(("output", "network_input"), network_dtype)}
+    types = {f"{name}_ptr": f"*{pointed.get(name, 'float32')}" for name in _POINTERS[purpose].split()}
+    if purpose == "statistics":
+        types |= {"low": "int32", "weight": "float32", "maximum": "float32"}
+    return types | {"num_elements": "int32", "stage": "int32"}
 
 
 @dataclass(frozen=True, slots=True)
 class KernelArgument:
-    """One parameter of a kernel, by position: `type` is "*…" for a device pointer (8 bytes) or "int32"."""
+    """One parameter of a kernel, by position: `type` is "*…" for a device pointer (8 bytes), "int32" or "float32"."""
 
     name: str
     type: str
@@ -92,11 +77,12 @@ def _read_flags(value: Any, where: str) -> StepFlags:
 class StepBinaryFacts:
     """What a launcher must know of one compiled kernel. Raises ModelFormatError for impossible facts.
 
-    `purpose`: the step, or what comes before the first: x_T of the seeds, unless the state is given, into state and
-    network input; of its flags only `guided` counts, which doubles the network's batch.
+    `purpose`: the step; or what comes before the first: x_T of the seeds, unless the state is given, into state and
+    network input; of its flags only `guided` counts, which doubles the network's batch; or the statistics that a step
+    needs before it, of those flags (skipstep.kernels.statistics_kernel), one program a sample.
     `target` is the compiler's, "sm_90a" for `architecture` 90: with a suffix the cubin runs there and nowhere else.
-    The kernel was compiled for one set of flags, `per_sample` tables or not, and with or without an output for x̂0.
-    It assumes pointers at multiples of `pointer_alignment` bytes, and C·H·W a multiple of `num_elements_multiple`.
+    The kernel was compiled for one set of flags, and tables that all samples share. It assumes pointers at multiples of
+    `pointer_alignment` bytes, and C·H·W a multiple of `num_elements_multiple`.
     `registers` are per thread; shared memory is in bytes per program. `toolkit` is the CUDA release of the assembler:
     a driver of an older major release cannot load its cubins.
     """
@@ -105,8 +91,6 @@ class StepBinaryFacts:
     target: str
     kernel: str
     flags: Annotated[StepFlags, ReadBy(_read_flags)]
-    per_sample: bool
-    store_x0: bool
     network_dtype: str
     block_size: int
     num_warps: int
@@ -148,8 +132,8 @@ class StepBinaryFacts:
         return 32 * self.num_warps
 
     def grid(self, num_elements: int, batch_size: int) -> tuple[int, int, int]:
-        """Programs along a sample, samples, 1: what `GRID` says in words."""
-        return -(-num_elements // self.block_size), batch_size, 1
+        """Programs along a sample, samples, 1: what `GRIDS` says in words."""
+        return 1 if self.purpose == "statistics" else -(-num_elements // self.block_size), batch_size, 1
 
     def runs_on(self, capability: int) -> bool:
         """Whether a device of `capability` (87 for 8.7) executes this cubin: the same, or a later minor version.
@@ -173,14 +157,20 @@ class StepBinaryFacts:
         value["arguments"] = [[argument.name, argument.type] for argument in self.arguments]
         if self.purpose == "step":
             del value["purpose"]  # Step kernels are described as they were before there were others.
-        return value | {"grid": list(GRID)}
+        return value | {"grid": list(GRIDS[self.purpose])}
 
     @classmethod
     def from_json(cls, value: object, where: str = "a kernel's facts") -> Self:
         """Read what `to_json` wrote. Raises BundleError for anything else, also for unknown keys and flags."""
-        if not isinstance(value, dict) or value.get("grid") != GRID:
-            raise malformed(where, f"no grid {GRID}")
-        return read_dataclass(cls, {key: each for key, each in value.items() if key != "grid"}, where)
+        grid = value.get("grid") if isinstance(value, dict) else None
+        if not isinstance(value, dict) or grid not in GRIDS.values():
+            raise malformed(where, f"none of the grids {list(GRIDS.values())}")
+        others = {"per_sample": False, "store_x0": False}  # Forms that older bundles say they do not have.
+        known = {key: each for key, each in value.items() if key != "grid" and others.get(key) is not each}
+        facts = read_dataclass(cls, known, where)
+        if grid != GRIDS[facts.purpose]:
+            raise malformed(where, f"the grid {grid} of a kernel for {facts.purpose}")
+        return facts
 
 
 def _require(holds: object, what: str, got: object) -> None:

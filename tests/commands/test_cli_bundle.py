@@ -16,8 +16,11 @@ import pytest
 from PIL import Image
 from tiny_networks import tiny_unet
 
+from skipstep.backends.onnxruntime import EarlyGraphs
 from skipstep.bundles.bundle import open_bundle, read_engine
 from skipstep.bundles.manifest import EngineEntry
+from skipstep.bundles.tables import plan_values, read_plans
+from skipstep.calls.conditioning import Conditioning, distinct
 from skipstep.commands import inspect
 from skipstep.commands.main import COMMANDS, main
 from skipstep.cuda.probe import DeviceFacts
@@ -54,6 +57,25 @@ def run(capsys, *arguments):
     status = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
+
+
+def test_kernels_come_with_all_that_a_gpu_without_torch_needs(bundle):
+    opened = open_bundle(bundle)
+    manifest = opened.manifest
+    spec = manifest.network
+    assert {each.facts.get("purpose", "step") for each in manifest.kernels} == {"step", "noise", "statistics"}
+    arrays = opened.read_arrays(manifest.tables)
+    graphs = {part: opened.read_graph(name) for part, name in manifest.graphs.items() if part in ("plan", "call")}
+    for plan in read_plans(manifest, arrays):
+        timesteps, conditioning = plan.evaluation_timesteps[:, None], Conditioning.of_labels(np.array([1, 0, 2]), 3)
+        tables = {distinct(timesteps)[0].tobytes(): plan_values(plan, arrays)}
+        timesteps = np.broadcast_to(timesteps, (len(timesteps), 3))
+        # No graph that could be run.
+        stored = EarlyGraphs(dict.fromkeys(graphs, b""), spec, tables=tables).compute(timesteps, conditioning)
+        expected = EarlyGraphs(graphs, spec).compute(timesteps, conditioning)
+        assert expected.call.keys() == stored.call.keys()
+        for name in expected.call:
+            np.testing.assert_allclose(stored.expanded(name), expected.expanded(name), rtol=1e-5, atol=1e-6)
 
 
 LAUNCHES = {"kernels": [9, 8], "profiles": [1, 2], "largest": ["2.00 MFLOP in mid.conv", None]}

@@ -1,6 +1,5 @@
 """Choosing, checking and launching compiled step kernels, above a driver that only records."""
 
-import sys
 from dataclasses import replace
 
 import pytest
@@ -8,7 +7,7 @@ from faults import modules_after
 from step_binaries import CUBIN, RecordingDriver, step_facts
 
 from skipstep.edge.launcher import DeviceBuffer, StepLauncher, StepOperands
-from skipstep.errors import DeviceUnavailableError, InputError, MissingDependencyError, ModelFormatError
+from skipstep.errors import InputError, ModelFormatError
 from skipstep.kernels.layout import StepFlags
 
 NUM_ELEMENTS, BATCH_SIZE, STAGE = 1040, 3, 5
@@ -23,21 +22,20 @@ EVERYTHING = StepFlags(
     guided=True,
     rescale=True,
 )
-# Bytes of every operand when EVERYTHING is on, the network in float16, the table with a row per sample.
+# Bytes of every operand when EVERYTHING is on, the network in float16.
 SIZES = {
     "state": IMAGE,
     "model_output": 2 * IMAGE,
     "network_input": IMAGE,
-    "table": (STAGE + 1) * BATCH_SIZE * 128,
+    "table": (STAGE + 1) * 128,
     "seeds": 8 * BATCH_SIZE,
     "guidance": 4 * BATCH_SIZE,
     "rescale": 4 * BATCH_SIZE,
     "bound": 4 * BATCH_SIZE,
     "history": 3 * IMAGE,
-    "x0": IMAGE,
 }
 OPERANDS = {name: DeviceBuffer(0x7000_0000_0000 + 0x10000 * i, size) for i, (name, size) in enumerate(SIZES.items())}
-CALL = {"batch_size": BATCH_SIZE, "stage": STAGE, "stream": 0x5EA, "per_sample": True}
+CALL = {"batch_size": BATCH_SIZE, "stage": STAGE, "stream": 0x5EA}
 
 
 def launcher(*facts, driver=None, num_elements=NUM_ELEMENTS, network_dtype="float16", **device):
@@ -53,7 +51,7 @@ def plain_operands(**changes):
 
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_arguments_are_passed_in_the_order_that_the_facts_state(shuffled):
-    facts = step_facts(flags=EVERYTHING, per_sample=True, store_x0=True)
+    facts = step_facts(flags=EVERYTHING)
     if shuffled:
         facts = replace(facts, arguments=facts.arguments[::-1])
     driver = RecordingDriver(sizes=[argument.num_bytes for argument in facts.arguments])
@@ -61,7 +59,7 @@ def test_arguments_are_passed_in_the_order_that_the_facts_state(shuffled):
 
     expected = {f"{name}_ptr": buffer.address for name, buffer in OPERANDS.items()}
     expected |= {"next_ptr": expected["state_ptr"], "output_ptr": expected.pop("model_output_ptr")}
-    expected |= dict.fromkeys(("counter_ptr", "broken_ptr"), expected["state_ptr"])
+    expected |= dict.fromkeys(("x0_ptr", "counter_ptr", "broken_ptr"), expected["state_ptr"])
     expected |= {"num_elements": NUM_ELEMENTS, "stage": STAGE, "global_scratch": 0, "profile_scratch": 0}
     [launch] = driver.launches
     assert launch == {
@@ -74,11 +72,18 @@ def test_arguments_are_passed_in_the_order_that_the_facts_state(shuffled):
     }
 
 
+def test_statistics_are_kernels_of_their_own():
+    one = launcher(step_facts(flags=EVERYTHING))
+    assert one.missing([EVERYTHING]) == "statistics+threshold+wide_output+guided+rescale"
+    with pytest.raises(InputError, match=r"got statistics\+threshold"):
+        one.launch(EVERYTHING, StepOperands(**OPERANDS), **CALL, quantile=(7, 0.5, 1.5))
+
+
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("damage", ["short", "misaligned", "null", "absent"])
 def test_every_operand_that_is_used_is_checked(name, damage):
     driver = RecordingDriver()
-    one = launcher(step_facts(flags=EVERYTHING, per_sample=True, store_x0=True), driver=driver)
+    one = launcher(step_facts(flags=EVERYTHING), driver=driver)
     good = OPERANDS[name]
     bad = {
         "short": DeviceBuffer(good.address, good.num_bytes - 1),
@@ -86,7 +91,7 @@ def test_every_operand_that_is_used_is_checked(name, damage):
         "null": DeviceBuffer(0, good.num_bytes),
         "absent": None,
     }[damage]
-    with pytest.raises(InputError, match="store_x0" if name == "x0" and damage == "absent" else name):
+    with pytest.raises(InputError, match=name):
         one.launch(EVERYTHING, StepOperands(**{**OPERANDS, name: bad}), **CALL)
     assert not driver.launches
 
@@ -120,14 +125,6 @@ def test_a_stage_past_the_table_is_refused():
         one.launch(StepFlags(), plain_operands(table=table), batch_size=BATCH_SIZE, stage=10, stream=0)
 
 
-def test_one_sample_needs_no_kernel_for_tables_per_sample():
-    driver = RecordingDriver(sizes=[argument.num_bytes for argument in step_facts().arguments])
-    one = launcher(step_facts(), driver=driver)
-    one.launch(StepFlags(), plain_operands(), batch_size=1, stage=STAGE, stream=0, per_sample=True)
-    with pytest.raises(InputError, match="per_sample"):
-        one.launch(StepFlags(), plain_operands(), batch_size=2, stage=STAGE, stream=0, per_sample=True)
-
-
 def test_a_variant_that_was_not_exported_is_named_beside_those_that_were():
     one = launcher(step_facts(), step_facts(flags=StepFlags(clip=True, add_noise=True)))
     with pytest.raises(InputError, match=r"got clip; expected one of plain; clip\+add_noise"):
@@ -148,22 +145,6 @@ def test_the_nearest_architecture_is_loaded_and_no_other(targets, device, chosen
     one = launcher(*(step_facts(int(target[3:])) for target in targets), driver=driver)
     assert [facts.target for facts in one.facts] == [chosen]
     assert driver.loaded == [(CUBIN + chosen.encode(), "ddim_step_kernel")]
-
-
-def test_a_device_without_a_binary_is_told_what_there_is():
-    driver = RecordingDriver(device=87)
-    with pytest.raises(DeviceUnavailableError, match=r"capability 8\.7; expected one that runs sm_86, sm_89.*sm_87"):
-        launcher(step_facts(86), step_facts(89), driver=driver)
-    assert driver.closed
-    with pytest.raises(DeviceUnavailableError, match="no kernels at all"):
-        launcher()
-
-
-def test_a_driver_older_than_the_assembler_is_refused():
-    facts = step_facts(90, target="sm_90a", toolkit="13.4")
-    launcher(facts, device=90, cuda=13)
-    with pytest.raises(DeviceUnavailableError, match=r"CUDA 12; expected CUDA 13\.4"):
-        launcher(facts, device=90, cuda=12)
 
 
 def test_wide_accesses_only_where_every_sample_is_aligned():
@@ -196,23 +177,6 @@ def test_leaving_the_context_closes_the_driver():
     with launcher(step_facts(), driver=driver):
         assert not driver.closed
     assert driver.closed
-
-
-def test_a_failing_load_closes_the_driver():
-    class Failing(RecordingDriver):
-        def load(self, cubin, kernel):
-            raise DeviceUnavailableError(got="a full device", expected="memory", remedy="free some")
-
-    driver = Failing()
-    with pytest.raises(DeviceUnavailableError, match="full"):
-        launcher(step_facts(), driver=driver)
-    assert driver.closed
-
-
-def test_a_missing_driver_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(MissingDependencyError, match=r"skipstep\[edge\]"):
-        StepLauncher([(step_facts(), CUBIN)], num_elements=784, network_dtype="float16")
 
 
 def test_neither_torch_nor_triton_is_imported():

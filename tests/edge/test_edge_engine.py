@@ -10,12 +10,12 @@ import fake_tensorrt
 import numpy as np
 import pytest
 from edge_bundles import edge_bundle
-from executing_cuda import CUresult, ExecutingCuda
-from executing_library import launches_on, modules
+from edge_bundles import load_edge as load
+from executing_cuda import CUresult
 from faults import run_python
 
 import skipstep
-from skipstep.backends.tensorrt_library import RuntimeCache
+from skipstep.bundles.bundle import open_bundle
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.errors import (
     BundleError,
@@ -26,6 +26,7 @@ from skipstep.errors import (
     MissingDependencyError,
     NonFiniteError,
 )
+from skipstep.export.bundle_rewriter import add_plans
 
 
 def shipped():
@@ -53,27 +54,13 @@ def plans(host):
         "multistep": variant(host, solver="dpm_solver_pp_2m"),
         "clipped": variant(host, clip=0.5),
         "guided in part": variant(host, guidance_interval=(0.2, 5.0)),
+        "thresholded": variant(host, clip="dynamic", dynamic_quantile=0.9, dynamic_maximum=1.5),
     }
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory, plans):
     return edge_bundle(tmp_path_factory.mktemp("edge") / "bundle", also=plans.values())
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    driver = ExecutingCuda()
-    for name, module in modules(driver).items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(fake_tensorrt.IExecutionContext, "execute_async_v3", launches_on(driver))
-    yield driver
-    fake_tensorrt.PRETENCES.clear()
-    RuntimeCache._of_device.clear()
-
-
-def load(path, **options):
-    return skipstep.load(path, device="cuda", runtime="edge", library="tensorrt_rtx", compile_on_miss=True, **options)
 
 
 @pytest.fixture
@@ -99,10 +86,10 @@ def test_a_call_draws_the_host_s_bits(cuda, bundle, host, call, form):
         assert bool(cuda.launched_graphs) == (form == "captured")
 
 
-@pytest.mark.parametrize("name", ["noise", "multistep", "clipped", "guided in part"])
-@pytest.mark.parametrize("guidance", [None, 2.5])
+@pytest.mark.parametrize("name", ["noise", "multistep", "clipped", "guided in part", "thresholded"])
+@pytest.mark.parametrize("guidance", [{}, {"guidance_scale": 4.0, "guidance_rescale": [0.3, 1.0]}])
 def test_every_kind_of_plan_draws_the_host_s_bits(engine, host, plans, name, guidance):
-    call = {"plan": plans[name], "seeds": [5, 6], "class_labels": [1, 2], "guidance_scale": guidance}
+    call = {"plan": plans[name], "seeds": [5, 6], "class_labels": [1, 2], **guidance}
     assert np.array_equal(engine.sample(**call), host.sample(**call))
 
 
@@ -142,15 +129,9 @@ def test_results_of_many_calls_are_apart(engine, host):
         assert np.array_equal(found[seed], each)
 
 
-@pytest.mark.parametrize("guidance", [None, 2.0])
+@pytest.mark.parametrize("guidance", [{}, {"guidance_scale": 2.0, "guidance_rescale": 0.7}])
 def test_a_trajectory_is_the_host_s(engine, host, plans, guidance):
-    call = {
-        "plan": plans["clipped"],
-        "seeds": [3, 4],
-        "class_labels": 1,
-        "guidance_scale": guidance,
-        "trajectory": True,
-    }
+    call = {"plan": plans["thresholded"], "seeds": [3, 4], "class_labels": 1, "trajectory": True, **guidance}
     (samples, kept), (expected, wanted) = engine.sample(**call), host.sample(**call)
     assert np.array_equal(samples, expected)
     assert np.array_equal(kept.x_t, wanted.x_t)
@@ -177,6 +158,16 @@ def test_a_deadline_is_met_by_what_was_measured(engine):
     assert engine.sample(deadline_ms=60_000.0, seeds=1, class_labels=0).shape == (1, 1, 28, 28)
 
 
+def test_a_plan_that_was_added_brings_its_values(cuda, bundle, host, plans, tmp_path, monkeypatch):
+    added, call = tmp_path / "bundle", {"plan": plans["clipped"], "seeds": 5, "class_labels": 9, "guidance_scale": 2.0}
+    shutil.copytree(bundle, added)
+    add_plans(added, [plans["clipped"]], digest=open_bundle(added).manifest.digest)
+    expected = host.sample(**call)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with load(added) as engine:
+        assert np.array_equal(engine.sample(**call), expected)
+
+
 def test_closing_gives_everything_back(cuda, bundle):
     engine = load(bundle)
     pending = engine.sample_async(steps=10, seeds=1, class_labels=0)
@@ -191,8 +182,11 @@ def test_closing_gives_everything_back(cuda, bundle):
 # What is refused
 
 REFUSED = {
-    "thresholding": ({"clip": "dynamic", "dynamic_quantile": 0.9}, {}, "dynamic thresholding"),
-    "rescale": ({}, {"guidance_scale": 2.0, "guidance_rescale": 0.5}, "guidance_rescale"),
+    "statistics that are not there": (
+        {"clip": "dynamic", "dynamic_quantile": 0.9, "eta": 0.5},
+        {},
+        r"need threshold.*kernels of the bundle",
+    ),
     "a kernel that is not there": ({"eta": 0.5, "clip": 0.25}, {}, r"need clip\+.*add_noise.*kernels of the bundle"),
 }
 
@@ -214,24 +208,33 @@ def test_plans_of_their_own_are_refused(engine, host):
 
 
 ELSEWHERE = {
-    "another architecture": ({}, {"capability": 86}, DeviceUnavailableError, r"8\.6; expected .*sm_87.*--target sm_86"),
-    "an older driver": ({}, {"version": 11080}, DeviceUnavailableError, "CUDA 11; expected CUDA 12.9"),
-    "no kernels": ({"without": ("kernels",)}, {}, DeviceUnavailableError, "no kernels at all.*--target sm_87"),
-    "no engines": ({"without": ("engines",)}, {}, DeviceUnavailableError, "without engines.*skipstep build"),
-    "the other library": (
-        {"library": "tensorrt"},
+    "another architecture": ({}, {"capability": 86}, r"8\.6; expected .*sm_87.*--target sm_86"),
+    "an older driver": ({}, {"version": 11080}, "CUDA 11; expected CUDA 12.9"),
+    "a newer library": (
         {},
-        DeviceUnavailableError,
-        "tensorrt_rtx 1.7.0.0 for sm_87.*tensorrt 1.7",
+        {"version": 12090},
+        "for CUDA 13 on a driver for CUDA 12.*install tensorrt-rtx-cu12, or up",
+    ),
+    "no kernels": ({"without": ("kernels",)}, {}, "no kernels at all.*--target sm_87"),
+    "no engines": ({"without": ("engines",)}, {}, "without engines.*skipstep build"),
+    "the other library": ({"library": "tensorrt"}, {}, "tensorrt_rtx 1.7.0.0 for sm_87.*tensorrt 1.7"),
+    "another version": ({"library_version": "1.6.0.0"}, {}, "rtx 1.7.0.0 .*expected .*_rtx 1.6.0.0 .*skipstep build"),
+    "another platform": ({"platform": "linux-riscv64"}, {}, "expected .* on linux-riscv64.*skipstep build"),
+    "another batch size": ({"profiles": [4]}, {}, "at batch 1 .*expected .*at batch 4"),
+    "another dtype": (
+        {"network_dtype": "float16"},
+        {},
+        "float32 network .*expected one of float16.*export the kernels",
     ),
 }
 
 
 @pytest.mark.parametrize("case", ELSEWHERE)
 def test_a_bundle_for_another_machine(cuda, tmp_path, case):
-    made, machine, error, message = ELSEWHERE[case]
+    made, machine, message = ELSEWHERE[case]
     vars(cuda).update(machine)
-    with pytest.raises(error, match=message):
+    errors = {"another dtype": InputError, "a newer library": MissingDependencyError}
+    with pytest.raises(errors.get(case, DeviceUnavailableError), match=message):
         load(edge_bundle(tmp_path / "bundle", batch_sizes=(1,), **made))
     assert not any(cuda.left.values()), cuda.left
 
@@ -262,9 +265,9 @@ def test_options_that_do_not_fit(cuda, bundle, options, message):
 
 
 def test_what_is_missing_is_named(cuda, bundle, monkeypatch):
-    monkeypatch.setitem(sys.modules, "skipstep.backends.onnxruntime", None)
-    with pytest.raises(MissingDependencyError, match=r"'call' runs before the loop.*skipstep\[cpu\]"):
-        load(bundle)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with load(bundle) as engine, pytest.raises(MissingDependencyError, match=r"onnxruntime.*'plan'.*skipstep\[cpu\]"):
+        engine.sample(steps=3, seeds=1, class_labels=0)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(MissingDependencyError, match=r"skipstep\[rtx\]"):
         load(bundle)
@@ -317,7 +320,7 @@ sys.path[:0] = {tests!r}
 from executing_cuda import ExecutingCuda
 from executing_library import install
 install(ExecutingCuda())
-sys.modules.update(dict.fromkeys(("torch", "triton", "onnx", "safetensors.torch")))
+sys.modules.update(dict.fromkeys(("torch", "triton", "onnx", "onnxruntime", "safetensors.torch")))
 import time
 before, started = set(sys.modules), time.process_time()
 import skipstep

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 
 import numpy as np
 import pytest
-from executing_cuda import ExecutingCuda, cubin_of
-from executing_library import modules
+from executing_cuda import cubin_of
 from step_binaries import step_facts
 
 from skipstep.cuda.driver import CudaDriver
 from skipstep.cuda.queue import Queue
 from skipstep.edge.blocks import Block, Field, as_floats, bfloat16_bits
 from skipstep.errors import DeviceUnavailableError
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    driver = ExecutingCuda()
-    for name, module in modules(driver).items():
-        monkeypatch.setitem(sys.modules, name, module)
-    return driver
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from skipstep.calls.request import resolve_request
 from skipstep.edge.launcher import DeviceBuffer, StepLauncher, StepOperands
 from skipstep.edge.step_binary import StepBinaryFacts
 from skipstep.errors import InputError
-from skipstep.export.cubins import ARCHITECTURES, compile_step_kernels, needed_variants, parse_architecture
+from skipstep.export.cubins import ARCHITECTURES, compile_kernels, needed_variants, parse_architecture
 from skipstep.kernels.layout import NUM_COLUMNS, StepFlags
 from skipstep.loops.contract import call_flags
 from skipstep.networks.spec import NetworkSpec
@@ -34,11 +34,12 @@ NOISY = StepFlags(clip=True, add_noise=True)
 COMPILE = """
 import itertools, json, sys
 from pathlib import Path
-from skipstep.export.cubins import compile_noise_kernels, compile_step_kernels
+from skipstep.export.cubins import compile_kernels, loop_kernels
 from skipstep.kernels.layout import NUM_COLUMNS, StepFlags
 
-def keep(*arguments, compile=compile_step_kernels, **options):
-    for binary in compile(*arguments, **options):
+def keep(architectures, variants, dtypes, purpose="step", num_elements=784):
+    kernels = [each for each in loop_kernels(variants) if each[0] == purpose]
+    for binary in compile_kernels(architectures, kernels, dtypes, num_elements=num_elements):
         stem = Path(sys.argv[1]) / str(next(numbers))
         stem.with_suffix(".cubin").write_bytes(binary.cubin)
         stem.with_suffix(".ptx").write_text(binary.ptx)
@@ -46,13 +47,14 @@ def keep(*arguments, compile=compile_step_kernels, **options):
 
 numbers = itertools.count()
 plain, noisy = StepFlags(), StepFlags(clip=True, add_noise=True)
-keep([75, 87, 89, 90, 120], [plain, noisy], ["float16"], num_elements=784)
-keep([87], [plain], ["bfloat16", "float32"], num_elements=784, per_sample=(False, True))
+keep([75, 87, 89, 90, 120], [plain, noisy], ["float16"])
+keep([87], [plain], ["bfloat16"])
 keep([87], [plain], ["float16"], num_elements=2700)
 one_each = ["threshold", "read_h2", "write_h0", "add_noise", "guided", "rescale"]
-keep([89], [plain, *(StepFlags(**{name: True}) for name in one_each)], ["float32"], num_elements=784)
-keep([89], [plain], ["float32"], num_elements=784, store_x0=[True])
-keep([86], ["float16"], num_elements=784, guided=True, compile=compile_noise_kernels)
+keep([89], [plain, *(StepFlags(**{name: True}) for name in one_each)], ["float32"])
+keep([86], [plain, noisy, StepFlags(guided=True)], ["float16"], "noise")
+both = StepFlags(clip=True, threshold=True, rescale=True, guided=True)
+keep([80], [plain, both, noisy], ["float16"], "statistics")
 """
 
 
@@ -114,7 +116,7 @@ def test_a_cubin_is_an_elf_for_its_architecture(compiled, architecture):
 
 
 def test_arguments_are_the_parameters_that_the_assembly_declares(compiled):
-    types = {"int32": ".u32"}
+    types = {"int32": ".u32", "float32": ".f32"}
     for each in compiled:
         assert each.parameters == [types.get(argument.type, ".u64") for argument in each.facts.arguments]
 
@@ -128,13 +130,12 @@ def test_arguments_are_the_parameters_that_the_assembly_declares(compiled):
         ({"flags": StepFlags(add_noise=True)}, "seeds_ptr"),
         ({"flags": StepFlags(guided=True)}, "guidance_ptr"),
         ({"flags": StepFlags(rescale=True)}, "rescale_ptr"),
-        ({"store_x0": True}, "x0_ptr"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_an_argument_is_read_where_its_flag_is_set_and_only_there(compiled, change, argument):
     """That every name stands at the right position: a flag brings in one parameter, found by its index in the PTX."""
-    case = {"architecture": 89, "network_dtype": "float32", "flags": StepFlags(), "store_x0": False}
+    case = {"architecture": 89, "network_dtype": "float32", "flags": StepFlags()}
     [plain], [other] = select(compiled, **case), select(compiled, **{**case, **change})
     operands = {"state_ptr", "next_ptr", "output_ptr", "network_input_ptr", "table_ptr"}
     assert plain.used == operands | {"num_elements", "stage"}
@@ -188,19 +189,20 @@ def test_the_noise_kernel_reads_seeds_and_whether_the_state_is_given(compiled):
     assert stores[1] > stores[0] > 0
 
 
+def test_statistics_are_compiled_once_for_the_steps_that_need_them(compiled):
+    [each] = select(compiled, purpose="statistics")
+    assert each.facts.flags == StepFlags(threshold=True, rescale=True, guided=True)
+    assert each.used == {argument.name for argument in each.facts.arguments[:-2]}
+    assert each.facts.grid(784, 3) == (1, 3, 1)
+    assert re.search(r"STACK:0 .*LOCAL:0", each.dump("-res-usage")), "spills"
+    assert "fma.rn" not in each.ptx
+
+
 def test_samples_that_are_not_aligned_get_narrow_accesses(compiled):
     [narrow] = select(compiled, num_elements_multiple=1)
     [wide] = select(compiled, architecture=87, network_dtype="float16", flags=StepFlags(), num_elements_multiple=16)
     assert ".v4." in wide.ptx
     assert ".v4." not in narrow.ptx
-
-
-def test_a_row_per_sample_is_another_kernel(compiled):
-    shared, each_its_own = (
-        select(compiled, architecture=87, network_dtype="bfloat16", per_sample=per_sample)
-        for per_sample in (False, True)
-    )
-    assert shared[0].cubin.read_bytes() != each_its_own[0].cubin.read_bytes()
 
 
 def test_cubins_do_not_tell_where_they_were_compiled(compiled):
@@ -211,10 +213,8 @@ def test_cubins_do_not_tell_where_they_were_compiled(compiled):
 
 
 def test_kernels_of_the_interpreter_are_refused():
-    code = (
-        "from skipstep.export.cubins import compile_step_kernels as c; from skipstep.kernels.layout import StepFlags\n"
-    )
-    code += "c([87], [StepFlags()], ['float16'], num_elements=784)"
+    code = "from skipstep.export.cubins import compile_kernels as c; from skipstep.kernels.layout import StepFlags\n"
+    code += "c([87], [('step', StepFlags())], ['float16'], num_elements=784)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}
     )
@@ -235,9 +235,9 @@ def test_other_architectures_are_refused_with_those_there_are(name):
 
 def test_what_cannot_be_compiled_is_refused_before_anything_is():
     with pytest.raises(InputError, match="sm_101"):
-        compile_step_kernels([101], [StepFlags()], ["float16"], num_elements=784)
+        compile_kernels([101], [("step", StepFlags())], ["float16"], num_elements=784)
     with pytest.raises(InputError, match="float8"):
-        compile_step_kernels([87], [StepFlags()], ["float8"], num_elements=784)
+        compile_kernels([87], [("step", StepFlags())], ["float8"], num_elements=784)
 
 
 def test_variants_are_those_of_the_calls():
@@ -278,7 +278,7 @@ def test_a_launched_cubin_does_what_the_compiled_kernel_does():
     from skipstep.kernels.step import ddim_step
 
     major, minor = torch.cuda.get_device_capability()
-    [binary] = compile_step_kernels([10 * major + minor], [NOISY], ["float16"], num_elements=784)
+    [binary] = compile_kernels([10 * major + minor], [("step", NOISY)], ["float16"], num_elements=784)
     torch.manual_seed(0)
     state = torch.randn(3, 1, 28, 28, device="cuda")
     tensors = {

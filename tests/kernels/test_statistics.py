@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
+from skipstep.kernels.launch import step_constants
+from skipstep.kernels.layout import NUM_COLUMNS, StepFlags
 from skipstep.kernels.statistics import (
     Thresholding,
+    rank,
     rescale_factor,
     rescale_factor_numpy,
+    sample_statistics,
     threshold_bound,
     threshold_bound_numpy,
 )
+from skipstep.kernels.statistics_kernel import sample_statistics_kernel
 
 
 def images(n: int, *, scale: float = 2.0) -> np.ndarray:
@@ -58,3 +65,42 @@ def test_a_constant_prediction_has_no_spread_to_take_back():
     assert rescale_factor_numpy(flat, flat, np.ones(2, np.float32)).tolist() == [1.0, 1.0]
     tensors = torch.from_numpy(flat), torch.from_numpy(flat), torch.ones(2)
     assert rescale_factor(*tensors).tolist() == [1.0, 1.0]
+
+
+KERNELS = {
+    "threshold": (StepFlags(threshold=True), torch.float32),
+    "of half": (StepFlags(threshold=True, guided=True, wide_output=True), torch.float16),
+    "rescale": (StepFlags(rescale=True, guided=True), torch.float16),
+    "both": (StepFlags(threshold=True, rescale=True, guided=True, scale_guidance=True), torch.float32),
+}
+
+
+@pytest.mark.parametrize(("n", "quantile"), [(1, 0.5), (63, 1.0), (300, 0.9)])
+@pytest.mark.parametrize("case", KERNELS)
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_one_kernel_has_the_bits_of_the_others(case, n, quantile, kernel_device):
+    """The samples: random numbers, equal ones, one with NaN, one with an infinity."""
+    flags, dtype = KERNELS[case]
+    rng, batch = torch.Generator().manual_seed(n), 4
+    state = 2 * torch.randn((batch, 1, n), generator=rng)
+    shape = (2 if flags.guided else 1) * batch, 2 if flags.wide_output else 1, n
+    output = torch.randn(shape, generator=rng).to(dtype)
+    state[1], output[1::batch] = 1.25, output[1, 0, 0]
+    state[2, 0, n // 2], state[3, 0, n // 2] = math.nan, -math.inf
+    table = torch.randn((2, 1, NUM_COLUMNS), generator=rng)
+    guidance, strength = 3 * torch.rand((2, batch), generator=rng)
+    limits, found = Thresholding(quantile, 1.5), torch.full((2, batch), 7.0, device=kernel_device)
+    constants = step_constants(flags, per_sample=False, store_x0=False)
+    constants = {name: value for name, value in constants.items() if name in sample_statistics_kernel.arg_names}
+    operands = [each.to(kernel_device) for each in (state, output, table, guidance, strength)]
+    numbers = *rank(n, quantile), limits.maximum, n, 1
+    sample_statistics_kernel[(1, batch)](*operands, *found, *numbers, **constants, BLOCK=256, enable_fp_fusion=False)
+    expected = sample_statistics(
+        state, output, table[1], flags, guidance=guidance, rescale=strength, thresholding=limits
+    )
+    for name, ours, theirs in zip(("factor", "bound"), found.cpu(), expected, strict=True):
+        if theirs is None:
+            assert (ours == 7).all(), name
+        else:
+            np.testing.assert_array_equal(ours.numpy(), theirs.numpy(), err_msg=name)
+            assert name == "factor" or theirs[2].isnan()

@@ -19,10 +19,11 @@ Lanes = NDArray[Any]
 WARP = 32
 SHARED_BYTES = 1 << 16
 _DTYPES = {f"{kind}{8 * size}": f"{code}{size}" for kind, code in ("si", "uu", "bu") for size in (1, 2, 4, 8)}
-_DTYPES |= {"f16": "f2", "f32": "f4", "f32x2": "f4"}
+_DTYPES |= {"f16": "f2", "f32": "f4", "f32x2": "f4", "f64": "f8"}
 _COMPARE: Mapping[str, Any] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
 }  # fmt: skip
+_REDUCE: Mapping[str, Any] = {"min": np.min, "max": np.max, "add": np.sum}
 _LOGIC: Mapping[str, Any] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
 
@@ -295,8 +296,8 @@ class Machine:
     def _exchange(self, each: Instruction) -> None:
         """Between the lanes of a warp."""
         source = self._read(each.operands[1], each.opcode[-1]).reshape(-1, WARP)
-        if each.opcode[:3] == ("redux", "sync", "min"):
-            found = np.repeat(source.min(axis=1), WARP)
+        if each.opcode[:2] == ("redux", "sync") and each.opcode[2] in _REDUCE:
+            found = np.repeat(_REDUCE[each.opcode[2]](source, axis=1).astype(source.dtype), WARP)
         elif each.opcode[:2] == ("shfl", "sync") and each.opcode[2] in ("idx", "bfly"):
             lane = np.arange(WARP)
             by = self._read(each.operands[2], "u32").reshape(-1, WARP).astype(np.int64)

@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from ptx_launch import execute, execute_placed
 
 from skipstep.calls.noise import StageNoise, standard_normal
+from skipstep.edge.step_binary import argument_types
 from skipstep.export.cubins import ARCHITECTURES, compile_for, needed_variants, step_pointers
 from skipstep.kernels.launch import StepLaunch, step_constants
 from skipstep.kernels.layout import NUM_COLUMNS, Column, StepFlags, Stream
 from skipstep.kernels.philox_kernel import philox_normal_kernel
-from skipstep.kernels.statistics import Thresholding, rescale_factor_numpy, threshold_bound_numpy
+from skipstep.kernels.statistics import Thresholding, rank, rescale_factor_numpy, threshold_bound_numpy
+from skipstep.kernels.statistics_kernel import sample_statistics_kernel
 from skipstep.kernels.step_kernel import ddim_step_kernel
 from skipstep.kernels.step_numpy import NumpyStep
 from skipstep.plans.plan import Plan
@@ -34,6 +36,11 @@ SEEDS = np.array([0, 2**64 - 1, 12345], np.uint64)
 LAUNCHES = (StepLaunch(256, 1), StepLaunch(1024, 4))
 DTYPES = ("fp16", "bf16", "fp32")
 THRESHOLDING = Thresholding(0.9, 1.5)
+STATISTICS = {
+    "fp32": StepFlags(threshold=True),
+    "bf16": StepFlags(threshold=True, guided=True, rescale=True, wide_output=True),
+    "fp16": StepFlags(guided=True, rescale=True, scale_guidance=True),
+}
 # The one approximate instruction, ex2.approx: two units in the last place (PTX ISA, ex2) of a factor of sigma·z,
 # relative to the largest value.
 EXPONENTIAL = 2.0**-21
@@ -194,6 +201,31 @@ def check_step(case: Case, n: int, ptx: str) -> int:
     return steps
 
 
+def check_statistics(arch: int, n: int, dtype: str, flags: StepFlags, launch: StepLaunch) -> int:
+    kinds = argument_types("float32", "statistics")
+    types = {name: {"int32": "i32", "float32": "fp32"}.get(kind, "*fp32") for name, kind in kinds.items()}
+    types["output_ptr"] = f"*{dtype}"
+    constants = step_constants(flags, per_sample=False, store_x0=False)
+    constants = {name: value for name, value in constants.items() if name in sample_statistics_kernel.arg_names}
+    compiled = compile_for(sample_statistics_kernel, arch, types, constants, wide=n % 16 == 0, launch=launch)
+    rng, batch = np.random.default_rng(n), len(SEEDS)
+    table = rng.standard_normal((NUM_STAGES, 1, NUM_COLUMNS), dtype=np.float32)
+    state = rng.standard_normal((batch, 1, n, 1), dtype=np.float32)
+    state[1, 0, n // 2] = np.nan
+    shape = (1 + flags.guided) * batch, 1 + flags.wide_output, n, 1
+    output = as_network(rng.standard_normal(shape, dtype=np.float32), dtype)
+    guidance, strength = np.array([0.0, 1.5, 7.0], np.float32), np.array([0.0, 0.4, 1.0], np.float32)
+    factor, bound = np.full((2, batch), 7, np.float32)
+    arrays = dict(zip(types, (state, output, table, guidance, strength, factor, bound), strict=False))
+    low, weight = rank(n, THRESHOLDING.quantile)
+    bits = np.array([weight, THRESHOLDING.maximum], np.float32).view(np.uint32).tolist()
+    steps = execute(compiled.asm["ptx"], arrays, (low, *bits, n, STAGE), (1, batch))
+    found = _statistics(flags, state, as_float32(output, dtype), table[STAGE], guidance, strength)
+    for name, ours, theirs in zip(("factor", "bound"), (factor, bound), found, strict=True):
+        _same(name, ours, np.full(batch, 7, np.float32) if theirs is None else theirs, True)
+    return steps
+
+
 def _statistics(flags: StepFlags, state: Any, out: Any, row: Any, guidance: Any, strength: Any) -> tuple[Any, Any]:
     """What skipstep.kernels.statistics computes before the step, as the twin does it."""
     batch, channels = state.shape[:2]
@@ -285,6 +317,10 @@ def main() -> None:
             count += 1
     for arch, n, dtype, copies in itertools.product(options.architectures, (1040, 37), DTYPES[:: 1 + 1], (1, 2)):
         steps += check_noise(arch, n, dtype, copies, LAUNCHES[copies - 1])
+        count += 1
+    end = None if options.all else 1  # A quarter of it all.
+    for arch, (dtype, flags), n in itertools.product(options.architectures[:end], STATISTICS.items(), (1040, 37)[:end]):
+        steps += check_statistics(arch, n, dtype, flags, LAUNCHES[n % 2])
         count += 1
     seconds = time.perf_counter() - started
     names = ", ".join(f"sm_{each}" for each in options.architectures)
