@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack
 
@@ -30,6 +29,8 @@ from skipstep.plans.schedule import NoiseSchedule
 from skipstep.plans.stages import Stages
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
     from skipstep import saving
     from skipstep.building import BuildOptions
     from skipstep.editing import edit as editing
@@ -232,6 +233,8 @@ class Engine:
         The future's result is what `sample` returns, complete on every stream; asyncio.wrap_future makes it awaitable.
         x_T and `out` belong to the engine until then.
         """
+        from concurrent.futures import ThreadPoolExecutor
+
         call = self._call(**arguments)
         # The worker has its own stream: what this thread has enqueued comes first.
         order = self.runner.loop.caller_order()
