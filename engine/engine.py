@@ -233,7 +233,7 @@ class Engine:
         The future's result is what `sample` returns, complete on every stream; asyncio.wrap_future makes it awaitable.
         x_T and `out` belong to the engine until then.
         """
-        from concurrent.futures import ThreadPoolExecutor
+        from concurrent.futures import ThreadPoolExecutor  # Slow to import.
 
         call = self._call(**arguments)
         # The worker has its own stream: what this thread has enqueued comes first.
@@ -245,8 +245,7 @@ class Engine:
 
         with self._worker_lock:
             self.runner.check()
-            if self._worker is None:
-                self._worker = ThreadPoolExecutor(1, thread_name_prefix="skipstep")
+            self._worker = self._worker or ThreadPoolExecutor(1, thread_name_prefix="skipstep")
             return self._worker.submit(work)
 
     def close(self) -> None:
@@ -291,9 +290,7 @@ class Engine:
         elif steps is None and plan is None:
             plans = [self._plan_within(deadline_ms, seeds, x_T, conditions)]
         else:
-            raise InputError(
-                got="deadline_ms beside steps or plan", expected="one of them", remedy="leave the others out"
-            )
+            raise InputError(got="deadline_ms beside steps or plan", expected="one of them", remedy="pass only one")
         blend = None
         if starts:
             from skipstep.pipelines.start import begin
