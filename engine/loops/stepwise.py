@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from skipstep.backends.denoiser import Denoiser, MakeDenoiser
 from skipstep.calls.request import SampleRequest
 from skipstep.errors import InputError
-from skipstep.kernels.launch import StepLaunch
 from skipstep.loops.contract import Array, LoopReport, Pending, Run, run_observed
 from skipstep.loops.walk import Walk
 from skipstep.networks.spec import NetworkSpec
@@ -29,6 +28,7 @@ from skipstep.plans.stages import Stages
 
 if TYPE_CHECKING:
     from skipstep.kernels.autotune import LaunchCase
+    from skipstep.kernels.launch import StepLaunch
 
 # Sets of buffers that wait for a call, of all batch sizes together; the one that waits longest goes first.
 MAX_FREE_BUFFERS = 16
