@@ -26,7 +26,7 @@ _DOMAIN: Final = b"com.microsoft"
 Encoded = bytes | memoryview
 
 
-class _OtherwiseError(ValueError):
+class _OtherwiseError(Exception):
     """The graph is written in another way than the one that is looked for."""
 
 
@@ -117,13 +117,13 @@ class _Graph:
         for node in [each for each in self._nodes if each.op == "Softmax"]:
             try:
                 self._fuse(node)
-            except (KeyError, ValueError):
+            except (_OtherwiseError, KeyError, ValueError):
                 continue
             found = True
         return found
 
     def _fuse(self, softmax: _Node) -> None:
-        """Raises KeyError or ValueError where it is not all there."""
+        """Raises _OtherwiseError, KeyError or ValueError where it is not all there."""
         scores = self._made(softmax.inputs[0], "MatMul")
         (queries, first), (turned, second) = map(self._scaled, scores.inputs)
         swapped = self._made(self._made(turned, "Reshape").inputs[0], "Transpose", [0, 2, 1])
