@@ -34,8 +34,6 @@ onnxruntime.disable_telemetry_events()
 
 LazySession = Lazy[onnxruntime.InferenceSession]
 
-_FORM = 1  # Higher where skipstep.backends.onnxruntime_graph makes something else: what was kept before is left.
-
 
 @dataclass(slots=True)
 class EarlyGraphs(EarlyParts):
@@ -123,41 +121,32 @@ def _step_session(graph: bytes, target: Target) -> LazySession:
 
     What it makes is complete: operators are merged, and laid out for the processor. That is a third of the loading.
     """
-
-    def optimise(written: Path | None = None) -> onnxruntime.InferenceSession:
-        from skipstep.backends.onnxruntime_graph import with_attention  # Not needed where the result was kept.
-
-        if target.precision == "float32" and not weights_of(graph):
-            with contextlib.suppress(
-                ExportError, ValueError, LookupError
-            ):  # A build of the runtime without that operator.
-                return make_session(with_attention(graph), num_threads=target.num_threads, written=written)
-        return make_session(graph, num_threads=target.num_threads, written=written)
-
     if target.keep is None or weights_of(graph):  # What the runtime makes of so many weights is not kept.
-        return LazySession(optimise)
+        return LazySession(lambda: make_session(graph, num_threads=target.num_threads))
     parts = {
         "kind": "onnxruntime.graph",
         "library": onnxruntime.__version__,
         "processor": processor(),
         "graph": hashlib.sha256(graph).digest(),
-        "form": _FORM,
     }
     slot = target.keep("step graph, optimised by ONNX Runtime", parts)
     kept = slot.get()
+
+    def optimise() -> onnxruntime.InferenceSession:
+        import tempfile  # Slow to import, and only needed once.
+
+        with tempfile.TemporaryDirectory() as folder:
+            written = Path(folder, "step.onnx")
+            session = make_session(graph, num_threads=target.num_threads, written=written)
+            with contextlib.suppress(OSError):
+                slot.put(written.read_bytes())
+        return session
 
     def load() -> onnxruntime.InferenceSession:
         if kept is not None:
             with contextlib.suppress(ExportError):  # It is optimised again.
                 return make_session(kept, num_threads=target.num_threads, optimised=True)
-        import tempfile  # Slow to import, and only needed once.
-
-        with tempfile.TemporaryDirectory() as folder:
-            written = Path(folder, "step.onnx")
-            session = optimise(written)
-            with contextlib.suppress(OSError):
-                slot.put(written.read_bytes())
-        return session
+        return optimise()
 
     return LazySession(load)
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 Weights = Mapping[str, NDArray[Any]]
-Encoded = TypeVar("Encoded", bytes, memoryview)
 
 # The name of a file that is never opened, and of the entry that holds such names.
 NO_FILE: Final = "weights"
@@ -66,8 +65,8 @@ def with_weights(model: bytes, weights: Weights) -> LargeGraph:
 
     Two encoded protobuf messages, one after the other, are one message with the repeated fields of both.
     """
-    tensors = b"".join(field(_INITIALIZER, _tensor(name, array)) for name, array in weights.items())
-    return LargeGraph(model + field(_GRAPH, tensors), weights)
+    tensors = b"".join(_field(_INITIALIZER, _tensor(name, array)) for name, array in weights.items())
+    return LargeGraph(model + _field(_GRAPH, tensors), weights)
 
 
 def without_stored_weights(model: bytes) -> bytes:
@@ -76,10 +75,11 @@ def without_stored_weights(model: bytes) -> bytes:
     Whatever a hostile model makes of the format: where the result has no LOCATION in it, it leads to no file.
     """
     kept = []
-    for number, whole, content in fields(model):
+    for number, whole, content in _fields(model):
         if number == _GRAPH:
-            inner = [each for kind, each, held in fields(content) if kind != _INITIALIZER or LOCATION not in held]
-            whole = field(_GRAPH, b"".join(inner))
+            fields = _fields(content)
+            inner = [each for field, each, held in fields if field != _INITIALIZER or LOCATION not in held]
+            whole = _field(_GRAPH, b"".join(inner))
         kept.append(whole)
     return b"".join(kept)
 
@@ -88,16 +88,16 @@ def _tensor(name: str, array: NDArray[Any]) -> bytes:
     element = _ELEMENTS.get(array.dtype.name)
     if element is None:
         raise ValueError(f"{name!r} is of dtype {array.dtype}")
-    location = field(13, field(1, LOCATION) + field(2, NO_FILE.encode()))
-    dims = b"".join(b"\x08" + varint(size) for size in array.shape)
-    return dims + b"\x10" + varint(element) + field(8, name.encode()) + location + b"\x70\x01"
+    location = _field(13, _field(1, LOCATION) + _field(2, NO_FILE.encode()))
+    dims = b"".join(b"\x08" + _varint(size) for size in array.shape)
+    return dims + b"\x10" + _varint(element) + _field(8, name.encode()) + location + b"\x70\x01"
 
 
-def field(number: int, content: bytes) -> bytes:
-    return varint(number << 3 | _BYTES) + varint(len(content)) + content
+def _field(number: int, content: bytes) -> bytes:
+    return _varint(number << 3 | _BYTES) + _varint(len(content)) + content
 
 
-def varint(value: int) -> bytes:
+def _varint(value: int) -> bytes:
     groups = bytearray()
     while value > 0x7F:
         groups.append(value & 0x7F | 0x80)
@@ -105,20 +105,17 @@ def varint(value: int) -> bytes:
     return bytes([*groups, value])
 
 
-def fields(message: Encoded) -> Iterator[tuple[int, Encoded, Encoded]]:
-    """Number, whole field and content of each field of a message; only a field of bytes has content.
-
-    Parts of a memoryview are not copied. Raises ValueError for what is no protobuf message.
-    """
+def _fields(message: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """Number, whole field and content of each field of a message; only a field of bytes has content."""
     end = 0
     while end < len(message):
         begin = end
-        tag, end = read_varint(message, end)
+        tag, end = _read_varint(message, end)
         kind, start = tag & 7, end
         if kind == _VARINT:
-            _, end = read_varint(message, end)
+            _, end = _read_varint(message, end)
         elif kind == _BYTES:
-            size, start = read_varint(message, end)
+            size, start = _read_varint(message, end)
             end = start + size
         elif kind in (_FIXED32, _FIXED64):
             end += 4 if kind == _FIXED32 else 8
@@ -126,10 +123,10 @@ def fields(message: Encoded) -> Iterator[tuple[int, Encoded, Encoded]]:
             raise ValueError(f"a field of wire type {kind}")
         if end > len(message):
             raise ValueError("a field that ends beyond its message")
-        yield tag >> 3, message[begin:end], message[start:end] if kind == _BYTES else message[:0]
+        yield tag >> 3, message[begin:end], message[start:end] if kind == _BYTES else b""
 
 
-def read_varint(message: bytes | memoryview, at: int) -> tuple[int, int]:
+def _read_varint(message: bytes, at: int) -> tuple[int, int]:
     value = 0
     for place, byte in enumerate(message[at : at + 10]):
         value |= (byte & 0x7F) << 7 * place
