@@ -6,7 +6,7 @@ within a round: a machine whose speed wanders slows both alike.
 
     latency       milliseconds of a call of ten steps, by batch size and guidance scale
     throughput    calls per second with several threads that call one engine
-    start         milliseconds from the start of the process to its first image
+    start         milliseconds from the start of the process to its first image, and processor time until then
     peak memory   MiB that the process held at most (VmHWM): after its first image, and after the latency cases
 """
 
@@ -33,7 +33,7 @@ CASES = (
     "peak_mib after_latency=1",
     *(f"throughput threads={threads}" for threads in (1, 2, 4, 8)),
 )
-START, FIRST_MEMORY = "start_ms", "peak_mib first_image=1"
+FIRST = ("start_ms", "start_cpu_ms", "peak_mib first_image=1")
 # Runs with nothing but the revision's own package on its path: imports nothing that only one revision has.
 _WORKER = r"""
 import json, pathlib, statistics, sys, threading, time
@@ -70,7 +70,7 @@ def throughput(threads):
 seconds = float(sys.argv[2])
 draw()
 first = 1e3 * (time.monotonic() - float(sys.argv[1]))
-print(json.dumps([first, peak_mib()]), flush=True)
+print(json.dumps([first, 1e3 * time.process_time(), peak_mib()]), flush=True)
 for line in sys.stdin:
     kind, *facts = line.split()
     numbers = [int(fact.split("=")[1]) for fact in facts]
@@ -105,21 +105,22 @@ def install(repository: Path, revision: str, folder: Path) -> tuple[str, Path]:
     return commit, folder / "installed"
 
 
-def compare(installed: Sequence[Path], *, rounds: int, seconds: float) -> dict[str, Any]:
+def compare(installed: Sequence[Path], *, rounds: int, seconds: float, cases: Sequence[str] = CASES) -> dict[str, Any]:
     """Values of each round by case, as [before, after], their medians, and the ratios after/before."""
     values: dict[str, list[list[float]]] = {}
     for round_index in range(-1, rounds):
         order = (0, 1) if round_index % 2 == 0 else (1, 0)
-        taken: dict[str, list[float]] = {name: [0.0, 0.0] for name in (START, FIRST_MEMORY, *CASES)}
+        taken: dict[str, list[float]] = {name: [0.0, 0.0] for name in (*FIRST, *cases)}
         with contextlib.ExitStack() as stack:
             workers: dict[int, subprocess.Popen[str]] = {}
             for which in order:
                 workers[which] = _start(installed[which], seconds)
                 stack.callback(workers[which].communicate)
-                taken[START][which], taken[FIRST_MEMORY][which] = _answer(workers[which])
+                for name, value in zip(FIRST, _answer(workers[which]), strict=True):
+                    taken[name][which] = value
             if round_index < 0:  # Its processes warmed the file cache and wrote compiled modules.
                 continue
-            for case in CASES:
+            for case in cases:
                 for which in order:
                     taken[case][which] = _answer(workers[which], case)
         for name, pair in taken.items():
@@ -139,12 +140,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--rounds", type=int, default=7, help="(default: 7)")
     parser.add_argument("--seconds", type=float, default=1.0, help="for a latency case of a round (default: 1)")
+    parser.add_argument("--start-only", action="store_true", help="no calls after the first image")
     parser.add_argument("--repository", type=Path, default=Path(), help="the checkout (default: the current folder)")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="skipstep-revisions-") as name:
         before, old = install(options.repository, options.before, Path(name) / "before")
         after, new = install(options.repository, options.after, Path(name) / "after")
-        cases = compare([old, new], rounds=options.rounds, seconds=options.seconds)
+        cases = compare(
+            [old, new],
+            rounds=options.rounds,
+            seconds=options.seconds,
+            cases=() if options.start_only else CASES,
+        )
     write_json(options.out, {"commits": {"before": before, "after": after}, "cases": cases})
     for case, found in cases.items():
         print(f"{case:34} {found['medians'][0]:9.2f} {found['medians'][1]:9.2f} ratio {found['median_ratio']:6.3f}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack
 
@@ -30,6 +29,8 @@ from skipstep.plans.schedule import NoiseSchedule
 from skipstep.plans.stages import Stages
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
     from skipstep import saving
     from skipstep.building import BuildOptions
     from skipstep.editing import between, edit
@@ -232,6 +233,8 @@ class Engine:
         The future's result is what `sample` returns, complete on every stream; asyncio.wrap_future makes it awaitable.
         x_T and `out` belong to the engine until then.
         """
+        from concurrent.futures import ThreadPoolExecutor  # Slow to import.
+
         call = self._call(**arguments)
         # The worker has its own stream: what this thread has enqueued comes first.
         order = self.runner.loop.caller_order()
@@ -242,8 +245,7 @@ class Engine:
 
         with self._worker_lock:
             self.runner.check()
-            if self._worker is None:
-                self._worker = ThreadPoolExecutor(1, thread_name_prefix="skipstep")
+            self._worker = self._worker or ThreadPoolExecutor(1, thread_name_prefix="skipstep")
             return self._worker.submit(work)
 
     def close(self) -> None:
@@ -288,9 +290,7 @@ class Engine:
         elif steps is None and plan is None:
             plans = [self._plan_within(deadline_ms, seeds, x_T, conditions)]
         else:
-            raise InputError(
-                got="deadline_ms beside steps or plan", expected="one of them", remedy="leave the others out"
-            )
+            raise InputError(got="deadline_ms beside steps or plan", expected="one of them", remedy="pass only one")
         blend = None
         if starts:
             from skipstep.pipelines.start import begin

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,6 +133,8 @@ def _step_session(graph: bytes, target: Target) -> LazySession:
     kept = slot.get()
 
     def optimise() -> onnxruntime.InferenceSession:
+        import tempfile  # Slow to import, and only needed once.
+
         with tempfile.TemporaryDirectory() as folder:
             written = Path(folder, "step.onnx")
             session = make_session(graph, num_threads=target.num_threads, written=written)
@@ -192,6 +193,9 @@ def make_session(
     `prepare` sets further options, and names the devices.
     """
     options = onnxruntime.SessionOptions()
+    # To find buffers that may be reused takes longer than the rest of loading; what is not needed any more is freed and
+    # allocated again all the same, in as much time and memory.
+    options.enable_mem_reuse = prepare is not None
     if written is not None:
         options.optimized_model_filepath = str(written)
     if as_it_stands or optimised:

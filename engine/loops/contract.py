@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from skipstep.calls.request import SampleRequest
 from skipstep.calls.trajectory import Progress
-from skipstep.kernels.launch import StepLaunch
 from skipstep.kernels.layout import StepFlags
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.plan import Plan
@@ -27,6 +26,7 @@ from skipstep.plans.stages import Stages
 
 if TYPE_CHECKING:
     from skipstep.kernels.autotune import LaunchCase
+    from skipstep.kernels.launch import StepLaunch
 
 Array = NDArray[np.float32]
 

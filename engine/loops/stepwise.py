@@ -23,7 +23,6 @@ from skipstep.calls.conditioning import Conditioning, call_conditioning
 from skipstep.calls.noise import StageNoise, initial_state
 from skipstep.calls.request import SampleRequest
 from skipstep.errors import InputError
-from skipstep.kernels.launch import StepLaunch
 from skipstep.kernels.step_numpy import NumpyStep
 from skipstep.loops.contract import Array, LoopReport, Pending, Run, call_flags, replicate, run_observed
 from skipstep.networks.graphs import StepInputs
@@ -32,6 +31,7 @@ from skipstep.plans.stages import Stages
 
 if TYPE_CHECKING:
     from skipstep.kernels.autotune import LaunchCase
+    from skipstep.kernels.launch import StepLaunch
 
 # Sets of buffers that wait for a call, of all batch sizes together; the one that waits longest goes first.
 MAX_FREE_BUFFERS = 16

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from skipstep.errors import ScheduleError, check_integer, check_number, check_path, shown
-from skipstep.reporting import LOGGER
 from skipstep.storage.untrusted import read_json_object
 
 FILE_NAME = "scheduler_config.json"
@@ -292,6 +291,8 @@ def name_unused(class_name: str, unused: Sequence[str]) -> None:
     """Say in the log, once in a process, which keys of a file have no effect."""
     told = f"{class_name}: {', '.join(unused)} concern another sampler, and plans of step counts do not use them"
     if unused and told not in _NAMED:
+        from skipstep.reporting import LOGGER  # Logging is slow to import.
+
         _NAMED.add(told)
         LOGGER.warning("%s", told)
 

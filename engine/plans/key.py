@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -47,6 +48,7 @@ def plan_key(
     return digest.hexdigest()[:16]
 
 
+@lru_cache(maxsize=256)  # Most stages of most plans have the same flags.
 def _text(flags: StepFlags) -> str:
     values = {name: getattr(flags, name) for name in _NAMES}
     shown = {first: values.pop(name) for name, first in _FIRST_FLAGS.items()} | {

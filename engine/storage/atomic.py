@@ -13,7 +13,6 @@ import fcntl
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -117,6 +116,8 @@ def check_writable(folder: str | os.PathLike[str], *, may_be_missing: bool = Tru
 
     For one that is missing the nearest folder above it counts.
     """
+    import tempfile  # Only writers need it, and it is slow to import.
+
     path = Path(folder).absolute()
     with storage_errors(path):
         while may_be_missing and not os.path.lexists(path):
