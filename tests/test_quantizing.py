@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 from engines import build
+from PIL import Image
 from torch import nn
 
 import skipstep
 from skipstep.errors import InputError
 from skipstep.export.sensitivity import BOUND, PixelError
+from skipstep.networks.spec import NetworkSpec
+from skipstep.quantizing import read_calls
 
 
 class Small(nn.Module):
@@ -79,6 +82,18 @@ def test_calibration_from_a_folder_draws_the_calls_in_it(tmp_path):
     np.testing.assert_array_equal(engine.sample(**CALL), seeded.sample(**CALL))
 
 
+def test_calibration_from_pictures_draws_from_them_with_noise_on(tmp_path):
+    for seed in range(2):
+        pixels = np.random.default_rng(seed).integers(0, 256, (8, 8), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{seed}.png")
+    [call] = read_calls(tmp_path, NetworkSpec((1, 8, 8)))
+    np.testing.assert_allclose(call["images"][1, 0], pixels / 127.5 - 1, atol=1e-6)
+    engine = build(Small(), backend="onnxruntime", precision="int8", calibration=tmp_path, **OPTIONS)
+    assert engine.sample(**CALL).shape == (2, 1, 8, 8)
+    with pytest.raises(InputError, match="the network's shape"):
+        read_calls(tmp_path, NetworkSpec((1, 4, 4)))
+
+
 def test_bundle_without_the_network_says_how_to_get_it(exact, tmp_path):
     exact.save(tmp_path / "bundle", license="MIT")
     with pytest.raises(InputError, match="precision='int8'"):
@@ -92,7 +107,7 @@ def test_bundle_without_the_network_says_how_to_get_it(exact, tmp_path):
         ({"calibration": [0]}, "leave calibration out"),
         ({"precision": "int8", "calibration": []}, "calibration without seeds"),
         ({"precision": "int8", "calibration": 3}, "pass calibration="),
-        ({"precision": "int8", "calibration": "/nowhere"}, "no .npz file"),
+        ({"precision": "int8", "calibration": "/nowhere"}, "neither a picture nor"),
         ({"precision": "fp8", "calibration": [0]}, "precision='fp8'"),
     ],
 )
@@ -101,9 +116,10 @@ def test_what_is_wrong_is_said(options, said):
         build(Small(), backend="onnxruntime", **OPTIONS, **options)
 
 
-def test_damaged_call_is_refused(tmp_path):
-    (tmp_path / "call.npz").write_bytes(b"no archive")
-    with pytest.raises(InputError, match=r"call\.npz"):
+@pytest.mark.parametrize("name", ["call.npz", "picture.png"])
+def test_damaged_file_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"no archive")
+    with pytest.raises(InputError, match=name):
         build(Small(), backend="onnxruntime", precision="int8", calibration=tmp_path, **OPTIONS)
 
 
