@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 from skipstep.version import __version__
 
 if TYPE_CHECKING:
+    from skipstep.backends.tensorrt_options import TensorRTOptions
     from skipstep.engine import Engine
     from skipstep.loading import load
     from skipstep.networks.condition import Condition
     from skipstep.plans.plan import Plan
     from skipstep.plans.schedule import NoiseSchedule
 
-__all__ = ["Condition", "Engine", "NoiseSchedule", "Plan", "__version__", "load"]
+__all__ = ["Condition", "Engine", "NoiseSchedule", "Plan", "TensorRTOptions", "__version__", "load"]
 
 # Loaded on first use: importing skipstep costs milliseconds and pulls in no array library.
 _HOME = {
@@ -22,6 +23,7 @@ _HOME = {
     "Engine": "skipstep.engine",
     "NoiseSchedule": "skipstep.plans.schedule",
     "Plan": "skipstep.plans.plan",
+    "TensorRTOptions": "skipstep.backends.tensorrt_options",
     "load": "skipstep.loading",
 }
 

@@ -34,6 +34,7 @@ from skipstep.networks.spec import NetworkSpec
 from skipstep.version import __version__
 
 if TYPE_CHECKING:
+    from skipstep.bundles.bundle import Bundle
     from skipstep.export.quantize import Kind, Range
     from skipstep.export.request import QuantizedStep
     from skipstep.plans.plan import Plan
@@ -70,19 +71,21 @@ def quantize_source(
     """
     from skipstep.bundles.cache import ArtefactCache
     from skipstep.bundles.cache_key import cache_key
-    from skipstep.export.onnx_model import exporter_versions
+    from skipstep.export.bundle_files import package_version
     from skipstep.export.request import QuantizedStep
+    from skipstep.export.weight_storage import expand_weights
 
-    work = _Calibrated(source, tuple(plans), read_calls(calibration, source.spec), sampler, report)
+    step, calls = expand_weights(source.step_graph("float32")), read_calls(calibration, source.spec)
+    work = _Calibrated(source, step, tuple(plans), calls, sampler, report)
     made = {}
     for form in forms:
         key = cache_key(
-            kind="quantized.onnx",
+            kind="quantized.onnx 2",
             form=form,
-            step=hashlib.sha256(source.step_graph("float32")).hexdigest(),
+            step=hashlib.sha256(step).hexdigest(),
             plans=tuple(plan.key for plan in plans),
-            calls=json.dumps(work.calls, sort_keys=True, default=_digest),
-            made_by=(__version__, *exporter_versions()),
+            calls=json.dumps(calls, sort_keys=True, default=_digest),
+            made_by=(__version__, package_version("onnx"), package_version("onnxruntime")),
         )
         packed = functools.partial(work.packed, form)
         head, _, graph = ArtefactCache().get_or_build(key, packed, f"step network in {form}").partition(b"\n")
@@ -92,6 +95,18 @@ def quantize_source(
             f"{form}: {facts['layers']} of {facts['candidates']} layers, {100 * facts['share']:.0f} % of the operations"
         )
     return made
+
+
+def quantize_bundle(
+    bundle: Bundle, precision: str, calibration: Any, *, sampler: SamplerOf, report: Callable[[str], object]
+) -> QuantizedStep:
+    """The step network of a bundle in "int8" or "fp8" for TensorRT, calibrated with its plans. Raises InputError and
+    ExportError."""
+    from skipstep.bundle_source import BundleSource, held_plans
+
+    source = BundleSource(bundle)
+    plans = list(held_plans(bundle, source, False).values())
+    return quantize_source(source, plans, calibration, [precision], sampler=sampler, report=report)[precision]
 
 
 def _digest(array: Any) -> str:
@@ -189,6 +204,7 @@ class _Calibrated:
     """A network with the calls to calibrate it on; ranges are measured once for all forms."""
 
     source: NetworkSource
+    step: bytes
     plans: tuple[Plan, ...]
     calls: list[dict[str, Any]]
     sampler: SamplerOf
@@ -202,11 +218,10 @@ class _Calibrated:
         from skipstep.export.quantize import find_layers, quantize
         from skipstep.export.sensitivity import choose_layers
 
-        kind, half = _FORMS[form]
-        step = self.source.step_graph("float32")
+        step, (kind, half) = self.step, _FORMS[form]
         around = step_graph(partition_of({"step": step}), "float16") if half else step
         if self.ranges is None:
-            self.ranges = self._measured(step)
+            self.ranges = self._measured()
         ranges, options = self.ranges, {"symmetric": half, "results": form == "int8-onnxruntime"}
 
         def quantized(layers: Sequence[str], base: bytes = step) -> bytes:
@@ -223,19 +238,19 @@ class _Calibrated:
         )
         return json.dumps(choice.facts()).encode() + b"\n" + quantized(choice.layers, around)
 
-    def _measured(self, step: bytes) -> dict[str, dict[int, Range]]:
+    def _measured(self) -> dict[str, dict[int, Range]]:
         from skipstep.export.quantize import find_layers, measure_ranges
         from skipstep.export.sensitivity import operations
 
         self.report("calibrate on the float network's trajectories")
         found: list[Values] = []
         for plan in self.plans:
-            self.draw(step, plan, record=found.append)
-        flops = operations(step)
+            self.draw(self.step, plan, record=found.append)
+        flops = operations(self.step)
         least = _LEAST_SHARE * sum(flops.values())
-        layers = {name: values for name, values in find_layers(step).items() if flops[name] >= least}
+        layers = {name: values for name, values in find_layers(self.step).items() if flops[name] >= least}
         # Evenly from all evaluations of all plans.
-        return measure_ranges(step, layers, found[:: math.ceil(len(found) / _EVALUATIONS)])
+        return measure_ranges(self.step, layers, found[:: math.ceil(len(found) / _EVALUATIONS)])
 
     def draw(self, step: bytes, plan: Plan, *, record: Callable[[Values], None] | None = None) -> NDArray[np.float32]:
         """The samples of every call, with this step network."""

@@ -84,8 +84,7 @@ def choose_layers(
     def measured(layers: Sequence[str], plan: str) -> PixelError:
         return PixelError.between(draw(quantized(layers), plan), exact[plan])
 
-    flops = operations(step)
-    squares = {}
+    flops, squares = operations(step), {}
     for number, name in enumerate(candidates, 1):
         squares[name] = measured([name], plans[0]).rms ** 2
         report(f"measure layer {number} of {len(candidates)}")

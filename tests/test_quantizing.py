@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 import skipstep
+from skipstep.commands.main import main
 from skipstep.errors import InputError
 from skipstep.export.sensitivity import BOUND, PixelError
 from skipstep.networks.spec import NetworkSpec
@@ -92,6 +93,28 @@ def test_calibration_from_pictures_draws_from_them_with_noise_on(tmp_path):
     assert engine.sample(**CALL).shape == (2, 1, 8, 8)
     with pytest.raises(InputError, match="the network's shape"):
         read_calls(tmp_path, NetworkSpec((1, 4, 4)))
+
+
+def test_build_adds_the_network_in_8_bits_and_an_engine_of_it(exact, tmp_path, capsys):
+    pytest.importorskip("tensorrt_rtx")
+    path = str(tmp_path / "bundle")
+    exact.save(path, license="MIT")
+    assert main(["build", path, "--target", "rtx:sm89", "--precision", "fp8", "--calibration", "0", "1"]) == 0
+    manifest = json.loads((tmp_path / "bundle/manifest.json").read_bytes())
+    [engine] = manifest["engines"]
+    assert engine["precision"] == "fp8"
+    assert manifest["quantized"]["step-fp8"]["layers"] > 0
+    assert {manifest["graphs"]["step-fp8"], engine["file"]} <= manifest["files"].keys()
+    # What the description names are layers of the model.
+    assert "in layers." in engine["facts"]["largest"][0]
+    replay = skipstep.load(path)
+    np.testing.assert_array_equal(replay.sample(**CALL), exact.sample(**CALL))
+    # Without the option the network in 8 bits is the one that engines are built of.
+    assert main(["build", path, "--target", "rtx:sm86"]) == 2
+    assert main(["build", path, "--target", "rtx:sm120"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", path]) == 0
+    assert "rtx:sm120, fp8" in capsys.readouterr().out
 
 
 def test_bundle_without_the_network_says_how_to_get_it(exact, tmp_path):
