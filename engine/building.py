@@ -10,7 +10,7 @@ from typing import Any, Unpack, cast, get_args
 from skipstep.backends.denoiser import EIGHT_BITS, Denoiser, Precision, Target
 from skipstep.backends.registry import BACKENDS, check_device, check_library, resolve_backend
 from skipstep.backends.tensorrt_library import choose_library
-from skipstep.backends.tensorrt_options import DEFAULTS, OPTIONS_REMEDY, TensorRTOptions
+from skipstep.backends.tensorrt_options import DEFAULTS, OPTIONS_REMEDY, TensorRTOptions, check_library_options
 from skipstep.calls.plan_set import PlanSet, make_plan
 from skipstep.cuda.probe import cuda_device
 from skipstep.errors import (
@@ -255,7 +255,7 @@ def _check_options(
     target: Target, tensorrt: TensorRTOptions, device: str, backend: str, require_captured: bool
 ) -> None:
     if tensorrt != DEFAULTS and backend == "tensorrt":
-        tensorrt.check(choose_library((), target.library))
+        check_library_options(tensorrt, choose_library((), target.library))
     only_on_gpu = {
         "require_captured=True": require_captured,
         "compile_network=True": target.compiled,

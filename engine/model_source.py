@@ -151,6 +151,9 @@ class GraphSource(ABC):
             step, target, batch_sizes, device=device, options=self.tensorrt, tf32=tf32, again=again
         )[0]
 
+    def engine_graph(self, precision: str) -> bytes:
+        return engine_graph(self.step_graph("float32" if precision == "tf32" else precision))
+
 
 @dataclass(slots=True)
 class ModelSource(GraphSource):
@@ -264,6 +267,13 @@ def specification(
         conditions=known,
         **time,
     )
+
+
+def engine_graph(step: bytes) -> bytes:
+    """A step network as TensorRT's builder reads it."""
+    from skipstep.export.tensorrt_graph import builder_graph
+
+    return builder_graph(step)
 
 
 def is_module(model: object) -> bool:

@@ -18,7 +18,13 @@ from typing import Any
 
 from skipstep.backends.denoiser import EIGHT_BITS, Library
 from skipstep.backends.tensorrt_library import import_library
-from skipstep.backends.tensorrt_options import DEFAULTS, TensorRTOptions
+from skipstep.backends.tensorrt_options import (
+    DEFAULTS,
+    TensorRTOptions,
+    builder_options,
+    check_library_options,
+    read_timings,
+)
 from skipstep.bundles.bundle import Bundle, open_bundle
 from skipstep.bundles.cache import ArtefactCache
 from skipstep.bundles.cache_key import Part, cache_key
@@ -61,7 +67,8 @@ def add_engines(
     report = progress or (lambda message: None)
     bundle = open_bundle(path, require_signature=require_signature)
     manifest = bundle.manifest
-    targets, added = tuple(targets), {}
+    targets = tuple(targets)
+    added: dict[str, bytes] = {}
     if precision is None:
         held = (each for each in (*EIGHT_BITS, "float16", "bfloat16") if f"step-{each}" in manifest.graphs)
         precision = next(held, "float32")
@@ -118,7 +125,7 @@ def built_engines(
     report(f"{target}, batch {', '.join(map(str, sizes))}")
     data, facts = build_engine_cached(step, target, sizes, device=device, options=options, progress=report)
     if options != DEFAULTS:
-        facts = {**facts, "options": options.for_builder()}
+        facts = {**facts, "options": builder_options(options)}
     if target.library == "tensorrt_rtx":
         facts = {**facts, "not_fused": not_fused(step)}
         # Another release may write its plan otherwise: an engine is as good without the description.
@@ -160,7 +167,7 @@ def build_engine_cached(
     platform, the options, and the GPU and its driver where one is built for. Full TensorRT's kernel timings are kept
     for the next build under the same conditions, and in the file that the options name.
     """
-    options.check(target.library)
+    check_library_options(options, target.library)
     sizes = tuple(sorted(set(batch_sizes)))
     cache = ArtefactCache()
     gpu = None if target.compute_capability is not None else astuple(cuda_device(device))
@@ -172,13 +179,13 @@ def build_engine_cached(
         graph=graph_sha256(step).hexdigest(),
         target=str(target),
         batch_sizes=sizes,
-        options=tuple(options.for_builder().values()),
+        options=tuple(builder_options(options).values()),
         tf32=tf32,
         **built_by,
     )
     if again:
         cache.clear(key)
-    timings = options.read_timings()
+    timings = read_timings(options)
 
     def report(phase: str, done: int, total: int) -> None:
         if done == 0 and progress is not None:

@@ -164,7 +164,7 @@ class _Pairs:
             self._restore(name, self._scale(name, stored, 0), f"{name}/restored", axis=axis)
         return self._restored[name]
 
-    def _restore(self, name: str, scale: Sequence[str], restored: str, **axis: int) -> None:
+    def _restore(self, name: str, scale: Sequence[str], restored: str, **axis: Any) -> None:
         inputs = [f"{name}/{self._kind}", *scale]
         self._nodes.append(helper.make_node("DequantizeLinear", inputs, [restored], name=f"{name}/restored", **axis))
         self._restored[name] = restored

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from skipstep.backends.denoiser import EIGHT_BITS
-from skipstep.backends.tensorrt_options import DEFAULTS, OPTIONS_REMEDY, TensorRTOptions
+from skipstep.backends.tensorrt_options import DEFAULTS, OPTIONS_REMEDY, TensorRTOptions, check_library_options
 from skipstep.bundles.bundle import is_bundle
 from skipstep.errors import InputError, StorageError, check_choice, check_flag, check_path, check_text, check_type
 from skipstep.export.targets import Targets
@@ -65,7 +65,7 @@ def check_request(path: str | os.PathLike[str], request: BundleRequest) -> Targe
             expected="such a target, as in targets=['rtx:sm89']",
             remedy="name one, or give the options to skipstep build, which builds on the device",
         )
-    request.tensorrt.check("tensorrt_rtx")
+    check_library_options(request.tensorrt, "tensorrt_rtx")
     for target in targets.engines:
         target.check(request.precision)
     if request.sign_key is not None:

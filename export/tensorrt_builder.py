@@ -140,11 +140,12 @@ def _set_options(trt: Any, config: Any, options: Mapping[str, Any], library: Lib
         "REQUIRE_USER_ALLOCATION": library == "tensorrt_rtx" and not options["weight_streaming"],
     }
     for name in (name for name, wanted in flags.items() if wanted):
-        if name in trt.BuilderFlag.__members__:
+        # An engine without weights could not be told from others.
+        if name in trt.BuilderFlag.__members__ and (name != "STRIP_PLAN" or hasattr(trt, "EngineStat")):
             config.set_flag(trt.BuilderFlag.__members__[name])
         elif name != "REQUIRE_USER_ALLOCATION":
             raise MissingDependencyError(
-                got=f"{library} {trt.__version__}, which has no builder flag {name}",
+                got=f"{library} {trt.__version__}, whose engines cannot be built and loaded with {name}",
                 expected="a release that has it",
                 remedy=f"pip install -U {library}, or leave the option out",
             )

@@ -30,7 +30,7 @@ import numpy as np
 
 from skipstep.backends.denoiser import Library
 from skipstep.backends.tensorrt_library import EXTRAS
-from skipstep.backends.tensorrt_options import DEFAULTS, TensorRTOptions
+from skipstep.backends.tensorrt_options import DEFAULTS, TensorRTOptions, builder_options, check_library_options
 from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError, check_integer
 from skipstep.networks.large_graph import graph_sha256, weights_of
 
@@ -155,6 +155,12 @@ def build_engine(
     request |= {"tf32": tf32, "progress": progress is not None}
     request |= {"model_bytes": len(onnx_model), "cache_bytes": len(timing_cache or b"")}
     weights = weights_of(onnx_model)
+    if weights and options.strip:
+        raise InputError(
+            got="strip=True for a network whose weights are beside its graph",
+            expected="a network below a gigabyte, whose graph an engine is given its weights from",
+            remedy="leave strip out",
+        )
     request["weights"] = [(name, array.nbytes) for name, array in weights.items()]
     started = time.perf_counter()
     facts, engine, new_cache = _run_builder(request, onnx_model, timing_cache or b"", progress, device)
@@ -207,13 +213,13 @@ def _checked_request(
             expected="none: it measures nothing while building",
             remedy="leave timing_cache out",
         )
-    options.check(library)
+    check_library_options(options, library)
     sizes = [check_integer("batch_sizes", size, low=1, high=2**31 - 1, remedy="pass (1, 8)") for size in batch_sizes]
     return {
         "library": library,
         "compute_capability": compute_capability,
         "batch_sizes": sizes,
-        "options": options.for_builder(),
+        "options": builder_options(options),
     }
 
 

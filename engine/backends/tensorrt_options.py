@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skipstep.errors import InputError, StorageError, check_flag, check_integer, check_path
-from skipstep.storage.atomic import check_writable
+from skipstep.errors import InputError, check_flag, check_integer, check_path
+from skipstep.storage.atomic import check_writable, storage_errors
 
 if TYPE_CHECKING:
     from skipstep.backends.denoiser import Library
@@ -77,35 +77,32 @@ class TensorRTOptions:
                 remedy="name a file in it",
             )
 
-    def check(self, library: Library) -> None:
-        """Raise InputError for an option that this library does not have."""
-        for name, why in _LACKS.get(library, {}).items():
-            if getattr(self, name) not in (None, type(self).__dataclass_fields__[name].default):
-                raise InputError(
-                    got=f"{name}={getattr(self, name)!r} for {library}, which {why}",
-                    expected="options that the library has",
-                    remedy=f"leave {name} out, or build with full TensorRT on the device, target tensorrt",
-                )
-
-    def for_builder(self) -> dict[str, Any]:
-        """All that an engine depends on: timings decide between kernels that compute the same."""
-        return {name: value for name, value in asdict(self).items() if name != "timing_cache"}
-
-    def read_timings(self) -> bytes | None:
-        """None where there are none yet. Raises StorageError, also where none can be written."""
-        if self.timing_cache is None:
-            return None
-        check_writable(Path(self.timing_cache).absolute().parent, may_be_missing=False)
-        try:
-            return Path(self.timing_cache).read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise StorageError(
-                got=f"timing_cache={os.fspath(self.timing_cache)!r}, which cannot be read ({error})",
-                expected="a file that TensorRT's timings can be read from and written to",
-                remedy="name another file",
-            ) from error
-
 
 DEFAULTS = TensorRTOptions()
+
+
+def check_library_options(options: TensorRTOptions, library: Library) -> None:
+    """Raise InputError for an option that this library does not have."""
+    for name, why in _LACKS.get(library, {}).items():
+        value = getattr(options, name)
+        if value != getattr(DEFAULTS, name):
+            raise InputError(
+                got=f"{name}={value!r} for {library}, which {why}",
+                expected="options that the library has",
+                remedy=f"leave {name} out, or build with full TensorRT on the device, target tensorrt",
+            )
+
+
+def builder_options(options: TensorRTOptions) -> dict[str, Any]:
+    """All that an engine depends on: timings decide between kernels that compute the same."""
+    return {name: value for name, value in asdict(options).items() if name != "timing_cache"}
+
+
+def read_timings(options: TensorRTOptions) -> bytes | None:
+    """None where there are none yet. Raises StorageError, also where none can be written."""
+    if options.timing_cache is None:
+        return None
+    file = Path(options.timing_cache)
+    check_writable(file.absolute().parent, may_be_missing=False)
+    with storage_errors(file):
+        return file.read_bytes() if file.exists() else None

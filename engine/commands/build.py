@@ -39,6 +39,7 @@ def run(options: argparse.Namespace) -> None:
             remedy=f"first run skipstep export --model {options.bundle} --target tensorrt --license LICENSE "
             "--out BUNDLE, then skipstep build BUNDLE",
         )
+    from skipstep.backends.tensorrt_options import check_library_options
     from skipstep.engine import Engine
     from skipstep.export.engines import add_engines
     from skipstep.export.tensorrt_engine import parse_targets
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     check_calibration(options.precision, calibration)
     targets, progress = parse_targets(options.target), elapsed_progress()
     for target in targets:
-        tensorrt.check(target.library)
+        check_library_options(tensorrt, target.library)
 
     added = add_engines(
         options.bundle,

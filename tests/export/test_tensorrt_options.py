@@ -10,6 +10,7 @@ from engines import labelled_engine
 from onnx import helper, numpy_helper
 
 from skipstep import Engine, TensorRTOptions
+from skipstep.backends.tensorrt_options import read_timings
 from skipstep.commands.main import main
 from skipstep.demo import SHIPPED_MODEL
 from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError, StorageError
@@ -126,9 +127,9 @@ def test_wrong_values(wrong):
 
 def test_timings_that_cannot_be_kept_are_refused_before_a_build(tmp_path):
     with pytest.raises(StorageError, match="missing"):
-        TensorRTOptions(timing_cache=tmp_path / "missing" / "timings").read_timings()
+        read_timings(TensorRTOptions(timing_cache=tmp_path / "missing" / "timings"))
     options = TensorRTOptions(timing_cache=tmp_path / "timings")
-    assert options.read_timings() is None
+    assert read_timings(options) is None
 
 
 @pytest.mark.parametrize(
