@@ -50,7 +50,6 @@ _FORMS: Final[Mapping[str, tuple[Kind, bool]]] = {
 _EVALUATIONS: Final = 24
 _LEAST_SHARE: Final = 0.005
 _BATCH: Final = 16
-_PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp")
 _REMEDY: Final = "pass calibration=range(8), seeds to draw with, or a folder of pictures or .npz files"
 
 SamplerOf = Callable[[CompiledNetwork], Sampler]
@@ -133,12 +132,12 @@ def read_calls(calibration: Any, network: NetworkSpec) -> list[dict[str, Any]]:
         if not given:
             raise InputError(got="calibration without seeds", expected=expected, remedy=_REMEDY)
         return [_seeded(network, given)]
-    files = sorted(Path(calibration).iterdir()) if Path(calibration).is_dir() else []
-    calls = [_arguments(file) for file in files if file.suffix == ".npz"]
-    pictures = [file for file in files if file.suffix.lower() in _PICTURES]
-    if pictures:
-        drawn = _seeded(network, range(len(pictures)))
-        calls.append({**drawn, "images": np.stack([_picture(file, network) for file in pictures]), "strength": 1.0})
+    from skipstep.calls.images import read_pictures
+
+    calls = [_arguments(file) for file in sorted(Path(calibration).glob("*.npz"))]
+    pictures = read_pictures(Path(calibration), network.sample_shape)
+    if len(pictures):
+        calls.append({**_seeded(network, range(len(pictures))), "images": pictures, "strength": 1.0})
     if not calls:
         raise InputError(
             got=f"neither a picture nor an .npz file in calibration={os.fspath(calibration)!r}",
@@ -156,40 +155,16 @@ def _seeded(network: NetworkSpec, seeds: Sequence[int]) -> dict[str, Any]:
     return {"seeds": list(seeds), **call_conditions(entry, arrays)}
 
 
-def _picture(file: Path, network: NetworkSpec) -> NDArray[np.float32]:
-    """In the network's range, `[C, H, W]`."""
-    from PIL import Image
-
-    channels = network.sample_shape[0]
-    try:
-        with Image.open(file) as image:
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), np.float32) / 127.5 - 1
-    except (OSError, ValueError) as error:
-        raise _damaged(file, error) from error
-    picture = pixels[None] if channels == 1 else np.moveaxis(pixels, -1, 0)
-    if picture.shape != network.sample_shape:
-        raise InputError(
-            got=f"{file}, a picture of shape {list(picture.shape)}",
-            expected=f"one of the network's shape, {list(network.sample_shape)}",
-            remedy="scale the pictures, or pass seeds, which need none: calibration=range(8)",
-        )
-    return picture
-
-
-def _damaged(file: Path, error: Exception) -> InputError:
-    return InputError(
-        got=f"{file}, which cannot be read ({error})",
-        expected="a picture, or an .npz file that numpy.savez wrote, without objects",
-        remedy="write it again, or take it out of the folder",
-    )
-
-
 def _arguments(file: Path) -> dict[str, Any]:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             loaded = {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError) as error:
-        raise _damaged(file, error) from error
+        raise InputError(
+            got=f"{file}, which cannot be read ({error})",
+            expected="an .npz file that numpy.savez wrote, without objects",
+            remedy="write it again: numpy.savez(file, seeds=[0, 1], prompt_embeds=array)",
+        ) from error
     named = {name: array for name, array in loaded.items() if not name.startswith("conditions/")}
     arguments = {
         name: array.tolist() if array.ndim == 0 or name in ("seeds", "class_labels") else array

@@ -91,7 +91,7 @@ def test_calibration_from_pictures_draws_from_them_with_noise_on(tmp_path):
     np.testing.assert_allclose(call["images"][1, 0], pixels / 127.5 - 1, atol=1e-6)
     engine = build(Small(), backend="onnxruntime", precision="int8", calibration=tmp_path, **OPTIONS)
     assert engine.sample(**CALL).shape == (2, 1, 8, 8)
-    with pytest.raises(InputError, match="the network's shape"):
+    with pytest.raises(InputError, match="8x8 pixels"):
         read_calls(tmp_path, NetworkSpec((1, 4, 4)))
 
 
