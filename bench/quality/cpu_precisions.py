@@ -136,8 +136,8 @@ def main() -> None:
             "rows": table,
             "note": f"The shipped model, {options.num} samples of ten classes with guidance {GUIDANCE:g}, each against "
             "ONNX Runtime in float32. Recognised: the classifier sees the class that was asked for. Times as fast "
-            "as ONNX Runtime in float32, at batch 1 without guidance, calls in turns. tensorrt: the network that its engines are built from, on ONNX Runtime."
-            + "".join(f" Not measured: {each}." for each in absent),
+            "as ONNX Runtime in float32, at batch 1 without guidance, calls in turns. tensorrt: the network that "
+            "its engines are built from, on ONNX Runtime." + "".join(f" Not measured: {each}." for each in absent),
         },
     )
 
