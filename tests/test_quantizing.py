@@ -114,7 +114,9 @@ def test_build_adds_the_network_in_8_bits_and_an_engine_of_it(exact, tmp_path, c
     assert main(["build", path, "--target", "rtx:sm120"]) == 0
     capsys.readouterr()
     assert main(["inspect", path]) == 0
-    assert "rtx:sm120, fp8" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "rtx:sm120, fp8" in told
+    assert "step-fp8: 2 of 2 layers, " in told
 
 
 def test_bundle_without_the_network_says_how_to_get_it(exact, tmp_path):
