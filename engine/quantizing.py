@@ -50,6 +50,7 @@ _FORMS: Final[Mapping[str, tuple[Kind, bool]]] = {
 _EVALUATIONS: Final = 24
 _LEAST_SHARE: Final = 0.005
 _BATCH: Final = 16
+_NAMED: Final = "conditions/"
 _REMEDY: Final = "pass calibration=range(8), seeds to draw with, or a folder of pictures or .npz files"
 
 SamplerOf = Callable[[CompiledNetwork], Sampler]
@@ -158,20 +159,19 @@ def _seeded(network: NetworkSpec, seeds: Sequence[int]) -> dict[str, Any]:
 def _arguments(file: Path) -> dict[str, Any]:
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            loaded = {name: arrays[name] for name in arrays.files}
+            loaded = dict(arrays)
     except (OSError, ValueError) as error:
         raise InputError(
             got=f"{file}, which cannot be read ({error})",
             expected="an .npz file that numpy.savez wrote, without objects",
             remedy="write it again: numpy.savez(file, seeds=[0, 1], prompt_embeds=array)",
         ) from error
-    named = {name: array for name, array in loaded.items() if not name.startswith("conditions/")}
-    arguments = {
-        name: array.tolist() if array.ndim == 0 or name in ("seeds", "class_labels") else array
-        for name, array in named.items()
+    conditions = {name.removeprefix(_NAMED): loaded.pop(name) for name in list(loaded) if name.startswith(_NAMED)}
+    # Numbers, and one for each sample, as a caller gives them.
+    plain = {
+        name: array.tolist() if array.ndim == 0 or array.dtype.kind in "iu" else array for name, array in loaded.items()
     }
-    further = {name.removeprefix("conditions/"): array for name, array in loaded.items() if name not in named}
-    return {**arguments, "conditions": further} if further else arguments
+    return {**plain, "conditions": conditions} if conditions else plain
 
 
 @dataclass(slots=True)

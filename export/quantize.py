@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from skipstep.backends.onnxruntime import make_session, run_session
-from skipstep.errors import ExportError
-from skipstep.export.graph_writer import OPSET, load_graph
+from skipstep.export.graph_writer import load_graph
 from skipstep.networks.graphs import Values
 
 Kind = Literal["int8", "fp8"]
@@ -91,16 +90,8 @@ def quantize(
 
     `symmetric`: int8 activations have no zero point, as TensorRT wants them. `results`: what a layer computes goes
     through a pair, too, for ONNX Runtime, which has no convolution in 8 bits with a result in float.
-    Raises ExportError for a graph of an older opset, which has no such pairs.
     """
     model = load_graph(step)
-    opset = max((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), default=0)
-    if opset < OPSET:
-        raise ExportError(
-            got=f"a step network of opset {opset}",
-            expected=f"opset {OPSET}, in which skipstep exports",
-            remedy="export the network again with this version of skipstep",
-        )
     _Pairs(model, kind, symmetric=symmetric or kind == "fp8").insert(layers, results=results)
     return bytes(model.SerializeToString())
 

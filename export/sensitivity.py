@@ -51,8 +51,7 @@ _GIVEN_BACK: Final = 0.85
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The `layers` that go to 8 bits, of how many, the share of the network's operations in them, and the error by
-    plan."""
+    """The `layers` that go to 8 bits, of how many, their share of the network's operations, and the error by plan."""
 
     layers: tuple[str, ...]
     candidates: int

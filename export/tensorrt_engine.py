@@ -150,7 +150,7 @@ def build_engine(
     Raises MissingDependencyError, DeviceUnavailableError, InputError (architecture, batch sizes, options) and
     ExportError (a graph that the library cannot build, named by node and operator; a builder that died).
     """
-    request = _checked_request(library, compute_capability, batch_sizes, options, timing_cache)
+    request = _checked_request(library, compute_capability, batch_sizes, options)
     device = check_integer("device", device, low=0, high=999)
     request |= {"tf32": tf32, "progress": progress is not None}
     request |= {"model_bytes": len(onnx_model), "cache_bytes": len(timing_cache or b"")}
@@ -191,7 +191,6 @@ def _checked_request(
     compute_capability: int | None,
     batch_sizes: Sequence[int],
     options: TensorRTOptions,
-    timing_cache: bytes | None,
 ) -> dict[str, Any]:
     """The request, after checks that need only the arguments."""
     if library not in get_args(Library):
@@ -206,12 +205,6 @@ def _checked_request(
             got=f"compute_capability={compute_capability} for TensorRT",
             expected="none: it builds for the GPU that it runs on",
             remedy="leave it out and build on the target, or use TensorRT-RTX",
-        )
-    if library == "tensorrt_rtx" and timing_cache is not None:
-        raise InputError(
-            got="a timing cache for TensorRT-RTX",
-            expected="none: it measures nothing while building",
-            remedy="leave timing_cache out",
         )
     check_library_options(options, library)
     sizes = [check_integer("batch_sizes", size, low=1, high=2**31 - 1, remedy="pass (1, 8)") for size in batch_sizes]

@@ -100,11 +100,6 @@ def test_pairs_in_half_precision_have_scales_in_half_precision():
     assert {each.data_type for each in scales} == {TensorProto.FLOAT16}
 
 
-def test_an_older_opset_is_refused():
-    with pytest.raises(ExportError, match="opset 17"):
-        quantize(step_network(opset=17), ranges(), "int8")
-
-
 def test_ranges_cut_an_outlier_and_keep_the_rest():
     inputs = [{"sample": each["sample"].copy()} for each in INPUTS]
     inputs[0]["sample"] = np.random.default_rng(9).standard_normal((400, 1, SIZE, SIZE), np.float32)
