@@ -160,7 +160,7 @@ def build_network(
     sizes = _checked_batch_sizes(batch_sizes)
     check_choice("precision", precision, ("auto", *get_args(Precision)))
     precision = "float32" if precision == "auto" else precision
-    check_calibration(precision, calibration)
+    calibration = check_calibration(precision, calibration)
     check_choice("backend", backend, ("auto", *dict.fromkeys(each.name for each in BACKENDS)))
     check_choice("loop", loop, ("auto", *dict.fromkeys(form for forms in FORMS.values() for form in forms)))
     check_device(device, auto=True)

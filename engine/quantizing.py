@@ -24,12 +24,14 @@ from numpy.typing import NDArray
 
 from skipstep.backends.denoiser import EIGHT_BITS, Denoiser, NetworkSource
 from skipstep.calls.plan_set import PlanSet
-from skipstep.errors import InputError, check_items, shown
+from skipstep.calls.request import resolve_seeds
+from skipstep.errors import InputError, check_items, check_path, shown
 from skipstep.loops.choice import make_loop
 from skipstep.loops.contract import Sampler
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.loops.runner import BatchRunner, CompiledNetwork
 from skipstep.networks.graphs import SAMPLE, Values
+from skipstep.networks.large_graph import graph_sha256
 from skipstep.networks.spec import NetworkSpec
 from skipstep.version import __version__
 
@@ -67,7 +69,7 @@ def quantize_source(
 ) -> dict[str, QuantizedStep]:
     """The step network of `source` in these forms, from the user's cache if it was made there before.
 
-    `calibration`: seeds, or a folder (check_calibration). Raises InputError and ExportError.
+    `calibration` is what check_calibration returns. Raises InputError and ExportError.
     """
     from skipstep.bundles.cache import ArtefactCache
     from skipstep.bundles.cache_key import cache_key
@@ -82,7 +84,7 @@ def quantize_source(
         key = cache_key(
             kind="quantized.onnx 3",
             form=form,
-            step=hashlib.sha256(step).hexdigest(),
+            step=graph_sha256(step).hexdigest(),
             plans=tuple(plan.key for plan in plans),
             calls=json.dumps(calls, sort_keys=True, default=_digest),
             made_by=(__version__, package_version("onnx"), package_version("onnxruntime")),
@@ -114,8 +116,9 @@ def _digest(array: Any) -> str:
     return f"{array.dtype} {array.shape} {hashlib.sha256(array.tobytes()).hexdigest()}"
 
 
-def check_calibration(precision: object, calibration: object) -> None:
-    """Raise InputError where a precision needs what to calibrate on and has none, or the other way round."""
+def check_calibration(precision: object, calibration: object) -> list[int] | str | None:
+    """The seeds or the folder. Raises InputError for what is wrong with them without the network: nothing to calibrate
+    on where a precision needs it, or the other way round, and a folder without such files."""
     needed = isinstance(precision, str) and precision in EIGHT_BITS
     if needed != (calibration is not None):
         raise InputError(
@@ -123,28 +126,36 @@ def check_calibration(precision: object, calibration: object) -> None:
             expected="calibration= with int8 and fp8, and with no other precision",
             remedy=_REMEDY if needed else "leave calibration out",
         )
-
-
-def read_calls(calibration: Any, network: NetworkSpec) -> list[dict[str, Any]]:
-    """The arguments of each call of sample() that the network is calibrated on. Raises InputError."""
+    if calibration is None:
+        return None
     if not isinstance(calibration, str | os.PathLike):
         expected = "seeds, or a folder"
         given = check_items("calibration", calibration, expected=expected, remedy=_REMEDY)
         if not given:
             raise InputError(got="calibration without seeds", expected=expected, remedy=_REMEDY)
-        return [_seeded(network, given)]
-    from skipstep.calls.images import read_pictures
+        return [int(seed) for seed in resolve_seeds(given)]
+    from skipstep.calls.images import PICTURES
 
-    calls = [_arguments(file) for file in sorted(Path(calibration).glob("*.npz"))]
-    pictures = read_pictures(Path(calibration), network.sample_shape)
-    if len(pictures):
-        calls.append({**_seeded(network, range(len(pictures))), "images": pictures, "strength": 1.0})
-    if not calls:
+    folder = check_path("calibration", calibration)
+    if not any(file.suffix.lower() in (".npz", *PICTURES) for file in Path(folder).rglob("*")):
         raise InputError(
-            got=f"neither a picture nor an .npz file in calibration={os.fspath(calibration)!r}",
+            got=f"neither a picture nor an .npz file in calibration={folder!r}",
             expected="a folder of pictures, or of .npz files, each with the arguments of one call by name",
             remedy="write them: numpy.savez(file, seeds=[0, 1], prompt_embeds=array)",
         )
+    return folder
+
+
+def read_calls(calibration: list[int] | str, network: NetworkSpec) -> list[dict[str, Any]]:
+    """The arguments of each call of sample() that the network is calibrated on. Raises InputError."""
+    if not isinstance(calibration, str):
+        return [_seeded(network, calibration)]
+    from skipstep.calls.images import read_pictures
+
+    calls = [_arguments(file) for file in sorted(Path(calibration).rglob("*.npz"))]
+    pictures = read_pictures(Path(calibration), network.sample_shape)
+    if len(pictures):
+        calls.append({**_seeded(network, range(len(pictures))), "images": pictures, "strength": 1.0})
     return calls
 
 

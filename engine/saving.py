@@ -75,7 +75,7 @@ def save(
     from skipstep.model_source import save_bundle
     from skipstep.quantizing import check_calibration, quantize_source
 
-    check_calibration(precision, calibration)
+    calibration = check_calibration(precision, calibration)
 
     def open_again(folder: Path) -> Sampler:
         return type(engine)(load_network(folder))

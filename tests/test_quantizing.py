@@ -87,12 +87,12 @@ def test_calibration_from_pictures_draws_from_them_with_noise_on(tmp_path):
     for seed in range(2):
         pixels = np.random.default_rng(seed).integers(0, 256, (8, 8), np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{seed}.png")
-    [call] = read_calls(tmp_path, NetworkSpec((1, 8, 8)))
+    [call] = read_calls(str(tmp_path), NetworkSpec((1, 8, 8)))
     np.testing.assert_allclose(call["images"][1, 0], pixels / 127.5 - 1, atol=1e-6)
     engine = build(Small(), backend="onnxruntime", precision="int8", calibration=tmp_path, **OPTIONS)
     assert engine.sample(**CALL).shape == (2, 1, 8, 8)
     with pytest.raises(InputError, match="8x8 pixels"):
-        read_calls(tmp_path, NetworkSpec((1, 4, 4)))
+        read_calls(str(tmp_path), NetworkSpec((1, 4, 4)))
 
 
 def test_build_adds_the_network_in_8_bits_and_an_engine_of_it(exact, tmp_path, capsys):

@@ -65,7 +65,7 @@ def shipped_plans() -> list[Plan]:
 def in_8_bits(precision: str) -> Sampler:
     """The network that TensorRT's engines are built from, on ONNX Runtime."""
     plans, source = shipped_plans(), opened("onnxruntime", "float32").source
-    [step] = quantize_source(source, plans, CALIBRATION, [precision], sampler=Engine, report=print).values()
+    [step] = quantize_source(source, plans, list(CALIBRATION), [precision], sampler=Engine, report=print).values()
     print(precision, {name: each for name, each in step.facts.items() if name != "errors"})
     return sampler_of(source, float32_interface(step.graph), plans, [1, 16], Engine)
 

@@ -13,7 +13,7 @@ from skipstep.arrays import host_floats
 from skipstep.errors import InputError
 
 MAX_COLUMNS = 10
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _CELL = 96
 _GAP = 6
 _FONT_SIZE = 14
@@ -52,7 +52,7 @@ def read_pictures(folder: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """
     channels, height, width = shape if len(shape) == 3 and shape[0] in (1, 3) else (0, 0, 0)
     pictures = []
-    for file in sorted(each for each in folder.rglob("*") if each.suffix.lower() in _SUFFIXES):
+    for file in sorted(each for each in folder.rglob("*") if each.suffix.lower() in PICTURES):
         try:
             with Image.open(file) as image:
                 size, pixels = image.size, np.asarray(image.convert("L" if channels == 1 else "RGB"), np.float32)

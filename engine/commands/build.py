@@ -45,8 +45,8 @@ def run(options: argparse.Namespace) -> None:
     from skipstep.export.tensorrt_engine import parse_targets
     from skipstep.quantizing import check_calibration, quantize_bundle
 
-    calibration, tensorrt = engine_options(options)
-    check_calibration(options.precision, calibration)
+    given, tensorrt = engine_options(options)
+    calibration = check_calibration(options.precision, given)
     targets, progress = parse_targets(options.target), elapsed_progress()
     for target in targets:
         check_library_options(tensorrt, target.library)

@@ -154,6 +154,7 @@ def test_options_that_cannot_be_meant_are_refused_by_the_engine(tmp_path, call, 
     ("options", "said"),
     [
         (["--precision", "int8"], "pass calibration="),
+        (["--precision", "fp8", "--calibration", "nowhere"], "neither a picture nor"),
         (["--calibration", "0"], "leave calibration out"),
         (["--precision", "fp8", "--calibration", "0", "x"], "seeds, or one folder"),
         (["--precision", "fp8", "--calibration", "0"], "a target that computes in it"),
