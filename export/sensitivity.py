@@ -44,7 +44,8 @@ class PixelError:
 
 # What 8 bits may change in any sample.
 BOUND: Final = PixelError(0.1, 0.01)
-# The search's own: the largest error of many samples is about twice that of the few that it draws.
+# The search's own: the largest error of many samples is two to four times that of the few that it draws
+# (bench/results/findings/tensorrt-precisions.json), and the root mean square about the same.
 _SEARCHED: Final = PixelError(BOUND.largest / 2, BOUND.rms / 2)
 _GIVEN_BACK: Final = 0.85
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from conftest import HAS_GPU
@@ -168,3 +170,15 @@ def test_commands_refuse_before_anything_is_read(tmp_path, capsys, monkeypatch, 
     monkeypatch.setattr("skipstep.engine.Engine.build", lambda *given, **options: pytest.fail("a model was opened"))
     assert main(["export", "--license", "MIT", "--out", str(tmp_path / "bundle"), *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_export_passes_on_what_was_said(tmp_path, monkeypatch):
+    saved = {}
+    built = SimpleNamespace(save=lambda out, **given: saved.update(given))
+    monkeypatch.setattr("skipstep.engine.Engine.build", lambda *given, **options: built)
+    monkeypatch.setattr("skipstep.commands.inspect.describe_bundle", str)
+    said = ["--precision", "int8", "--calibration", "3", "4", "--workspace", "64", "--weight-streaming"]
+    arguments = ["export", "--license", "MIT", "--out", str(tmp_path / "bundle"), "--target", "rtx:sm89", *said]
+    assert main(arguments) == 0
+    assert (saved["precision"], saved["calibration"]) == ("int8", [3, 4])
+    assert saved["tensorrt"] == TensorRTOptions(workspace_bytes=64 << 20, weight_streaming=True)
