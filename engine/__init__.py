@@ -9,13 +9,14 @@ from skipstep.version import __version__
 
 if TYPE_CHECKING:
     from skipstep.accelerating import accelerate
+    from skipstep.backends.tensorrt_options import TensorRTOptions
     from skipstep.engine import Engine
     from skipstep.loading import load
     from skipstep.networks.condition import Condition
     from skipstep.plans.plan import Plan
     from skipstep.plans.schedule import NoiseSchedule
 
-__all__ = ["Condition", "Engine", "NoiseSchedule", "Plan", "__version__", "accelerate", "load"]
+__all__ = ["Condition", "Engine", "NoiseSchedule", "Plan", "TensorRTOptions", "__version__", "accelerate", "load"]
 
 # Loaded on first use: importing skipstep costs milliseconds and pulls in no array library.
 _HOME = {
@@ -24,6 +25,7 @@ _HOME = {
     "NoiseSchedule": "skipstep.plans.schedule",
     "Plan": "skipstep.plans.plan",
     "accelerate": "skipstep.accelerating",
+    "TensorRTOptions": "skipstep.backends.tensorrt_options",
     "load": "skipstep.loading",
 }
 

@@ -9,6 +9,8 @@ from typing import Any, Unpack, cast, get_args
 
 from skipstep.backends.denoiser import EIGHT_BITS, Denoiser, Precision, Target
 from skipstep.backends.registry import BACKENDS, check_device, check_library, resolve_backend
+from skipstep.backends.tensorrt_library import choose_library
+from skipstep.backends.tensorrt_options import DEFAULTS, OPTIONS_REMEDY, TensorRTOptions, check_library_options
 from skipstep.calls.plan_set import PlanSet, make_plan
 from skipstep.cuda.probe import cuda_device
 from skipstep.errors import (
@@ -20,6 +22,7 @@ from skipstep.errors import (
     check_flag,
     check_integer,
     check_items,
+    check_type,
 )
 from skipstep.loops.agreement import NetworkProbe
 from skipstep.loops.choice import FORMS, make_loop, resolve_form
@@ -52,6 +55,7 @@ class BuildOptions(ModelOptions, PartsOptions, total=False):
                       bits), "float16" and "bfloat16", with TensorRT "int8" and "fp8"; on the CPU "int8", with openvino
                       "bfloat16" on a processor that has it; the state is always float32.
     library           of the tensorrt backend: "tensorrt" or "tensorrt_rtx"; None: full TensorRT where it is installed.
+    tensorrt          TensorRTOptions of the tensorrt backend: optimisation level, workspace, timing cache and so on.
     compile_network   run torch's module through torch.compile first (torch on a GPU).
     calibration       with "int8" and "fp8": seeds to draw with, or a folder of .npz files, each with the arguments of
                       one call of `sample`, "conditions/NAME" for those by name (skipstep.quantizing).
@@ -66,6 +70,7 @@ class BuildOptions(ModelOptions, PartsOptions, total=False):
     precision: str
     calibration: Iterable[int] | str | os.PathLike[str] | None
     library: str | None
+    tensorrt: TensorRTOptions
     compile_network: bool
     num_threads: int | None
     progress: Report | None
@@ -141,6 +146,7 @@ def build_network(
     precision: str = "float32",
     calibration: Iterable[int] | str | os.PathLike[str] | None = None,
     library: str | None = None,
+    tensorrt: TensorRTOptions = DEFAULTS,
     compile_network: bool = False,
     num_threads: int | None = None,
     progress: Report | None = None,
@@ -157,12 +163,13 @@ def build_network(
     sizes = _checked_batch_sizes(batch_sizes)
     check_choice("precision", precision, ("auto", *get_args(Precision)))
     precision = "float32" if precision == "auto" else precision
-    check_calibration(precision, calibration)
+    calibration = check_calibration(precision, calibration)
     check_choice("backend", backend, ("auto", *dict.fromkeys(each.name for each in BACKENDS)))
     check_choice("loop", loop, ("auto", *dict.fromkeys(form for forms in FORMS.values() for form in forms)))
     check_device(device, auto=True)
     check_flag("compile_network", compile_network)
     check_flag("require_captured", require_captured)
+    check_type("tensorrt", tensorrt, TensorRTOptions, remedy=OPTIONS_REMEDY)
     target = Target("cpu", cast(Precision, precision), num_threads, compile_network, library=check_library(library))
     if backend == "torch" and is_onnx_path(model):
         raise InputError(
@@ -186,7 +193,7 @@ def build_network(
     kind = "cpu" if resolved is None else resolved.type
     chosen = resolve_backend(backend, device=kind, exports=True, precision=precision, from_graph=not opened.is_torch)
     form = resolve_form(loop, device=kind)
-    _check_options(target, kind, chosen.name, require_captured)
+    _check_options(target, tensorrt, kind, chosen.name, require_captured)
     source = opened.read()
     held = PlanSet(
         source.spec,
@@ -199,6 +206,7 @@ def build_network(
         wanted = f"int8-{chosen.name}" if kind == "cpu" else precision
         quantized = quantize_source(source, plans, calibration, [wanted], sampler=sampler, report=report)
         source = replace(source, steps={wanted: quantized[wanted].graph})
+    source.tensorrt = tensorrt
     lifecycle = Lifecycle()
     cuda = None
     if kind == "cuda" or chosen.compiles_late:
@@ -252,11 +260,16 @@ def build_network(
     return CompiledNetwork(source, held, runner, chosen.name, precision, num_threads)
 
 
-def _check_options(target: Target, device: str, backend: str, require_captured: bool) -> None:
+def _check_options(
+    target: Target, tensorrt: TensorRTOptions, device: str, backend: str, require_captured: bool
+) -> None:
+    if tensorrt != DEFAULTS and backend == "tensorrt":
+        check_library_options(tensorrt, choose_library((), target.library))
     only_on_gpu = {
         "require_captured=True": require_captured,
         "compile_network=True": target.compiled,
         f"library={target.library!r}": target.library is not None,
+        "tensorrt=": tensorrt != DEFAULTS,
     }
     for option, given in only_on_gpu.items():
         if given and device == "cpu":
@@ -266,6 +279,7 @@ def _check_options(target: Target, device: str, backend: str, require_captured: 
     for option, given, needed, why in (
         ("compile_network=True", target.compiled, "torch", "torch.compile takes its modules"),
         (f"library={target.library!r}", target.library is not None, "tensorrt", "no other has such libraries"),
+        ("tensorrt=", tensorrt != DEFAULTS, "tensorrt", "these are its builder's options"),
     ):
         if given and backend != needed:
             raise InputError(

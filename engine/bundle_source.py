@@ -91,6 +91,11 @@ class BundleSource:
         facts = cuda_device(device)
         return read_engine(self.bundle, library=library, version=version, device=facts, batch_size=batch_sizes[0])[0]
 
+    def engine_graph(self, precision: str) -> bytes:
+        from skipstep.model_source import engine_graph
+
+        return engine_graph(self.step_graph(precision))
+
 
 def _step_file(bundle: Bundle, precision: str) -> str:
     """The file of the step network in a precision. Raises InputError where the bundle has none."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
+from skipstep.backends.tensorrt_options import DEFAULTS, TensorRTOptions
 from skipstep.errors import ExportError, InputError, MissingDependencyError, ModelFormatError, check_flag
 from skipstep.networks.checkpoint import Checkpoint, load_unet
 from skipstep.networks.condition import Condition
@@ -86,6 +87,7 @@ class GraphSource(ABC):
     tables: dict[bytes, Values] = field(default_factory=dict, kw_only=True)
     # In 8 bits, by form (skipstep.quantizing).
     steps: Mapping[str, bytes] = field(default_factory=dict, kw_only=True)
+    tensorrt: TensorRTOptions = field(default=DEFAULTS, kw_only=True)
     _partition: Partition | None = field(default=None, kw_only=True)
     _lock: threading.Lock = field(default_factory=threading.Lock, kw_only=True)
 
@@ -148,7 +150,12 @@ class GraphSource(ABC):
         target = EngineTarget("tensorrt" if library == "tensorrt" else "tensorrt_rtx")
         tf32 = precision == "tf32"
         step = self.step_graph("float32" if tf32 else precision)
-        return build_engine_cached(step, target, batch_sizes, device=device, tf32=tf32, again=again)[0]
+        return build_engine_cached(
+            step, target, batch_sizes, device=device, options=self.tensorrt, tf32=tf32, again=again
+        )[0]
+
+    def engine_graph(self, precision: str) -> bytes:
+        return engine_graph(self.step_graph("float32" if precision == "tf32" else precision))
 
 
 @dataclass(slots=True)
@@ -263,6 +270,13 @@ def specification(
         conditions=known,
         **time,
     )
+
+
+def engine_graph(step: bytes) -> bytes:
+    """A step network as TensorRT's builder reads it."""
+    from skipstep.export.tensorrt_graph import builder_graph
+
+    return builder_graph(step)
 
 
 def is_module(model: object) -> bool:

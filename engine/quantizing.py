@@ -9,33 +9,35 @@ Each runtime has a form of its own, which the step network is named by:
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.backends.denoiser import EIGHT_BITS, Denoiser, Enqueue, MakeDenoiser, Target
-from skipstep.calls.conditioning import Conditioning
+from skipstep.backends.denoiser import EIGHT_BITS, Denoiser, NetworkSource
 from skipstep.calls.plan_set import PlanSet
-from skipstep.errors import InputError, check_items, shown
+from skipstep.calls.request import resolve_seeds
+from skipstep.errors import InputError, check_items, check_path, shown
 from skipstep.loops.choice import make_loop
 from skipstep.loops.contract import Sampler
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.loops.runner import BatchRunner, CompiledNetwork
-from skipstep.model_source import GraphSource
-from skipstep.networks.graphs import SAMPLE, Rows, StepInputs, Values
+from skipstep.networks.graphs import SAMPLE, Values
+from skipstep.networks.large_graph import graph_sha256
 from skipstep.networks.spec import NetworkSpec
 from skipstep.version import __version__
 
 if TYPE_CHECKING:
-    from skipstep.export.quantize import Kind, LayerRanges
+    from skipstep.bundles.bundle import Bundle
+    from skipstep.export.quantize import Kind, Range
     from skipstep.export.request import QuantizedStep
     from skipstep.plans.plan import Plan
 
@@ -49,13 +51,15 @@ _FORMS: Final[Mapping[str, tuple[Kind, bool]]] = {
 # Evaluations whose values set the ranges, and what a layer must have of the operations to be worth a measurement.
 _EVALUATIONS: Final = 24
 _LEAST_SHARE: Final = 0.005
-_REMEDY: Final = "pass calibration=range(8), seeds to draw with, or a folder of .npz files with arguments of sample()"
+_BATCH: Final = 16
+_NAMED: Final = "conditions/"
+_REMEDY: Final = "pass calibration=range(8), seeds to draw with, or a folder of pictures or .npz files"
 
 SamplerOf = Callable[[CompiledNetwork], Sampler]
 
 
 def quantize_source(
-    source: GraphSource,
+    source: NetworkSource,
     plans: Sequence[Plan],
     calibration: Any,
     forms: Iterable[str],
@@ -65,31 +69,28 @@ def quantize_source(
 ) -> dict[str, QuantizedStep]:
     """The step network of `source` in these forms, from the user's cache if it was made there before.
 
-    `calibration`: seeds, or a folder (check_calibration). Raises InputError and ExportError.
+    `calibration` is what check_calibration returns. Raises InputError and ExportError.
     """
     from skipstep.bundles.cache import ArtefactCache
     from skipstep.bundles.cache_key import cache_key
-    from skipstep.export.onnx_model import exporter_versions
+    from skipstep.export.bundle_files import package_version
     from skipstep.export.request import QuantizedStep
+    from skipstep.export.weight_storage import expand_weights
 
-    calls = read_calls(calibration, source.spec)
-    work = _Calibrated(source, tuple(plans), calls, sampler, report)
+    step, calls = expand_weights(source.step_graph("float32")), read_calls(calibration, source.spec)
+    work = _Calibrated(source, step, tuple(plans), calls, sampler, report)
     made = {}
     for form in forms:
-
-        def packed(form: str = form) -> bytes:
-            return work.packed(form)
-
         key = cache_key(
-            kind="quantized.onnx",
+            kind="quantized.onnx 3",
             form=form,
-            step=hashlib.sha256(source.step_graph("float32")).hexdigest(),
+            step=graph_sha256(step).hexdigest(),
             plans=tuple(plan.key for plan in plans),
-            calls=_digest(calls),
-            made_by=(__version__, *exporter_versions()),
+            calls=json.dumps(calls, sort_keys=True, default=_digest),
+            made_by=(__version__, package_version("onnx"), package_version("onnxruntime")),
         )
-        stored = ArtefactCache().get_or_build(key, packed, f"step network in {form}")
-        head, _, graph = stored.partition(b"\n")
+        packed = functools.partial(work.packed, form)
+        head, _, graph = ArtefactCache().get_or_build(key, packed, f"step network in {form}").partition(b"\n")
         made[form] = QuantizedStep(graph, json.loads(head))
         facts = made[form].facts
         report(
@@ -98,8 +99,26 @@ def quantize_source(
     return made
 
 
-def check_calibration(precision: object, calibration: object) -> None:
-    """Raise InputError where a precision needs what to calibrate on and has none, or the other way round."""
+def quantize_bundle(
+    bundle: Bundle, precision: str, calibration: Any, *, sampler: SamplerOf, report: Callable[[str], object]
+) -> QuantizedStep:
+    """The step network of a bundle in "int8" or "fp8" for TensorRT, calibrated with its plans. Raises InputError and
+    ExportError."""
+    from skipstep.bundle_source import BundleSource, held_plans
+
+    source = BundleSource(bundle)
+    plans = list(held_plans(bundle, source, False).values())
+    return quantize_source(source, plans, calibration, [precision], sampler=sampler, report=report)[precision]
+
+
+def _digest(array: Any) -> str:
+    array = np.asarray(array)
+    return f"{array.dtype} {array.shape} {hashlib.sha256(array.tobytes()).hexdigest()}"
+
+
+def check_calibration(precision: object, calibration: object) -> list[int] | str | None:
+    """The seeds or the folder. Raises InputError for what is wrong with them without the network: nothing to calibrate
+    on where a precision needs it, or the other way round, and a folder without such files."""
     needed = isinstance(precision, str) and precision in EIGHT_BITS
     if needed != (calibration is not None):
         raise InputError(
@@ -107,82 +126,89 @@ def check_calibration(precision: object, calibration: object) -> None:
             expected="calibration= with int8 and fp8, and with no other precision",
             remedy=_REMEDY if needed else "leave calibration out",
         )
-
-
-def read_calls(calibration: Any, network: NetworkSpec) -> list[dict[str, Any]]:
-    """The arguments of each call of sample() that the network is calibrated on. Raises InputError."""
+    if calibration is None:
+        return None
     if not isinstance(calibration, str | os.PathLike):
-        from skipstep.bundles.golden import call_conditions, describe_call
-
         expected = "seeds, or a folder"
         given = check_items("calibration", calibration, expected=expected, remedy=_REMEDY)
         if not given:
             raise InputError(got="calibration without seeds", expected=expected, remedy=_REMEDY)
-        entry, arrays = describe_call(network, "", tuple(given))
-        return [{"seeds": list(given), **call_conditions(entry, arrays)}]
-    files = sorted(Path(calibration).glob("*.npz"))
-    if not files:
+        return [int(seed) for seed in resolve_seeds(given)]
+    from skipstep.calls.images import PICTURES
+
+    folder = check_path("calibration", calibration)
+    if not any(file.suffix.lower() in (".npz", *PICTURES) for file in Path(folder).rglob("*")):
         raise InputError(
-            got=f"no .npz file in calibration={os.fspath(calibration)!r}",
-            expected="a folder of .npz files, each with the arguments of one call by name",
+            got=f"neither a picture nor an .npz file in calibration={folder!r}",
+            expected="a folder of pictures, or of .npz files, each with the arguments of one call by name",
             remedy="write them: numpy.savez(file, seeds=[0, 1], prompt_embeds=array)",
         )
-    return [_arguments(file) for file in files]
+    return folder
+
+
+def read_calls(calibration: list[int] | str, network: NetworkSpec) -> list[dict[str, Any]]:
+    """The arguments of each call of sample() that the network is calibrated on. Raises InputError."""
+    if not isinstance(calibration, str):
+        return [_seeded(network, calibration)]
+    from skipstep.calls.images import read_pictures
+
+    calls = [_arguments(file) for file in sorted(Path(calibration).rglob("*.npz"))]
+    pictures = read_pictures(Path(calibration), network.sample_shape)
+    if len(pictures):
+        calls.append({**_seeded(network, range(len(pictures))), "images": pictures, "strength": 1.0})
+    return calls
+
+
+def _seeded(network: NetworkSpec, seeds: Sequence[int]) -> dict[str, Any]:
+    """A call with these seeds, with labels and conditions as for golden samples."""
+    from skipstep.bundles.golden import call_conditions, describe_call
+
+    entry, arrays = describe_call(network, "", tuple(seeds))
+    return {"seeds": list(seeds), **call_conditions(entry, arrays)}
 
 
 def _arguments(file: Path) -> dict[str, Any]:
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            loaded = {name: arrays[name] for name in arrays.files}
+            loaded = dict(arrays)
     except (OSError, ValueError) as error:
         raise InputError(
             got=f"{file}, which cannot be read ({error})",
             expected="an .npz file that numpy.savez wrote, without objects",
             remedy="write it again: numpy.savez(file, seeds=[0, 1], prompt_embeds=array)",
         ) from error
-    named = {name: array for name, array in loaded.items() if not name.startswith("conditions/")}
-    arguments = {
-        name: array.tolist() if array.ndim == 0 or name in ("seeds", "class_labels") else array
-        for name, array in named.items()
+    conditions = {name.removeprefix(_NAMED): loaded.pop(name) for name in list(loaded) if name.startswith(_NAMED)}
+    # Numbers, and one for each sample, as a caller gives them.
+    plain = {
+        name: array.tolist() if array.ndim == 0 or array.dtype.kind in "iu" else array for name, array in loaded.items()
     }
-    further = {name.removeprefix("conditions/"): array for name, array in loaded.items() if name not in named}
-    return {**arguments, "conditions": further} if further else arguments
-
-
-def _digest(calls: Sequence[Mapping[str, Any]]) -> str:
-    digest = hashlib.sha256()
-    for call in calls:
-        for name, value in sorted(call.items()):
-            parts = value.items() if isinstance(value, dict) else [("", value)]
-            for inner, each in parts:
-                array = np.asarray(each if each is not None else "none")
-                digest.update(f"{name} {inner} {array.dtype} {array.shape} ".encode() + array.tobytes())
-    return digest.hexdigest()
+    return {**plain, "conditions": conditions} if conditions else plain
 
 
 @dataclass(slots=True)
 class _Calibrated:
-    """A network with the calls to calibrate it on: it draws with any step network, and measures ranges once."""
+    """A network with the calls to calibrate it on; ranges are measured once for all forms."""
 
-    source: GraphSource
+    source: NetworkSource
+    step: bytes
     plans: tuple[Plan, ...]
     calls: list[dict[str, Any]]
     sampler: SamplerOf
     report: Callable[[str], object]
-    _ranges: dict[str, LayerRanges] = field(default_factory=dict)
+    ranges: dict[str, dict[int, Range]] | None = None
 
     def packed(self, form: str) -> bytes:
         """The facts as a line of JSON, and the graph."""
+        from skipstep.export.partition import partition_of
         from skipstep.export.precision_check import step_graph
         from skipstep.export.quantize import find_layers, quantize
         from skipstep.export.sensitivity import choose_layers
 
-        kind, half = _FORMS[form]
-        step = self.source.step_graph("float32")
-        around = step_graph(self.source.partition(), "float16") if half else step
-        there = {layer.name for layer in find_layers(around)}
-        ranges = {name: each for name, each in self._measured(step).items() if name in there}
-        options = {"symmetric": half, "results": form == "int8-onnxruntime"}
+        step, (kind, half) = self.step, _FORMS[form]
+        around = step_graph(partition_of({"step": step}), "float16") if half else step
+        if self.ranges is None:
+            self.ranges = self._measured()
+        ranges, options = self.ranges, {"symmetric": half, "results": form == "int8-onnxruntime"}
 
         def quantized(layers: Sequence[str], base: bytes = step) -> bytes:
             return quantize(base, {name: ranges[name] for name in layers}, kind, **options)
@@ -190,7 +216,8 @@ class _Calibrated:
         plans = {plan.key: plan for plan in sorted(self.plans, key=lambda plan: (plan.num_evaluations, plan.key))}
         choice = choose_layers(
             step,
-            list(ranges),
+            # TensorRT-RTX computes an attention in one kernel if both of its products are alike: they stay in half.
+            [name for name, values in find_layers(around).items() if name in ranges and not (half and 1 in values)],
             quantized,
             lambda graph, key: self.draw(graph, plans[key]),
             list(plans),
@@ -198,70 +225,56 @@ class _Calibrated:
         )
         return json.dumps(choice.facts()).encode() + b"\n" + quantized(choice.layers, around)
 
-    def _measured(self, step: bytes) -> dict[str, LayerRanges]:
-        from skipstep.export.quantize import find_layers
-        from skipstep.export.ranges import measure_ranges
+    def _measured(self) -> dict[str, dict[int, Range]]:
+        from skipstep.export.quantize import find_layers, measure_ranges
         from skipstep.export.sensitivity import operations
 
-        if not self._ranges:
-            self.report("calibrate on the float network's trajectories")
-            flops = operations(step)
-            least = _LEAST_SHARE * sum(flops.values())
-            layers = [layer for layer in find_layers(step) if flops[layer.name] >= least]
-            self._ranges.update(measure_ranges(step, layers, self._recorded(step)))
-        return self._ranges
-
-    def _recorded(self, step: bytes) -> list[Values]:
-        """Inputs of the step network, evenly from all evaluations of all plans."""
+        self.report("calibrate on the float network's trajectories")
         found: list[Values] = []
         for plan in self.plans:
-            self.draw(step, plan, record=found.append)
-        return found[:: math.ceil(len(found) / _EVALUATIONS)]
+            self.draw(self.step, plan, record=found.append)
+        flops = operations(self.step)
+        least = _LEAST_SHARE * sum(flops.values())
+        layers = {name: values for name, values in find_layers(self.step).items() if flops[name] >= least}
+        # Evenly from all evaluations of all plans.
+        return measure_ranges(self.step, layers, found[:: math.ceil(len(found) / _EVALUATIONS)])
 
     def draw(self, step: bytes, plan: Plan, *, record: Callable[[Values], None] | None = None) -> NDArray[np.float32]:
-        """The samples of every call, with this step network on ONNX Runtime."""
-        from skipstep.backends import onnxruntime
-        from skipstep.export.graph_writer import load_graph
+        """The samples of every call, with this step network."""
+        from skipstep.editing.edit import edit
 
-        source = replace(self.source, steps={"int8-onnxruntime": step})
-        make = onnxruntime.denoisers(source, Target(precision="int8"))
-        names = [each.name for each in load_graph(step).graph.input if each.name != SAMPLE]
-        sizes, lifecycle = sorted({_num_samples(call) for call in self.calls}), Lifecycle()
-
-        def recording(batch_size: int) -> Denoiser:
-            denoiser = make(batch_size)
-            return denoiser if record is None else _Recording(denoiser, names, record)
-
-        loop = make_loop(
-            cast("MakeDenoiser", recording), source.spec, sizes, form="stepwise", required=False, lifecycle=lifecycle
-        )
-        held = PlanSet(source.spec, [plan], defaults={}, compile_on_miss=False, network_digest=source.digest)
-        runner = BatchRunner(loop, source.spec, tuple(sizes), lifecycle)
-        engine = self.sampler(CompiledNetwork(source, held, runner, "onnxruntime", "int8", None))
-        return np.concatenate([engine.sample(plan=plan, output_type="np", **call) for call in self.calls])
+        counts = {len(np.atleast_1d(call["seeds"] if "seeds" in call else call["x_T"])) for call in self.calls}
+        sizes = sorted({min(count, _BATCH) for count in counts})
+        engine = sampler_of(self.source, step, [plan], sizes, self.sampler, record=record)
+        calls = [{**call, "plan": plan} for call in self.calls]
+        return np.concatenate([edit(engine, **call) if "images" in call else engine.sample(**call) for call in calls])
 
 
-def _num_samples(call: Mapping[str, Any]) -> int:
-    return len(np.atleast_1d(call["seeds"] if "seeds" in call else call["x_T"]))
+def sampler_of(
+    source: NetworkSource,
+    step: bytes,
+    plans: Sequence[Plan],
+    batch_sizes: Sequence[int],
+    sampler: SamplerOf,
+    *,
+    record: Callable[[Values], None] | None = None,
+) -> Sampler:
+    """Draws with another step network of this source, on ONNX Runtime; `record` is given what each evaluation reads."""
+    from skipstep.backends.onnxruntime import EarlyGraphs, LazySession, OnnxRuntimeDenoiser, make_session
 
+    class Recorded(OnnxRuntimeDenoiser):
+        def _run(self) -> None:
+            if record is not None:
+                record({name: array.copy() for name, array in {SAMPLE: self.input, **self._buffers}.items()})
+            super()._run()
 
-class _Recording:
-    """A denoiser that passes on what its step network is given."""
+    network, session, lifecycle = source.spec, LazySession(lambda: make_session(step)), Lifecycle()
+    early = EarlyGraphs(source.before_loop(), network, tables=source.tables)
 
-    def __init__(self, denoiser: Denoiser, names: Sequence[str], record: Callable[[Values], None]) -> None:
-        self._denoiser, self._names, self._record = denoiser, names, record
-        self.name, self.batch_size = denoiser.name, denoiser.batch_size
-        self.input, self.output = denoiser.input, denoiser.output
+    def make(batch_size: int) -> Denoiser:
+        return Recorded(session, early, network, batch_size=batch_size)
 
-    def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> StepInputs:
-        return self._denoiser.compute(timesteps, conditioning)
-
-    def new_context(self) -> Enqueue:
-        enqueue = self._denoiser.new_context()
-
-        def recorded(values: Rows, stage: int) -> None:
-            rows = {name: values.row(name, stage) for name in self._names}
-            self._record({SAMPLE: self.input.copy(), **{name: table[index] for name, (table, index) in rows.items()}})
-            enqueue(values, stage)
-
-        return recorded
+    loop = make_loop(make, network, batch_sizes, form="stepwise", required=False, lifecycle=lifecycle)
+    held = PlanSet(network, plans, defaults={}, compile_on_miss=False)
+    runner = BatchRunner(loop, network, tuple(batch_sizes), lifecycle)
+    return sampler(CompiledNetwork(source, held, runner, "onnxruntime", "int8", None))

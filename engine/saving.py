@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from skipstep.backends.denoiser import NetworkSource
+from skipstep.backends.tensorrt_options import DEFAULTS, TensorRTOptions
 from skipstep.errors import InputError
 from skipstep.loops.contract import Sampler
 from skipstep.loops.runner import CompiledNetwork
@@ -38,6 +39,7 @@ def save(
     targets: Iterable[str] = ("cpu",),
     precision: str = "float32",
     calibration: Iterable[int] | str | os.PathLike[str] | None = None,
+    tensorrt: TensorRTOptions = DEFAULTS,
     overwrite: bool = False,
     sign_key: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
@@ -53,6 +55,7 @@ def save(
     precision   of the network for GPUs: "float32", "float16", "bfloat16", "int8" or "fp8". The CPU's is float32; with
                 "int8" the bundle also holds networks in int8 for the CPU, for load(precision="int8").
     calibration as for Engine.build, with "int8" and "fp8".
+    tensorrt    of the engines of "rtx:sm86" and the like.
     sign_key    an Ed25519 private key to sign the manifest with (skipstep.storage.signature).
 
     The bundle is loaded and draws the golden samples again before it takes its name; an existing one is replaced only
@@ -72,7 +75,7 @@ def save(
     from skipstep.model_source import save_bundle
     from skipstep.quantizing import check_calibration, quantize_source
 
-    check_calibration(precision, calibration)
+    calibration = check_calibration(precision, calibration)
 
     def open_again(folder: Path) -> Sampler:
         return type(engine)(load_network(folder))
@@ -92,6 +95,7 @@ def save(
         license=license,
         targets=targets,
         precision=precision,
+        tensorrt=tensorrt,
         overwrite=overwrite,
         sign_key=sign_key,
         calibration=engine.calibration,

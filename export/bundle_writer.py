@@ -113,7 +113,9 @@ class _BundleDraft:
         graphs, step = self._network()
         engines = []
         for target in self.targets.engines:
-            built = built_engines(step, target, network, engine.batch_sizes, request.precision, self.report)
+            built = built_engines(
+                step, target, network, engine.batch_sizes, request.precision, self.report, options=request.tensorrt
+            )
             for entry, data in built:
                 self.files.add(entry.file, data)
                 engines.append(entry)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from skipstep.errors import ExportError
 
 # What a step of the plan is, by the library's names; all else in `main` names memory or runs on the host.
-_LAUNCHES = frozenset({"function", "corrltn", "fully_connected", "runtime_function", "runtime_fusion"})
+PRODUCTS = frozenset({"corrltn", "fully_connected"})
+_LAUNCHES = frozenset({"function", *PRODUCTS, "runtime_function", "runtime_fusion"})
 _SECTION = re.compile(rb"\nmain \{\n(.*?)\n\}", re.DOTALL)
 _ENTRY = re.compile(r"^ *([a-z_]+)=\{ *name=\"?([^\s\"]+)(.*)", re.MULTILINE)
 _LAYERS = re.compile(r"\[ONNX Layer: ([^\]]+)\]")

@@ -18,7 +18,14 @@ from typing import Any
 
 from skipstep.backends.denoiser import EIGHT_BITS, Library
 from skipstep.backends.tensorrt_library import import_library
-from skipstep.bundles.bundle import open_bundle
+from skipstep.backends.tensorrt_options import (
+    DEFAULTS,
+    TensorRTOptions,
+    builder_options,
+    check_library_options,
+    read_timings,
+)
+from skipstep.bundles.bundle import Bundle, open_bundle
 from skipstep.bundles.cache import ArtefactCache
 from skipstep.bundles.cache_key import Part, cache_key
 from skipstep.bundles.manifest import EngineEntry
@@ -27,10 +34,12 @@ from skipstep.errors import ExportError
 from skipstep.export.bundle_rewriter import rewrite_bundle
 from skipstep.export.engine_sizes import describe_launches
 from skipstep.export.fusion import not_fused
+from skipstep.export.request import QuantizedStep
 from skipstep.export.tensorrt_engine import EngineTarget, build_engine
 from skipstep.export.weight_storage import expand_weights
 from skipstep.networks.large_graph import graph_sha256
 from skipstep.networks.spec import NetworkSpec, network_batch_sizes
+from skipstep.storage.atomic import atomic_write
 
 Progress = Callable[[str], None]
 
@@ -41,7 +50,9 @@ def add_engines(
     *,
     require_signature: str | os.PathLike[str] | None = None,
     device: int = 0,
-    workspace_bytes: int | None = None,
+    options: TensorRTOptions = DEFAULTS,
+    precision: str | None = None,
+    quantize: Callable[[Bundle, str], QuantizedStep] | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
     """Build engines from a bundle's step network on this machine and add them to the bundle; the files' names.
@@ -49,18 +60,29 @@ def add_engines(
     The network is the one in 8 bits or half precision if the bundle has one, else the float32 one. Every file is
     verified on its way into the new bundle, which takes the old one's place when it is whole. Engines of the same
     target are replaced.
-    `device` is the number of the GPU that they are for; `workspace_bytes` bounds the memory that the builder may use
-    for a kernel.
+    `device` is the number of the GPU that they are for. `quantize` gives the network in `precision`, which is then
+    added to the bundle.
     Raises BundleError and its kinds, ExportError, DeviceUnavailableError.
     """
     report = progress or (lambda message: None)
     bundle = open_bundle(path, require_signature=require_signature)
     manifest = bundle.manifest
-    precision = next(
-        (each for each in (*EIGHT_BITS, "float16", "bfloat16") if f"step-{each}" in manifest.graphs), "float32"
-    )
-    name = "step" if precision == "float32" else f"step-{precision}"
-    step = expand_weights(bundle.read_graph(manifest.graphs[name]))
+    targets = tuple(targets)
+    added: dict[str, bytes] = {}
+    if precision is None:
+        held = (each for each in (*EIGHT_BITS, "float16", "bfloat16") if f"step-{each}" in manifest.graphs)
+        precision = next(held, "float32")
+    for target in targets:
+        target.check(precision)
+    if quantize is not None:
+        made, name = quantize(bundle, precision), f"step-{precision}"
+        added[f"network/{name}.onnx"] = step = made.graph
+        quantized = {**(manifest.quantized or {}), name: made.facts}
+        graphs = {**manifest.graphs, name: f"network/{name}.onnx"}
+        manifest = dataclasses.replace(manifest, graphs=graphs, quantized=quantized)
+    else:
+        name = "step" if precision == "float32" else f"step-{precision}"
+        step = expand_weights(bundle.read_graph(manifest.graphs[name]))
     built = [
         each
         for target in targets
@@ -72,13 +94,13 @@ def add_engines(
             precision,
             report,
             device=device,
-            workspace_bytes=workspace_bytes,
+            options=options,
         )
     ]
     replaced = {_made_for(entry) for entry, _ in built}
     kept = tuple(entry for entry in manifest.engines if _made_for(entry) not in replaced)
     changed = dataclasses.replace(manifest, engines=(*kept, *(entry for entry, _ in built)))
-    rewrite_bundle(bundle, changed, {entry.file: data for entry, data in built})
+    rewrite_bundle(bundle, changed, added | {entry.file: data for entry, data in built})
     return sorted(entry.file for entry, _ in built)
 
 
@@ -96,14 +118,14 @@ def built_engines(
     report: Progress,
     *,
     device: int = 0,
-    workspace_bytes: int | None = None,
+    options: TensorRTOptions = DEFAULTS,
 ) -> list[tuple[EngineEntry, bytes]]:
     """One engine for all batch sizes of the network."""
     sizes = network_batch_sizes(network, batch_sizes)
     report(f"{target}, batch {', '.join(map(str, sizes))}")
-    data, facts = build_engine_cached(
-        step, target, sizes, device=device, workspace_bytes=workspace_bytes, progress=report
-    )
+    data, facts = build_engine_cached(step, target, sizes, device=device, options=options, progress=report)
+    if options != DEFAULTS:
+        facts = {**facts, "options": builder_options(options)}
     if target.library == "tensorrt_rtx":
         facts = {**facts, "not_fused": not_fused(step)}
         # Another release may write its plan otherwise: an engine is as good without the description.
@@ -133,7 +155,7 @@ def build_engine_cached(
     batch_sizes: Sequence[int],
     *,
     device: int = 0,
-    workspace_bytes: int | None = None,
+    options: TensorRTOptions = DEFAULTS,
     tf32: bool = False,
     again: bool = False,
     progress: Progress | None = None,
@@ -142,9 +164,10 @@ def build_engine_cached(
     not if `again`.
 
     Everything that an engine depends on is part of the key: the library and the CUDA release that it is for, the
-    platform, and the GPU and its driver where one is built for. Full TensorRT's kernel timings are kept for the next
-    build under the same conditions.
+    platform, the options, and the GPU and its driver where one is built for. Full TensorRT's kernel timings are kept
+    for the next build under the same conditions, and in the file that the options name.
     """
+    check_library_options(options, target.library)
     sizes = tuple(sorted(set(batch_sizes)))
     cache = ArtefactCache()
     gpu = None if target.compute_capability is not None else astuple(cuda_device(device))
@@ -156,12 +179,13 @@ def build_engine_cached(
         graph=graph_sha256(step).hexdigest(),
         target=str(target),
         batch_sizes=sizes,
-        workspace_bytes=workspace_bytes,
+        options=tuple(builder_options(options).values()),
         tf32=tf32,
         **built_by,
     )
     if again:
         cache.clear(key)
+    timings = read_timings(options)
 
     def report(phase: str, done: int, total: int) -> None:
         if done == 0 and progress is not None:
@@ -174,9 +198,9 @@ def build_engine_cached(
             compute_capability=target.compute_capability,
             batch_sizes=sizes,
             device=device,
-            workspace_bytes=workspace_bytes,
+            options=options,
             tf32=tf32,
-            timing_cache=cache.get(timings_key) if target.library == "tensorrt" else None,
+            timing_cache=timings or cache.get(timings_key) if target.library == "tensorrt" else None,
             progress=report,
         )
         if built.timing_cache is not None:
@@ -185,5 +209,7 @@ def build_engine_cached(
         return len(facts).to_bytes(4, "little") + facts + built.engine
 
     stored = cache.get_or_build(key, build, f"{target} engine, batch {', '.join(map(str, sizes))}")
+    if options.timing_cache is not None and (known := cache.get(timings_key)) is not None:
+        atomic_write(options.timing_cache, known)
     end = 4 + int.from_bytes(stored[:4], "little")
     return stored[end:], json.loads(stored[4:end])

@@ -2,6 +2,8 @@
 
     attention   in half precision up to a head dimension of 256, at batch 1 with two heads or more; in float32 never
 
+In a network in 8 bits it is fused while neither of its products is in them, as skipstep.quantizing leaves it.
+
 Of release 1.7, found on sm_75, sm_86 and sm_89. Nothing is wrong with such a network: it launches more kernels.
 Norms of any groups are one kernel (skipstep.export.norms).
 """

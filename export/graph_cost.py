@@ -20,6 +20,7 @@ _MOVES = frozenset(
     {
         *("Reshape", "Transpose", "Concat", "Split", "Slice", "Gather", "Identity", "Shape", "Squeeze", "Unsqueeze"),
         *("Cast", "Constant", "ConstantOfShape", "Expand", "Flatten", "Pad", "Tile", "Resize"),
+        *("QuantizeLinear", "DequantizeLinear"),
     }
 )
 Shape = tuple[int, ...]

@@ -10,8 +10,7 @@ loop, the time path with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 import ml_dtypes
@@ -20,78 +19,79 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from skipstep.errors import ExportError
-from skipstep.export.graph_writer import OPSET, load_graph
+from skipstep.backends.onnxruntime import make_session, run_session
+from skipstep.export.graph_writer import load_graph
+from skipstep.networks.graphs import Values
 
 Kind = Literal["int8", "fp8"]
 # The lowest and the highest value that a tensor takes, or is clipped to.
 Range = tuple[float, float]
+# Of a layer: what its activations have, by the index of the input, and at RESULT what its result has.
+Ranges = Mapping[int, Range]
 
+RESULT: Final = -1
 _LARGEST: Final[Mapping[str, float]] = {"int8": 127.0, "fp8": 448.0}
 _DTYPES: Final[Mapping[str, Any]] = {"int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn}
 # The axis of a weight's output channels.
 _CHANNELS: Final[Mapping[str, int]] = {"Conv": 0, "MatMul": -1, "Gemm": -1}
 # The smallest scale: one that float16 holds, and that a value of nothing but zeros may have.
 _LEAST: Final = 2.0**-20
+# The share of an evaluation's values that is cut off at either end.
+_TAIL: Final = 1e-4
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A node that may be in 8 bits: the `activations` that it reads, by the index of its input, and its `result`."""
-
-    name: str
-    activations: Mapping[int, str]
-    result: str
-
-    @property
-    def values(self) -> tuple[str, ...]:
-        return *self.activations.values(), self.result
-
-
-@dataclass(frozen=True, slots=True)
-class LayerRanges:
-    """The ranges of a layer's activations, by the index of its input, and of its result."""
-
-    inputs: Mapping[int, Range]
-    result: Range
-
-
-def find_layers(step: bytes) -> list[Layer]:
-    """In order: convolutions but the first and the last, and matrix products."""
+def find_layers(step: bytes) -> dict[str, dict[int, str]]:
+    """The values of each layer that may be in 8 bits, by its node's name, in order: of convolutions but the first and
+    the last, and of matrix products."""
     graph = load_graph(step).graph
     weights = {tensor.name for tensor in graph.initializer}
     nodes = [node for node in graph.node if node.op_type in _CHANNELS]
     convolutions = [node.name for node in nodes if node.op_type == "Conv"]
-    outer = {*convolutions[:1], *convolutions[-1:]}
-    return [
-        Layer(node.name, {i: each for i, each in enumerate(node.input[:2]) if each not in weights}, node.output[0])
+    return {
+        node.name: {i: name for i, name in enumerate(node.input[:2]) if name not in weights} | {RESULT: node.output[0]}
         for node in nodes
-        if node.name not in outer
-    ]
+        if node.name not in (*convolutions[:1], *convolutions[-1:])
+    }
+
+
+def measure_ranges(
+    step: bytes, layers: Mapping[str, Mapping[int, str]], inputs: Sequence[Values]
+) -> dict[str, dict[int, Range]]:
+    """By layer, over all of these inputs of the float32 step network: of each evaluation the percentiles 0.01 and
+    99.99, of all evaluations the widest. Raises ExportError."""
+    names = list(dict.fromkeys(name for values in layers.values() for name in values.values()))
+    model = load_graph(step)
+    known = {each.name for each in (*model.graph.input, *model.graph.output)}
+    model.graph.output.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names if name not in known
+    )
+    session = make_session(bytes(model.SerializeToString()))
+    computed = [name for name in names if name not in {each.name for each in model.graph.input}]
+    found: list[list[Range]] = []
+    for given in inputs:
+        values = {**given, **run_session(session, computed, given)}
+        found.append([_percentiles(values[name]) for name in names])
+    spans = {
+        name: (min(s[0] for s in each), max(s[1] for s in each)) for name, *each in zip(names, *found, strict=True)
+    }
+    return {layer: {i: spans[name] for i, name in values.items()} for layer, values in layers.items()}
+
+
+def _percentiles(values: NDArray[Any]) -> Range:
+    cut = int(values.size * _TAIL)
+    ordered = np.partition(values, (cut, values.size - 1 - cut), axis=None)
+    return float(ordered[cut]), float(ordered[-1 - cut])
 
 
 def quantize(
-    step: bytes,
-    layers: Mapping[str, LayerRanges],
-    kind: Kind,
-    *,
-    symmetric: bool = True,
-    results: bool = False,
+    step: bytes, layers: Mapping[str, Ranges], kind: Kind, *, symmetric: bool = True, results: bool = False
 ) -> bytes:
     """`step`, in float32 or half precision, with these of its layers in 8 bits.
 
     `symmetric`: int8 activations have no zero point, as TensorRT wants them. `results`: what a layer computes goes
     through a pair, too, for ONNX Runtime, which has no convolution in 8 bits with a result in float.
-    Raises ExportError for a graph of an older opset, which has no such pairs.
     """
     model = load_graph(step)
-    opset = max((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), default=0)
-    if opset < OPSET:
-        raise ExportError(
-            got=f"a step network of opset {opset}",
-            expected=f"opset {OPSET}, in which skipstep exports",
-            remedy="export the network again with this version of skipstep",
-        )
     _Pairs(model, kind, symmetric=symmetric or kind == "fp8").insert(layers, results=results)
     return bytes(model.SerializeToString())
 
@@ -108,43 +108,38 @@ class _Pairs:
         self._restored: dict[str, str] = {}
         self._nodes: list[NodeProto] = []
 
-    def insert(self, layers: Mapping[str, LayerRanges], *, results: bool) -> None:
+    def insert(self, layers: Mapping[str, Ranges], *, results: bool) -> None:
         for node in self._graph.node:
-            ranges = layers.get(node.name)
-            for index, name in enumerate(node.input[:2] if ranges is not None else ()):
-                assert ranges is not None
+            ranges = layers.get(node.name, {})
+            for index, name in enumerate(node.input[:2] if ranges else ()):
                 if name in self._constants:
                     node.input[index] = self._weight(name, _output_axis(node))
                 else:
-                    node.input[index] = self._activation(name, name, ranges.inputs[index])
+                    node.input[index] = self._activation(name, name, ranges[index], f"{name}/restored")
             self._nodes.append(node)
-            if ranges is not None and results:
+            if ranges and results:
                 made, node.output[0] = node.output[0], f"{node.output[0]}/exact"
-                self._activation(made, node.output[0], ranges.result, restored=made)
-        self._rewrite()
-
-    def _rewrite(self) -> None:
+                self._activation(made, node.output[0], ranges[RESULT], made)
         read = {name for node in self._nodes for name in node.input}
-        del self._graph.node[:], self._graph.value_info[:]
-        self._graph.node.extend(self._nodes)
-        del self._graph.initializer[:]
-        self._graph.initializer.extend(tensor for name, tensor in self._constants.items() if name in read)
+        for held, kept in (
+            (self._graph.node, self._nodes),
+            (self._graph.value_info, []),
+            (self._graph.initializer, [tensor for name, tensor in self._constants.items() if name in read]),
+        ):
+            del held[:]
+            held.extend(kept)
 
-    def _activation(self, name: str, source: str, span: Range, *, restored: str | None = None) -> str:
+    def _activation(self, name: str, source: str, span: Range, restored: str) -> str:
         if name not in self._restored:
             low, high = min(span[0], 0.0), max(span[1], 0.0)
-            scale, zero = max(-low, high) / _LARGEST[self._kind], 0
+            scale, zero = max(max(-low, high) / _LARGEST[self._kind], _LEAST), 0
             if not self._symmetric:
-                scale = (high - low) / 255
-                zero = round(-128 - low / max(scale, _LEAST))
+                scale = max((high - low) / 255, _LEAST)
+                zero = round(-128 - low / scale)
             dtype = helper.tensor_dtype_to_np_dtype(self._types.get(name) or TensorProto.FLOAT)
-            inputs = self._scale(name, np.array(max(scale, _LEAST), dtype), zero)
-            low_name, made = f"{name}/{self._kind}", restored or f"{name}/restored"
-            self._nodes += [
-                helper.make_node("QuantizeLinear", [source, *inputs], [low_name], name=low_name),
-                helper.make_node("DequantizeLinear", [low_name, *inputs], [made], name=f"{name}/restored"),
-            ]
-            self._restored[name] = made
+            inputs, rounded = self._scale(name, np.array(scale, dtype), zero), f"{name}/{self._kind}"
+            self._nodes.append(helper.make_node("QuantizeLinear", [source, *inputs], [rounded], name=rounded))
+            self._restore(name, inputs, restored)
         return self._restored[name]
 
     def _weight(self, name: str, axis: int) -> str:
@@ -154,22 +149,25 @@ class _Pairs:
             axis %= exact.ndim
             others = tuple(each for each in range(exact.ndim) if each != axis)
             scale = np.maximum(np.abs(exact).max(axis=others) / _LARGEST[self._kind], _LEAST)
-            inputs = self._scale(name, scale.astype(helper.tensor_dtype_to_np_dtype(tensor.data_type)), 0)
-            stored = numpy_helper.to_array(self._constants[inputs[0]]).astype(np.float32)
+            stored = scale.astype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
             scaled = np.divide(exact, np.expand_dims(stored, others), dtype=np.float32)
-            low, made = f"{name}/{self._kind}", f"{name}/restored"
-            self._constants[low] = numpy_helper.from_array(_rounded(scaled, self._kind), low)
-            self._nodes.append(helper.make_node("DequantizeLinear", [low, *inputs], [made], name=made, axis=axis))
-            self._restored[name] = made
+            self._add(f"{name}/{self._kind}", _rounded(scaled, self._kind))
+            self._restore(name, self._scale(name, stored, 0), f"{name}/restored", axis=axis)
         return self._restored[name]
+
+    def _restore(self, name: str, scale: Sequence[str], restored: str, **axis: Any) -> None:
+        inputs = [f"{name}/{self._kind}", *scale]
+        self._nodes.append(helper.make_node("DequantizeLinear", inputs, [restored], name=f"{name}/restored", **axis))
+        self._restored[name] = restored
 
     def _scale(self, name: str, scale: NDArray[Any], zero: int) -> tuple[str, str]:
         """The constants of a pair: scale and zero point."""
-        names = f"{name}/scale", f"{name}/zero"
-        points = np.full(scale.shape, zero, _DTYPES[self._kind])
-        for each, array in zip(names, (scale, points), strict=True):
-            self._constants[each] = numpy_helper.from_array(array, each)
-        return names
+        self._add(f"{name}/scale", scale)
+        self._add(f"{name}/zero", np.full(scale.shape, zero, _DTYPES[self._kind]))
+        return f"{name}/scale", f"{name}/zero"
+
+    def _add(self, name: str, array: NDArray[Any]) -> None:
+        self._constants[name] = numpy_helper.from_array(array, name)
 
 
 def _rounded(scaled: NDArray[np.float32], kind: Kind) -> NDArray[Any]:
@@ -181,8 +179,3 @@ def _rounded(scaled: NDArray[np.float32], kind: Kind) -> NDArray[Any]:
 def _output_axis(node: NodeProto) -> int:
     transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
     return 0 if transposed else _CHANNELS[node.op_type]
-
-
-def all_values(layers: Iterable[Layer]) -> list[str]:
-    """The values whose ranges these layers need, each once."""
-    return list(dict.fromkeys(name for layer in layers for name in layer.values))

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from skipstep.backends.denoiser import EIGHT_BITS
+from skipstep.backends.tensorrt_options import DEFAULTS, OPTIONS_REMEDY, TensorRTOptions, check_library_options
 from skipstep.bundles.bundle import is_bundle
-from skipstep.errors import InputError, StorageError, check_choice, check_flag, check_path, check_text
+from skipstep.errors import InputError, StorageError, check_choice, check_flag, check_path, check_text, check_type
 from skipstep.export.targets import Targets
 from skipstep.latency.calibration import Calibration
 from skipstep.storage.atomic import check_writable
@@ -35,6 +36,7 @@ class BundleRequest:
     license: str
     targets: Iterable[str] = ("cpu",)
     precision: str = "float32"
+    tensorrt: TensorRTOptions = DEFAULTS
     overwrite: bool = False
     sign_key: str | os.PathLike[str] | None = None
     calibration: Calibration | None = None
@@ -56,6 +58,16 @@ def check_request(path: str | os.PathLike[str], request: BundleRequest) -> Targe
             expected="TensorRT, as in targets=['rtx:sm89']",
             remedy="name such a target, or pass precision='int8', which the CPU computes in, too",
         )
+    check_type("tensorrt", request.tensorrt, TensorRTOptions, remedy=OPTIONS_REMEDY)
+    if request.tensorrt != DEFAULTS and not targets.engines:
+        raise InputError(
+            got="tensorrt= without a target whose engines are built now",
+            expected="such a target, as in targets=['rtx:sm89']",
+            remedy="name one, or give the options to skipstep build, which builds on the device",
+        )
+    check_library_options(request.tensorrt, "tensorrt_rtx")
+    for target in targets.engines:
+        target.check(request.precision)
     if request.sign_key is not None:
         from skipstep.storage.signature import sign
 

@@ -44,15 +44,15 @@ class PixelError:
 
 # What 8 bits may change in any sample.
 BOUND: Final = PixelError(0.1, 0.01)
-# The search's own: the largest error of many samples is about twice that of the few that it draws.
+# The search's own: the largest error of many samples is two to four times that of the few that it draws
+# (bench/results/findings/tensorrt-precisions.json), and the root mean square about the same.
 _SEARCHED: Final = PixelError(BOUND.largest / 2, BOUND.rms / 2)
 _GIVEN_BACK: Final = 0.85
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The `layers` that go to 8 bits, of how many, the share of the network's operations in them, and the error by
-    plan."""
+    """The `layers` that go to 8 bits, of how many, their share of the network's operations, and the error by plan."""
 
     layers: tuple[str, ...]
     candidates: int
@@ -84,8 +84,7 @@ def choose_layers(
     def measured(layers: Sequence[str], plan: str) -> PixelError:
         return PixelError.between(draw(quantized(layers), plan), exact[plan])
 
-    flops = operations(step)
-    squares = {}
+    flops, squares = operations(step), {}
     for number, name in enumerate(candidates, 1):
         squares[name] = measured([name], plans[0]).rms ** 2
         report(f"measure layer {number} of {len(candidates)}")

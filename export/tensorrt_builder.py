@@ -93,10 +93,7 @@ def _build(
         config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{number}"], 0)
     if not request["tf32"]:
         config.clear_flag(trt.BuilderFlag.TF32)
-    if request["for_capture"] and hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
-        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    if request["workspace_bytes"] is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_bytes"])
+    _set_options(trt, config, request["options"], library)
     for size in profiles or ():
         shapes = builder.create_optimization_profile()
         for name, _, shape in inputs:
@@ -128,6 +125,35 @@ def _build(
         "profiles": profiles,
     }
     return facts, bytes(engine), b"" if timings is None else bytes(timings.serialize())
+
+
+def _set_options(trt: Any, config: Any, options: Mapping[str, Any], library: Library) -> None:
+    """Those of skipstep.backends.tensorrt_options. Raises MissingDependencyError for a flag of another release, and
+    DeviceUnavailableError."""
+    if library == "tensorrt_rtx" and (options["refit"] or options["strip"]):
+        cuda_device(remedy="leave refit and strip out, or build on a GPU: tensorrt_rtx compiles such engines on one")
+    # TensorRT-RTX takes memory while it streams weights.
+    flags = {
+        "WEIGHT_STREAMING": options["weight_streaming"],
+        "REFIT": options["refit"],
+        "STRIP_PLAN": options["strip"],
+        "REQUIRE_USER_ALLOCATION": library == "tensorrt_rtx" and not options["weight_streaming"],
+    }
+    for name in (name for name, wanted in flags.items() if wanted):
+        # An engine without weights could not be told from others.
+        if name in trt.BuilderFlag.__members__ and (name != "STRIP_PLAN" or hasattr(trt, "EngineStat")):
+            config.set_flag(trt.BuilderFlag.__members__[name])
+        elif name != "REQUIRE_USER_ALLOCATION":
+            raise MissingDependencyError(
+                got=f"{library} {trt.__version__}, whose engines cannot be built and loaded with {name}",
+                expected="a release that has it",
+                remedy=f"pip install -U {library}, or leave the option out",
+            )
+    config.max_aux_streams = options["aux_streams"]
+    if options["optimization_level"] is not None:
+        config.builder_optimization_level = options["optimization_level"]
+    if options["workspace_bytes"] is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options["workspace_bytes"])
 
 
 def _import_library(library: Library) -> Any:

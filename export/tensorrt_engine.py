@@ -30,11 +30,13 @@ import numpy as np
 
 from skipstep.backends.denoiser import Library
 from skipstep.backends.tensorrt_library import EXTRAS
+from skipstep.backends.tensorrt_options import DEFAULTS, TensorRTOptions, builder_options, check_library_options
 from skipstep.errors import DeviceUnavailableError, ExportError, InputError, MissingDependencyError, check_integer
 from skipstep.networks.large_graph import graph_sha256, weights_of
 
 Progress = Callable[[str, int, int], None]
 
+_FP8_FROM = 89
 _ERRORS = {error.__name__: error for error in (DeviceUnavailableError, ExportError, InputError, MissingDependencyError)}
 
 
@@ -48,6 +50,15 @@ class EngineTarget:
     def __str__(self) -> str:
         name = "rtx" if self.library == "tensorrt_rtx" else self.library
         return name if self.compute_capability is None else f"{name}:sm{self.compute_capability}"
+
+    def check(self, precision: str) -> None:
+        """Raise InputError for a precision that the architecture does not compute in."""
+        if precision == "fp8" and (self.compute_capability or _FP8_FROM) < _FP8_FROM:
+            raise InputError(
+                got=f"precision='fp8' for {self}",
+                expected=f"an architecture that multiplies in 8-bit floats: from sm_{_FP8_FROM} on",
+                remedy="pass precision='int8', or leave the architecture out",
+            )
 
 
 def parse_targets(text: str) -> tuple[EngineTarget, ...]:
@@ -119,9 +130,8 @@ def build_engine(
     compute_capability: int | None = None,
     batch_sizes: Sequence[int] = (),
     device: int = 0,
-    workspace_bytes: int | None = None,
+    options: TensorRTOptions = DEFAULTS,
     timing_cache: bytes | None = None,
-    for_capture: bool = True,
     tf32: bool = False,
     progress: Progress | None = None,
 ) -> BuiltEngine:
@@ -133,18 +143,24 @@ def build_engine(
     `compute_capability` (86 for sm_86) is TensorRT-RTX's to choose; None is the GPU of this machine with the number
     `device`.
     `timing_cache` is what an earlier TensorRT build on this GPU measured; one that the library does not take any more
-    is replaced. TensorRT-RTX measures nothing.
-    `for_capture` lets the caller own all memory, without which TensorRT-RTX cannot run inside a CUDA graph.
+    is replaced.
+    The caller owns all memory, without which TensorRT-RTX cannot run inside a CUDA graph; not with weight streaming.
     `progress(phase, done, of)` is called here, as the builder goes on.
 
     Raises MissingDependencyError, DeviceUnavailableError, InputError (architecture, batch sizes, options) and
     ExportError (a graph that the library cannot build, named by node and operator; a builder that died).
     """
-    request = _checked_request(library, compute_capability, batch_sizes, workspace_bytes, timing_cache)
+    request = _checked_request(library, compute_capability, batch_sizes, options)
     device = check_integer("device", device, low=0, high=999)
-    request |= {"for_capture": for_capture, "tf32": tf32, "progress": progress is not None}
+    request |= {"tf32": tf32, "progress": progress is not None}
     request |= {"model_bytes": len(onnx_model), "cache_bytes": len(timing_cache or b"")}
     weights = weights_of(onnx_model)
+    if weights and options.strip:
+        raise InputError(
+            got="strip=True for a network whose weights are beside its graph",
+            expected="a network below a gigabyte, whose graph an engine is given its weights from",
+            remedy="leave strip out",
+        )
     request["weights"] = [(name, array.nbytes) for name, array in weights.items()]
     started = time.perf_counter()
     facts, engine, new_cache = _run_builder(request, onnx_model, timing_cache or b"", progress, device)
@@ -174,8 +190,7 @@ def _checked_request(
     library: Library,
     compute_capability: int | None,
     batch_sizes: Sequence[int],
-    workspace_bytes: int | None,
-    timing_cache: bytes | None,
+    options: TensorRTOptions,
 ) -> dict[str, Any]:
     """The request, after checks that need only the arguments."""
     if library not in get_args(Library):
@@ -191,22 +206,13 @@ def _checked_request(
             expected="none: it builds for the GPU that it runs on",
             remedy="leave it out and build on the target, or use TensorRT-RTX",
         )
-    if library == "tensorrt_rtx" and timing_cache is not None:
-        raise InputError(
-            got="a timing cache for TensorRT-RTX",
-            expected="none: it measures nothing while building",
-            remedy="leave timing_cache out",
-        )
+    check_library_options(options, library)
     sizes = [check_integer("batch_sizes", size, low=1, high=2**31 - 1, remedy="pass (1, 8)") for size in batch_sizes]
-    if workspace_bytes is not None:
-        workspace_bytes = check_integer(
-            "workspace_bytes", workspace_bytes, low=1, remedy="pass a number of bytes, or leave it out"
-        )
     return {
         "library": library,
         "compute_capability": compute_capability,
         "batch_sizes": sizes,
-        "workspace_bytes": workspace_bytes,
+        "options": builder_options(options),
     }
 
 

@@ -30,6 +30,14 @@ _DTYPES = (
 )
 
 
+def builder_graph(step: bytes) -> bytes:
+    """A step network as the library reads it, but for its batch size: with norms written out."""
+    norms, storage = map(importlib.import_module, ("skipstep.export.norms", "skipstep.export.weight_storage"))
+    model = checked_graph(storage.expand_weights(step))
+    norms.write_out_norms(model)
+    return bytes(model.SerializeToString())
+
+
 def checked_graph(onnx_model: bytes) -> Any:
     """The graph as a protobuf message: complete in itself, valid, and of dtypes that TensorRT does not change."""
     onnx, large = map(importlib.import_module, ("onnx", "skipstep.export.large_model"))

@@ -26,7 +26,7 @@ from importlib import resources
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper
+from onnx import TensorProto, helper
 
 from skipstep.backends.onnxruntime import EarlyGraphs
 from skipstep.calls.conditioning import Conditioning
@@ -174,13 +174,12 @@ def static_network(step: bytes, names: dict[str, str], batch_size: int) -> bytes
         node.input[:] = [names.get(name, name) for name in node.input]
     for each in model.graph.input:
         each.name = names.get(each.name, each.name)
-    _widen_interface(model)
-    onnx.checker.check_model(model)
-    return serialised(model)
+    return float32_interface(serialised(model))
 
 
-def _widen_interface(model: ModelProto) -> None:
-    """Float32 inputs and outputs, with a conversion behind and before those that are in half precision."""
+def float32_interface(network: bytes) -> bytes:
+    """The network with float32 inputs and outputs, converted where it has half precision."""
+    model = onnx.load_from_string(network)
     graph = model.graph
     before, after = [], []
     for role, values in (("in", graph.input), ("out", graph.output)):
@@ -199,6 +198,8 @@ def _widen_interface(model: ModelProto) -> None:
     nodes = [*before, *graph.node, *after]
     del graph.node[:]
     graph.node.extend(nodes)
+    onnx.checker.check_model(model)
+    return serialised(model)
 
 
 def run_script(batch_sizes: Iterable[int], inputs: Sequence[str], kind: str) -> str:

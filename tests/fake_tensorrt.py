@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+from fake_refit import OnnxParserRefitter, Refitter
 from numpy.typing import NDArray
 
 ALIGNMENT = 256
@@ -62,6 +63,10 @@ class DynamicShapesKernelSpecializationStrategy(enum.Enum):
     LAZY = 0
     EAGER = 1
     NONE = 2
+
+
+class EngineStat(enum.Enum):
+    STRIPPED_WEIGHTS_SIZE = 1
 
 
 class ILogger:
@@ -130,17 +135,22 @@ class ICudaEngine:
     """Tests set what it pretends: the `_overrides` of what it says about a tensor, and whether contexts work."""
 
     def __init__(self, graph: bytes, logger: ILogger) -> None:
+        self._graph, self._logger = graph, logger
+        self._open()
+
+    def _open(self) -> None:
         options = onnxruntime.SessionOptions()
         # Threads that wait for more work would take the cores from those of the loop's host.
         options.intra_op_num_threads = 1
-        self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        self._logger = logger
+        self._session = onnxruntime.InferenceSession(self._graph, options, providers=["CPUExecutionProvider"])
         self._inputs = {each.name: each for each in self._session.get_inputs()}
         self._outputs = {each.name: each for each in self._session.get_outputs()}
         self._contexts: list[IExecutionContext] = []
+        self.weight_streaming_budget_v2 = self.streamable_weights_size
         self._overrides: dict[tuple[str, str], Any] = PRETENCES.get("tensors", {})
-        profiles = self._session.get_modelmeta().custom_metadata_map.get("profiles", "")
-        self._profiles = [int(size) for size in profiles.split()]
+        said = self._session.get_modelmeta().custom_metadata_map
+        self._profiles = [int(size) for size in said.get("profiles", "").split()]
+        self._stripped = "stripped" in said
 
     @property
     def num_io_tensors(self) -> int:
@@ -148,11 +158,21 @@ class ICudaEngine:
 
     @property
     def device_memory_size_v2(self) -> int:
-        return WORKSPACE_BYTES
+        return WORKSPACE_BYTES + self.streamable_weights_size - self.weight_streaming_budget_v2
+
+    @property
+    def streamable_weights_size(self) -> int:
+        return int(PRETENCES.get("streamable", 0))
+
+    def get_weight_streaming_automatic_budget(self) -> int:
+        return self.streamable_weights_size // 4
 
     @property
     def num_optimization_profiles(self) -> int:
         return max(1, len(self._profiles))
+
+    def get_engine_stat(self, stat: EngineStat) -> int:
+        return 1 if self._stripped else -1
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
         size = self._profiles[profile_index] if self._profiles else 4
@@ -283,12 +303,15 @@ def library(name: str = "tensorrt_rtx") -> SimpleNamespace:
         __version__="1.7.0.0",
         DataType=DataType,
         DynamicShapesKernelSpecializationStrategy=DynamicShapesKernelSpecializationStrategy,
+        EngineStat=EngineStat,
         ExecutionContextAllocationStrategy=ExecutionContextAllocationStrategy,
         ICudaEngine=ICudaEngine,
         IExecutionContext=IExecutionContext,
         ILogger=ILogger,
         IRuntimeCache=IRuntimeCache,
         IRuntimeConfig=IRuntimeConfig,
+        OnnxParserRefitter=OnnxParserRefitter,
+        Refitter=Refitter,
         Runtime=Runtime,
         TensorFormat=TensorFormat,
         TensorIOMode=TensorIOMode,

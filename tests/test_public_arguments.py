@@ -98,6 +98,7 @@ CALLS: dict[str, Callable[[Any], dict[str, Any]]] = {
     # The folder is none of LeRobot's: what else is wrong is found before it is read, or it is.
     "from_policy": lambda path: {"policy": path, "plans": [2]},
     "load_policy": lambda path: {"path": path},
+    "TensorRTOptions": lambda path: {},
     "NoiseSchedule": lambda path: {"alpha_bar": [0.9, 0.5]},
     "NoiseSchedule.linear": lambda path: {},
     "NoiseSchedule.scaled_linear": lambda path: {},

@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 import torch
 from engines import build
+from PIL import Image
 from torch import nn
 
 import skipstep
+from skipstep.commands.main import main
 from skipstep.errors import InputError
 from skipstep.export.sensitivity import BOUND, PixelError
+from skipstep.networks.spec import NetworkSpec
+from skipstep.quantizing import read_calls
 
 
 class Small(nn.Module):
@@ -79,6 +83,42 @@ def test_calibration_from_a_folder_draws_the_calls_in_it(tmp_path):
     np.testing.assert_array_equal(engine.sample(**CALL), seeded.sample(**CALL))
 
 
+def test_calibration_from_pictures_draws_from_them_with_noise_on(tmp_path):
+    for seed in range(2):
+        pixels = np.random.default_rng(seed).integers(0, 256, (8, 8), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{seed}.png")
+    [call] = read_calls(str(tmp_path), NetworkSpec((1, 8, 8)))
+    np.testing.assert_allclose(call["images"][1, 0], pixels / 127.5 - 1, atol=1e-6)
+    engine = build(Small(), backend="onnxruntime", precision="int8", calibration=tmp_path, **OPTIONS)
+    assert engine.sample(**CALL).shape == (2, 1, 8, 8)
+    with pytest.raises(InputError, match="8x8 pixels"):
+        read_calls(str(tmp_path), NetworkSpec((1, 4, 4)))
+
+
+def test_build_adds_the_network_in_8_bits_and_an_engine_of_it(exact, tmp_path, capsys):
+    pytest.importorskip("tensorrt_rtx")
+    path = str(tmp_path / "bundle")
+    exact.save(path, license="MIT")
+    assert main(["build", path, "--target", "rtx:sm89", "--precision", "fp8", "--calibration", "0", "1"]) == 0
+    manifest = json.loads((tmp_path / "bundle/manifest.json").read_bytes())
+    [engine] = manifest["engines"]
+    assert engine["precision"] == "fp8"
+    assert manifest["quantized"]["step-fp8"]["layers"] > 0
+    assert {manifest["graphs"]["step-fp8"], engine["file"]} <= manifest["files"].keys()
+    # What the description names are layers of the model.
+    assert "in layers." in engine["facts"]["largest"][0]
+    replay = skipstep.load(path)
+    np.testing.assert_array_equal(replay.sample(**CALL), exact.sample(**CALL))
+    # Without the option the network in 8 bits is the one that engines are built of.
+    assert main(["build", path, "--target", "rtx:sm86"]) == 2
+    assert main(["build", path, "--target", "rtx:sm120"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", path]) == 0
+    told = capsys.readouterr().out
+    assert "rtx:sm120, fp8" in told
+    assert "step-fp8: 2 of 2 layers, " in told
+
+
 def test_bundle_without_the_network_says_how_to_get_it(exact, tmp_path):
     exact.save(tmp_path / "bundle", license="MIT")
     with pytest.raises(InputError, match="precision='int8'"):
@@ -92,7 +132,7 @@ def test_bundle_without_the_network_says_how_to_get_it(exact, tmp_path):
         ({"calibration": [0]}, "leave calibration out"),
         ({"precision": "int8", "calibration": []}, "calibration without seeds"),
         ({"precision": "int8", "calibration": 3}, "pass calibration="),
-        ({"precision": "int8", "calibration": "/nowhere"}, "no .npz file"),
+        ({"precision": "int8", "calibration": "/nowhere"}, "neither a picture nor"),
         ({"precision": "fp8", "calibration": [0]}, "precision='fp8'"),
     ],
 )
@@ -101,9 +141,10 @@ def test_what_is_wrong_is_said(options, said):
         build(Small(), backend="onnxruntime", **OPTIONS, **options)
 
 
-def test_damaged_call_is_refused(tmp_path):
-    (tmp_path / "call.npz").write_bytes(b"no archive")
-    with pytest.raises(InputError, match=r"call\.npz"):
+@pytest.mark.parametrize("name", ["call.npz", "picture.png"])
+def test_damaged_file_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"no archive")
+    with pytest.raises(InputError, match=name):
         build(Small(), backend="onnxruntime", precision="int8", calibration=tmp_path, **OPTIONS)
 
 

@@ -1,12 +1,14 @@
 """What a lower precision of the network costs on the CPU: `python -m skipstep.bench.quality.cpu_precisions --out FILE`.
 
 The shipped model draws the same samples in every precision of every backend that runs bundles. They are compared with
-ONNX Runtime's in float32, pixel by pixel in [-1, 1], and by what the classifier sees in them.
+ONNX Runtime's in float32, pixel by pixel in [-1, 1], and by what the classifier sees in them. So are those of the
+networks in 8 bits that TensorRT engines are built from: on the CPU they show the accuracy, and nothing of the speed.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -15,30 +17,38 @@ from typing import Any
 import numpy as np
 
 from skipstep import Engine, load
+from skipstep.backends.denoiser import EIGHT_BITS
 from skipstep.backends.registry import BACKENDS
 from skipstep.bench.quality.judge import ShippedJudge
 from skipstep.bench.record import environment, write_json
 from skipstep.demo import SHIPPED_BUNDLE, SHIPPED_MODEL
 from skipstep.errors import DeviceUnavailableError, ExportError, MissingDependencyError
+from skipstep.export.trtexec import float32_interface
+from skipstep.loops.contract import Sampler
+from skipstep.plans.plan import Plan
+from skipstep.quantizing import quantize_source, sampler_of
 
 GUIDANCE = 2.0
 HEADER = [
     *("steps", "backend", "precision", "largest error", "root mean square error", "same class", "recognised"),
     "times as fast",
 ]
+FOR_TENSORRT = "tensorrt"
 PLANS = [4, 6, 8, 10, 20, 50]
 CALIBRATION = range(1 << 20, (1 << 20) + 8)
 TURNS = 15
 
 
 @cache
-def opened(backend: str, precision: str) -> Engine:
-    """The shipped model; in int8 calibrated with all of its plans, on seeds that are not compared."""
+def opened(backend: str, precision: str) -> Any:
+    """The shipped model; in 8 bits calibrated with all of its plans, on seeds that are not compared."""
+    if backend == FOR_TENSORRT:
+        return in_8_bits(precision)
     if precision != "int8":
         return load(SHIPPED_BUNDLE, allow_hard_links=True, backend=backend, precision=precision)
     return Engine.build(
         SHIPPED_MODEL,
-        plans=PLANS,
+        plans=shipped_plans(),
         batch_sizes=[1, 16],
         backend=backend,
         device="cpu",
@@ -46,6 +56,18 @@ def opened(backend: str, precision: str) -> Engine:
         calibration=CALIBRATION,
         progress=print,
     )
+
+
+def shipped_plans() -> list[Plan]:
+    return list(opened("onnxruntime", "float32").plans.values())
+
+
+def in_8_bits(precision: str) -> Sampler:
+    """The network that TensorRT's engines are built from, on ONNX Runtime."""
+    plans, source = shipped_plans(), opened("onnxruntime", "float32").source
+    [step] = quantize_source(source, plans, list(CALIBRATION), [precision], sampler=Engine, report=print).values()
+    print(precision, {name: each for name, each in step.facts.items() if name != "errors"})
+    return sampler_of(source, float32_interface(step.graph), plans, [1, 16], Engine)
 
 
 def draw(backend: str, precision: str, steps: int, num: int) -> Any:
@@ -67,17 +89,17 @@ def speed(backend: str, precision: str, steps: int) -> float:
     return float(np.median(seconds[0]) / np.median(seconds[1]))
 
 
-def rows(all_steps: list[int], num: int) -> tuple[list[list[str]], list[str]]:
+def rows(all_steps: list[int], num: int, backends: list[str]) -> tuple[list[list[str]], list[str]]:
     """The table, and what could not be measured, with its reason."""
     judge, labels, table, absent = ShippedJudge(), np.arange(num) % 10, [], []
     on_cpu = [(each.name, name) for each in BACKENDS if each.device == "cpu" for name in each.precisions]
-    bundled = [each.name for each in BACKENDS if each.device == "cpu" and each.loads_bundles]
+    bundled = [each.name for each in BACKENDS if each.device == "cpu" and each.loads_bundles] + [FOR_TENSORRT]
+    on_cpu += [(FOR_TENSORRT, name) for name in EIGHT_BITS]
+    on_cpu = [each for each in on_cpu if each[0] in (backends or bundled)]
     for steps in all_steps:
         reference = draw("onnxruntime", "float32", steps, num)
         expected = judge(reference)[1]
         for backend, precision in on_cpu:
-            if backend not in bundled:
-                continue
             try:
                 found = draw(backend, precision, steps, num)
             except (MissingDependencyError, DeviceUnavailableError, ExportError) as refused:
@@ -86,8 +108,9 @@ def rows(all_steps: list[int], num: int) -> tuple[list[list[str]], list[str]]:
             error = np.abs(found - reference)
             seen = judge(found)[1]
             shares = [f"{100 * np.mean(seen == other):.1f} %" for other in (expected, labels)]
+            fast = "–" if backend == FOR_TENSORRT else f"{speed(backend, precision, steps):.2f}"
             numbers = [f"{error.max():.2g}", f"{np.sqrt(np.mean(error**2)):.2g}"]
-            table.append([str(steps), backend, precision, *numbers, *shares, f"{speed(backend, precision, steps):.2f}"])
+            table.append([str(steps), backend, precision, *numbers, *shares, fast])
             print(*table[-1], sep=", ", flush=True)
     return table, list(dict.fromkeys(absent))
 
@@ -96,23 +119,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, nargs="+", default=PLANS, help="default: those of the shipped model")
     parser.add_argument("--num", type=int, default=256, help="samples of each (default: 256)")
+    parser.add_argument(
+        "--backends", nargs="+", default=[], help="default: all, and tensorrt for its networks in 8 bits"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     options = parser.parse_args()
-    table, absent = rows(options.steps, options.num)
+    table, absent = rows(options.steps, options.num, options.backends)
     facts = environment()
     write_json(
         options.out,
         {
-            "command": f"python -m skipstep.bench.quality.cpu_precisions --steps {' '.join(map(str, options.steps))} "
-            f"--num {options.num} --out {options.out.name}",
+            "command": "python -m skipstep.bench.quality.cpu_precisions " + " ".join(sys.argv[1:]),
             "commit": facts["commit"],
             "environment": facts,
             "header": HEADER,
             "rows": table,
             "note": f"The shipped model, {options.num} samples of ten classes with guidance {GUIDANCE:g}, each against "
             "ONNX Runtime in float32. Recognised: the classifier sees the class that was asked for. Times as fast "
-            "as ONNX Runtime in float32, at batch 1 without guidance, calls in turns."
-            + "".join(f" Not measured: {each}." for each in absent),
+            "as ONNX Runtime in float32, at batch 1 without guidance, calls in turns. tensorrt: the network that "
+            "its engines are built from, on ONNX Runtime." + "".join(f" Not measured: {each}." for each in absent),
         },
     )
 

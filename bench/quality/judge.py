@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from skipstep.bench.quality.classifier import SHIPPED_CLASSIFIER, load_classifier
+from skipstep.calls.images import read_pictures
 from skipstep.errors import InputError
 from skipstep.fitting.judge import Floats
 
 _PART = 500
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class ShippedJudge:
@@ -43,18 +42,10 @@ def read_images(path: Path, shape: tuple[int, ...]) -> Floats:
     The array is uint8 `[N, H, W, C]`, or float32 `[N, C, H, W]` in [-1, 1]. Raises InputError where they do not fit.
     """
     channels, height, width = shape
-    if path.is_dir():
-        files = sorted(each for each in path.rglob("*") if each.suffix.lower() in _SUFFIXES)
-        pictures = [np.asarray(Image.open(file).convert("L" if channels == 1 else "RGB")) for file in files]
-        sizes = {picture.shape[:2] for picture in pictures}
-        if sizes != {(height, width)} or channels not in (1, 3):
-            raise _no_images(f"{path} with {len(files)} pictures of {sorted(sizes)} pixels", shape)
-        array = np.stack(pictures).reshape(len(files), height, width, channels)
-    else:
-        try:
-            array = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise _no_images(f"{path} ({error})", shape) from error
+    try:
+        array = read_pictures(path, shape) if path.is_dir() else np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise _no_images(f"{path} ({error})", shape) from error
     if array.dtype == np.uint8 and array.shape[1:] == (height, width, channels):
         array = array.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1.0
     if array.shape[1:] != shape or array.dtype != np.float32 or len(array) < 2 or not np.isfinite(array).all():

@@ -141,6 +141,10 @@ class NetworkSource(Protocol):
         and at the others where one engine can be. `again`: the library did not take the one that was given before."""
         ...
 
+    def engine_graph(self, precision: str) -> bytes:
+        """The graph that such engines are built from: one without weights is given those of it."""
+        ...
+
 
 def tensor_dtype(precision: str) -> str:
     """Of a network's inputs and outputs on a GPU, by its precision."""

@@ -201,7 +201,13 @@ def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:
             again=again,
         )
         try:
-            return LoadedEngine(data, library=chosen, device=device, keep=target.keep)
+            return LoadedEngine(
+                data,
+                library=chosen,
+                device=device,
+                keep=target.keep,
+                graph=lambda: source.engine_graph(target.precision),
+            )
         except RefusedEngineError:
             if again:
                 raise

@@ -44,7 +44,8 @@ class TensorRtEngine:
     skipstep.export.engines.build_engine_cached. `profiles` by batch size; None where the shapes are fixed.
 
     `module` is the imported library. `current()` makes the device the thread's; `device` tells it from others, and
-    `facts` describes it. Raises RefusedEngineError for an engine that the library does not take.
+    `facts` describes it. `graph` is what the engine was built from, for one without weights. Raises RefusedEngineError
+    for an engine that the library does not take, and ExportError for one whose weights are missing.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class TensorRtEngine:
         facts: Callable[[], DeviceFacts],
         current: Callable[[], AbstractContextManager[object]],
         keep: Keep | None = None,
+        graph: Callable[[], bytes] | None = None,
     ) -> None:
         self.library: Library = library
         self._trt, self._current = module, current
@@ -71,6 +73,10 @@ class TensorRtEngine:
                 expected="one that this version built for this GPU",
                 remedy="build it on this machine: skipstep build",
             )
+        self._fill(graph)
+        if getattr(self.engine, "streamable_weights_size", 0) > 0:
+            # All weights would be on the device otherwise. What this leaves to copy takes part of the activations.
+            self.engine.weight_streaming_budget_v2 = self.engine.get_weight_streaming_automatic_budget()
         self._names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
         self.profiles = self._profiles()
         self.kernels = RuntimeCache.of(device, self._trt, keep, facts) if library == "tensorrt_rtx" else None
@@ -116,6 +122,23 @@ class TensorRtEngine:
                 if not context.set_input_shape(name, self._shape(name, batch_size)):
                     raise self.failed(f"that does not take batch size {batch_size}")
         return context
+
+    def _fill(self, graph: Callable[[], bytes] | None) -> None:
+        """Give an engine that was built without weights those of its graph."""
+        stat = getattr(self._trt, "EngineStat", None)  # Since TensorRT 10.7, without which none is built like this.
+        if stat is None or self.engine.get_engine_stat(stat.STRIPPED_WEIGHTS_SIZE) <= 0:
+            return
+        if graph is None:
+            raise ExportError(
+                got="an engine without weights, and no package onnx that reads them from a graph",
+                expected="an engine that holds its weights",
+                remedy="build it again without strip: skipstep build",
+            )
+        with self._current():
+            refitter = self._trt.Refitter(self.engine, self.log)
+            filled = self._trt.OnnxParserRefitter(refitter, self.log).refit_from_bytes(graph())
+            if not (filled and refitter.refit_cuda_engine()):
+                raise self.failed("that does not take the weights of its graph")
 
     def capturing(self) -> bool:
         """Whether the thread records a graph."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +22,15 @@ class LoadedEngine(TensorRtEngine):
     """Raises MissingDependencyError, DeviceUnavailableError, and RefusedEngineError for an engine that the library
     does not take."""
 
-    def __init__(self, data: bytes, *, library: Library, device: torch.device, keep: Keep | None = None) -> None:
+    def __init__(
+        self,
+        data: bytes,
+        *,
+        library: Library,
+        device: torch.device,
+        keep: Keep | None = None,
+        graph: Callable[[], bytes] | None = None,
+    ) -> None:
         number = device.index or 0
         super().__init__(
             data,
@@ -32,6 +40,7 @@ class LoadedEngine(TensorRtEngine):
             facts=lambda: cuda_device(number),
             current=lambda: torch.cuda.device(device),
             keep=keep,
+            graph=graph,
         )
         self.device = device
         self.activations = aligned_zeros((self.activation_bytes,), torch.uint8, device)

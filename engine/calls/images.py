@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from skipstep.arrays import host_floats
 from skipstep.errors import InputError
 
 MAX_COLUMNS = 10
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _CELL = 96
 _GAP = 6
 _FONT_SIZE = 14
@@ -41,6 +43,31 @@ def to_pil(samples: NDArray[np.float32]) -> list[Image.Image]:
         )
     pixels = np.rint((samples.clip(-1.0, 1.0) + 1.0) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
     return [Image.fromarray(image[..., 0] if channels == 1 else image) for image in pixels]
+
+
+def read_pictures(folder: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """The pictures of a folder and those in it, `[N, *shape]` in [-1, 1], C = 1 or 3; none where there is none.
+
+    Raises InputError for one of another size, or that cannot be read.
+    """
+    channels, height, width = shape if len(shape) == 3 and shape[0] in (1, 3) else (0, 0, 0)
+    pictures = []
+    for file in sorted(each for each in folder.rglob("*") if each.suffix.lower() in PICTURES):
+        try:
+            with Image.open(file) as image:
+                size, pixels = image.size, np.asarray(image.convert("L" if channels == 1 else "RGB"), np.float32)
+        except (OSError, ValueError) as error:
+            size, reason = (-1, -1), f"which cannot be read ({error})"
+        else:
+            reason = f"a picture of {size[0]}x{size[1]} pixels"
+        if size != (width, height):
+            raise InputError(
+                got=f"{file}, {reason}",
+                expected=f"a picture like those that the network draws, {list(shape)}",
+                remedy="convert the pictures first, or take this one out of the folder",
+            )
+        pictures.append(pixels.reshape(height, width, channels).transpose(2, 0, 1) / 127.5 - 1.0)
+    return np.stack(pictures) if pictures else np.empty((0, *shape), np.float32)
 
 
 def labelled_grid(

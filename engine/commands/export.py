@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from skipstep.commands.models import MODEL_FORMS, add_model_options, model_options, plan_options
+from skipstep.commands.models import (
+    MODEL_FORMS,
+    add_engine_options,
+    add_model_options,
+    engine_options,
+    model_options,
+    plan_options,
+)
 from skipstep.commands.progress import elapsed_progress
 from skipstep.demo import SHIPPED_MODEL, checked_model
 
@@ -16,6 +23,9 @@ examples:
       for the CPU; every bundle runs there
   skipstep export --model my-ddpm --target rtx:sm86,sm89,sm120 --precision float16 --license Apache-2.0 --out for-rtx
       with TensorRT-RTX engines, built here, with or without a GPU
+  skipstep export --model my-ddpm --target rtx:sm89 --precision int8 --calibration 0 1 2 3 4 5 6 7 --license MIT \
+    --out in-8-bits
+      with layers in 8 bits, as far as the images stay within a bound; for the CPU, too
   skipstep export --model my-ddpm --target sm_87,tensorrt --precision float16 --license Apache-2.0 --out for-jetson
       for a Jetson: step kernels, and the network for skipstep build to compile there
   skipstep export --model my-stable-diffusion --steps 20 --no-safety-checker --license openrail --out my-sd-bundle
@@ -53,13 +63,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", nargs="+", default=["cpu"], metavar="T", help="see below (default: cpu)")
     parser.add_argument(
         "--precision",
-        choices=("float32", "float16", "bfloat16"),
+        choices=("float32", "float16", "bfloat16", "int8", "fp8"),
         default="float32",
-        help="of the network for GPUs (default: float32)",
+        help="of the network for GPUs; int8 also for the CPU; int8 and fp8 need --calibration (default: float32)",
     )
     parser.add_argument("--sign", type=Path, metavar="KEY", help="sign with this private key (skipstep keygen)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     add_model_options(parser)
+    add_engine_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -67,15 +78,19 @@ def run(options: argparse.Namespace) -> None:
     from skipstep.commands.inspect import describe_bundle
     from skipstep.engine import Engine
     from skipstep.export.request import BundleRequest, check_request
+    from skipstep.quantizing import check_calibration
 
     # What is wrong with the request is said now, and not after compiling.
     checked_model(options.model)
     said, defaults = model_options(options), plan_options(options)
+    calibration, tensorrt = engine_options(options)
+    check_calibration(options.precision, calibration)
     plans = [make_plan(steps, defaults, eta=options.eta) for steps in options.steps]
     request = {
         "license": options.license,
         "targets": options.target,
         "precision": options.precision,
+        "tensorrt": tensorrt,
         "overwrite": options.overwrite,
         "sign_key": options.sign,
     }
@@ -95,6 +110,6 @@ def run(options: argparse.Namespace) -> None:
         progress=progress,
         **said,
     )
-    engine.save(options.out, name=options.name, progress=progress, **request)
+    engine.save(options.out, name=options.name, calibration=calibration, progress=progress, **request)
     progress("done")
     print(describe_bundle(options.out))

@@ -80,6 +80,7 @@ def describe(bundle: Bundle) -> str:
             )
             for plan in manifest.plans
         ),
+        *(("8 bits", f"{name}{_in_8_bits(facts)}") for name, facts in (manifest.quantized or {}).items()),
         *(each for engine in manifest.engines for each in _engine_lines(engine)),
         *(("kernels", line) for line in _kernel_lines(bundle)),
         *(
@@ -114,6 +115,18 @@ def describe(bundle: Bundle) -> str:
 def _steps(plan: PlanEntry) -> Any:
     timesteps = plan.options.get("timesteps")
     return len(timesteps) if isinstance(timesteps, list) and timesteps else plan.options.get("steps")
+
+
+def _in_8_bits(facts: Any) -> str:
+    """How much of a network, and what it was measured to change."""
+    names = ("layers", "candidates", "share", "largest")
+    numbers = [facts.get(name) for name in names] if isinstance(facts, dict) else [None]
+    if not all(isinstance(each, int | float) for each in numbers):
+        return ""
+    layers, of, share, largest = numbers
+    return (
+        f": {layers} of {of} layers, {share:.0%} of the operations, at most {largest:.2g} off where it was calibrated"
+    )
 
 
 def _engine_lines(engine: EngineEntry) -> list[tuple[str, str]]:

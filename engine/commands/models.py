@@ -1,12 +1,15 @@
-"""The options of commands that take a model: what completes one that does not say everything of itself."""
+"""Options that commands share: what completes a model, and how TensorRT engines and networks in 8 bits are made."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skipstep.errors import InputError
+
+if TYPE_CHECKING:
+    from skipstep.backends.tensorrt_options import TensorRTOptions
 
 MODEL_FORMS = "diffusers folder, .onnx file, or .safetensors file with --config"
 
@@ -66,3 +69,45 @@ def plan_options(options: argparse.Namespace) -> dict[str, Any]:
             remedy="pass --scheduler FILE, or copy the file into the folder of the model",
         )
     return scheduler.plan_options()
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibration",
+        nargs="+",
+        metavar="SEED",
+        help="for int8 and fp8: seeds to draw with, or a folder of pictures or .npz files with arguments of sample()",
+    )
+    group = parser.add_argument_group("TensorRT's builder (skipstep.TensorRTOptions)")
+    group.add_argument("--optimization-level", type=int, metavar="N", help="0 to 5; full TensorRT only")
+    group.add_argument(
+        "--aux-streams", type=int, metavar="N", help="beside the caller's; full TensorRT only (default: 0)"
+    )
+    group.add_argument("--workspace", type=int, metavar="MIB", help="memory that a kernel may use (default: all)")
+    for name, what in (
+        ("--weight-streaming", "weights stay in host memory and are copied in parts"),
+        ("--refit", "weights can be replaced in the engine"),
+        ("--strip", "the engine holds no weights: it is given the bundle's when it is loaded"),
+    ):
+        group.add_argument(name, action="store_const", const=True, help=what)
+    group.add_argument("--timing-cache", type=Path, metavar="FILE", help="of kernel timings; full TensorRT only")
+
+
+def engine_options(options: argparse.Namespace) -> tuple[Any, TensorRTOptions]:
+    """Calibration and the builder's options. Raises InputError."""
+    from skipstep.backends.tensorrt_options import TensorRTOptions
+
+    names = ("optimization_level", "aux_streams", "weight_streaming", "refit", "strip", "timing_cache")
+    said = {name: getattr(options, name) for name in names}
+    said["workspace_bytes"] = None if options.workspace is None else options.workspace << 20
+    given = options.calibration
+    if given is not None:
+        seeds = [int(each) for each in given if each.isascii() and each.isdigit()]
+        if len(seeds) != len(given) > 1:
+            raise InputError(
+                got=f"--calibration {' '.join(given)}",
+                expected="seeds, or one folder",
+                remedy="pass e.g. --calibration 0 1 2 3 4 5 6 7",
+            )
+        given = seeds or given[0]
+    return given, TensorRTOptions(**{name: value for name, value in said.items() if value is not None})

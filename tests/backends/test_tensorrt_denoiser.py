@@ -5,16 +5,19 @@ from __future__ import annotations
 import sysconfig
 from types import SimpleNamespace
 
+import fake_refit
 import fake_tensorrt
 import pytest
 import step_networks
 import torch
+from engine_builds import RELU
 from fake_tensorrt import PRETENCES, DataType, TensorFormat, TensorLocation
 from step_networks import SPEC, assert_predicts
 from tensorrt_cases import GPU, denoiser, tables
 
 from skipstep.backends.denoiser import Target
 from skipstep.backends.tensorrt import denoisers
+from skipstep.backends.tensorrt_options import TensorRTOptions
 from skipstep.bundle_source import BundleSource
 from skipstep.errors import (
     CaptureError,
@@ -235,18 +238,44 @@ def test_step_inputs_that_no_loop_should_give(change):
 def test_from_a_network(monkeypatch, precision):
     asked = []
 
-    def build(step, target, sizes, *, device, tf32, again):
-        assert (device, tf32, again) == (0, False, False)
+    def build(step, target, sizes, *, device, options, tf32, again):
+        assert (device, options, tf32, again) == (0, TensorRTOptions(refit=True), False, False)
         asked.append((str(target), sizes, step))
         return fake_tensorrt.engine_of(step, *sizes), {}
 
     monkeypatch.setattr("skipstep.export.engines.build_engine_cached", build)
-    make = denoisers(step_networks.source(), Target("cpu", precision, library="tensorrt_rtx"))
+    source = step_networks.source()
+    source.tensorrt = TensorRTOptions(refit=True)
+    make = denoisers(source, Target("cpu", precision, library="tensorrt_rtx"))
     found = {size: make(size) for size in (1, 2)}
     assert [each[:2] for each in asked] == [("rtx", (1,)), ("rtx", (2,))]
     assert (asked[0][2] == step_networks.parts().graphs.step) == (precision == "float32")
     for size, network in found.items():
         assert_predicts(network, step_networks.call(2, size), dtype=getattr(torch, precision))
+
+
+@pytest.mark.usefixtures("cuda")
+def test_an_engine_without_weights_is_given_those_of_its_network(monkeypatch):
+    def build(step, target, sizes, **options):
+        return fake_refit.stripped(fake_tensorrt.engine_of(step, *sizes)), {}
+
+    monkeypatch.setattr("skipstep.export.engines.build_engine_cached", build)
+    assert_predicts(denoisers(step_networks.source(), Target("cpu"))(2), step_networks.call(2, 2))
+    monkeypatch.setattr(step_networks.ModelSource, "engine_graph", lambda self, precision: RELU)
+    with pytest.raises(ExportError, match="does not take the weights"):
+        denoisers(step_networks.source(), Target("cpu"))(2)
+    # As skipstep.edge loads one.
+    with pytest.raises(ExportError, match="without strip"):
+        denoiser(engine=build(step_networks.parts().graphs.step, None, (3,))[0])
+
+
+@pytest.mark.usefixtures("cuda")
+def test_streamed_weights_have_memory_among_the_activations(monkeypatch):
+    monkeypatch.setitem(PRETENCES, "streamable", 4000)
+    network = denoiser()
+    assert network.loaded.engine.weight_streaming_budget_v2 == 1000
+    assert network.loaded.activation_bytes == fake_tensorrt.WORKSPACE_BYTES + 3000
+    assert_predicts(network, step_networks.call(2, 3))
 
 
 @pytest.mark.usefixtures("cuda")

@@ -11,6 +11,7 @@ from skipstep.errors import ExportError
 from skipstep.export.engine_plan import kernels, launches
 from skipstep.export.engine_sizes import describe_launches
 from skipstep.export.precision import lower_precision
+from skipstep.export.quantize import find_layers, quantize
 from skipstep.export.weight_storage import expand_weights
 
 
@@ -20,13 +21,16 @@ def step():
     return expand_weights(bundle.read_graph(bundle.manifest.graphs["step"]))
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("precision", ["float16", "int8"])
 def test_the_largest_kernels_are_named_after_their_layers(step, precision):
     pytest.importorskip("tensorrt_rtx")
     from engine_builds import build
 
-    if precision == "float16":
-        step = lower_precision(step, "float16")
+    step = lower_precision(step, "float16")
+    if precision == "int8":
+        step = quantize(
+            step, {name: dict.fromkeys(each, (-6.0, 6.0)) for name, each in find_layers(step).items()}, "int8"
+        )
     engine = build(step, 89, batch_sizes=(1, 2)).engine
     described = describe_launches(engine, step)
     assert described["kernels"] == [each.total() for each in kernels(engine)]
@@ -35,6 +39,8 @@ def test_the_largest_kernels_are_named_after_their_layers(step, precision):
     sizes = [float(each.split()[0]) for each in described["largest"]]
     assert len(sizes) == 10
     assert sizes == sorted(sizes, reverse=True)
+    # In 8 bits more kernels name a product than compute it.
+    assert len(set(described["largest"])) == 10
     nodes = {node for each in launches(engine)[0] for node in each.nodes}
     convolutions = {node.name for node in onnx.load_from_string(step).graph.node if node.op_type == "Conv"}
     assert convolutions <= nodes

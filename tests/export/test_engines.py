@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from faults import modules_after
 
+from skipstep.backends.tensorrt_options import TensorRTOptions
 from skipstep.bundles.manifest import EngineEntry
 from skipstep.cuda.probe import DeviceFacts
 from skipstep.export import engines
@@ -77,6 +78,27 @@ def test_an_engine_is_kept_for_the_conditions_that_it_was_built_under(machine, c
     build_engine_cached(b"a graph", target, [1])
     assert len(machine.built) == 3
     assert machine.built[-1]["timing_cache"] is None, "timings of other conditions"
+
+
+def test_options_make_another_engine_and_timings_are_kept_in_a_file(machine, tmp_path):
+    target, file = EngineTarget("tensorrt"), tmp_path / "timings"
+    changed = {"optimization_level": 4, "aux_streams": 1, "workspace_bytes": 9, "weight_streaming": True}
+    for count, (name, value) in enumerate({**changed, "refit": True, "strip": True}.items(), 1):
+        for _ in range(2):
+            build_engine_cached(b"a graph", target, [1], options=TensorRTOptions(**{name: value}))
+        assert len(machine.built) == count
+        assert getattr(machine.built[-1]["options"], name) == value
+    kept = TensorRTOptions(timing_cache=file)
+    build_engine_cached(b"a graph", target, [1], options=kept)
+    assert file.read_bytes() == b"timings"
+    file.write_bytes(b"of an earlier machine")
+    build_engine_cached(b"another graph", target, [1], options=kept)
+    assert machine.built[-1]["timing_cache"] == b"of an earlier machine"
+    # Where the engine is there already, its timings are, too.
+    file.unlink()
+    build_engine_cached(b"another graph", target, [1], options=kept)
+    assert file.read_bytes() == b"timings"
+    assert len(machine.built) == count + 2
 
 
 def test_one_that_is_refused_is_built_again(machine):

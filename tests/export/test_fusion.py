@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from skipstep.export.engine_plan import kernels
+from skipstep.export.engine_plan import kernels, launches
 from skipstep.export.fusion import not_fused
+from skipstep.export.quantize import find_layers, quantize
 
 
 class Attention(nn.Module):
@@ -27,7 +28,7 @@ class Attention(nn.Module):
 
 def graph_of(dtype: torch.dtype, *sizes: int) -> bytes:
     file, x = io.BytesIO(), torch.zeros(1, 64, 32, dtype=dtype)
-    torch.onnx.export(Attention(*sizes).eval().to(dtype), (x,), file, dynamo=False, opset_version=18)
+    torch.onnx.export(Attention(*sizes).eval().to(dtype), (x,), file, dynamo=False, opset_version=20)
     return file.getvalue()
 
 
@@ -52,3 +53,20 @@ def test_what_is_said_not_to_fuse_takes_more_kernels(case):
     assert not_fused(other) == [f"1 × {said}"]
     [of_fused], [of_other] = (kernels(build(graph, 89).engine) for graph in (fused, other))
     assert of_other.total() > of_fused.total()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("one_product", [False, True])
+def test_an_attention_is_one_kernel_while_its_products_are_in_half_precision(kind, one_product):
+    """As skipstep.quantizing leaves them, whatever else is in 8 bits."""
+    pytest.importorskip("tensorrt_rtx")
+    from engine_builds import build
+
+    half = graph_of(HALF, 64)
+    layers = {name: dict.fromkeys(each, (-6.0, 6.0)) for name, each in find_layers(half).items()}
+    products = [name for name, each in layers.items() if 1 in each]
+    assert len(products) == 2
+    low = {name: each for name, each in layers.items() if name not in products[one_product:]}
+    [plan] = launches(build(quantize(half, low, kind), 89).engine)
+    assert any(each.name.startswith("_gemm_mha") for each in plan) is not one_product

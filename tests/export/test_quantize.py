@@ -7,8 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from skipstep.backends.onnxruntime import make_session, run_session
 from skipstep.errors import ExportError
-from skipstep.export.quantize import find_layers, quantize
-from skipstep.export.ranges import measure_ranges
+from skipstep.export.quantize import find_layers, measure_ranges, quantize
 from skipstep.export.sensitivity import BOUND, PixelError, choose_layers
 
 CHANNELS, SIZE = 8, 6
@@ -45,8 +44,8 @@ STEP = step_network()
 INPUTS = [{"sample": np.random.default_rng(i).standard_normal((4, 1, SIZE, SIZE), np.float32)} for i in range(3)]
 
 
-def ranges(method="percentile"):
-    return measure_ranges(STEP, find_layers(STEP), INPUTS, method=method)
+def ranges():
+    return measure_ranges(STEP, find_layers(STEP), INPUTS)
 
 
 def predict(graph: bytes, inputs=INPUTS[0]) -> np.ndarray:
@@ -59,7 +58,7 @@ def relative_error(graph: bytes) -> float:
 
 
 def test_first_and_last_convolution_are_left_out():
-    assert [layer.name for layer in find_layers(STEP)] == ["conv1", "conv2", "product"]
+    assert list(find_layers(STEP)) == ["conv1", "conv2", "product"]
 
 
 @pytest.mark.parametrize("results", [False, True])
@@ -101,18 +100,12 @@ def test_pairs_in_half_precision_have_scales_in_half_precision():
     assert {each.data_type for each in scales} == {TensorProto.FLOAT16}
 
 
-def test_an_older_opset_is_refused():
-    with pytest.raises(ExportError, match="opset 17"):
-        quantize(step_network(opset=17), ranges(), "int8")
-
-
-@pytest.mark.parametrize("method", ["percentile", "entropy"])
-def test_ranges_cut_an_outlier_and_keep_the_rest(method):
+def test_ranges_cut_an_outlier_and_keep_the_rest():
     inputs = [{"sample": each["sample"].copy()} for each in INPUTS]
     inputs[0]["sample"] = np.random.default_rng(9).standard_normal((400, 1, SIZE, SIZE), np.float32)
-    calm = measure_ranges(STEP, find_layers(STEP), inputs, method=method)["conv1"].inputs[0]
+    calm = measure_ranges(STEP, find_layers(STEP), inputs)["conv1"][0]
     inputs[0]["sample"][0, 0, 0, 0] = 60.0
-    cut = measure_ranges(STEP, find_layers(STEP), inputs, method=method)["conv1"].inputs[0]
+    cut = measure_ranges(STEP, find_layers(STEP), inputs)["conv1"][0]
     session_largest = run_session(make_session(_with_output("r0")), ["r0"], inputs[0])["r0"].max()
     assert cut[1] < session_largest / 2
     assert 0.5 * calm[1] < cut[1] < 2.5 * calm[1]

@@ -112,8 +112,6 @@ def test_an_architecture_that_the_library_does_not_know():
         {"batch_sizes": (2**31,)},
         {"batch_sizes": (1.5,)},
         {"batch_sizes": (True,)},
-        {"batch_sizes": (1,), "workspace_bytes": 0},
-        {"batch_sizes": (1,), "timing_cache": b""},
         {"batch_sizes": (1,), "library": "openvino"},
         {"batch_sizes": (1,), "library": "tensorrt", "compute_capability": 86},
     ],
