@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -279,11 +278,6 @@ def engine_graph(step: bytes) -> bytes:
     return builder_graph(step)
 
 
-def is_module(model: object) -> bool:
-    torch = sys.modules.get("torch")  # Without torch there are no modules.
-    return torch is not None and isinstance(model, torch.nn.Module)
-
-
 def read_model(
     model: Any, checkpoint: Checkpoint | None, network: NetworkSpec, controlnets: Sequence[Checkpoint] = ()
 ) -> ModelSource:
@@ -316,10 +310,6 @@ def open_onnx(
             remedy="pip install 'skipstep[cpu,export]'",
         ) from error
     return read_onnx(path, inputs=inputs, config=config, **said)
-
-
-def is_onnx_path(model: object) -> bool:
-    return isinstance(model, str | os.PathLike) and str(model).endswith(".onnx")
 
 
 def save_bundle(

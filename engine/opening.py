@@ -6,6 +6,7 @@ ADD A FORM HERE: a case in `open_model`. It is checked at once, as far as that g
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +17,6 @@ from skipstep.model_source import (
     GraphSource,
     OnnxSource,
     SpecOptions,
-    is_module,
-    is_onnx_path,
     open_onnx,
     read_model,
     specification,
@@ -186,3 +185,12 @@ def _prompt_shape_of(network: Any, tokenizer: Any) -> tuple[int, int] | None:
     if not isinstance(width, int) or not isinstance(tokens, int) or not 1 <= tokens <= _LONGEST_PROMPT:
         return None
     return tokens, width
+
+
+def is_module(model: object) -> bool:
+    torch = sys.modules.get("torch")  # Without torch there are no modules.
+    return torch is not None and isinstance(model, torch.nn.Module)
+
+
+def is_onnx_path(model: object) -> bool:
+    return isinstance(model, str | os.PathLike) and str(model).endswith(".onnx")

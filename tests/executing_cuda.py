@@ -296,9 +296,8 @@ class ExecutingCuda:
         pointers = (ctypes.c_void_p * len(facts.arguments)).from_address(parameters)
         values: dict[str, Any] = {}
         for each, pointer in zip(facts.arguments, pointers, strict=True):
-            data = ctypes.string_at(pointer, each.num_bytes)
-            number = int.from_bytes(data, "little")
-            values[each.name] = np.frombuffer(data, np.float32)[0] if each.type == "float32" else number
+            kind = np.float32 if each.type == "float32" else f"<u{each.num_bytes}"
+            values[each.name] = np.frombuffer(ctypes.string_at(pointer, each.num_bytes), kind)[0].item()
         count, batch = values["num_elements"], gy
         assert (gx, gy, gz) == facts.grid(count, batch)
         assert count % facts.num_elements_multiple == 0
