@@ -30,6 +30,7 @@ from skipstep.errors import (
 from skipstep.networks.condition import MAX_SIDE, Condition
 from skipstep.networks.spec import NetworkSpec
 from skipstep.networks.weights import DOWNLOAD, find_weights, tensor_shapes
+from skipstep.pipelines.pictures import config_of_squares
 from skipstep.pipelines.pipeline import EMBEDS, LATENTS, MOMENTS, PICTURES, POOLED, TOKENS, Pipeline
 from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, MASKED, PipelineSpec
 from skipstep.pipelines.tokenizer import read_tokenizer
@@ -82,7 +83,7 @@ class FoundParts:
         for i, (name, class_name) in enumerate(self.texts):
             report(f"export {name}")
             files[f"{FOLDER}/text-{i}.onnx"] = self._graph(name, class_name, "text", self.spec.texts[i].pooled)
-        for part in ("decoder", "encoder")[: 1 + self.spec.encodes]:
+        for part in self.spec.graph_names()[len(self.texts) :]:
             report(f"export the {part} of {self.decoder}")
             files[f"{FOLDER}/{part}.onnx"] = self._graph(self.decoder, _DECODERS[self.decoder], part, False)
         made = Pipeline(self.spec, files.__getitem__, num_threads=num_threads)
@@ -152,11 +153,15 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
             expected="a pipeline whose conditions are prompts and sizes",
             remedy=_alone(folder),
         )
-    _check_complete(folder, family, parts)
-    decoder = next(name for name in _DECODERS if name in parts)
-    config = read_json_object(folder / decoder / "config.json", remedy=DOWNLOAD)
+    pixels = contents.get("vae") == [None, None] and family != "LDMPipeline"
+    _check_complete(folder, family, parts, pixels)
+    decoder = "" if pixels else next(name for name in _DECODERS if name in parts)
     network = read_json_object(folder / "unet" / "config.json", remedy=DOWNLOAD)
     remedy = "correct the config.json of the part"
+    if pixels:
+        config = config_of_squares(network, remedy=_alone(folder))
+    else:
+        config = read_json_object(folder / decoder / "config.json", remedy=DOWNLOAD)
     blocks = config.get("block_out_channels")
     factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and 1 <= len(blocks) <= 8 else 0
     factor = check_integer("factor of the autoencoder", factor, low=1, high=256, remedy=remedy, error=ModelFormatError)
@@ -191,6 +196,7 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
             tile=(min(tile, shape[1]), min(tile, shape[2])),
             zero_negative=bool(contents.get("force_zeros_for_empty_prompt", False)),
             encodes=True,
+            pixels=pixels,
         ),
         tuple((name, parts[name][1]) for name in names),
         tuple(tokenizers),
@@ -225,8 +231,8 @@ def _check_safety(parts: Mapping[str, Any], asked: bool | None) -> None:
         )
 
 
-def _check_complete(folder: Path, family: str, parts: Mapping[str, Any]) -> None:
-    needed = ["vqvae" if family == "LDMPipeline" and "vae" not in parts else "vae", "unet"]
+def _check_complete(folder: Path, family: str, parts: Mapping[str, Any], pixels: bool) -> None:
+    needed = ["unet"] if pixels else ["vqvae" if family == "LDMPipeline" and "vae" not in parts else "vae", "unet"]
     if family != "LDMPipeline":
         needed += ["text_encoder", "tokenizer"] + (["text_encoder_2", "tokenizer_2"] if family.startswith(_XL) else [])
     missing = [name for name in needed if name not in parts or not (folder / name).is_dir()]

@@ -21,7 +21,7 @@ from skipstep.calls.request import resolve_latents
 from skipstep.errors import InputError, IntegrityError, check_choice
 from skipstep.loops.contract import Sampler
 from skipstep.networks.spec import NetworkSpec
-from skipstep.pipelines.pictures import decode_tiled, encode_tiled, read_pictures
+from skipstep.pipelines.pictures import decode_tiled, encode_tiled, from_squares, read_pictures, to_squares
 from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, SPEC_FILE, PipelineSpec
 from skipstep.pipelines.tokenizer import PromptTokenizer, check_prompts
 
@@ -139,6 +139,8 @@ class Pipeline:
     def decode(self, latents: Any) -> Array:
         """Pictures float32 `[B, C, H, W]` in [-1, 1] of latents, NumPy or a tensor. Raises NonFiniteError."""
         values = np.ascontiguousarray(float32(host_floats("latents", latents)))
+        if self.spec.pixels:
+            return from_squares(values, self.factor).clip(-1.0, 1.0)
         made = decode_tiled(self._graph("decoder", PICTURES, LATENTS), values, tile=self.spec.tile, factor=self.factor)
         return made.clip(-1.0, 1.0)
 
@@ -148,6 +150,9 @@ class Pipeline:
             raise InputError(
                 got=f"a picture for a {self.spec.family} without an encoder", expected="latents", remedy="pass x_T="
             )
+        if self.spec.pixels:
+            latents = to_squares(pictures, self.factor)
+            return latents, np.zeros_like(latents)
         graph = self._graph("encoder", MOMENTS, PICTURES)
         return encode_tiled(graph, pictures, tile=self.spec.tile, factor=self.factor)
 

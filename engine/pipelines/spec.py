@@ -13,7 +13,16 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Final
 
 from skipstep.networks.condition import MAX_SIDE
-from skipstep.storage.untrusted import Length, Within, own_rules, parse_json, read_dataclass, read_schema
+from skipstep.storage.untrusted import (
+    ADDED_LATER,
+    Length,
+    Within,
+    malformed,
+    own_rules,
+    parse_json,
+    read_dataclass,
+    read_schema,
+)
 
 FOLDER: Final = "pipeline"
 SPEC_FILE: Final = f"{FOLDER}/pipeline.json"
@@ -41,7 +50,8 @@ class PipelineSpec:
     the graphs take latents of `tile`, (height, width).
 
     `zero_negative`: without a negative prompt, guidance contrasts with zeros and not with the empty prompt.
-    `encodes`: there is an encoder.
+    `encodes`: there is an encoder. `pixels`: there is no autoencoder, and the network's channels are the pixels of
+    squares of `factor` a side, as torch's pixel_unshuffle orders them.
     """
 
     family: str
@@ -51,6 +61,7 @@ class PipelineSpec:
     tile: tuple[_Side, _Side]
     zero_negative: bool
     encodes: bool
+    pixels: Annotated[bool, ADDED_LATER] = False
     schema: int = SCHEMA
 
     def to_json(self) -> bytes:
@@ -60,15 +71,18 @@ class PipelineSpec:
     def graph_names(self) -> tuple[str, ...]:
         """Of the ONNX graphs, without folder and suffix."""
         texts = tuple(f"text-{i}" for i in range(len(self.texts)))
-        return (*texts, "decoder", *(("encoder",) if self.encodes else ()))
+        return (*texts, *(() if self.pixels else ("decoder", "encoder")[: 1 + self.encodes]))
 
     def tokenizer_names(self) -> tuple[str, ...]:
         return tuple(f"{FOLDER}/tokenizer-{i}.json" for i in range(len(self.texts)))
 
 
-def read_pipeline_spec(data: bytes) -> PipelineSpec:
-    """Raises BundleError, whatever the bytes."""
+def read_pipeline_spec(data: bytes, channels: int) -> PipelineSpec:
+    """`channels` are those of the network's state. Raises BundleError, whatever the bytes."""
     value = parse_json(data, SPEC_FILE)
     read_schema(value, SPEC_FILE, known=SCHEMA, remedy="export the bundle again with this version")
     with own_rules(SPEC_FILE):
-        return read_dataclass(PipelineSpec, value, SPEC_FILE)
+        spec = read_dataclass(PipelineSpec, value, SPEC_FILE)
+    if spec.pixels and channels != spec.channels * spec.factor**2:
+        raise malformed(SPEC_FILE, f"squares of {spec.channels * spec.factor**2} pixels for {channels} channels")
+    return spec

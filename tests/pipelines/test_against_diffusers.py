@@ -50,7 +50,7 @@ def check(found: Any, pipeline: Any, **call: Any) -> None:
     assert np.abs(found - expected).max() <= tolerances.PIPELINE_LATENTS * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", ["sd", pytest.param("xl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["sd", "pixels", pytest.param("xl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scale", [1.0, 7.5])
 @pytest.mark.parametrize("negative", [None, "the dog"])
 @pytest.mark.parametrize("batch", [1, 3])
@@ -140,6 +140,16 @@ def test_pictures_to_latents_and_back():
     np.testing.assert_allclose(latents, expected, atol=tolerances.PIPELINE_LATENTS)
     np.testing.assert_allclose(engine("sd").decode(expected), pixels, atol=tolerances.PIPELINE_LATENTS)
     assert engine("sd").decode(latents, output_type="pil")[1].size == (16, 16)
+
+
+def test_pixels_in_squares_are_the_latents_of_a_pipeline_without_autoencoder():
+    given = pictures(2, (16, 16))
+    pixels = torch.from_numpy(np.stack([np.asarray(each) for each in given])).permute(0, 3, 1, 2) / 127.5 - 1
+    latents = engine("pixels").encode(given)
+    np.testing.assert_allclose(latents, torch.nn.functional.pixel_unshuffle(pixels, 2), atol=1e-6)
+    assert [np.asarray(each).tobytes() for each in engine("pixels").decode(latents, output_type="pil")] == [
+        np.asarray(each).tobytes() for each in given
+    ]
 
 
 def test_a_picture_is_blended_in_the_background_too():
