@@ -60,7 +60,7 @@ def train_tokenizer(names: Sequence[str], num_words: int = _WORDS) -> Tokenizer:
 class PromptNetwork(nn.Module):
     """Text encoder and UNet as one network of (x_t, t, the number of a prompt in `tokens`)."""
 
-    def __init__(self, tokens: Tensor, vocabulary: int, end: int, widths: tuple[int, ...] = WIDTHS) -> None:
+    def __init__(self, tokens: Tensor, vocabulary: int, end: int, widths: tuple[int, ...]) -> None:
         super().__init__()
         self.register_buffer("tokens", tokens, persistent=False)
         self.text_encoder = transformers.CLIPTextModel(
@@ -128,13 +128,13 @@ def write_folder(network: nn.Module, tokenizer: Tokenizer, folder: Path) -> None
         (folder / path).write_text(json.dumps(contents, indent=2) + "\n")
 
 
-def make_task(data: Path) -> Task:
+def make_task(data: Path, widths: tuple[int, ...] = WIDTHS) -> Task:
     found = load_pictograms(data)
     names = found.distinct()
     tokenizer = train_tokenizer(names)
     end = tokenizer.token_to_id(_END)
     tokens = PromptTokenizer(tokenizer.to_str(), TextSpec(_LENGTH, end, pooled=False)).encode([*names, ""])
-    network = PromptNetwork(torch.from_numpy(tokens), tokenizer.get_vocab_size(), end)
+    network = PromptNetwork(torch.from_numpy(tokens), tokenizer.get_vocab_size(), end, widths)
     pixels = torch.from_numpy(found.pictures).float() / 127.5 - 1.0
     number = {name: i for i, name in enumerate(names)}
     return Task(
