@@ -203,6 +203,7 @@ def fit(task: Task, options: argparse.Namespace) -> None:
 
     network.train()
     running_loss, started = 0.0, time.monotonic()
+    saved = started
     progress = tqdm(range(start, stop), initial=start, total=num_steps, unit="step", mininterval=5.0)
     for step in progress:
         x_t, t, label, target = (
@@ -234,7 +235,9 @@ def fit(task: Task, options: argparse.Namespace) -> None:
             torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1.0 - decay)
         running_loss = loss.item() if step == start else 0.98 * running_loss + 0.02 * loss.item()
         progress.set_postfix(loss=f"{running_loss:.4f}", refresh=False)
-        if (step + 1) % options.save_every == 0 or step + 1 == stop:
+        late = time.monotonic() - saved > options.save_seconds
+        if (step + 1) % options.save_every == 0 or step + 1 == stop or late:
+            saved = time.monotonic()
             checkpoint.save(step + 1, network, ema, optimizer)
             with (options.out / "log.jsonl").open("a") as log:
                 log.write(
@@ -282,6 +285,7 @@ def add_options(parser: argparse.ArgumentParser, *, epochs: float, batch_size: i
     parser.add_argument("--label-dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250, help="steps between checkpoints")
+    parser.add_argument("--save-seconds", type=float, default=300.0, help="and on a slow machine, between them")
     parser.add_argument("--keep-every", type=int, metavar="STEPS", help="also write model-STEP/ every so many steps")
     parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop here, to go on later (default: the end)")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
