@@ -85,7 +85,8 @@ class NearestName:
         for _ in tqdm(range(steps), unit="step", mininterval=5.0):
             index = torch.randint(0, len(labels), (batch_size,), generator=generator)
             logits = self._network(varied(self._pictures[index], generator))
-            nn.functional.cross_entropy(logits, labels[index]).backward()
+            loss: Any = nn.functional.cross_entropy(logits, labels[index])
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()

@@ -53,7 +53,7 @@ def train_tokenizer(names: Sequence[str], num_words: int = _WORDS) -> Tokenizer:
             show_progress=False,
         ),
     )
-    start, end = ((token, made.token_to_id(token)) for token in (_START, _END))
+    start, end = ((token, made.get_vocab()[token]) for token in (_START, _END))
     made.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
     return made
 
@@ -133,7 +133,7 @@ def make_task(data: Path, widths: tuple[int, ...] = WIDTHS) -> Task:
     found = load_pictograms(data)
     names = found.distinct()
     tokenizer = train_tokenizer(names)
-    end = tokenizer.token_to_id(_END)
+    end = tokenizer.get_vocab()[_END]
     tokens = PromptTokenizer(tokenizer.to_str(), TextSpec(_LENGTH, end, pooled=False)).encode([*names, ""])
     network = PromptNetwork(torch.from_numpy(tokens), tokenizer.get_vocab_size(), end, widths)
     pixels = torch.from_numpy(found.pictures).float() / 127.5 - 1.0

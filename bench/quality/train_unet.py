@@ -161,7 +161,7 @@ class Checkpoint:
         return step
 
 
-def write_diffusers_folder(unet: nn.Module, recipe: Recipe, folder: Path) -> None:
+def write_diffusers_folder(unet: UNet2DModel, recipe: Recipe, folder: Path) -> None:
     """Write float16 weights and both configs in diffusers' layout; `id2label` follows its DiTPipeline."""
     copy.deepcopy(unet).half().save_pretrained(folder / "unet", safe_serialization=True)
     recipe.scheduler().save_pretrained(folder / "scheduler")

@@ -63,6 +63,7 @@ def test_what_is_no_file_of_pictograms_is_refused(tmp_path):
         load_pictograms(tmp_path / "other.npz")
 
 
+@pytest.mark.slow
 def test_the_folder_draws_what_the_network_that_learnt_predicts(tmp_path):
     pytest.importorskip("transformers")
     from skipstep.bench.quality import train_pictograms
