@@ -64,7 +64,7 @@ def varied(pictures: Tensor, generator: torch.Generator) -> Tensor:
 class NearestName:
     """The names of the training pictures nearest to given ones. Trained once, and kept in `path`."""
 
-    def __init__(self, found: Pictograms, path: Path, *, steps: int = 4000, batch_size: int = 128) -> None:
+    def __init__(self, found: Pictograms, path: Path, *, steps: int = 2000, batch_size: int = 128) -> None:
         names = found.distinct()
         self._names, self._network = np.array(found.names), NameNetwork(len(names))
         self._pictures = torch.from_numpy(found.pictures).float() / 127.5 - 1.0
