@@ -192,7 +192,7 @@ $(PICTOGRAMS)/pictograms.npz: | $(VENV)/.test
 		--packages $(PICTOGRAMS)/node_modules --out $@
 
 pictograms: $(VENV)/.dev $(PICTOGRAMS)/pictograms.npz
-	$(BIN)/python -m skipstep.bench.quality.train_pictograms --compile --keep-every 2500 --out out/pictograms
+	$(BIN)/python -m skipstep.bench.quality.train_pictograms --keep-every 2500 --out out/pictograms
 	$(BIN)/python -m skipstep.bench.quality.evaluate_pictograms out/pictograms/model-* \
 		--out bench/results/findings/pictograms.json
 

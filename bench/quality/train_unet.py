@@ -199,7 +199,6 @@ def fit(task: Task, options: argparse.Namespace) -> None:
     start = checkpoint.load(network, ema, optimizer)
     num_steps = int(options.epochs * (len(images) // options.batch_size))
     stop = num_steps if options.stop_after is None else min(num_steps, options.stop_after)
-    called = torch.compile(network) if options.compile else network
 
     network.train()
     running_loss, started = 0.0, time.monotonic()
@@ -223,7 +222,7 @@ def fit(task: Task, options: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, num_steps=num_steps, peak=options.lr)
         with torch.autocast(device.type, torch.bfloat16, enabled=task.bfloat16):
-            predicted = called(x_t, t, label)
+            predicted = network(x_t, t, label)
         loss = (predicted.float() - target).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -288,7 +287,6 @@ def add_options(parser: argparse.ArgumentParser, *, epochs: float, batch_size: i
     parser.add_argument("--save-seconds", type=float, default=300.0, help="and on a slow machine, between them")
     parser.add_argument("--keep-every", type=int, metavar="STEPS", help="also write model-STEP/ every so many steps")
     parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop here, to go on later (default: the end)")
-    parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
