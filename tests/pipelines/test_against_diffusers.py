@@ -152,8 +152,9 @@ def test_pixels_in_squares_are_the_latents_of_a_pipeline_without_autoencoder():
     ]
 
 
-def test_a_picture_is_blended_in_the_background_too():
+@pytest.mark.parametrize("name", ["sd", "pixels"])
+def test_a_picture_is_blended_in_the_background_too(name):
     mask = np.zeros((1, 16, 16), np.float32)
     call = {"prompt": "a cat", "image": pictures(1, (16, 16)), "mask": mask, "steps": 20, "seeds": [1]}
-    kept = engine("sd").sample_async(**call, output_type="latent").result()
-    np.testing.assert_allclose(kept, engine("sd").encode(call["image"]), atol=tolerances.PIPELINE_LATENTS)
+    kept = engine(name).sample_async(**call, output_type="latent").result()
+    np.testing.assert_allclose(kept, engine(name).encode(call["image"]), atol=tolerances.PIPELINE_LATENTS)
