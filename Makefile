@@ -16,7 +16,7 @@ SAMPLE_EXTRAS := cpu
 TEST_EXTRAS   := cpu,torch,export,diffusers,evaluate,sign,bench,test
 DEV_EXTRAS    := $(TEST_EXTRAS),dev
 
-.PHONY: help sample demo test check triton format types bench bench-cpu-limit bench-report bench-compare bench-baseline readme-tables evaluate families outside data bundle fuzz gpu clean
+.PHONY: help sample demo test check triton format types bench bench-cpu-limit bench-report bench-compare bench-baseline readme-tables evaluate families outside data pictograms pictograms-data bundle fuzz gpu clean
 
 help:
 	@echo "make sample   draw clothes with the shipped model in 6 (fitted), 10, 20 and 50 steps (out/sample/grid.png)"
@@ -33,6 +33,7 @@ help:
 	@echo "make families measure what each family of networks was tested with; writes a finding and engine/networks/README.md"
 	@echo "make outside  run Ray and Triton Inference Server on this machine, and measure both"
 	@echo "make data     fetch Fashion-MNIST (31 MB, a Debian package) into .data/"
+	@echo "make pictograms  train the model that draws pictograms from their names, some hours (needs npm); goes on where it was"
 	@echo "make bundle   compile the shipped checkpoint into the shipped bundle again"
 	@echo "make fuzz     attack every public argument, and the readers with a hundred thousand damaged files of each kind"
 	@echo "make gpu      on a machine with a CUDA GPU: correctness, proofs and benchmarks, under ten minutes (\$$OUT, out/gpu)"
@@ -179,6 +180,21 @@ data: $(DATA)
 $(DATA):
 	mkdir -p .data
 	cd .data && apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb .
+
+# Noto Emoji as npm carries it, drawn at 32x32 (20 s), and a model of it. Nothing but the model is ever committed.
+PICTOGRAMS := build/pictograms
+pictograms-data: $(PICTOGRAMS)/pictograms.npz
+$(PICTOGRAMS)/pictograms.npz: | $(VENV)/.test
+	mkdir -p $(PICTOGRAMS)
+	npm install --silent --ignore-scripts --no-save --prefix $(PICTOGRAMS) @iconify-json/noto@1.2.9 @iconify-json/noto-v1@1.2.5
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(PICTOGRAMS)/python resvg-py==0.5.0
+	PYTHONPATH=$(PICTOGRAMS)/python $(BIN)/python -m skipstep.bench.quality.pictograms \
+		--packages $(PICTOGRAMS)/node_modules --out $@
+
+pictograms: $(VENV)/.dev $(PICTOGRAMS)/pictograms.npz
+	$(BIN)/python -m skipstep.bench.quality.train_pictograms --keep-every 2500 --out out/pictograms
+	$(BIN)/python -m skipstep.bench.quality.evaluate_pictograms out/pictograms/model-* \
+		--out bench/results/findings/pictograms.json
 
 # On the GPU machine torch and triton are there already, and there may be no registry: nothing is downloaded. What else
 # is needed comes from .gpu-wheels, if `make gpu-wheels` was run where there is a registry, and travels with the sources.

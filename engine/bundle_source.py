@@ -257,7 +257,7 @@ def _network_of(
         from skipstep.pipelines.pipeline import Pipeline
         from skipstep.pipelines.spec import read_pipeline_spec
 
-        spec = read_pipeline_spec(bundle.read(manifest.pipeline))
+        spec = read_pipeline_spec(bundle.read(manifest.pipeline), manifest.network.sample_shape[0])
         pipeline = Pipeline(
             spec,
             lambda name: (bundle.read_graph if name.endswith(".onnx") else bundle.read)(name),

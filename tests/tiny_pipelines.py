@@ -119,11 +119,16 @@ def scheduler(**options: Any) -> Any:
 
 
 def _stable_diffusion(where: Path, channels: int = 4) -> Any:
+    """With 12 channels: no autoencoder, and squares of 2 by 2 pixels."""
     vocabulary = tokenizer(where / "words")
-    parts = {"vae": autoencoder(), "text_encoder": text_encoder(vocabulary), "tokenizer": vocabulary}
-    cls = diffusers.StableDiffusionPipeline if channels == 4 else diffusers.StableDiffusionInpaintPipeline
+    parts = {
+        "vae": None if channels == 12 else autoencoder(),
+        "text_encoder": text_encoder(vocabulary),
+        "tokenizer": vocabulary,
+    }
+    cls = diffusers.StableDiffusionInpaintPipeline if channels == 9 else diffusers.StableDiffusionPipeline
     return cls(
-        unet=unet(channels),
+        unet=unet(channels, out_channels=12 if channels == 12 else 4),
         scheduler=scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -204,6 +209,7 @@ _MADE = {
     "control": _controlled,
     "sd": _stable_diffusion,
     "inpaint": lambda where: _stable_diffusion(where, 9),
+    "pixels": lambda where: _stable_diffusion(where, 12),
     "xl": _xl,
     "lcm": _lcm,
     "ldm": _ldm,

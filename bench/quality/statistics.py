@@ -53,7 +53,7 @@ def root_mean(squares: Floats) -> Estimate:
     return estimate(lambda at: float(np.sqrt(squares[at].mean(dtype=np.float64))), len(squares))
 
 
-def share(right: NDArray[np.bool_]) -> Estimate:
+def share(right: NDArray[np.bool_] | Floats) -> Estimate:
     found = estimate(lambda at: float(right[at].mean()), len(right))
     return Estimate(found.value, max(0.0, found.low), min(1.0, found.high))
 

@@ -21,6 +21,7 @@ import copy
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -29,6 +30,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from safetensors import safe_open
 from safetensors.torch import save
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from skipstep.bench.quality.data import CLASS_NAMES, DEFAULT_FOLDER, load_fashion_mnist
@@ -100,6 +102,7 @@ def training_batch(
     seed: int,
     label_dropout: float,
     prediction_type: str = "v_prediction",
+    null_label: int = NULL_LABEL,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x_t, t, label, target) of one step, where the target is v or eps.
 
@@ -116,7 +119,7 @@ def training_batch(
     x0 = images[index]
     eps = torch.randn(x0.shape, generator=rng)
     dropped = torch.rand(batch_size, generator=rng) < label_dropout
-    label = torch.where(dropped, NULL_LABEL, labels[index])
+    label = torch.where(dropped, null_label, labels[index])
     a = alpha_bar[t].view(-1, 1, 1, 1)
     target = eps if prediction_type == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * x0
     return a.sqrt() * x0 + (1 - a).sqrt() * eps, t, label, target
@@ -128,7 +131,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def save(self, step: int, unet: UNet2DModel, ema: UNet2DModel, optimizer: torch.optim.AdamW) -> None:
+    def save(self, step: int, unet: nn.Module, ema: nn.Module, optimizer: torch.optim.AdamW) -> None:
         tensors: dict[str, torch.Tensor] = {}
         moments = optimizer.state_dict()["state"]
         for index, (name, parameter) in enumerate(unet.named_parameters()):
@@ -140,7 +143,7 @@ class Checkpoint:
             tensors[f"ema/{name}"] = parameter.detach().contiguous()
         atomic_write(self.path, save(tensors, metadata={"step": str(step)}))
 
-    def load(self, unet: UNet2DModel, ema: UNet2DModel, optimizer: torch.optim.AdamW) -> int:
+    def load(self, unet: nn.Module, ema: nn.Module, optimizer: torch.optim.AdamW) -> int:
         """Fill the three objects from the file and return the step to go on with; 0 when there is no file."""
         if not self.path.exists():
             return 0
@@ -160,8 +163,7 @@ class Checkpoint:
 
 def write_diffusers_folder(unet: UNet2DModel, recipe: Recipe, folder: Path) -> None:
     """Write float16 weights and both configs in diffusers' layout; `id2label` follows its DiTPipeline."""
-    half = copy.deepcopy(unet).half()
-    half.save_pretrained(folder / "unet", safe_serialization=True)
+    copy.deepcopy(unet).half().save_pretrained(folder / "unet", safe_serialization=True)
     recipe.scheduler().save_pretrained(folder / "scheduler")
     index: dict[str, object] = {
         "_class_name": "DDIMPipeline",
@@ -173,81 +175,126 @@ def write_diffusers_folder(unet: UNet2DModel, recipe: Recipe, folder: Path) -> N
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def train(options: argparse.Namespace) -> None:
-    recipe, device = RECIPES[options.recipe], torch.device(options.device)
-    torch.manual_seed(options.seed)
-    images_np, labels_np = load_fashion_mnist("train", options.data)
-    images, labels = torch.from_numpy(images_np), torch.from_numpy(labels_np)
-    alpha_bar = recipe.scheduler().alphas_cumprod
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A network called as `network(x_t, t, label)`, what it learns from, and how its averaged weights are written."""
 
-    unet = recipe.unet().to(device)
-    ema = copy.deepcopy(unet).requires_grad_(False)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    network: nn.Module
+    images: Tensor
+    labels: Tensor
+    null_label: int
+    scheduler: DDIMScheduler
+    write: Callable[[nn.Module, Path], None]
+    bfloat16: bool = False
+
+
+def fit(task: Task, options: argparse.Namespace) -> None:
+    """Train, or go on from the checkpoint in `options.out`."""
+    device, images = torch.device(options.device), task.images
+    network = task.network.to(device)
+    ema = copy.deepcopy(network).requires_grad_(False)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01)
     checkpoint = Checkpoint(options.out / "checkpoint.safetensors")
     options.out.mkdir(parents=True, exist_ok=True)
-    start = checkpoint.load(unet, ema, optimizer)
+    start = checkpoint.load(network, ema, optimizer)
     num_steps = int(options.epochs * (len(images) // options.batch_size))
     stop = num_steps if options.stop_after is None else min(num_steps, options.stop_after)
 
-    unet.train()
+    network.train()
     running_loss, started = 0.0, time.monotonic()
+    saved = started
     progress = tqdm(range(start, stop), initial=start, total=num_steps, unit="step", mininterval=5.0)
     for step in progress:
         x_t, t, label, target = (
             tensor.to(device)
             for tensor in training_batch(
                 images,
-                labels,
-                alpha_bar,
+                task.labels,
+                task.scheduler.alphas_cumprod,
                 step=step,
                 batch_size=options.batch_size,
                 seed=options.seed,
                 label_dropout=options.label_dropout,
-                prediction_type=recipe.prediction_type,
+                prediction_type=task.scheduler.config.prediction_type,
+                null_label=task.null_label,
             )
         )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, num_steps=num_steps, peak=options.lr)
-        predicted = unet(x_t, t, label if recipe.has_classes else None).sample
-        loss = (predicted - target).square().mean()
+        with torch.autocast(device.type, torch.bfloat16, enabled=task.bfloat16):
+            predicted = network(x_t, t, label)
+        loss = (predicted.float() - target).square().mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        # A short memory while the weights still move fast, then 0.999.
-        decay = min(0.999, (1 + step) / (10 + step))
+        # A short memory while the weights still move fast, then a long one.
+        decay = min(options.average, (1 + step) / (10 + step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(unet.parameters()), 1.0 - decay)
+            torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1.0 - decay)
         running_loss = loss.item() if step == start else 0.98 * running_loss + 0.02 * loss.item()
         progress.set_postfix(loss=f"{running_loss:.4f}", refresh=False)
-        if (step + 1) % options.save_every == 0 or step + 1 == stop:
-            checkpoint.save(step + 1, unet, ema, optimizer)
+        late = time.monotonic() - saved > options.save_seconds
+        if (step + 1) % options.save_every == 0 or step + 1 == stop or late:
+            saved = time.monotonic()
+            checkpoint.save(step + 1, network, ema, optimizer)
             with (options.out / "log.jsonl").open("a") as log:
                 log.write(
                     json.dumps({"step": step + 1, "loss": running_loss, "seconds": time.monotonic() - started}) + "\n"
                 )
+        if options.keep_every and (step + 1) % options.keep_every == 0:
+            task.write(ema, options.out / f"model-{step + 1:06}")
     if stop < num_steps:
         print(f"stopped at step {stop} of {num_steps}; repeat the command to go on")
         return
-    write_diffusers_folder(ema, recipe, options.out / "model")
+    task.write(ema, options.out / "model")
     print(f"wrote {options.out / 'model'}")
+
+
+class _Classes(nn.Module):
+    """diffusers' network as `fit` calls it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.unet, self.has_classes = recipe.unet(), recipe.has_classes
+
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        predicted: Tensor = self.unet(x_t, t, label if self.has_classes else None).sample
+        return predicted
+
+
+def train(options: argparse.Namespace) -> None:
+    recipe = RECIPES[options.recipe]
+    torch.manual_seed(options.seed)
+    images, labels = (torch.from_numpy(array) for array in load_fashion_mnist("train", options.data))
+
+    def write(ema: nn.Module, folder: Path) -> None:
+        write_diffusers_folder(ema.get_submodule("unet"), recipe, folder)
+
+    fit(Task(_Classes(recipe), images, labels, NULL_LABEL, recipe.scheduler(), write), options)
+
+
+def add_options(parser: argparse.ArgumentParser, *, epochs: float, batch_size: int, lr: float, average: float) -> None:
+    """What `fit` reads; the arguments are the defaults of a recipe."""
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the log and model/")
+    parser.add_argument("--epochs", type=float, default=epochs)
+    parser.add_argument("--batch-size", type=int, default=batch_size)
+    parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--average", type=float, default=average, help="decay of the averaged weights")
+    parser.add_argument("--label-dropout", type=float, default=0.1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=250, help="steps between checkpoints")
+    parser.add_argument("--save-seconds", type=float, default=300.0, help="and on a slow machine, between them")
+    parser.add_argument("--keep-every", type=int, metavar="STEPS", help="also write model-STEP/ every so many steps")
+    parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop here, to go on later (default: the end)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for the checkpoint, the log and the finished model/"
-    )
     parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER, help="folder with the four IDX files")
     parser.add_argument("--recipe", choices=RECIPES, default="fashion-mnist")
-    parser.add_argument("--epochs", type=float, default=6.0)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--label-dropout", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=250, help="steps between checkpoints")
-    parser.add_argument("--stop-after", type=int, metavar="STEP", help="stop here, to go on later (default: the end)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_options(parser, epochs=6.0, batch_size=64, lr=1e-3, average=0.999)
     train(parser.parse_args())
 
 

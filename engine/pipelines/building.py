@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
+from typing import Any, Final, TypedDict, Unpack
 
 from skipstep.errors import (
     InputError,
@@ -23,12 +23,10 @@ from skipstep.errors import (
 from skipstep.networks.condition import MAX_SIDE, Condition
 from skipstep.networks.families import prompt_width
 from skipstep.networks.weights import DOWNLOAD
+from skipstep.pipelines.pictures import config_of_squares
 from skipstep.pipelines.spec import MASK, MASKED, MAX_CHUNKS, PipelineSpec
 from skipstep.pipelines.tokenizer import read_tokenizer
 from skipstep.storage.untrusted import read_json_object
-
-if TYPE_CHECKING:
-    pass
 
 XL: Final = "StableDiffusionXL"
 FAMILIES: Final = (
@@ -103,11 +101,15 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
             expected="a pipeline whose conditions are prompts and sizes",
             remedy=_alone(folder),
         )
-    _check_complete(folder, family, parts)
-    decoder = next(name for name in DECODERS if name in parts)
-    config = read_json_object(folder / decoder / "config.json", remedy=DOWNLOAD)
+    pixels = contents.get("vae") == [None, None] and family != "LDMPipeline"
+    _check_complete(folder, family, parts, pixels)
+    decoder = "" if pixels else next(name for name in DECODERS if name in parts)
     network = read_json_object(folder / "unet" / "config.json", remedy=DOWNLOAD)
     remedy = "correct the config.json of the part"
+    if pixels:
+        config = config_of_squares(network, remedy=_alone(folder))
+    else:
+        config = read_json_object(folder / decoder / "config.json", remedy=DOWNLOAD)
     blocks = config.get("block_out_channels")
     factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and 1 <= len(blocks) <= 8 else 0
     factor = check_integer("factor of the autoencoder", factor, low=1, high=256, remedy=remedy, error=ModelFormatError)
@@ -154,6 +156,7 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
             chunks=chunks,
             checks=checks,
             previews=small is not None,
+            pixels=pixels,
         ),
         tuple((name, parts[name][1]) for name in names),
         tuple(tokenizers),
@@ -215,8 +218,8 @@ def _checker_side(folder: Path, parts: Mapping[str, Any], asked: bool | None) ->
     return check_integer("image_size", side, low=1, high=MAX_SIDE, remedy=remedy, error=ModelFormatError)
 
 
-def _check_complete(folder: Path, family: str, parts: Mapping[str, Any]) -> None:
-    needed = ["vqvae" if family == "LDMPipeline" and "vae" not in parts else "vae", "unet"]
+def _check_complete(folder: Path, family: str, parts: Mapping[str, Any], pixels: bool) -> None:
+    needed = ["unet"] if pixels else ["vqvae" if family == "LDMPipeline" and "vae" not in parts else "vae", "unet"]
     if family != "LDMPipeline":
         needed += ["text_encoder", "tokenizer"] + (["text_encoder_2", "tokenizer_2"] if family.startswith(XL) else [])
     needed += ["controlnet"] if "ControlNet" in family else []

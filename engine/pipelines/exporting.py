@@ -34,7 +34,7 @@ def export_parts(
     for i, (name, class_name) in enumerate(found.texts):
         report(f"export {name}")
         files[f"{FOLDER}/text-{i}.onnx"] = _graph(found, name, class_name, "text", found.spec.texts[i].pooled)
-    for part in ("decoder", "encoder")[: 1 + found.spec.encodes]:
+    for part in [name for name in found.spec.graph_names() if name in ("decoder", "encoder")]:
         report(f"export the {part} of {found.decoder}")
         files[f"{FOLDER}/{part}.onnx"] = _graph(found, found.decoder, DECODERS[found.decoder], part, False)
     if found.spec.checks:

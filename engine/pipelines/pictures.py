@@ -6,14 +6,14 @@ linearly. What fits in one tile is computed as a whole, exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skipstep.arrays import float32, from_dlpack, host_floats
-from skipstep.errors import InputError, NonFiniteError
+from skipstep.errors import InputError, ModelFormatError, NonFiniteError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,6 +33,33 @@ def encode_tiled(graph: Graph, pictures: Array, *, tile: tuple[int, int], factor
     moments = _tiled(graph, pictures, (tile[0] * factor, tile[1] * factor), tile, "encoder")
     mean, deviation = np.split(moments, 2, axis=1)
     return mean, deviation
+
+
+def config_of_squares(network: Mapping[str, Any], *, remedy: str) -> dict[str, Any]:
+    """What the configuration of an autoencoder would say of a network that has none. Raises ModelFormatError."""
+    channels = network.get("in_channels")
+    for halvings in range(4):
+        if channels == 3 * 4**halvings:
+            return {"block_out_channels": [1] * (halvings + 1), "latent_channels": channels}
+    raise ModelFormatError(
+        got=f"a network of {channels!r:.80} channels in a pipeline without a vae",
+        expected="3, 12, 48 or 192 channels: the RGB pixels of squares of 1, 2, 4 or 8 a side",
+        remedy=f"add the vae to the folder and its model_index.json, or {remedy}",
+    )
+
+
+def to_squares(pictures: Array, factor: int) -> Array:
+    """`[B, C, H·f, W·f]` as `[B, C·f·f, H, W]`."""
+    b, c, height, width = pictures.shape
+    pixels = pictures.reshape(b, c, height // factor, factor, width // factor, factor).transpose(0, 1, 3, 5, 2, 4)
+    return np.ascontiguousarray(pixels).reshape(b, c * factor**2, height // factor, width // factor)
+
+
+def from_squares(latents: Array, factor: int) -> Array:
+    """The inverse of `to_squares`."""
+    b, c, height, width = latents.shape
+    pixels = latents.reshape(b, c // factor**2, factor, factor, height, width).transpose(0, 1, 4, 2, 5, 3)
+    return np.ascontiguousarray(pixels).reshape(b, c // factor**2, height * factor, width * factor)
 
 
 def _tiled(graph: Graph, inputs: Array, tile: tuple[int, int], made: tuple[int, int], part: str) -> Array:

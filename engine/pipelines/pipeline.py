@@ -22,7 +22,15 @@ from skipstep.errors import InputError, IntegrityError, check_choice
 from skipstep.loops.contract import Sampler
 from skipstep.networks.spec import NetworkSpec
 from skipstep.pipelines.conditions import EMBEDS, POOLED, read_conditions
-from skipstep.pipelines.pictures import decode_tiled, encode_tiled, fit_preview, read_pictures, squares
+from skipstep.pipelines.pictures import (
+    decode_tiled,
+    encode_tiled,
+    fit_preview,
+    from_squares,
+    read_pictures,
+    squares,
+    to_squares,
+)
 from skipstep.pipelines.prompts import plain_sections, weigh, weighted_sections
 from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, MASK, SPEC_FILE, PipelineSpec
 from skipstep.pipelines.tokenizer import PromptTokenizer
@@ -132,12 +140,14 @@ class Pipeline:
 
     def _decoded(self, latents: Any, part: str = "decoder") -> Array:
         values = np.ascontiguousarray(float32(host_floats("latents", latents)))
+        if self.spec.pixels:
+            return from_squares(values, self.factor).clip(-1.0, 1.0)
         made = decode_tiled(self._graph(part, PICTURES, LATENTS), values, tile=self.spec.tile, factor=self.factor)
         return made.clip(-1.0, 1.0)
 
     def preview(self, latents: Any) -> Array:
         """As `decode`, quickly: by the pipeline's small decoder, else a pixel for each of the latents."""
-        if self.spec.previews:
+        if self.spec.previews or self.spec.pixels:
             return self._decoded(latents, "preview")
 
         def fit() -> Array:
@@ -154,6 +164,9 @@ class Pipeline:
             raise InputError(
                 got=f"a picture for a {self.spec.family} without an encoder", expected="latents", remedy="pass x_T="
             )
+        if self.spec.pixels:
+            latents = to_squares(pictures, self.factor)
+            return latents, np.zeros_like(latents)
         graph = self._graph("encoder", MOMENTS, PICTURES)
         return encode_tiled(graph, pictures, tile=self.spec.tile, factor=self.factor)
 

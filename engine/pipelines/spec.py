@@ -15,7 +15,16 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Final
 
 from skipstep.networks.condition import MAX_SIDE
-from skipstep.storage.untrusted import ADDED_LATER, Length, Within, own_rules, parse_json, read_dataclass, read_schema
+from skipstep.storage.untrusted import (
+    ADDED_LATER,
+    Length,
+    Within,
+    malformed,
+    own_rules,
+    parse_json,
+    read_dataclass,
+    read_schema,
+)
 
 FOLDER: Final = "pipeline"
 SPEC_FILE: Final = f"{FOLDER}/pipeline.json"
@@ -48,6 +57,8 @@ class PipelineSpec:
     `zero_negative`: without a negative prompt, guidance contrasts with zeros and not with the empty prompt.
     `encodes`: there is an encoder. `chunks` of a prompt's tokens are read, and a mask says how many there are.
     `checks`: pixels a side that the safety checker reads, 0 without one. `previews`: there is a small decoder for them.
+    `pixels`: there is no autoencoder, and the network's channels are the pixels of squares of `factor` a side, as
+    torch's pixel_unshuffle orders them.
     """
 
     family: str
@@ -60,6 +71,7 @@ class PipelineSpec:
     chunks: Annotated[int, Within(1, MAX_CHUNKS), ADDED_LATER] = 1
     checks: Annotated[int, Within(0, MAX_SIDE), ADDED_LATER] = 0
     previews: Annotated[bool, ADDED_LATER] = False
+    pixels: Annotated[bool, ADDED_LATER] = False
     schema: int = SCHEMA
 
     def to_json(self) -> bytes:
@@ -69,16 +81,20 @@ class PipelineSpec:
     def graph_names(self) -> tuple[str, ...]:
         """Of the ONNX graphs, without folder and suffix."""
         texts = tuple(f"text-{i}" for i in range(len(self.texts)))
-        others = {"encoder": self.encodes, "checker": self.checks, "preview": self.previews}
-        return (*texts, "decoder", *(name for name, given in others.items() if given))
+        own = {"decoder": not self.pixels, "encoder": self.encodes and not self.pixels}
+        others = {**own, "checker": self.checks, "preview": self.previews}
+        return (*texts, *(name for name, given in others.items() if given))
 
     def tokenizer_names(self) -> tuple[str, ...]:
         return tuple(f"{FOLDER}/tokenizer-{i}.json" for i in range(len(self.texts)))
 
 
-def read_pipeline_spec(data: bytes) -> PipelineSpec:
-    """Raises BundleError, whatever the bytes."""
+def read_pipeline_spec(data: bytes, channels: int) -> PipelineSpec:
+    """`channels` are those of the network's state. Raises BundleError, whatever the bytes."""
     value = parse_json(data, SPEC_FILE)
     read_schema(value, SPEC_FILE, known=SCHEMA, remedy="export the bundle again with this version")
     with own_rules(SPEC_FILE):
-        return read_dataclass(PipelineSpec, value, SPEC_FILE)
+        spec = read_dataclass(PipelineSpec, value, SPEC_FILE)
+    if spec.pixels and channels != spec.channels * spec.factor**2:
+        raise malformed(SPEC_FILE, f"squares of {spec.channels * spec.factor**2} pixels for {channels} channels")
+    return spec

@@ -41,7 +41,7 @@ def pictures(number: int, size: tuple[int, int]) -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for _ in range(number)]
 
 
-@pytest.mark.parametrize("name", ["sd", pytest.param("xl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["sd", "pixels", pytest.param("xl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scale", [1.0, 7.5])
 @pytest.mark.parametrize("negative", [None, "the dog"])
 @pytest.mark.parametrize("batch", [1, 3])
@@ -131,8 +131,19 @@ def test_pictures_to_latents_and_back():
     assert engine("sd").decode(latents, output_type="pil")[1].size == (16, 16)
 
 
-def test_a_picture_is_blended_in_the_background_too():
+def test_pixels_in_squares_are_the_latents_of_a_pipeline_without_autoencoder():
+    given = pictures(2, (16, 16))
+    pixels = torch.from_numpy(np.stack([np.asarray(each) for each in given])).permute(0, 3, 1, 2) / 127.5 - 1
+    latents = engine("pixels").encode(given)
+    np.testing.assert_allclose(latents, torch.nn.functional.pixel_unshuffle(pixels, 2), atol=1e-6)
+    assert [np.asarray(each).tobytes() for each in engine("pixels").decode(latents, output_type="pil")] == [
+        np.asarray(each).tobytes() for each in given
+    ]
+
+
+@pytest.mark.parametrize("name", ["sd", "pixels"])
+def test_a_picture_is_blended_in_the_background_too(name):
     mask = np.zeros((1, 16, 16), np.float32)
     call = {"prompt": "a cat", "image": pictures(1, (16, 16)), "mask": mask, "steps": 20, "seeds": [1]}
-    kept = engine("sd").sample_async(**call, output_type="latent").result()
-    np.testing.assert_allclose(kept, engine("sd").encode(call["image"]), atol=tolerances.PIPELINE_LATENTS)
+    kept = engine(name).sample_async(**call, output_type="latent").result()
+    np.testing.assert_allclose(kept, engine(name).encode(call["image"]), atol=tolerances.PIPELINE_LATENTS)

@@ -49,6 +49,14 @@ def test_a_missing_part_is_named_and_the_network_alone_can_be_built(folder, part
             alone.sample(steps=2, seeds=[0], prompt="a cat")
 
 
+def test_a_network_of_latents_without_an_autoencoder_is_refused(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "vae": [None, None]}))
+    with pytest.raises(ModelFormatError, match="4 channels in a pipeline without a vae") as caught:
+        build(folder)
+    assert str(folder / "unet") in caught.value.remedy
+
+
 def test_parts_of_other_kinds_are_refused(folder):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "text_encoder": ["transformers", "T5EncoderModel"]}))

@@ -100,7 +100,9 @@ def test_a_changed_part_is_not_run(copied, name):
         engine.sample(prompt="a cat", steps=4, seeds=[0])
 
 
-@pytest.mark.parametrize("change", [{"factor": 0}, {"schema": 9}, {"texts": [{}]}, {"tile": [8]}, {"more": 1}])
+@pytest.mark.parametrize(
+    "change", [{"factor": 0}, {"schema": 9}, {"texts": [{}]}, {"tile": [8]}, {"more": 1}, {"pixels": True}]
+)
 def test_a_description_that_makes_no_sense_is_refused(copied, change):
     contents = {**json.loads((copied / "pipeline/pipeline.json").read_text()), **change}
     _replaced(copied, "pipeline/pipeline.json", json.dumps(contents).encode())
