@@ -161,7 +161,7 @@ def _compile_binary(
     types = argument_types(dtype, purpose)
     if purpose == "noise":
         kernel = philox_normal_kernel
-        constants = {"STREAM": int(Stream.INITIAL), "COPIES": flags.input_copies, "CHOOSES": 1}
+        constants = {"STREAM": int(Stream.INITIAL), "COPIES": flags.input_copies, "CHOOSES": 1, "CHANNELS": 0}
     else:
         kernel, constants = ddim_step_kernel, step_constants(flags, per_sample=per_sample, store_x0=store_x0)
     pointers = {name: f"*{_TRITON_TYPES[kind[1:]]}" for name, kind in types.items() if kind.startswith("*")}

@@ -23,10 +23,12 @@ def counted(work) -> KernelCount:
 def test_the_rule():
     x = torch.zeros(1, 4, 6, 6)
     conv, norm, linear = nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4), nn.Linear(6, 3)
-    last = x.contiguous(memory_format=torch.channels_last)
+    last, conv_last = (each.contiguous(memory_format=torch.channels_last) for each in (x, conv.weight))
     cases = {
         "a convolution and its bias": (lambda: conv(x), 1, 2),
         "without a bias": (lambda: nn.functional.conv2d(x, conv.weight), 1, 1),
+        "an image in another order": (lambda: nn.functional.conv2d(x, conv_last), 1, 2),
+        "an image in the same order": (lambda: nn.functional.conv2d(last, conv_last), 1, 1),
         "views": (lambda: x.view(4, 36).transpose(0, 1)[1:].unsqueeze(0).expand(2, -1, -1), 0, 0),
         "an allocation": (lambda: torch.empty_like(x), 0, 0),
         "a copy that is needed": (lambda: x.transpose(1, 2).reshape(-1), 1, 1),
