@@ -154,7 +154,7 @@ def rtx_counts(subject: Subject) -> Iterator[tuple[str, int]]:
         "float16": lower_precision(step, "float16"),
     }
     for name, graph in graphs.items():
-        built = build_engine(graph, library="tensorrt_rtx", compute_capability=89, batch_sizes=(1,))
+        built = build_engine(graph, library="tensorrt_rtx", compute_capability=89, batch_sizes=(1,), channels_last=True)
         yield f"TensorRT-RTX, {name}", kernels(built.engine)[0].total()
 
 

@@ -135,6 +135,7 @@ def build_engine_cached(
     device: int = 0,
     workspace_bytes: int | None = None,
     tf32: bool = False,
+    channels_last: bool = False,
     again: bool = False,
     progress: Progress | None = None,
 ) -> tuple[bytes, dict[str, Any]]:
@@ -158,6 +159,7 @@ def build_engine_cached(
         batch_sizes=sizes,
         workspace_bytes=workspace_bytes,
         tf32=tf32,
+        channels_last=channels_last,
         **built_by,
     )
     if again:
@@ -176,6 +178,7 @@ def build_engine_cached(
             device=device,
             workspace_bytes=workspace_bytes,
             tf32=tf32,
+            channels_last=channels_last,
             timing_cache=cache.get(timings_key) if target.library == "tensorrt" else None,
             progress=report,
         )

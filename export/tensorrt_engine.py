@@ -123,6 +123,7 @@ def build_engine(
     timing_cache: bytes | None = None,
     for_capture: bool = True,
     tf32: bool = False,
+    channels_last: bool = False,
     progress: Progress | None = None,
 ) -> BuiltEngine:
     """Build an engine from an ONNX graph that carries its weights.
@@ -135,6 +136,7 @@ def build_engine(
     `timing_cache` is what an earlier TensorRT build on this GPU measured; one that the library does not take any more
     is replaced. TensorRT-RTX measures nothing.
     `for_capture` lets the caller own all memory, without which TensorRT-RTX cannot run inside a CUDA graph.
+    `channels_last`: images are read and written in this order in memory, in which the library computes.
     `progress(phase, done, of)` is called here, as the builder goes on.
 
     Raises MissingDependencyError, DeviceUnavailableError, InputError (architecture, batch sizes, options) and
@@ -142,7 +144,8 @@ def build_engine(
     """
     request = _checked_request(library, compute_capability, batch_sizes, workspace_bytes, timing_cache)
     device = check_integer("device", device, low=0, high=999)
-    request |= {"for_capture": for_capture, "tf32": tf32, "progress": progress is not None}
+    request |= {"for_capture": for_capture, "tf32": tf32, "channels_last": channels_last}
+    request["progress"] = progress is not None
     request |= {"model_bytes": len(onnx_model), "cache_bytes": len(timing_cache or b"")}
     weights = weights_of(onnx_model)
     request["weights"] = [(name, array.nbytes) for name, array in weights.items()]
