@@ -11,7 +11,7 @@ from skipstep.bench.models import open_subject
 
 # Of the whole module, of the step with torch's norms and of the step with ours, at batch 1 in channels-last order.
 # Another release of torch may take an operation apart in another way.
-MOST = {"fashion-mnist": (348, 293, 136), "cifar10-architecture": (628, 541, 245)}
+MOST = {"fashion-mnist": (347, 292, 136), "cifar10-architecture": (629, 540, 245)}
 
 
 def counted(work) -> KernelCount:
@@ -58,7 +58,7 @@ def test_no_change_adds_a_launch(model, tmp_path):
 @pytest.mark.slow
 def test_the_cifar_step_is_of_few_operations(tmp_path):
     found = torch_counts(open_subject("cifar10-architecture", folder=tmp_path))["torch, the step"]
-    assert found.operations.total() <= 180
+    assert found.operations.total() <= 179
 
 
 def test_the_rule_for_norms_of_ours():
