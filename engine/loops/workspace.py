@@ -137,8 +137,7 @@ class Workspace:
 
     def _keep(self, conditions: tuple[tuple[str, bytes], ...]) -> None:
         """The values that were computed, if nothing else has to be computed for these conditions."""
-        parts = (*self._values.values(), *(memoryview(data) for _, data in conditions))
-        num_bytes = sum(part.nbytes for part in parts)
+        num_bytes = sum(len(data) for _, data in conditions) + sum(each.nbytes for each in self._values.values())
         if not self._stages_depend and num_bytes <= _KEPT_BYTES:
             if self._known_bytes + num_bytes > _KEPT_BYTES:
                 self._known, self._known_bytes = {}, 0
