@@ -111,7 +111,7 @@ class Workspace:
         conditions = request.condition_bytes()
         same = conditions == self._conditions
         planned = stages is self._stages and (same or not self._stages_depend)
-        if planned and conditions in self._known:
+        if planned and not same and conditions in self._known:
             self._values, self._conditions = self._known[conditions], conditions
         elif not planned or not same:
             self._compute(stages, request, planned=planned)
