@@ -16,7 +16,7 @@ SAMPLE_EXTRAS := cpu
 TEST_EXTRAS   := cpu,torch,export,diffusers,evaluate,sign,bench,test
 DEV_EXTRAS    := $(TEST_EXTRAS),dev
 
-.PHONY: help sample demo test check triton format types bench bench-cpu-limit bench-report bench-compare bench-baseline readme-tables evaluate families outside data pictograms pictograms-data bundle fuzz gpu clean
+.PHONY: help sample demo test check triton format oldest-torch types bench bench-cpu-limit bench-report bench-compare bench-baseline readme-tables evaluate families outside data pictograms pictograms-data bundle fuzz gpu clean
 
 help:
 	@echo "make sample   draw clothes with the shipped model in 6 (fitted), 10, 20 and 50 steps (out/sample/grid.png)"
@@ -24,6 +24,7 @@ help:
 	@echo "make test     run the test suite, without the slow tests"
 	@echo "make check    formatting, lint, types and all tests, slow ones included: what CI runs"
 	@echo "make triton   compile the kernels under the oldest supported Triton, and run the GPU gate dry under it"
+	@echo "make oldest-torch  run the tests of what a GPU runs with the oldest supported torch (5 GB)"
 	@echo "make format   format the sources"
 	@echo "make bench    all CPU measurements; writes bench/results/ and the tables of all READMEs"
 	@echo "make bench-report  make one HTML page with plots from the committed runs (bench/results/report)"
@@ -81,6 +82,16 @@ triton: $(VENV)/.dev
 	PYTHONPATH=$(OLDEST_TRITON)/alone $(BIN)/python -m skipstep.bench.gpu --dry-run --out $(OLDEST_TRITON)/gate
 	grep --quiet '"triton": "3.6.' $(OLDEST_TRITON)/gate/kernels.json
 	$(OLDEST_TRITON)/bin/python tests/ptx/run_norms.py --architectures 75 90 100
+
+# The oldest torch, with its Triton, before everything else of the environment, on what a GPU runs. Gigabytes, once.
+OLDEST_TORCH := build/oldest-torch
+SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+oldest-torch: $(VENV)/.test
+	test -x $(OLDEST_TORCH)/bin/python || $(PYTHON) -m venv $(OLDEST_TORCH)
+	$(OLDEST_TORCH)/bin/python -m pip install --quiet --disable-pip-version-check 'torch==2.11.*'
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" > $$($(OLDEST_TORCH)/bin/python $(SITE))/others.pth
+	OMP_NUM_THREADS=1 $(OLDEST_TORCH)/bin/python -m pytest tests/backends tests/loops tests/cuda tests/kernels/test_*.py \
+		tests/export/test_onnx_model.py tests/export/test_partition.py tests/bench/test_host_work.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -2,7 +2,8 @@
 
 torch: every operation that it dispatches on tensors in host memory, taken apart as torch does, by this rule:
     views and allocations    0
-    a convolution            1, and 1 for its bias: cuDNN's does not add it
+    a convolution            1, and 1 for its bias: cuDNN's does not add it; and 1 for an image that is in another
+                             order in memory than its weights
     torch's own group norm   3: statistics, a scale and shift for each channel, the result; and 2 for values in
                              channels-last order, which it puts in the other order, and the next convolution back
     a group norm of ours     1, or 2 for groups that are split (skipstep.kernels.group_norm_launch), and 1 for each
@@ -84,7 +85,9 @@ def kernels_of(operation: Any, args: Any) -> int:
     if operation is _ATEN.dropout.default:
         return int(args[2])
     if operation is _ATEN.convolution.default:
-        return 1 + (args[2] is not None)
+        x, weight = args[:2]
+        last = weight.ndim == 4 and not weight.is_contiguous()
+        return 1 + (args[2] is not None) + (last and not x.is_contiguous(memory_format=torch.channels_last))
     if operation is _ATEN.native_group_norm.default:
         return 3 if args[0].is_contiguous() else 5
     if operation.namespace == "skipstep":
@@ -151,7 +154,7 @@ def rtx_counts(subject: Subject) -> Iterator[tuple[str, int]]:
         "float16": lower_precision(step, "float16"),
     }
     for name, graph in graphs.items():
-        built = build_engine(graph, library="tensorrt_rtx", compute_capability=89, batch_sizes=(1,))
+        built = build_engine(graph, library="tensorrt_rtx", compute_capability=89, batch_sizes=(1,), channels_last=True)
         yield f"TensorRT-RTX, {name}", kernels(built.engine)[0].total()
 
 

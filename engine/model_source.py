@@ -149,8 +149,17 @@ class GraphSource(ABC):
         target = EngineTarget("tensorrt" if library == "tensorrt" else "tensorrt_rtx")
         tf32 = precision == "tf32"
         step = self.step_graph("float32" if tf32 else precision)
+        # Only of this library is known that it then launches less (skipstep.bench.kernel_counts).
+        last = library == "tensorrt_rtx"
         return build_engine_cached(
-            step, target, batch_sizes, device=device, options=self.tensorrt, tf32=tf32, again=again
+            step,
+            target,
+            batch_sizes,
+            device=device,
+            options=self.tensorrt,
+            tf32=tf32,
+            channels_last=last,
+            again=again,
         )[0]
 
     def engine_graph(self, precision: str) -> bytes:

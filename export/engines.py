@@ -157,6 +157,7 @@ def build_engine_cached(
     device: int = 0,
     options: TensorRTOptions = DEFAULTS,
     tf32: bool = False,
+    channels_last: bool = False,
     again: bool = False,
     progress: Progress | None = None,
 ) -> tuple[bytes, dict[str, Any]]:
@@ -181,6 +182,7 @@ def build_engine_cached(
         batch_sizes=sizes,
         options=tuple(builder_options(options).values()),
         tf32=tf32,
+        channels_last=channels_last,
         **built_by,
     )
     if again:
@@ -200,6 +202,7 @@ def build_engine_cached(
             device=device,
             options=options,
             tf32=tf32,
+            channels_last=channels_last,
             timing_cache=timings or cache.get(timings_key) if target.library == "tensorrt" else None,
             progress=report,
         )

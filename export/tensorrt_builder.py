@@ -29,6 +29,7 @@ from skipstep.errors import ExportError, InputError, MissingDependencyError, Ski
 from skipstep.export.norms import write_out_norms
 from skipstep.export.tensorrt_engine import Progress
 from skipstep.export.tensorrt_graph import BATCH, batch_profiles, checked_graph, messages
+from skipstep.networks.graphs import PREDICTION, SAMPLE
 from skipstep.networks.large_graph import LargeGraph, Weights, weights_of
 
 _DTYPE_NAMES: Mapping[str, str] = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
@@ -86,6 +87,11 @@ def _build(
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     _parse(trt, network, model, weights_of(onnx_model), logger)
     inputs = _tensors(model.graph.input, network.get_input, network.num_inputs)
+    if request["channels_last"]:
+        images = [network.get_output(0), *map(network.get_input, range(network.num_inputs))]
+        for each in images:
+            if each.name in (SAMPLE, PREDICTION) and len(each.shape) == 4:
+                each.allowed_formats = 1 << int(trt.TensorFormat.HWC)
 
     config = builder.create_builder_config()
     if library == "tensorrt_rtx":

@@ -133,6 +133,7 @@ def build_engine(
     options: TensorRTOptions = DEFAULTS,
     timing_cache: bytes | None = None,
     tf32: bool = False,
+    channels_last: bool = False,
     progress: Progress | None = None,
 ) -> BuiltEngine:
     """Build an engine from an ONNX graph that carries its weights.
@@ -143,7 +144,7 @@ def build_engine(
     `compute_capability` (86 for sm_86) is TensorRT-RTX's to choose; None is the GPU of this machine with the number
     `device`.
     `timing_cache` is what an earlier TensorRT build on this GPU measured; one that the library does not take any more
-    is replaced.
+    is replaced. `channels_last`: images are read and written in this order in memory, in which the library computes.
     The caller owns all memory, without which TensorRT-RTX cannot run inside a CUDA graph; not with weight streaming.
     `progress(phase, done, of)` is called here, as the builder goes on.
 
@@ -152,7 +153,7 @@ def build_engine(
     """
     request = _checked_request(library, compute_capability, batch_sizes, options)
     device = check_integer("device", device, low=0, high=999)
-    request |= {"tf32": tf32, "progress": progress is not None}
+    request |= {"tf32": tf32, "channels_last": channels_last, "progress": progress is not None}
     request |= {"model_bytes": len(onnx_model), "cache_bytes": len(timing_cache or b"")}
     weights = weights_of(onnx_model)
     if weights and options.strip:

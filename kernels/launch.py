@@ -162,11 +162,13 @@ def step_constants(
     counted: bool = False,
     checked: bool = False,
     placed: bool = False,
+    channels: int = 0,
 ) -> dict[str, int]:
     """The kernel's compile-time constants except BLOCK, for launching and for compiling ahead of time.
 
     `counted`: the stage is read on the device. `checked`: samples that are not finite are marked. `placed`: samples
-    are some of those in memory, each at its own stage.
+    are some of those in memory, each at its own stage. `channels`: those of the state, if samples are in
+    channels-last order.
     """
     check_type("flags", flags, StepFlags, remedy="pass the plan's, of one stage")
     check_slots(flags)
@@ -191,4 +193,5 @@ def step_constants(
         "COUNTED": counted,
         "CHECKED": checked,
         "PLACED": placed,
+        "CHANNELS": channels,
     }

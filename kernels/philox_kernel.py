@@ -78,6 +78,35 @@ def standard_normal_block(seed, program, stage, stream, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def standard_normal_of(seed, elements, stage, stream):
+    """The same normals of any elements of a sample; each draws its block of four for itself."""
+    block = elements >> 2
+    low, high = (block & 0xFFFFFFFF).to(tl.uint32), (block >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, low, high, stage.to(tl.uint32), stream, PHILOX_ROUNDS)
+    second = (elements & 2) != 0
+    even, odd = box_muller(tl.where(second, w2, w0), tl.where(second, w3, w1))
+    return tl.where((elements & 1) != 0, odd, even)
+
+
+@triton.jit
+def positions_of(offsets, num_elements, CHANNELS: tl.constexpr):
+    """Of what stands there in channels-last order: position·CHANNELS + channel."""
+    return (tl.cast(offsets, num_elements.dtype) // CHANNELS).to(tl.int64)
+
+
+@triton.jit
+def noise_block(seed, offsets, num_elements, stage, stream, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Normals of a program's elements, wherever they stand: the counter counts channel·positions + position."""
+    if CHANNELS > 0:
+        positions = positions_of(offsets, num_elements, CHANNELS)
+        channels = offsets - positions * CHANNELS
+        z = standard_normal_of(seed, channels * (num_elements // CHANNELS) + positions, stage, stream)
+    else:
+        z = standard_normal_block(seed, tl.program_id(0), stage, stream, BLOCK)
+    return z
+
+
+@triton.jit
 def philox_normal_kernel(
     state_ptr,  # float32 [B, n], written
     network_input_ptr,  # network's dtype [B or 2B, n], written
@@ -88,6 +117,7 @@ def philox_normal_kernel(
     STREAM: tl.constexpr,
     COPIES: tl.constexpr,  # 2 where guidance doubles the network's batch
     CHOOSES: tl.constexpr,  # the device decides whether to draw, or to keep the given state
+    CHANNELS: tl.constexpr,  # of a sample in channels-last order; 0: it is in the plain one
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
@@ -101,9 +131,8 @@ def philox_normal_kernel(
         z = tl.load(state_ptr + elements, mask=mask)
     else:
         seed = tl.load(seeds_ptr + sample)
-        z = standard_normal_block(
-            seed, tl.program_id(0), tl.cast(stage, tl.int32), tl.full((), STREAM, tl.uint32), BLOCK
-        )
+        stage, stream = tl.cast(stage, tl.int32), tl.full((), STREAM, tl.uint32)
+        z = noise_block(seed, offsets, num_elements, stage, stream, CHANNELS, BLOCK)
         tl.store(state_ptr + elements, z, mask=mask)
     network_input = z.to(network_input_ptr.dtype.element_ty)
     for copy in tl.static_range(COPIES):

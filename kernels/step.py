@@ -69,10 +69,12 @@ def ddim_step(
                   rescale and bound are then of N samples, the history is `[B, NUM_SLOTS, C, …]`, and neither
                   `network_input` nor `stage` and `counter` are used.
 
-    All tensors are contiguous and on one device. Raises InputError and DeviceUnavailableError.
+    All tensors are contiguous and on one device. Images may be in channels-last order, all of them then; the history is
+    of the same shape as ever, and stands in memory as the state does. Raises InputError and DeviceUnavailableError.
     """
     check_type("flags", flags, StepFlags, remedy="pass the plan's, of this stage")
-    num_states, device = _check_state(state, launch)
+    last = any(map(_is_last, (state, model_output, network_input if places is None else None)))
+    num_states, device = _check_state(state, launch, last)
     batch_size = num_states
     if places is not None:
         readable = isinstance(places, Tensor) and unreadable(places) is None and places.ndim > 0
@@ -81,9 +83,9 @@ def ddim_step(
     network_shape = (flags.input_copies * batch_size, *state.shape[1:])
     channels = (2 if flags.wide_output else 1) * state.shape[1]
     output_shape = (2 * batch_size if flags.guided else batch_size, channels, *state.shape[2:])
-    _check("model_output", model_output, output_shape, NETWORK_DTYPES, device)
+    _check("model_output", model_output, output_shape, NETWORK_DTYPES, device, last=last)
     if places is None:
-        _check("network_input", network_input, network_shape, NETWORK_DTYPES, device)
+        _check("network_input", network_input, network_shape, NETWORK_DTYPES, device, last=last)
     known = isinstance(table, Tensor) and unreadable(table) is None and table.ndim == 3
     stages, rows = table.shape[:2] if known else (1, 1)
     own_rows = places is None and rows == batch_size
@@ -112,7 +114,7 @@ def ddim_step(
         if name == "history":
             shape = (slots, *shape) if places is None else (num_states, NUM_SLOTS, *shape[1:])
         if used:
-            _check(name, tensor, shape, (torch.float32,), device)
+            _check(name, tensor, shape, (torch.float32,), device, last=last and name == "x0")
     # The kernel does not touch an operand that the flags leave out; any pointer will do.
     operands = {
         "seeds": (seeds, flags.add_noise),
@@ -147,6 +149,7 @@ def ddim_step(
             counted=counter is not None and places is None,
             checked=broken is not None,
             placed=places is not None,
+            channels=state.shape[1] if last else 0,
         ),
         BLOCK=launch.block_size,
         num_warps=launch.num_warps,
@@ -166,12 +169,14 @@ def initial_noise(
     """Fill `state` float32 `[B, C, …]` with x_T of the `seeds` int64 `[B]`, and the network's input with the same.
 
     `network_input` is `[B, C, …]` or, where guidance doubles the batch, `[2B, C, …]`. `given`, optional int32
-    `[1]`: if it is not zero, the state is kept and only copied to the network's input. Raises InputError.
+    `[1]`: if it is not zero, the state is kept and only copied to the network's input. Both may be in channels-last
+    order. Raises InputError.
     """
-    batch_size, device = _check_state(state, launch)
+    last = any(map(_is_last, (state, network_input)))
+    batch_size, device = _check_state(state, launch, last)
     readable = isinstance(network_input, Tensor) and unreadable(network_input) is None
     copies = 2 if readable and network_input.shape[:1] == (2 * batch_size,) else 1
-    _check("network_input", network_input, (copies * batch_size, *state.shape[1:]), NETWORK_DTYPES, device)
+    _check("network_input", network_input, (copies * batch_size, *state.shape[1:]), NETWORK_DTYPES, device, last=last)
     _check("seeds", seeds, (batch_size,), (torch.int64,), device)
     if given is not None:
         _check("given", given, (1,), (torch.int32,), device)
@@ -187,37 +192,58 @@ def initial_noise(
         STREAM=int(Stream.INITIAL),
         COPIES=copies,
         CHOOSES=given is not None,
+        CHANNELS=state.shape[1] if last else 0,
         BLOCK=launch.block_size,
         num_warps=launch.num_warps,
         enable_fp_fusion=False,
     )
 
 
-def _check_state(state: Tensor, launch: StepLaunch) -> tuple[int, torch.device]:
+def _check_state(state: Tensor, launch: StepLaunch, last: bool) -> tuple[int, torch.device]:
     """The batch size and the device of a state that kernels can run on."""
     check_type("launch", launch, StepLaunch, remedy="pass choose_launch(...), or leave it out")
     check_type("state", state, Tensor, remedy="pass float32 [B, …]")
     fits = unreadable(state) is None and state.ndim > 1 and 0 not in state.shape
     shape = tuple(state.shape) if fits else (1, 1)
-    _check("state", state, shape, (torch.float32,), state.device)
+    _check("state", state, shape, (torch.float32,), state.device, last=last)
     return len(state), state.device
 
 
+def _is_last(tensor: object) -> bool:
+    """Whether it is in channels-last order and not in the plain one; some tensors are in both."""
+    if not isinstance(tensor, Tensor) or unreadable(tensor) is not None or tensor.ndim != 4:
+        return False
+    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 def _check(
-    name: str, tensor: Tensor | None, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+    name: str,
+    tensor: Tensor | None,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    *,
+    last: bool = False,
 ) -> None:
+    order = torch.channels_last if last else torch.contiguous_format
     if not isinstance(tensor, Tensor):
         got = f"no {name}" if tensor is None else f"{name} of type {type(tensor).__name__}"
     elif unreadable(tensor) is not None:
         got = f"{name}, {unreadable(tensor)}"
-    elif tensor.shape == shape and tensor.dtype in dtypes and tensor.device == device and tensor.is_contiguous():
+    elif (
+        tensor.shape == shape
+        and tensor.dtype in dtypes
+        and tensor.device == device
+        and tensor.is_contiguous(memory_format=order)
+    ):
         return
     else:
-        layout = "" if tensor.is_contiguous() else ", not contiguous"
+        layout = "" if tensor.is_contiguous(memory_format=order) else ", not contiguous"
         got = f"{name} {list(tensor.shape)} {tensor.dtype} on {tensor.device}{layout}"
     raise InputError(
         got=got,
-        expected=f"contiguous {list(shape)} {' or '.join(map(str, dtypes))} on {device}",
+        expected=f"contiguous {list(shape)} {' or '.join(map(str, dtypes))} on {device}"
+        + (", in channels-last order" if last else ""),
         remedy=f"convert {name} before the loop starts",
     )
 

@@ -17,6 +17,9 @@ enable_fp_fusion=False); skipstep.kernels.step_numpy does the same operations in
 a float32 table on the device and not as scalar arguments: different launchers round those differently, and a captured
 graph could not change them. skipstep.kernels.layout describes the columns, skipstep.kernels.step has the launcher.
 
+If CHANNELS, samples are in channels-last order, all of them: state, history, and what the network reads and writes.
+The noise of an element is the same in both orders.
+
 If PLACED, the samples of the batch are some of those that are kept in memory, each at a stage of its own: the state,
 what a call brings and the history, `[places, slots, n]` then, are read and written where `counter_ptr` says.
 
@@ -28,7 +31,7 @@ import triton
 import triton.language as tl
 
 from skipstep.kernels.layout import NUM_COLUMNS, NUM_SLOTS, Column, Stream
-from skipstep.kernels.philox_kernel import standard_normal_block
+from skipstep.kernels.philox_kernel import noise_block, positions_of
 
 ROW = tl.constexpr(NUM_COLUMNS)
 SLOTS = tl.constexpr(NUM_SLOTS)
@@ -94,6 +97,7 @@ def ddim_step_kernel(
     COUNTED: tl.constexpr,
     CHECKED: tl.constexpr,
     PLACED: tl.constexpr,
+    CHANNELS: tl.constexpr,  # of the state, if all are in channels-last order; else 0
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
@@ -119,9 +123,13 @@ def ddim_step_kernel(
     x = tl.load(state_ptr + elements, mask=mask)
     predicted = sample * num_elements + offsets
     predicted_half = second_half
+    interpolated = tl.cast(num_elements, tl.int64)
     if WIDE:  # [B, 2, n]: the prediction, then its interpolation between two variances.
         predicted += sample * num_elements
         predicted_half = 2 * second_half
+        if CHANNELS > 0:  # [B, positions, 2, CHANNELS]
+            predicted += positions_of(offsets, num_elements, CHANNELS) * CHANNELS
+            interpolated = tl.full((), CHANNELS, tl.int64)
     out = tl.load(output_ptr + predicted, mask=mask).to(tl.float32)
     if GUIDED:
         unconditional = tl.load(output_ptr + predicted_half + predicted, mask=mask).to(tl.float32)
@@ -166,9 +174,9 @@ def ddim_step_kernel(
     if NOISY:
         seed = tl.load(seeds_ptr + place)
         stream = tl.full((), STEP_STREAM, tl.uint32)
-        z = standard_normal_block(seed, tl.program_id(0), tl.cast(stage, tl.int32), stream, BLOCK)
+        z = noise_block(seed, offsets, num_elements, tl.cast(stage, tl.int32), stream, CHANNELS, BLOCK)
         if LEARNED_VARIANCE:
-            v = tl.load(output_ptr + predicted + num_elements, mask=mask).to(tl.float32)
+            v = tl.load(output_ptr + predicted + interpolated, mask=mask).to(tl.float32)
             z = z * tl.exp(tl.load(row_ptr + LOG_SIGMA) + tl.load(row_ptr + LOG_SIGMA_OUT) * v)
         x_next += z * tl.load(row_ptr + SIGMA)
 

@@ -38,14 +38,16 @@ PLANS = {
 }
 
 
-SPEC = NetworkSpec((1, 5, 7), num_classes=10, null_label=10)
+SPEC = NetworkSpec((2, 5, 7), num_classes=10, null_label=10)
 
 
 def loops(device, network=None, spec=SPEC, *, batch_size=3, half=False, **options):
-    """The loop on the device, and the one in host memory. `half`: with a denoiser of half the batch too."""
+    """The loop on the device, where images are in channels-last order, and the one in host memory. `half`: with a
+    denoiser of half the batch too."""
+    last = len(spec.sample_shape) == 3
     module, spec = prepare_module(Labelled() if network is None else network, spec)
     denoisers = {
-        size: TorchDeviceDenoiser(module, spec, batch_size=size, device=CPU, dtype=torch.float32)
+        size: TorchDeviceDenoiser(module, spec, batch_size=size, device=CPU, dtype=torch.float32, channels_last=last)
         for size in (batch_size, batch_size // 2)[: 1 + half]
     }
     host = HostLoop(lambda size: TorchDenoiser(module, spec, batch_size=size), spec)

@@ -52,6 +52,7 @@ class TensorLocation(enum.Enum):
 class TensorFormat(enum.Enum):
     LINEAR = 0
     HWC8 = 1
+    HWC = 2
 
 
 class ExecutionContextAllocationStrategy(enum.Enum):
@@ -288,7 +289,10 @@ class IExecutionContext:
         if self._engine._profiles:
             shape = (self._engine._profiles[self._profile], *shape[1:])
         count = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return np.frombuffer((ctypes.c_uint8 * count).from_address(self._addresses[name]), dtype).reshape(shape)
+        memory = np.frombuffer((ctypes.c_uint8 * count).from_address(self._addresses[name]), dtype)
+        if self._engine.get_tensor_format(name) == TensorFormat.HWC:
+            return np.moveaxis(memory.reshape(shape[0], *shape[2:], shape[1]), -1, 1)
+        return memory.reshape(shape)
 
 
 # What the library pretends; a test empties it when it is done.

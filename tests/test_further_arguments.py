@@ -80,7 +80,7 @@ CALLS: dict[Any, Callable[[], dict[str, Any]]] = {
     norm_launch: lambda: {"channels": 4, "positions": 9, "channels_last": True},
     Thresholding: lambda: {"quantile": 0.9},
     StepLaunch: lambda: {"block_size": 1024, "num_warps": 4},
-    step_constants: lambda: {"flags": FLAGS, "per_sample": False, "store_x0": False},
+    step_constants: lambda: {"flags": FLAGS, "per_sample": False, "store_x0": False, "channels": 3},
     least_elements_per_thread: lambda: {"network_item_size": 2},
     choose_launch: lambda: {
         "num_elements": 16,

@@ -4,8 +4,8 @@
     enqueue = denoiser.new_context()                         once per captured graph, or per set of buffers
     enqueue(values, stage)                                   E times: reads `input`, writes `output`
 
-A network keeps no state between calls: its step inputs are passed to it, and its buffers never move. On a GPU the loop
-owns the memory of the step inputs, so that one captured graph serves every plan of equal structure.
+A network keeps no state between calls: its step inputs are passed to it, and what it reads never moves. On a GPU the
+loop owns the memory of the step inputs, so that one captured graph serves every plan of equal structure.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Denoiser(Protocol):
     """A network at one batch size N.
 
     `input` `[N, *sample_shape]` and `output` `[N, *output_shape]` (NetworkSpec) are NumPy arrays float32, or CUDA
-    tensors in the network's dtype.
+    tensors in the network's dtype, both in plain or both in channels-last order. On a GPU `output` may be another
+    tensor after each evaluation: it is to be read then. In a recording it stands in the graph's memory.
     """
 
     name: str

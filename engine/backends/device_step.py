@@ -41,10 +41,12 @@ HOST_DTYPES: Mapping[str, type[np.generic]] = {
 
 @dataclass(frozen=True, slots=True)
 class StepTensor:
-    """An input or output of a compiled step network; the leading dimension of `shape` is the batch, `dtype` by name."""
+    """An input or output of a compiled step network; the leading dimension of `shape` is the batch, `dtype` by name.
+    `channels_last`: the order of its memory."""
 
     shape: tuple[int, ...]
     dtype: str
+    channels_last: bool = False
 
 
 def check_step_tensors(
@@ -70,7 +72,7 @@ def check_step_tensors(
     }
     for name, expected in wanted.items():
         found = inputs[name] if name == SAMPLE else outputs[name]
-        if found != expected:
+        if (found.shape, found.dtype) != (expected.shape, expected.dtype):
             raise mismatch(f"{name} {found.dtype} {list(found.shape)}", f"{expected.dtype} {list(expected.shape)}")
     for name, each in inputs.items():
         if each.shape[:1] != (batch_size,) or each.dtype not in HOST_DTYPES:

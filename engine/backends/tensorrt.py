@@ -49,14 +49,17 @@ class TensorRtDenoiser:
         self.name: str = loaded.library
         self.batch_size = batch_size
         self.loaded, self.device = loaded, loaded.device
-        inputs, outputs = loaded.tensors(batch_size)
+        inputs, outputs = loaded.tensors(batch_size, channels_last=True)
         check_step_tensors(inputs, outputs, spec, batch_size=batch_size, of=f"an engine of {loaded.library}")
         looked_up = {name: each for name, each in inputs.items() if name != SAMPLE}
         self._inputs = HostInputs(early, spec, looked_up, batch_size=batch_size)
         self.step_inputs: Mapping[str, StepInput] = self._inputs.step_inputs
 
         def buffer(each: StepTensor) -> Tensor:
-            return aligned_zeros(each.shape, getattr(torch, each.dtype), self.device)
+            count, *rest = each.shape
+            shape = (count, *rest[1:], rest[0]) if each.channels_last else each.shape
+            zeros = aligned_zeros(shape, getattr(torch, each.dtype), self.device)
+            return zeros.movedim(-1, 1) if each.channels_last else zeros
 
         self.input, self.output = buffer(inputs[SAMPLE]), buffer(outputs[PREDICTION])
         self.rows = {name: buffer(looked_up[name]) for name, each in self.step_inputs.items() if each.per_stage}

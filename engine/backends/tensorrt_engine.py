@@ -17,7 +17,7 @@ from skipstep.backends.device_step import StepTensor
 from skipstep.backends.tensorrt_library import RuntimeCache, TensorRt, error_log
 from skipstep.cuda.probe import DeviceFacts
 from skipstep.errors import CaptureError, ExportError
-from skipstep.networks.graphs import SAMPLE
+from skipstep.networks.graphs import PREDICTION, SAMPLE
 
 if TYPE_CHECKING:
     # The full library has no stubs either; what the type checker reads of this one stands for both.
@@ -84,18 +84,22 @@ class TensorRtEngine:
         self.activation_bytes = max(1, self.engine.device_memory_size_v2)
         self._create_context = self._context_maker()
 
-    def tensors(self, batch_size: int) -> tuple[dict[str, StepTensor], dict[str, StepTensor]]:
-        """Inputs and outputs by name. Raises ExportError for what cannot be bound to a plain tensor of known shape."""
+    def tensors(
+        self, batch_size: int, *, channels_last: bool = False
+    ) -> tuple[dict[str, StepTensor], dict[str, StepTensor]]:
+        """Inputs and outputs by name. `channels_last`: images may be in this order. Raises ExportError for what cannot
+        be bound to a tensor of known shape."""
         inputs: dict[str, StepTensor] = {}
         outputs: dict[str, StepTensor] = {}
         for name in self._names:
             dtype, shape = self.engine.get_tensor_dtype(name).name, self._shape(name, batch_size)
             place, layout = self.engine.get_tensor_location(name), self.engine.get_tensor_format(name)
+            last = channels_last and name in (SAMPLE, PREDICTION) and layout == self._trt.TensorFormat.HWC
             if (
                 dtype not in _DTYPES
                 or min(shape, default=0) < 0
                 or place != self._trt.TensorLocation.DEVICE
-                or layout != self._trt.TensorFormat.LINEAR
+                or not (last or layout == self._trt.TensorFormat.LINEAR)
             ):
                 described = f"{dtype} {list(shape)}, {layout.name} on {place.name}"
                 raise ExportError(
@@ -104,7 +108,7 @@ class TensorRtEngine:
                     expected=f"plain tensors on the device, of batch size {batch_size}",
                     remedy=f"build it from the step network, with {batch_size} among the batch sizes",
                 )
-            (inputs if self._is_input(name) else outputs)[name] = StepTensor(shape, _DTYPES[dtype])
+            (inputs if self._is_input(name) else outputs)[name] = StepTensor(shape, _DTYPES[dtype], last)
         return inputs, outputs
 
     def context(self, batch_size: int, activations: int, stream: int) -> trt.IExecutionContext:

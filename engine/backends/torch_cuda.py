@@ -30,7 +30,10 @@ class TorchDeviceDenoiser:
     """A network on a GPU (skipstep.backends.denoiser.DeviceDenoiser).
 
     `forward` takes the sample and the step inputs, in the order of `inputs`; without `inputs` it is the module itself,
-    or what torch.compile made of it, and takes timestep and conditioning.
+    or what torch.compile made of it, and takes timestep and conditioning. `channels_last`: the order of images in
+    memory, where it is not the plain one.
+
+    After an evaluation `output` is what `forward` returned, if the step can read that where it is.
     """
 
     name = "torch"
@@ -47,11 +50,16 @@ class TorchDeviceDenoiser:
         tf32: bool = False,
         inputs: HostInputs | None = None,
         fallback: str | None = None,
+        channels_last: bool = False,
     ) -> None:
         self._forward, self._tf32 = forward, tf32
+        self._order = torch.channels_last if channels_last else torch.contiguous_format
         self.batch_size, self.fallback = batch_size, fallback
-        self.input = torch.zeros(batch_size, *spec.sample_shape, device=device, dtype=dtype)
-        self.output = torch.zeros(batch_size, *spec.output_shape, device=device, dtype=dtype)
+        self.input, self._buffer = (
+            torch.zeros(batch_size, *shape, device=device, dtype=dtype).to(memory_format=self._order)
+            for shape in (spec.sample_shape, spec.output_shape)
+        )
+        self.output = self._buffer
         self._spec, self._inputs = spec, inputs
         self.step_inputs: Mapping[str, StepInput] = _plain(spec, dtype) if inputs is None else inputs.step_inputs
 
@@ -71,7 +79,16 @@ class TorchDeviceDenoiser:
                 if each.per_stage:
                     value = value[stage] if isinstance(stage, int) else value.index_select(0, stage)[0]
                 given.append(value)
-            self.output.copy_(self._forward(self.input, *given))
+            predicted = self._forward(self.input, *given)
+            self.output = predicted if self._fits(predicted) else self._buffer.copy_(predicted)
+
+    def _fits(self, predicted: Tensor) -> bool:
+        """The step writes the input, so it cannot read its operand there."""
+        return (
+            (predicted.shape, predicted.dtype) == (self._buffer.shape, self._buffer.dtype)
+            and predicted.is_contiguous(memory_format=self._order)
+            and predicted.untyped_storage().data_ptr() != self.input.untyped_storage().data_ptr()
+        )
 
 
 def _plain(spec: NetworkSpec, dtype: torch.dtype) -> dict[str, StepInput]:
@@ -132,7 +149,8 @@ def denoisers(source: NetworkSource, target: Target, *, fuse_norms: bool | None 
     device, dtype = torch.device(target.device), getattr(torch, target.dtype)
     host = source.module()
     module = module_on(host, device, dtype)
-    if len(source.spec.sample_shape) == 3 and all(weight.ndim < 5 for weight in module.parameters()):
+    channels_last = len(source.spec.sample_shape) == 3 and all(weight.ndim < 5 for weight in module.parameters())
+    if channels_last:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if fuse_norms is None:
         has_triton = importlib.util.find_spec("triton") is not None
@@ -140,18 +158,18 @@ def denoisers(source: NetworkSource, target: Target, *, fuse_norms: bool | None 
     fuse: Callable[[fx.Graph], None] | None = None
     if fuse_norms:
         from skipstep.backends.torch_fusion import fuse_norms as fuse
-    networks = SplitNetworks(module, host, source.spec, fuse=fuse)
+    networks = SplitNetworks(module, host, source.spec, fuse=fuse, channels_last=channels_last)
     run: Callable[[nn.Module], Callable[..., Tensor]] = _compiled if target.compiled else lambda module: module
 
     def make(batch_size: int) -> TorchDeviceDenoiser:
-        inputs, fallback = None, None
+        inputs, fallback, last = None, None, False
         forward: nn.Module = module
         try:
             network = networks.at(batch_size)
         except NotTraceableError as refusal:
             fallback = f"the whole network runs at every stage: {refusal}"
         else:
-            forward = network.step
+            forward, last = network.step, network.channels_last
             inputs = HostInputs(network.early, source.spec, network.step_tensors(batch_size), batch_size=batch_size)
         return TorchDeviceDenoiser(
             run(forward),
@@ -162,6 +180,7 @@ def denoisers(source: NetworkSource, target: Target, *, fuse_norms: bool | None 
             tf32=target.precision == "tf32",
             inputs=inputs,
             fallback=fallback,
+            channels_last=last,
         )
 
     return make

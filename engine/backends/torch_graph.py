@@ -51,8 +51,9 @@ class Trace:
         return self.low <= batch_size and (self.high is None or batch_size <= self.high)
 
 
-def trace(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int) -> Trace:
-    """Trace a module where it is, for this batch size and what others the module treats alike.
+def trace(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int, channels_last: bool = False) -> Trace:
+    """Trace a module where it is, for this batch size and what others the module treats alike, and for samples in
+    this order in memory.
 
     Raises NotTraceableError for control flow that depends on values, for a batch size that the module makes a
     constant, and for state that the module changes.
@@ -60,7 +61,8 @@ def trace(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int) -> Tra
     parameter = next(module.parameters(), torch.zeros(()))
     # A dimension of size 1 would be taken for a constant.
     traced = max(2, batch_size)
-    given = [torch.zeros(traced, *spec.sample_shape, device=parameter.device, dtype=parameter.dtype)]
+    sample = torch.zeros(traced, *spec.sample_shape, device=parameter.device, dtype=parameter.dtype)
+    given = [sample.to(memory_format=torch.channels_last) if channels_last else sample]
     given.append(torch.zeros(traced, device=parameter.device, dtype=timestep_dtype(spec)))
     conditioning = zero_conditioning(spec, traced)
     for each in conditioning.values():

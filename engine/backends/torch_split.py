@@ -6,6 +6,7 @@ the GPU; the earlier parts are computed in float32, from the weights in host mem
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -58,11 +59,12 @@ class TorchEarly(EarlyParts):
 @dataclass(frozen=True, slots=True)
 class SplitNetwork:
     """`step(sample, *step inputs)` on the device, `inputs` by name in that order, the sample first; and what computes
-    them."""
+    them. `channels_last`: the order of the sample in memory."""
 
     step: nn.Module
     early: TorchEarly
     inputs: Mapping[str, Tensor]
+    channels_last: bool
 
     def step_tensors(self, batch_size: int) -> dict[str, StepTensor]:
         """The step inputs at this batch size."""
@@ -74,7 +76,8 @@ class SplitNetwork:
 
 
 class SplitNetworks:
-    """A module split for any batch size. `host` is the same module in float32 on the CPU; `fuse` rewrites the step."""
+    """A module split for any batch size. `host` is the same module in float32 on the CPU; `fuse` rewrites the step.
+    `channels_last`: it is to take samples in this order, if it can."""
 
     def __init__(
         self,
@@ -83,8 +86,10 @@ class SplitNetworks:
         spec: NetworkSpec,
         *,
         fuse: Callable[[fx.Graph], None] | None = None,
+        channels_last: bool = False,
     ) -> None:
         self._module, self._host, self._spec, self._fuse = module, host, spec, fuse
+        self._channels_last = channels_last
         self._made: list[tuple[Trace, SplitNetwork]] = []
 
     def at(self, batch_size: int) -> SplitNetwork:
@@ -92,16 +97,25 @@ class SplitNetworks:
         for traced, network in self._made:
             if traced.holds_for(batch_size):
                 return network
-        traced = trace(self._module, self._spec, batch_size=batch_size)
+        traced = self._trace(batch_size)
         if not traced.holds_for(batch_size):
             raise NotTraceableError(f"torch.export traces it for batch sizes from {traced.low} to {traced.high} only")
         simplify(traced.graph)
         parts = split(traced.graph)
         if self._fuse is not None:
             self._fuse(parts.step)
-        network = SplitNetwork(runnable(parts.step, traced.tensors), self._early(traced, parts), _inputs(parts.step))
+        step = runnable(parts.step, traced.tensors)
+        network = SplitNetwork(step, self._early(traced, parts), _inputs(parts.step), self._channels_last)
         self._made.append((traced, network))
         return network
+
+    def _trace(self, batch_size: int) -> Trace:
+        if self._channels_last:
+            with contextlib.suppress(NotTraceableError):
+                return trace(self._module, self._spec, batch_size=batch_size, channels_last=True)
+            # It views its sample as another shape, which only the plain order allows.
+            self._channels_last = False
+        return trace(self._module, self._spec, batch_size=batch_size)
 
     def _early(self, traced: Trace, parts: Split) -> TorchEarly:
         held = {**dict(self._host.named_parameters()), **dict(self._host.named_buffers())}

@@ -81,7 +81,7 @@ def _rows_of(name: str, condition: Condition, request: SampleRequest) -> tuple[N
             null = null_row(condition) if condition.fills else values
         halves.append(null)
     if not condition.shape:
-        return distinct(np.concatenate([np.broadcast_to(half, count) for half in halves]))
+        return distinct(np.concatenate([half if len(half) == count else half.repeat(count) for half in halves]))
     places = [np.zeros(count, np.int64) if len(half) == 1 else np.arange(count) for half in halves]
     if halves[-1] is values:  # Both halves share it.
         return values, np.concatenate(places)

@@ -25,11 +25,12 @@ Piece = TypeVar("Piece")
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A tensor of a block. `padded`: each of its rows begins at an aligned address."""
+    """A tensor of a block. `padded`: each of its rows begins at an aligned address. `channels_last`: of images."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     padded: bool = False
+    channels_last: bool = False
 
     @property
     def pitch(self) -> int:
@@ -85,7 +86,11 @@ class Block:
         for name, each in self._fields.items():
             start = self.starts[name]
             rows = memory[start : start + each.shape[0] * each.pitch].view(each.dtype).view(each.shape[0], -1)
-            views[name] = rows[:, : math.prod(each.shape[1:])].view(each.shape)
+            values, (count, *shape) = rows[:, : math.prod(each.shape[1:])], each.shape
+            if each.channels_last:
+                views[name] = values.view(count, *shape[1:], shape[0]).movedim(-1, 1)
+            else:
+                views[name] = values.view(each.shape)
         return views
 
 
@@ -116,6 +121,16 @@ def step_input_fields(denoiser: DeviceDenoiser, num_stages: int) -> dict[str, Fi
         )
         for name, each in denoiser.step_inputs.items()
     }
+
+
+def is_channels_last(denoiser: DeviceDenoiser) -> bool:
+    """Whether it reads and writes images in channels-last order; the state is then kept in that order."""
+    return not (denoiser.input.is_contiguous() and denoiser.output.is_contiguous())
+
+
+def state_zeros(device: Device, shape: tuple[int, ...], *, channels_last: bool) -> Tensor:
+    zeros = device.zeros(shape, torch.float32)
+    return zeros.to(memory_format=torch.channels_last) if channels_last else zeros
 
 
 def write(view: NDArray[Any] | Tensor, value: Any) -> None:

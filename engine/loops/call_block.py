@@ -47,10 +47,17 @@ class HostCall:
 
 
 class CallBlock(Block):
-    """The block of B = `count` samples; `step_inputs` are those that all stages share."""
+    """The block of B = `count` samples; `step_inputs` are those that all stages share. `channels_last`: the order of
+    the state in memory, on the device and in host memory; calls bring and take samples in any."""
 
     def __init__(
-        self, device: Device, count: int, sample_shape: tuple[int, ...], step_inputs: Mapping[str, Field]
+        self,
+        device: Device,
+        count: int,
+        sample_shape: tuple[int, ...],
+        step_inputs: Mapping[str, Field],
+        *,
+        channels_last: bool = False,
     ) -> None:
         fields = {
             "seeds": Field((count,), torch.int64),
@@ -60,7 +67,7 @@ class CallBlock(Block):
             "counter": Field((1,), torch.int32),
             **step_inputs,
             "broken": Field((count,), torch.int32),
-            "state": Field((count, *sample_shape), torch.float32),
+            "state": Field((count, *sample_shape), torch.float32, channels_last=channels_last),
         }
         super().__init__(device, fields)
         self._here = self._host_call(self.memory, {})

@@ -29,7 +29,7 @@ from skipstep.kernels.launch import StepLaunch
 from skipstep.kernels.layout import StepFlags
 from skipstep.kernels.statistics import Thresholding, sample_statistics
 from skipstep.kernels.step import ddim_step
-from skipstep.loops.buffers import Field, StagedBlock, Staging
+from skipstep.loops.buffers import Field, StagedBlock, Staging, is_channels_last
 from skipstep.loops.contract import Array, call_flags
 from skipstep.loops.places import COPIES, Places
 from skipstep.networks.graphs import StepInputs
@@ -86,13 +86,16 @@ class DeviceMix:
     ) -> None:
         # A module may be another graph at another size: those that read what the largest does.
         largest = denoisers[max(denoisers)]
-        self._denoisers = {n: each for n, each in denoisers.items() if each.step_inputs == largest.step_inputs}
+        alike = largest.step_inputs, is_channels_last(largest)
+        self._denoisers = {
+            n: each for n, each in denoisers.items() if (each.step_inputs, is_channels_last(each)) == alike
+        }
         sizes = sorted(self._denoisers)
         self.batch_sizes = tuple(sizes[: 1 + sum(size < max_rows for size in sizes)])
         self._device, self._network, self._launches = device, network, launches
         self._held, self._watched, self._records = held, watched, records
         self._compute = largest.compute
-        self._places = Places(device, network, largest.step_inputs, 2 * self.batch_sizes[-1], num_stages)
+        self._places = Places(device, network, largest, 2 * self.batch_sizes[-1], num_stages)
         self._turns: dict[int, _Turn] = {}
         self._last: Event | None = None
         shape = (1, *network.sample_shape)
@@ -186,6 +189,7 @@ class _Turn:
         device.stream.follow(device.caller_stream())
         # A graph uses it as long as it lives.
         self._context: Enqueue = denoiser.new_context()
+        self._output = denoiser.output
         self._evaluate = self._recorded(self._launch_evaluation, denoiser.capture_refusal is None)
         self._steps: dict[Kind, tuple[StagedBlock, Work]] = {}
 
@@ -197,7 +201,9 @@ class _Turn:
             self._device.stream.follow(self._device.caller_stream())  # It was filled with zeros there.
             samples.fill({"samples": _left_out(count)})
             chosen = samples.tensors["samples"]
-            self._steps[kind] = samples, self._recorded(lambda: self._launch_step(kind, chosen), True)
+            # A graph reads memory that stays where it is, so the evaluation must be one, too.
+            recordable = self._evaluate != self._launch_evaluation
+            self._steps[kind] = samples, self._recorded(lambda: self._launch_step(kind, chosen), recordable)
         return self._steps[kind]
 
     def launch(self, chosen: Sequence[tuple[PlacedSample, int]]) -> None:
@@ -236,11 +242,12 @@ class _Turn:
             else:
                 torch.index_select(values.flatten(0, 1), 0, rows["copy"], out=out)
         self._context(self._inputs, 0)
+        self._output = self._denoiser.output
 
     def _launch_step(self, kind: Kind, samples: Tensor) -> None:
         (flags, thresholding), kept = kind, self._places.tensors
         table = kept["table"].flatten(0, 1)
-        output = self._denoiser.output[: len(samples) * (2 if flags.guided else 1)]
+        output = self._output[: len(samples) * (2 if flags.guided else 1)]
         rescale = bound = None
         if flags.rescale or flags.threshold:
             place = samples[:, 0].clamp(min=0)

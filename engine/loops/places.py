@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from skipstep.backends.denoiser import StepInput
+from skipstep.backends.denoiser import DeviceDenoiser
 from skipstep.calls.request import SampleRequest
 from skipstep.cuda.device import Device
 from skipstep.errors import DeviceMemoryError
 from skipstep.kernels.layout import NUM_COLUMNS, NUM_SLOTS
 from skipstep.kernels.step import initial_noise
-from skipstep.loops.buffers import Field, StagedBlock
+from skipstep.loops.buffers import Field, StagedBlock, is_channels_last, state_zeros
 from skipstep.networks.graphs import StepInputs
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.stages import Stages
@@ -30,12 +28,14 @@ class Places:
 
     `tensors` by name, their first dimension is the place; the network's step inputs (`step_input`) are `[count,
     num_stages, COPIES, …]`, or `[count, COPIES, …]` where all stages share them. `free`: the places without a sample.
+    `denoiser`: a network that reads them.
     """
 
     def __init__(
-        self, device: Device, network: NetworkSpec, step_inputs: Mapping[str, StepInput], count: int, num_stages: int
+        self, device: Device, network: NetworkSpec, denoiser: DeviceDenoiser, count: int, num_stages: int
     ) -> None:
-        self._device, self._network, self._step_inputs = device, network, step_inputs
+        self._device, self._network, self._denoiser = device, network, denoiser
+        self._step_inputs, last = denoiser.step_inputs, is_channels_last(denoiser)
         self.count, self.num_stages = count, num_stages
         self.free = list(range(count))
 
@@ -44,15 +44,15 @@ class Places:
 
         try:
             self.tensors = {
-                "state": zeros(*network.sample_shape),
-                "x0": zeros(*network.sample_shape),
+                "state": state_zeros(device, (count, *network.sample_shape), channels_last=last),
+                "x0": state_zeros(device, (count, *network.sample_shape), channels_last=last),
                 "history": zeros(NUM_SLOTS, *network.sample_shape),
                 "table": zeros(num_stages, NUM_COLUMNS),
                 "seeds": zeros(dtype=torch.int64),
                 "guidance": zeros(),
                 "rescale": zeros(),
             }
-            for name, each in step_inputs.items():
+            for name, each in self._step_inputs.items():
                 stages = (num_stages,) if each.per_stage else ()
                 self.tensors[_key(name)] = zeros(*stages, COPIES, *each.shape, dtype=getattr(torch, each.dtype))
             # What one request brings, in one copy to the device, from where its parts go to their place.
@@ -105,7 +105,7 @@ class Places:
         """With all that is kept here, and twice the room in which it lacked some: places, or stages."""
         count = self.count if self.free else 2 * self.count
         stages = self.num_stages if num_stages <= self.num_stages else max(num_stages, 2 * self.num_stages)
-        larger = Places(self._device, self._network, self._step_inputs, count, stages)
+        larger = Places(self._device, self._network, self._denoiser, count, stages)
         larger.free = [*self.free, *range(self.count, count)]
 
         def work() -> None:

@@ -25,11 +25,14 @@ from skipstep.kernels.launch import DEFAULT_LAUNCH, StepLaunch
 from skipstep.kernels.layout import NUM_COLUMNS
 from skipstep.kernels.statistics import sample_statistics
 from skipstep.kernels.step import ddim_step, initial_noise
-from skipstep.loops.buffers import Field, StagedBlock, step_input_fields
+from skipstep.loops.buffers import Field, StagedBlock, is_channels_last, state_zeros, step_input_fields
 from skipstep.loops.call_block import CallBlock, HostCall, PendingSamples
 from skipstep.loops.structure import Structure
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.stages import Stages
+
+# Of values by conditions that a workspace keeps.
+_KEPT_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,8 @@ class Workspace:
     """Memory for `structure`, and what is launched on it. All methods want the engine's lock held.
 
     `alone`: a denoiser of half the batch, for the stages that a guided call makes without guidance. They run the whole
-    batch where there is none, or where it reads other step inputs: a module may be another graph at another size.
+    batch where there is none, or where it reads other step inputs: a module may be another graph at another size. The
+    state is in the network's order in memory, so nothing is converted between stages.
     """
 
     def __init__(
@@ -59,14 +63,16 @@ class Workspace:
         launch: StepLaunch = DEFAULT_LAUNCH,
     ) -> None:
         self.device, self.denoiser, self.structure = device, denoiser, structure
-        self._alone = None if alone is None or alone.step_inputs != denoiser.step_inputs else alone
+        last = is_channels_last(denoiser)
+        alike = alone is not None and (alone.step_inputs, is_channels_last(alone)) == (denoiser.step_inputs, last)
+        self._alone = alone if alike else None
         self._network, self._launch = network, launch
         count, stages = structure.num_samples, len(structure)
         inputs = step_input_fields(denoiser, stages)
         self._shared = [name for name, each in denoiser.step_inputs.items() if not each.per_stage]
         shape = (count, *network.sample_shape)
         shared = {name: each for name, each in inputs.items() if name in self._shared}
-        self._call = CallBlock(device, count, network.sample_shape, shared)
+        self._call = CallBlock(device, count, network.sample_shape, shared, channels_last=last)
         table = Field((stages, structure.rows, NUM_COLUMNS), torch.float32)
         self._plan = StagedBlock(
             device, {"table": table, **{name: each for name, each in inputs.items() if name not in self._shared}}
@@ -82,9 +88,12 @@ class Workspace:
         self._stages: Stages | None = None
         self._conditions: tuple[tuple[str, bytes], ...] | None = None
         self._values: dict[str, NDArray[Any]] = {}
+        # Those values by the conditions that they follow from: labels come again.
+        self._known: dict[tuple[tuple[str, bytes], ...], dict[str, NDArray[Any]]] = {}
+        self._known_bytes = 0
         self._stages_depend = True
         self.state = self._call.tensors["state"]
-        self.x0 = device.zeros(shape, torch.float32) if keep_x0 else None
+        self.x0 = state_zeros(device, shape, channels_last=last) if keep_x0 else None
         # Zeros: what a step reads must be finite, also while graphs are recorded.
         slots = max(flags.num_slots for flags in structure.flags)
         self._history = device.zeros((slots, *shape), torch.float32) if slots else None
@@ -102,9 +111,12 @@ class Workspace:
         conditions = request.condition_bytes()
         same = conditions == self._conditions
         planned = stages is self._stages and (same or not self._stages_depend)
-        if not planned or not same:
+        if planned and not same and conditions in self._known:
+            self._values, self._conditions = self._known[conditions], conditions
+        elif not planned or not same:
             self._compute(stages, request, planned=planned)
             self._stages, self._conditions = stages, conditions
+            self._keep(conditions)
         if isinstance(request.x_T, Tensor):
             x_T = request.x_T
             self.device.stream.run(lambda: self.state.copy_(x_T, non_blocking=True))
@@ -122,6 +134,15 @@ class Workspace:
             per_stage = [name for name in self._step_inputs if name not in self._shared]
             self._plan.fill({"table": stages.table, **{name: values.expanded(name) for name in per_stage}})
         self._values = {name: values.expanded(name) for name in self._shared}
+
+    def _keep(self, conditions: tuple[tuple[str, bytes], ...]) -> None:
+        """The values that were computed, if nothing else has to be computed for these conditions."""
+        num_bytes = sum(len(data) for _, data in conditions) + sum(each.nbytes for each in self._values.values())
+        if not self._stages_depend and num_bytes <= _KEPT_BYTES:
+            if self._known_bytes + num_bytes > _KEPT_BYTES:
+                self._known, self._known_bytes = {}, 0
+            self._known[conditions] = self._values
+            self._known_bytes += num_bytes
 
     def draw(self, launch: Work, call: HostCall, out: Any) -> PendingSamples:
         """Enqueue a whole loop between its copies. The first samples go to `out`, a NumPy array or a tensor."""
@@ -159,13 +180,14 @@ class Workspace:
         says which flags."""
         flags = self.structure.flags[stage]
         call, counter = self._call.tensors, self.counter if counted else None
-        place, output = stage if counter is None else counter, self.denoiser.output
+        place = stage if counter is None else counter
         if flags.doubled and self._alone is not None and contexts.alone is not None:
             self._alone.input.copy_(self.state)
             contexts.alone(self._half_inputs, place)
             output = self._alone.output
         else:
             contexts.whole(self._step_inputs, place)
+            output = self.denoiser.output
             if flags.doubled:  # Of the predictions with the condition, which come first.
                 output = output[: self.structure.num_samples]
         rescale = bound = None

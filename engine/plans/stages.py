@@ -78,7 +78,7 @@ class Stages:
     def network_timesteps(self, copies: int, batch_size: int) -> NDArray[np.float64]:
         """Timesteps `[E, copies·B]` of the network's batch; `copies` is the batch multiplier."""
         rows = self.timesteps.shape[1]
-        return np.tile(self.timesteps, (1, copies if rows == batch_size else copies * batch_size))
+        return np.concatenate([self.timesteps] * (copies if rows == batch_size else copies * batch_size), axis=1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -48,6 +48,16 @@ def test_half_precision():
 
 
 @pytest.mark.usefixtures("cuda")
+def test_images_in_channels_last_order():
+    PRETENCES["tensors"] = {(name, "format"): TensorFormat.HWC for name in ("sample", "out_sample")}
+    network = denoiser()
+    for image in (network.input, network.output):
+        assert image.is_contiguous(memory_format=torch.channels_last)
+        assert not image.is_contiguous()
+    assert_predicts(network, step_networks.call(3, 3))
+
+
+@pytest.mark.usefixtures("cuda")
 def test_aligned_rows_are_read_where_they_stand():
     network, given = denoiser(), step_networks.call(4, 3)
     per_stage = {name for name, each in network.step_inputs.items() if each.per_stage}
@@ -238,8 +248,8 @@ def test_step_inputs_that_no_loop_should_give(change):
 def test_from_a_network(monkeypatch, precision):
     asked = []
 
-    def build(step, target, sizes, *, device, options, tf32, again):
-        assert (device, options, tf32, again) == (0, TensorRTOptions(refit=True), False, False)
+    def build(step, target, sizes, *, device, options, tf32, channels_last, again):
+        assert (device, options, tf32, channels_last, again) == (0, TensorRTOptions(refit=True), False, True, False)
         asked.append((str(target), sizes, step))
         return fake_tensorrt.engine_of(step, *sizes), {}
 

@@ -74,6 +74,13 @@ class OneSize(nn.Module):
         return x if x.shape[0] == 1 else x.view(2, 1, 4, 4)
 
 
+class Viewing(nn.Module):
+    """Takes samples in plain order only."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return (x.view(x.shape[0], -1) * 0.5).view(x.shape)
+
+
 class Noisy(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return x + torch.rand_like(t.to(x.dtype)).view(-1, 1, 1, 1)
@@ -86,6 +93,8 @@ CASES = {
     "closed form": (Labelled, NetworkSpec((1, 4, 4), 10)),
     "a curve": (Curve, SMALL),
     "a batch's mean": (Wide, SMALL),
+    "two channels": (Curve, NetworkSpec((2, 4, 4))),
+    "views": (Viewing, NetworkSpec((2, 4, 4))),
     "no time": (Timeless, SMALL),
     "in place": (InPlace, SMALL),
     "in pieces": (Pieces, SMALL),
@@ -138,6 +147,7 @@ def test_the_parts_give_what_the_module_gives(case):
     for batch_size in (1, 3):
         denoiser, given = of_size(batch_size), a_call(spec, batch_size)
         assert denoiser.fallback is None
+        assert denoiser.input.is_contiguous() == (case != "two channels")
         wanted = expected(module, spec, given)
         np.testing.assert_allclose(
             predictions(denoiser, given), wanted, rtol=0, atol=FLOAT32_NETWORK * np.abs(wanted).max()

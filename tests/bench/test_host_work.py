@@ -10,17 +10,17 @@ from skipstep.bench.host_work import CASES, IdleDevice, idle_engine, microsecond
 
 @pytest.mark.parametrize("case", CASES)
 def test_calls_are_measured_as_they_are(case, monkeypatch):
-    arguments, varies = CASES[case]
+    arguments, labels = CASES[case]
     with idle_engine(3) as engine:
         assert {report.loop for report in engine.captures} == {"captured"}
         taken = []
         monkeypatch.setattr(IdleDevice, "staging", lambda self, num_bytes: taken.append(num_bytes))
-        assert microseconds(engine, {"steps": 3, **arguments}, varies, calls=3) > 0
+        assert microseconds(engine, {"steps": 3, **arguments}, labels, calls=3) > 0
     assert taken == []
 
 
-def calls_of(engine, **arguments):
-    """How many functions a call enters, Python's and C's."""
+def calls_of(engine, *, label=3, **arguments):
+    """How many functions a call enters, Python's and C's, that has this label after one with another."""
     entered = 0
 
     def count(frame, event, argument):
@@ -28,11 +28,11 @@ def calls_of(engine, **arguments):
         entered += event in ("call", "c_call")
 
     out = torch.zeros(1, 3, 32, 32)
-    for seed in range(3):
-        engine.sample(seeds=[seed], out=out, class_labels=3, **arguments)
+    for seed in range(4):
+        engine.sample(seeds=[seed], out=out, class_labels=seed, **arguments)
     sys.setprofile(count)
     try:
-        engine.sample(seeds=[3], out=out, class_labels=3, **arguments)
+        engine.sample(seeds=[3], out=out, class_labels=label, **arguments)
     finally:
         sys.setprofile(None)
     return entered
@@ -46,3 +46,10 @@ def test_the_host_does_little_and_no_more_for_more_steps():
             entered[steps] = calls_of(engine, steps=steps)
     assert entered[10] == entered[200]
     assert entered[10] <= 180
+
+
+def test_a_label_that_comes_again_costs_next_to_nothing():
+    with idle_engine(10) as engine:
+        same, known, new = (calls_of(engine, steps=10, guidance_scale=2.0, label=label) for label in (3, 1, 7))
+    assert known <= same + 10
+    assert new > known + 20, "it is computed"

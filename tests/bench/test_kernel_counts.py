@@ -11,7 +11,7 @@ from skipstep.bench.models import open_subject
 
 # Of the whole module, of the step with torch's norms and of the step with ours, at batch 1 in channels-last order.
 # Another release of torch may take an operation apart in another way.
-MOST = {"fashion-mnist": (348, 293, 136), "cifar10-architecture": (628, 541, 245)}
+MOST = {"fashion-mnist": (347, 292, 136), "cifar10-architecture": (629, 540, 245)}
 
 
 def counted(work) -> KernelCount:
@@ -23,10 +23,12 @@ def counted(work) -> KernelCount:
 def test_the_rule():
     x = torch.zeros(1, 4, 6, 6)
     conv, norm, linear = nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4), nn.Linear(6, 3)
-    last = x.contiguous(memory_format=torch.channels_last)
+    last, conv_last = (each.contiguous(memory_format=torch.channels_last) for each in (x, conv.weight))
     cases = {
         "a convolution and its bias": (lambda: conv(x), 1, 2),
         "without a bias": (lambda: nn.functional.conv2d(x, conv.weight), 1, 1),
+        "an image in another order": (lambda: nn.functional.conv2d(x, conv_last), 1, 2),
+        "an image in the same order": (lambda: nn.functional.conv2d(last, conv_last), 1, 1),
         "views": (lambda: x.view(4, 36).transpose(0, 1)[1:].unsqueeze(0).expand(2, -1, -1), 0, 0),
         "an allocation": (lambda: torch.empty_like(x), 0, 0),
         "a copy that is needed": (lambda: x.transpose(1, 2).reshape(-1), 1, 1),
@@ -56,7 +58,7 @@ def test_no_change_adds_a_launch(model, tmp_path):
 @pytest.mark.slow
 def test_the_cifar_step_is_of_few_operations(tmp_path):
     found = torch_counts(open_subject("cifar10-architecture", folder=tmp_path))["torch, the step"]
-    assert found.operations.total() <= 180
+    assert found.operations.total() <= 179
 
 
 def test_the_rule_for_norms_of_ours():

@@ -68,7 +68,7 @@ def launches():
     for dtype, size, launch in itertools.product(("float16", "bfloat16", "float32"), SIZES, LAUNCHES):
         network = Pointer(dtype)
         for copies, chooses in ((1, False), (2, True)):
-            options = {"STREAM": 0, "COPIES": copies, "CHOOSES": chooses, "BLOCK": launch.block_size}
+            options = {"STREAM": 0, "COPIES": copies, "CHOOSES": chooses, "CHANNELS": 0, "BLOCK": launch.block_size}
             yield philox_normal_kernel, (f32, network, i64, i32, size, 0), options, launch.num_warps
     # Every set of flags meets every size and stage, and each dtype and launch meets every set.
     for flags, (index, (size, stage)) in itertools.product(FLAGS, enumerate(itertools.product(SIZES, STAGES))):
@@ -80,6 +80,7 @@ def launches():
             counted=index == 4,
             checked=index % 4 != 3,
             placed=index == 6,
+            channels=3 if index % 4 == 2 and size > 1 else 0,
         )
         state = (f32, f32, network, network, f32, f32, f32, i64, f32, f32, f32, i32, i32, size, stage)
         yield ddim_step_kernel, state, {**options, "BLOCK": launch.block_size}, launch.num_warps

@@ -56,9 +56,8 @@ def bare_facts(arch: int, dtype: str):
     return inspect_kernel(ptx, cubin, arch=arch, variant="plain", dtype=dtype)
 
 
-def placed_facts(arch: int, variant: str, dtype: str):
-    """As it steps some of the samples that are kept, each at its own stage."""
-    constants = step_constants(VARIANTS[variant], per_sample=False, store_x0=False, placed=True)
+def facts_with(arch: int, variant: str, dtype: str, **options: int):
+    constants = step_constants(VARIANTS[variant], per_sample=False, store_x0=False, **options)
     ptx, cubin = compile_kernel(ddim_step_kernel, arch, step_pointers(dtype), constants)
     return inspect_kernel(ptx, cubin, arch=arch, variant=variant, dtype=dtype)
 
@@ -67,6 +66,9 @@ if __name__ == "__main__":
     arch = int(sys.argv[1])
     steps = [inspect_step(arch, *case) for case in itertools.product(VARIANTS, DTYPES)]
     bare = [bare_facts(arch, dtype) for dtype in DTYPES]
-    placed = [placed_facts(arch, *case) for case in itertools.product(VARIANTS, DTYPES)]
-    found = {"steps": steps, "bare": bare, "placed": placed}
+    # Some of the samples that are kept, each at its own stage.
+    placed = [facts_with(arch, *case, placed=True) for case in itertools.product(VARIANTS, DTYPES)]
+    drawing = ("plain", "everything", "learned_variance")
+    last = [facts_with(arch, *case, channels=3) for case in itertools.product(drawing, DTYPES)]
+    found = {"steps": steps, "bare": bare, "placed": placed, "channels_last": last}
     print(json.dumps({name: [asdict(facts) for facts in each] for name, each in found.items()}))

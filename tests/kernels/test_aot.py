@@ -123,6 +123,16 @@ def test_generated_code(arch):
         # By 128 threads: with 64 registers eight blocks fit on every one of these architectures, with 72 seven.
         assert kernel["registers"] <= (72 if variant in ("learned_variance", "ring") else 64), case
 
+    # Channels-last samples are read and written as plain ones; where noise is drawn, each element draws its own block.
+    for kernel in facts["channels_last"]:
+        plain = steps[kernel["variant"], kernel["dtype"]]
+        if not TRAFFIC[kernel["variant"]].seeds:
+            assert kernel == plain
+        elif kernel["variant"] == "everything":
+            assert kernel["global_accesses"] == plain["global_accesses"]
+        assert (kernel["spill_instructions"], kernel["local_bytes"], kernel["fused_multiply_adds"]) == (0, 0, 0)
+        assert kernel["registers"] <= 96
+
 
 @pytest.mark.parametrize("arch", architectures())
 def test_generated_code_of_norms(arch):

@@ -98,6 +98,14 @@ NARROW = {"model_output": torch.zeros(2, 1, 4, 4), "network_input": torch.zeros(
             {"model_output": torch.zeros(4, 4, 4, 1).permute(0, 3, 1, 2)[:, :, ::1, ::1].transpose(2, 3)},
             "not contiguous",
         ),
+        (
+            {
+                "state": torch.zeros(2, 3, 4, 4),
+                "model_output": torch.zeros(4, 3, 4, 4).to(memory_format=torch.channels_last),
+                "network_input": torch.zeros(4, 3, 4, 4),
+            },
+            "state [2, 3, 4, 4] torch.float32 on cpu, not contiguous",
+        ),
         ({"network_input": torch.zeros(4, 1, 4, 5)}, "network_input [4, 1, 4, 5]"),
         ({"network_input": torch.zeros(4, 1, 4, 4, device="meta")}, "on meta"),
         ({"table": torch.zeros(3, 1, 5)}, "table [3, 1, 5]"),

@@ -143,6 +143,44 @@ GENERAL = {
 }
 
 
+@pytest.mark.parametrize("name", ["wide", "learned variance", "everything, slot 1 written"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_the_order_of_the_network_changes_no_bit(name, channels, kernel_device):
+    """Nor of the state, nor of its noise."""
+    flags, shape, rng = GENERAL[name], (3, channels, 31, 11), np.random.default_rng(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(kernel_device)
+
+    output = normal(3 * (1 + flags.guided), channels * (1 + flags.wide_output), *shape[2:])
+    given, history, table = normal(*shape), normal(NUM_SLOTS, *shape), normal(2, 1, NUM_COLUMNS)
+    common = {"table": table, "flags": flags, "stage": 1, "seeds": seeds_tensor(3, kernel_device)}
+    for each in ("guidance", "rescale", "bound"):
+        common[each] = normal(3).abs() + 1
+    found = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        network_input = normal(3 * flags.input_copies, *shape[1:]).to(memory_format=order)
+        state, x0 = (torch.empty_like(given).to(memory_format=order) for _ in range(2))
+        state.copy_(given)
+        last = order == torch.channels_last
+        kept = history.movedim(2, -1).contiguous().view(history.shape) if last else history.clone()
+        ddim_step(
+            state=state,
+            model_output=output.to(memory_format=order),
+            network_input=network_input,
+            history=kept,
+            x0=x0,
+            **common,
+        )
+        first = torch.empty_like(network_input)
+        noise = torch.empty_like(state)
+        initial_noise(state=noise, network_input=first, seeds=common["seeds"])
+        kept = kept.view(-1, 3, *shape[2:], channels).movedim(-1, 2) if last else kept
+        found.append((state, network_input, kept, x0, noise, first))
+    for ours, plain in zip(*found, strict=True):
+        assert torch.equal(ours, plain)
+
+
 def test_the_twin_guides_half_precision_predictions_in_float32():
     rng = np.random.default_rng(0)
     output = rng.standard_normal((6, 1, 64, 1)).astype(np.float16)

@@ -52,7 +52,7 @@ def test_what_would_fit_is_said(device):
 def test_a_lost_context_ends_the_engine(device):
     loop, _ = loops(device)
     stages = Stages.of([PLANS["ddim"]])
-    request, out = request_of(stages), np.empty((3, 1, 5, 7), np.float32)
+    request, out = request_of(stages), np.empty((3, 2, 5, 7), np.float32)
     loop.enqueue(stages, request, out).wait()
     device.lost = True
     device.faults["enqueue"] = (0, RuntimeError("CUDA error: an illegal memory access was encountered\ndetails"))

@@ -81,21 +81,21 @@ def test_steps_without_guidance_are_evaluated_on_half_the_batch(device, name, wa
 
 
 def test_plans_per_sample_latents_and_a_learned_variance(device):
-    spec = NetworkSpec((1, 5, 7))
+    spec = NetworkSpec((2, 5, 7))
     loop, host = loops(device, LearnedVariance(), spec, required=True)
     plans = [
         Plan(schedule=SCHEDULE, steps=4, solver="ddpm", variance="learned_range", spacing=spacing)
         for spacing in ("trailing", "leading", "quadratic")
     ]
     stages = Stages.of(plans)
-    x_T = np.random.default_rng(0).standard_normal((3, 1, 5, 7)).astype(np.float32)
+    x_T = np.random.default_rng(0).standard_normal((3, 2, 5, 7)).astype(np.float32)
     request = request_of(stages, spec, x_T=x_T, class_labels=None, num_plans=3)
     np.testing.assert_allclose(drawn(loop, stages, request), drawn(host, stages, request), rtol=0, atol=FLOAT32_LOOP)
 
 
 def test_one_graph_serves_every_plan_seed_label_and_latent_of_its_structure(device):
     loop, host = loops(device, required=True)
-    x_T = np.random.default_rng(1).standard_normal((3, 1, 5, 7)).astype(np.float32)
+    x_T = np.random.default_rng(1).standard_normal((3, 2, 5, 7)).astype(np.float32)
     for plan, arguments in [
         (PLANS["ddim"], {}),
         (PLANS["ddim"], {"seeds": [7, 8, 9], "class_labels": [0, 0, 2]}),
@@ -116,7 +116,7 @@ def test_a_call_is_one_launch(device):
     drawn(loop, stages, request_of(stages))
     device.launches.clear()
     device.waits = 0
-    pending = loop.enqueue(stages, request_of(stages), np.empty((3, 1, 5, 7), np.float32))
+    pending = loop.enqueue(stages, request_of(stages), np.empty((3, 2, 5, 7), np.float32))
     assert device.waits == 0, "the host waits for nothing while it enqueues"
     pending.wait()
     assert len(device.launches) == 1
@@ -128,7 +128,7 @@ def test_a_call_is_one_piece_of_work_between_one_copy_in_and_one_out(device, mon
     """With the same events and the same host memory as the call before."""
     stages = Stages.of([PLANS["ddim"]])
     loop, host = loops(device, wanted=wanted)
-    x_T = np.random.default_rng(2).standard_normal((3, 1, 5, 7)).astype(np.float32)
+    x_T = np.random.default_rng(2).standard_normal((3, 2, 5, 7)).astype(np.float32)
     arguments = {"x_T": x_T, "seeds": None} if given == "x_T" else {}
     drawn(loop, stages, request_of(stages, **arguments))
     device.finish()
@@ -141,7 +141,7 @@ def test_a_call_is_one_piece_of_work_between_one_copy_in_and_one_out(device, mon
         return copy(self, source, **options)
 
     monkeypatch.setattr(torch.Tensor, "copy_", counted)
-    pending = loop.enqueue(stages, request_of(stages, **arguments), np.empty((3, 1, 5, 7), np.float32))
+    pending = loop.enqueue(stages, request_of(stages, **arguments), np.empty((3, 2, 5, 7), np.float32))
     assert device.stream.enqueued - before == 2, "the wait for the caller's stream, and the work"
     pending.wait()
     assert taken == []
@@ -155,7 +155,7 @@ def test_calls_that_are_under_way_together_keep_their_own_samples(device):
     stages = Stages.of([PLANS["ddim"]])
     loop, host = loops(device)
     requests = [request_of(stages, seeds=[3 * each, 3 * each + 1, 3 * each + 2]) for each in range(7)]
-    outs = [np.empty((3, 1, 5, 7), np.float32) for _ in requests]
+    outs = [np.empty((3, 2, 5, 7), np.float32) for _ in requests]
     pending = [loop.enqueue(stages, request, out) for request, out in zip(requests, outs, strict=True)]
     for each in reversed(pending):
         assert each.wait() == {}
@@ -183,7 +183,7 @@ def test_observers_see_the_same(device):
     loop, host = loops(device)
     seen = {"device": [], "host": []}
     for name, each in (("device", loop), ("host", host)):
-        out = np.empty((3, 1, 5, 7), np.float32)
+        out = np.empty((3, 2, 5, 7), np.float32)
         run_observed(
             each,
             stages,
@@ -200,7 +200,7 @@ def test_the_state_can_be_set_between_evaluations(device):
     stages = Stages.of([PLANS["ddim"]])
     loop, _ = loops(device)
     with loop.start(stages, request_of(stages)) as run:
-        again = np.full((3, 1, 5, 7), 0.25, np.float32)
+        again = np.full((3, 2, 5, 7), 0.25, np.float32)
         run.set_state(again)
         np.testing.assert_array_equal(run.state(), again)
         np.testing.assert_array_equal(loop._denoisers[3].input.numpy(), again)
@@ -214,7 +214,7 @@ class Reads(torch.nn.Module):
 
 
 def test_a_network_that_reads_the_device_runs_stepwise_and_says_why(device):
-    spec = NetworkSpec((1, 5, 7))
+    spec = NetworkSpec((2, 5, 7))
     loop, host = loops(device, Reads(), spec)
     stages = Stages.of([PLANS["ddim"]])
     request = request_of(stages, spec, class_labels=None)
@@ -241,10 +241,10 @@ def broken_network(at: int) -> torch.nn.Module:
 @pytest.mark.parametrize("wanted", LADDER)
 def test_nan_in_the_middle_of_a_loop_is_found_after_it(device, wanted):
     """The step notes it on the device; nobody looks before the end."""
-    spec = NetworkSpec((1, 5, 7))
+    spec = NetworkSpec((2, 5, 7))
     stages = Stages.of([PLANS["ddim"]])
     loop, _ = loops(device, broken_network(int(stages.timesteps[2, 0])), spec, wanted=wanted)
-    out = np.empty((3, 1, 5, 7), np.float32)
+    out = np.empty((3, 2, 5, 7), np.float32)
     request = request_of(stages, spec, class_labels=None)
     assert loop.enqueue(stages, request, out).wait() == {1: 2}
     assert np.isfinite(out[[0, 2]]).all()
@@ -256,19 +256,19 @@ def test_what_the_caller_does_on_its_stream_comes_in_order(device):
     """x_T is written before the call and overwritten after it, `out` is read before it: all on the caller's stream."""
     loop, host = loops(device)
     stages = Stages.of([PLANS["ddim"]])
-    noise = torch.randn(3, 1, 5, 7, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(3, 2, 5, 7, generator=torch.Generator().manual_seed(0))
     expected = drawn(host, stages, request_of(stages, seeds=None, x_T=noise.numpy()))
     loop.prepare([stages])
     for seed in range(20):
         device._random.seed(seed)
-        x_T, out, before = torch.zeros(3, 1, 5, 7), torch.full((3, 1, 5, 7), 5.0), torch.zeros(3, 1, 5, 7)
+        x_T, out, before = torch.zeros(3, 2, 5, 7), torch.full((3, 2, 5, 7), 5.0), torch.zeros(3, 2, 5, 7)
         caller = device.caller_stream()
         caller.run(lambda x_T=x_T: x_T.copy_(noise))
         caller.run(lambda before=before, out=out: before.copy_(out))
         request = dataclasses.replace(request_of(stages, x_T=noise.numpy()), x_T=x_T)
         pending = loop.enqueue(stages, request, out)
         caller.run(lambda x_T=x_T: x_T.fill_(-7.0))
-        after = torch.zeros(3, 1, 5, 7)
+        after = torch.zeros(3, 2, 5, 7)
         caller.run(lambda after=after, out=out: after.copy_(out))
         pending.wait()
         device.finish()
@@ -278,11 +278,11 @@ def test_what_the_caller_does_on_its_stream_comes_in_order(device):
 
 
 def test_capture_that_is_required_is_had_or_refused(device):
-    spec = NetworkSpec((1, 5, 7))
+    spec = NetworkSpec((2, 5, 7))
     loop, _ = loops(device, Reads(), spec, required=True)
     stages = Stages.of([PLANS["ddim"]])
     with pytest.raises(CaptureError, match=r"run stepwise: torch cannot be recorded.*require_captured"):
-        loop.enqueue(stages, request_of(stages, spec, class_labels=None), np.empty((3, 1, 5, 7), np.float32))
+        loop.enqueue(stages, request_of(stages, spec, class_labels=None), np.empty((3, 2, 5, 7), np.float32))
     loop, _ = loops(device)
     loop._denoisers[3].capture_refusal = "its library records graphs of its own"
     loop.prepare([stages])

@@ -29,7 +29,8 @@ from skipstep.errors import (
 from skipstep.kernels.autotune import LaunchCase, TunedLaunch
 from skipstep.kernels.launch import StepLaunch
 
-SHAPE = (1, 3, 5)
+# More than one channel: the torch backend then has samples in channels-last order.
+SHAPE = (2, 3, 5)
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ def test_launches_that_were_tuned_are_recorded_anew_and_kept(device, monkeypatch
 
     monkeypatch.setattr("skipstep.kernels.autotune.tune_on_device", tune)
     [tuned] = engine.autotune()
-    assert cases == [LaunchCase(15, 2, "float32")]
+    assert cases == [LaunchCase(30, 2, "float32")]
     assert engine.calibration.launches == (tuned,)
     [(program, _)] = engine.runner.loop._programs.values()
     assert program.workspace._launch == tuned.launch
@@ -192,10 +193,11 @@ def test_a_network_that_the_device_computes_wrongly_is_refused(device, monkeypat
 
     def wrong(self, values, stage):
         right(self, values, max(0, stage - 1) if fault == "a stage behind" else stage)
-        if fault == "a wrong kernel":
-            self.output[-1, 0, 0, 0] += 0.01
-        elif fault == "samples that mix":
-            self.output.copy_(self.output.mean(dim=0, keepdim=True).expand_as(self.output))
+        with torch.inference_mode():
+            if fault == "a wrong kernel":
+                self.output[-1, 0, 0, 0] += 0.01
+            elif fault == "samples that mix":
+                self.output.copy_(self.output.mean(dim=0, keepdim=True).expand_as(self.output))
 
     monkeypatch.setattr(TorchDeviceDenoiser, "_enqueue", wrong)
     with pytest.raises(ExportError, match=r"torch computes in float32 at batch size \d, off by .*at most 0.0001"):
