@@ -55,6 +55,10 @@ class BuildOptions(ModelOptions, PartsOptions, total=False):
     calibration       with "int8" and "fp8": seeds to draw with, or a folder of .npz files, each with the arguments of
                       one call of `sample`, "conditions/NAME" for those by name (skipstep.quantizing).
     num_threads       of ONNX Runtime and OpenVINO on the CPU; None: all that the process may use. torch keeps its own.
+    loras             LoRA files of diffusers or kohya, [("style.safetensors", 0.8)], added to the network's weights
+                      and those of a pipeline's text encoders.
+    lora_rank         keep them beside the weights instead, for Engine.swap_loras, up to this rank (onnxruntime and
+                      torch on the CPU, float32).
     progress          called as progress(phase), in words, which the logger "skipstep" gets too.
     """
 
@@ -67,6 +71,8 @@ class BuildOptions(ModelOptions, PartsOptions, total=False):
     library: str | None
     compile_network: bool
     num_threads: int | None
+    loras: Iterable[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]] | None
+    lora_rank: int | None
     progress: Report | None
 
 
@@ -142,6 +148,8 @@ def build_network(
     library: str | None = None,
     compile_network: bool = False,
     num_threads: int | None = None,
+    loras: Iterable[Any] | None = None,
+    lora_rank: int | None = None,
     progress: Report | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -178,7 +186,14 @@ def build_network(
     chosen = resolve_backend(backend, device=kind, exports=True, precision=precision, from_graph=not opened.is_torch)
     form = resolve_form(loop, device=kind)
     _check_options(target, kind, chosen.name, require_captured)
-    source = opened.read()
+    if loras is None and lora_rank is None:
+        source, fitted = opened.read(), None
+    else:
+        from skipstep.loras import read_with_loras
+
+        texts = () if parts is None else tuple(name for name, _ in parts.texts)
+        where = (chosen.name, kind, precision)
+        source, fitted = read_with_loras(opened, loras, lora_rank, where=where, texts=texts)
     held = PlanSet(
         source.spec,
         plans,
@@ -191,6 +206,8 @@ def build_network(
         quantized = quantize_source(source, plans, calibration, [wanted], sampler=sampler, report=report)
         source = replace(source, steps={wanted: quantized[wanted].graph})
     lifecycle = Lifecycle()
+    if fitted is not None:
+        target = replace(target, lora=fitted.inputs.get("unet", {}))
     cuda = None
     if kind == "cuda" or chosen.compiles_late:
         from skipstep.bundles.kept import CacheSlot
@@ -238,9 +255,11 @@ def build_network(
         reference=reference,
         ready=chosen.compiles_late,
     )
-    pipeline = None if parts is None else parts.built(network, num_threads, report)
+    pipeline = None if parts is None else parts.built(network, num_threads, report, fitted)
     runner = BatchRunner(made, network, sizes, lifecycle, pipeline)
-    return CompiledNetwork(source, held, runner, chosen.name, precision, num_threads)
+    if fitted is not None:
+        fitted.begin()
+    return CompiledNetwork(source, held, runner, chosen.name, precision, num_threads, loras=fitted)
 
 
 def _check_options(target: Target, device: str, backend: str, require_captured: bool) -> None:

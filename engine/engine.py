@@ -30,7 +30,7 @@ from skipstep.plans.schedule import NoiseSchedule
 from skipstep.plans.stages import Stages
 
 if TYPE_CHECKING:
-    from skipstep import saving
+    from skipstep import loras, saving
     from skipstep.building import BuildOptions
     from skipstep.editing import edit as editing
     from skipstep.fitting import tune as fitting
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from skipstep.pipelines import pipeline
 else:
     editing, fitting, saving = map(Later, ("skipstep.editing.edit", "skipstep.fitting.tune", "skipstep.saving"))
-    pipeline = Later("skipstep.pipelines.pipeline")
+    loras, pipeline = Later("skipstep.loras"), Later("skipstep.pipelines.pipeline")
     latency = (Later(f"skipstep.latency.{name}") for name in ("description", "identity", "pareto", "tuning"))
     description, identity, pareto, tuning = latency
 
@@ -65,6 +65,7 @@ class Engine:
     describe = description.describe
     identity = identity.engine_identity
     save = saving.save
+    swap_loras = loras.swap_loras
     encode = pipeline.encode
     decode = pipeline.decode
 
@@ -77,7 +78,7 @@ class Engine:
             )
         self.source, self.plans, self.runner = compiled.source, compiled.plans, compiled.runner
         self.backend, self.precision, self.num_threads = compiled.backend, compiled.precision, compiled.num_threads
-        self.network = compiled.source.spec
+        self.network, self.loras = compiled.source.spec, compiled.loras
         self.calibration: Calibration | None = None
         if compiled.calibrations is not None:
             from skipstep.latency.calibration import stored_calibration
@@ -202,10 +203,9 @@ class Engine:
         callback        called as callback(StepEvent) after every step.
         progress        called as progress(done, total), in network evaluations.
 
-        With a trajectory, callback or progress the loop runs one evaluation at a time.
-        Returns new memory every time, unless `out` is given. Raises InputError, PlanError, PlanNotFoundError,
-        DeadlineError where no plan is fast enough, NonFiniteError where the network returned NaN, and EngineStateError
-        for an engine that was closed or forked.
+        With a trajectory, callback or progress the loop runs one evaluation at a time. New memory every time, unless
+        `out` is given. Raises InputError, PlanError, PlanNotFoundError, DeadlineError where no plan is fast enough,
+        NonFiniteError where the network returned NaN, and EngineStateError for an engine that was closed or forked.
         """
         check_callable("callback", callback, "StepEvent")
         check_callable("progress", progress, "done, total")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from skipstep.errors import InputError
+from skipstep.networks.graphs import LORA_INPUTS
 from skipstep.networks.large_graph import LOCATION, NO_FILE, LargeGraph, Weights, graph_size
 
 if TYPE_CHECKING:  # A device that only builds engines has onnx alone.
@@ -39,6 +40,14 @@ def take_weights_out(model: ir.Model, *, large: bool = False) -> dict[str, NDArr
                 NO_FILE, None, None, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name, base_dir=""
             )
     return weights
+
+
+def lora_factors_as_inputs(model: ir.Model) -> None:
+    """The factors beside a network's layers, which a swap changes, become inputs of its graph."""
+    for name in [each for each in model.graph.initializers if each.endswith(LORA_INPUTS)]:
+        value = model.graph.initializers.pop(name)
+        value.const_value = None
+        model.graph.inputs.append(value)
 
 
 def put_weights_in(model: ir.Model, graph: bytes) -> None:

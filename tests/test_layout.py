@@ -59,6 +59,7 @@ ENGINE_MODULES = (
         "bundle_source",
         "edge_loading",
         "quantizing",
+        "loras",
     ),
 )
 

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
@@ -20,12 +21,12 @@ from safetensors.numpy import save
 
 from skipstep.errors import (
     InputError,
-    MissingDependencyError,
     ModelFormatError,
     NonFiniteError,
     SkipstepError,
     check_flag,
     check_integer,
+    optional_package,
 )
 from skipstep.networks.condition import MAX_SIDE, Condition
 from skipstep.networks.spec import NetworkSpec
@@ -37,6 +38,8 @@ from skipstep.storage.untrusted import read_json_object
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from skipstep.networks.lora_layers import Loras
 
 _XL: Final = "StableDiffusionXL"
 FAMILIES: Final = (
@@ -76,22 +79,28 @@ class FoundParts:
     sample_shape: tuple[int, ...]
     conditions: Mapping[str, Condition]
 
-    def built(self, network: NetworkSpec, num_threads: int | None, report: Callable[[str], None]) -> Pipeline:
-        """Raises MissingDependencyError, ModelFormatError, ExportError."""
+    def built(
+        self, network: NetworkSpec, num_threads: int | None, report: Callable[[str], None], loras: Loras | None = None
+    ) -> Pipeline:
+        """Raises MissingDependencyError, ModelFormatError, ExportError; InputError for LoRAs that do not fit."""
+        from skipstep.networks.lora_layers import Loras
+
+        loras = loras or Loras()
         files = {name: text.encode() for name, text in zip(self.spec.tokenizer_names(), self.tokenizers, strict=True)}
         for i, (name, class_name) in enumerate(self.texts):
             report(f"export {name}")
-            files[f"{FOLDER}/text-{i}.onnx"] = self._graph(name, class_name, "text", self.spec.texts[i].pooled)
+            files[f"{FOLDER}/text-{i}.onnx"] = self._graph(name, class_name, "text", self.spec.texts[i].pooled, loras)
         for part in ("decoder", "encoder")[: 1 + self.spec.encodes]:
             report(f"export the {part} of {self.decoder}")
-            files[f"{FOLDER}/{part}.onnx"] = self._graph(self.decoder, _DECODERS[self.decoder], part, False)
-        made = Pipeline(self.spec, files.__getitem__, num_threads=num_threads)
+            files[f"{FOLDER}/{part}.onnx"] = self._graph(self.decoder, _DECODERS[self.decoder], part, False, Loras())
+        inputs = {f"text-{i}": loras.inputs.get(name, {}) for i, (name, _) in enumerate(self.texts)}
+        made = Pipeline(self.spec, files.__getitem__, num_threads=num_threads, inputs=inputs)
         self._check_widths(made, network)
         latents = np.random.default_rng(0).standard_normal((1, *self.sample_shape), np.float32)
         files[GOLDEN_FILE] = save(made.golden(latents))
         return made
 
-    def _graph(self, name: str, class_name: str, part: str, pooled: bool) -> bytes:
+    def _graph(self, name: str, class_name: str, part: str, pooled: bool, loras: Loras) -> bytes:
         from skipstep.bundles.cache import ArtefactCache
         from skipstep.bundles.cache_key import cache_key
         from skipstep.export.onnx_model import exporter_versions
@@ -104,10 +113,19 @@ class FoundParts:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
 
-        def export() -> bytes:
-            module = _load(self.folder / name, class_name, "fp16" if ".fp16" in weights[0].name else None)
-            return _exported(module, part, self.spec, config, pooled)
+        @cache
+        def module() -> nn.Module:
+            made = _load(self.folder / name, class_name, "fp16" if ".fp16" in weights[0].name else None)
+            loras.apply(name, made, "encoder")
+            return made
 
+        if loras.rank is not None:
+            module()  # Slots are needed even where the graph is known.
+
+        def export() -> bytes:
+            return _exported(module(), part, self.spec, config, pooled, loras.inputs.get(name, {}))
+
+        digest.update(loras.key(name))
         key = cache_key(
             kind=f"pipeline {part}",
             weights=digest.hexdigest(),
@@ -276,16 +294,11 @@ def _sample_shape(
 
 
 def _load(folder: Path, class_name: str, variant: str | None) -> nn.Module:
-    try:
-        import diffusers
-        import torch
-        import transformers
-    except ImportError as error:
-        raise MissingDependencyError(
-            got=f"no package {error.name}",
-            expected="torch, transformers and diffusers, which build the parts of a pipeline's folder",
-            remedy="pip install 'skipstep[torch,diffusers,prompts]'",
-        ) from error
+    remedy = "pip install 'skipstep[torch,diffusers,prompts]'"
+    torch, transformers, diffusers = (
+        optional_package(package, use="builds the parts of a pipeline's folder", remedy=remedy)
+        for package in ("torch", "transformers", "diffusers")
+    )
     home, dtype = (transformers, "dtype") if class_name in _TEXT_CLASSES else (diffusers, "torch_dtype")
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False}
     try:
@@ -302,7 +315,7 @@ def _load(folder: Path, class_name: str, variant: str | None) -> nn.Module:
     return made
 
 
-def _exported(module: nn.Module, part: str, spec: PipelineSpec, config: Mapping[str, Any], pooled: bool) -> bytes:
+def _exported(module: nn.Module, part: str, spec: PipelineSpec, config: Any, pooled: bool, lora: Any) -> bytes:
     import torch
 
     from skipstep.export.encoder import check_encoder, export_encoder
@@ -332,5 +345,6 @@ def _exported(module: nn.Module, part: str, spec: PipelineSpec, config: Mapping[
             remedy=f"check the weights of the part: {DOWNLOAD}",
         )
     graph = export_encoder(made, inputs, outputs)
+    inputs |= {name: torch.from_numpy(array) for name, array in lora.items()}
     check_encoder(graph, inputs, expected, f"pipeline's {part}")
     return graph
