@@ -259,7 +259,9 @@ def build_network(
     runner = BatchRunner(made, network, sizes, lifecycle, pipeline)
     if fitted is not None:
         fitted.begin()
-    return CompiledNetwork(source, held, runner, chosen.name, precision, num_threads, loras=fitted)
+    return CompiledNetwork(
+        source, held, runner, chosen.name, precision, num_threads, loras=fitted if lora_rank else None
+    )
 
 
 def _check_options(target: Target, device: str, backend: str, require_captured: bool) -> None:

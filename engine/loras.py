@@ -65,7 +65,7 @@ def swap_loras(engine: Swapped, loras: Iterable[Lora]) -> None:
     was between. Raises InputError, ModelFormatError, EngineStateError from a callback of a call.
     """
     engine.runner.check()
-    if engine.loras is None or engine.loras.rank is None:
+    if engine.loras is None:
         raise InputError(
             got="an engine without room for LoRAs to swap",
             expected="one that was built with lora_rank=, the highest rank that is swapped",

@@ -61,7 +61,7 @@ def save(
     with `overwrite`, and only by a whole one. Raises ExportError, StorageError, InputError.
     """
     report = reporter(progress)
-    if engine.loras is not None and engine.loras.rank is not None:
+    if engine.loras is not None:
         raise InputError(
             got="an engine with room for LoRAs to swap, to be saved",
             expected="one whose LoRAs are fused: a bundle's weights are its own",

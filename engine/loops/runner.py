@@ -135,7 +135,8 @@ class BatchRunner:
 class CompiledNetwork:
     """A network that is ready to be sampled, and what came with it: everything that an engine is made of.
 
-    `calibrations`: the bytes of a bundle's calibration.json. `loras`: skipstep.networks.lora_layers.Loras, if any.
+    `calibrations`: the bytes of a bundle's calibration.json. `loras`: skipstep.networks.lora_layers.Loras, if
+    they can be swapped.
     """
 
     source: NetworkSource

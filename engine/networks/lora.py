@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +34,17 @@ _PREFIXES: Final = {
     "unet.": NETWORK, "transformer.": NETWORK, "base_model.model.": NETWORK,
 }  # fmt: skip
 _FACTOR: Final = re.compile(r"(.+)[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.\w+)?\.weight")
+# Of UNets, and what the original code of latent diffusion calls their layers outside of blocks and inside of resnets.
+_BLOCK: Final = re.compile(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|\w+samplers)\.(\d+)\.(.+)")
+_OUTER: Final = {
+    "time_embedding.linear_1": "time_embed_0", "time_embedding.linear_2": "time_embed_2",
+    "add_embedding.linear_1": "label_emb_0_0", "add_embedding.linear_2": "label_emb_0_2",
+    "conv_in": "input_blocks_0_0", "conv_out": "out_2",
+}  # fmt: skip
+_INNER: Final = {
+    "conv1": "in_layers_2", "conv2": "out_layers_3",
+    "time_emb_proj": "emb_layers_1", "conv_shortcut": "skip_connection",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +56,9 @@ class Update:
     up: Tensor
     factor: float
 
-    @property
-    def size(self) -> Shape:
-        """Of what it updates."""
-        return len(self.up), *self.down.shape[1:]
-
     def fits(self, shape: Shape) -> bool:
-        rank, more = len(self.down), (1,) * len(shape)
-        down, up = ((*each.shape, *more)[: len(shape)] for each in (self.down, self.up))
-        sizes = rank * math.prod(shape[1:]), rank * shape[0]
-        return (down, up) == ((rank, *shape[1:]), (shape[0], rank, *more[2:])) and sizes == (
-            self.down.numel(),
-            self.up.numel(),
-        )
+        rank = len(self.down)
+        return (_plain(self.down.shape), _plain(self.up.shape)) == (_plain((rank, *shape[1:])), (shape[0], rank))
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,61 +187,60 @@ def check_parts(files: Sequence[LoraFile], parts: Collection[str]) -> None:
 
 
 def fit(files: Sequence[LoraFile], part: str, layers: Mapping[str, Shape]) -> dict[str, list[Update]]:
-    """The updates of a part by the paths of its layers. Raises InputError with what does not fit."""
-    paths = {name: path for path in layers for name in _names(path, layers)}
+    """The updates of a part by its layers' own names, `layers` by those of files. Raises InputError with what does not
+    fit."""
     found: dict[str, list[Update]] = {}
     for file in files:
         updates = file.parts.get(part, {})
-        places = {name: paths.get(name, paths.get(f"{name}_0")) for name in updates}
-        unknown = [updates[name].name for name, path in places.items() if path is None]
+        known = {each if each in layers else f"{each}_0": update for each, update in updates.items()}
+        unknown = [update.name for name, update in known.items() if name not in layers]
         misfits = []
-        for name, path in places.items():
-            if path is not None and not updates[name].fits(layers[path]):
-                misfits.append(f"{updates[name].name}, {updates[name].size} for {layers[path]}")
-            elif path is not None:
-                found.setdefault(path, []).append(updates[name])
+        for name, update in known.items():
+            if name in layers and not update.fits(layers[name][1]):
+                has = len(update.up), *update.down.shape[1:]
+                misfits.append(f"{update.name}, {has} for {layers[name][1]}")
+            elif name in layers:
+                found.setdefault(layers[name][0], []).append(update)
         if unknown or misfits:
             counted = ((unknown, "not there"), (misfits, "of another shape"))
             raise InputError(
                 got=f"{file.path}, which does not fit: of {len(updates)} layers of the {part} that it updates "
                 + " and ".join(f"{len(names)} are {why} ({_some(names)})" for names, why in counted if names),
-                expected=f"updates of the {len(layers)} layers that can be changed here",
+                expected="updates of layers that can be changed here",
                 remedy="use a LoRA that was trained for this network; where it was, name it in loras= of Engine.build, "
                 "which then makes its layers ready",
             )
     return found
 
 
-def _names(path: str, layers: Iterable[str]) -> Iterator[str]:
-    """What files call a layer: its own path, and what the original code of latent diffusion calls it."""
-    yield _flat(path)
-    per_block = len({each.split(".")[3] for each in layers if each.startswith("down_blocks.0.resnets.")}) + 1
-    outer = {"time_embedding.linear_1": "time_embed_0", "time_embedding.linear_2": "time_embed_2"}
-    outer |= {"add_embedding.linear_1": "label_emb_0_0", "add_embedding.linear_2": "label_emb_0_2"}
-    outer |= {"conv_in": "input_blocks_0_0", "conv_out": "out_2"}
-    inner = {"conv1": "in_layers_2", "time_emb_proj": "emb_layers_1", "conv2": "out_layers_3"}
-    inner["conv_shortcut"] = "skip_connection"
-    if path in outer:
-        yield outer[path]
-    found = re.fullmatch(
-        r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|(?:down|up)samplers)\.(\d+)\.(.+)", path
-    )
-    if found is None:
-        return
-    side, block, kind, place, rest = found[1], int(found[2] or 0), found[3], int(found[4]), _flat(found[5])
-    if kind == "resnets":
-        rest = inner.get(rest, rest)
-    if side == "mid":
-        yield f"middle_block_{1 if kind == 'attentions' else 2 * place}_{rest}"
-    elif side == "down":
-        last = kind == "downsamplers"
-        where = 1 + block * per_block + (per_block - 1 if last else place)
-        yield f"input_blocks_{where}_{1 if kind == 'attentions' else 0}_{'op' if last else rest}"
-    else:
-        where = block * per_block + (per_block - 1 if kind == "upsamplers" else place)
-        attends = any(each.startswith(f"up_blocks.{block}.attentions.") for each in layers)
-        index = {"resnets": 0, "attentions": 1}.get(kind, 1 + attends)
-        yield f"output_blocks_{where}_{index}_{rest}"
+def named(layers: Mapping[str, Shape]) -> dict[str, tuple[str, Shape]]:
+    """Path and shape of each layer, by what files call it: the path, or the name in the original code of latent
+    diffusion, whose blocks are counted through."""
+    found = {_flat(path): path for path in layers} | {_OUTER[path]: path for path in layers if path in _OUTER}
+    per_block = 1 + len({path.split(".")[3] for path in layers if path.startswith("down_blocks.0.resnets.")})
+    for path in layers:
+        parts = _BLOCK.fullmatch(path)
+        if parts is None:
+            continue
+        side, kind, rest = parts[1], parts[3], _flat(parts[5])
+        attention, sampler, place = kind == "attentions", kind.endswith("samplers"), int(parts[4])
+        if kind == "resnets":
+            rest = _INNER.get(rest, rest)
+        at = int(parts[2] or 0) * per_block + (per_block - 1 if sampler else place)
+        if side == "mid":
+            block = f"middle_block_{1 if attention else 2 * place}"
+        elif side == "down":
+            block, rest = f"input_blocks_{1 + at}_{attention:d}", "op" if sampler else rest
+        else:
+            after = 1 + (f"up_blocks.{parts[2]}.attentions.0.proj_in" in layers)
+            block = f"output_blocks_{at}_{after if sampler else int(attention)}"
+        found[f"{block}_{rest}"] = path
+    return {name: (path, layers[path]) for name, path in found.items()}
+
+
+def _plain(shape: Shape) -> Shape:
+    """Without the sides of a kernel of one element."""
+    return tuple(shape[:2] if math.prod(shape[2:]) == 1 else shape)
 
 
 def _some(names: Sequence[str]) -> str:

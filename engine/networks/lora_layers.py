@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from skipstep.errors import InputError
 from skipstep.networks.graphs import LORA_INPUTS
-from skipstep.networks.lora import NETWORK, LoraFile, Shape, Update, check_parts, fit
+from skipstep.networks.lora import NETWORK, LoraFile, Shape, Update, check_parts, fit, named
 
 # The layers that LoRAs are usually trained for, and beside which inputs are put.
 _USUAL: Final = re.compile(r"(^|\.)(attentions|transformer_blocks|layers)\.\d+\.")
@@ -112,12 +112,14 @@ def _is_small(layer: Any) -> bool:
 class Loras:
     """What an engine is built with: `files` that are fused, or with a `rank` slots, which hold the files at first.
 
-    `slots` by a pipeline's part and a layer's path; `inputs` are their memory, by the names of the part's graph.
+    `slots` by a pipeline's part and a layer's path, and `names` of these layers in files; `inputs` are the slots'
+    memory, by the names in the part's graph.
     """
 
     files: Sequence[LoraFile] = ()
     rank: int | None = None
     slots: dict[str, dict[str, Slot]] = field(default_factory=dict)
+    names: dict[str, dict[str, tuple[str, Shape]]] = field(default_factory=dict)
     inputs: dict[str, dict[str, NDArray[Any]]] = field(default_factory=dict)
 
     def key(self, part: str) -> bytes:
@@ -129,7 +131,8 @@ class Loras:
 
     def apply(self, part: str, network: nn.Module, prefix: str) -> None:
         """To a part, which the module that is exported calls `prefix`. Raises InputError for what does not fit."""
-        updates = fit(self.files, part, {path: tuple(each.weight.shape) for path, each in layers_of(network).items()})
+        layers = named({path: tuple(each.weight.shape) for path, each in layers_of(network).items()})
+        updates = fit(self.files, part, layers)
         if self.rank is None:
             fuse(network, updates)
             return
@@ -140,6 +143,7 @@ class Loras:
                 expected="layers that LoRAs update",
                 remedy="name LoRAs of this network in loras=, or leave lora_rank out",
             )
+        self.names[part] = {name: each for name, each in layers.items() if each[0] in slots}
         self.inputs[part] = {
             f"{prefix}.{path}.{name}": tensor.numpy()
             for path, slot in slots.items()
@@ -161,7 +165,7 @@ class Loras:
         check_parts(files, self.slots)
         found: list[tuple[Slot, Sequence[Update]]] = []
         for part, slots in self.slots.items():
-            updates = fit(files, part, {path: slot.shape for path, slot in slots.items()})
+            updates = fit(files, part, self.names[part])
             rank = max((sum(len(one.down) for one in each) for each in updates.values()), default=0)
             if rank > (self.rank or 0):
                 raise InputError(

@@ -63,7 +63,7 @@ class Batcher:
         self._max_queue = check_integer("max_queue", max_queue, low=1)
         self._wait = 1e-3 * check_number("max_wait_ms", max_wait_ms, low=0.0, high=_MAX_MS)
         engine.runner.check()
-        if engine.loras is not None and engine.loras.rank is not None:
+        if engine.loras is not None:
             raise InputError(
                 got="an engine with room for LoRAs to swap, whose requests would share evaluations",
                 expected="one whose LoRAs are fused",

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import unet
 
 from skipstep.errors import InputError, ModelFormatError
-from skipstep.networks.lora import _names, fit, read_loras
+from skipstep.networks.lora import fit, named, read_loras
 from skipstep.networks.lora_layers import Loras, fuse, layers_of
 
 
@@ -27,8 +27,8 @@ def network() -> Any:
     return unet()
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
-    return {path: tuple(each.weight.shape) for path, each in layers_of(network()).items()}
+def layers() -> Any:
+    return named({path: tuple(each.weight.shape) for path, each in layers_of(network()).items()})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -57,7 +57,7 @@ def test_a_convolution_is_two_in_a_row(tmp_path):
     file = write_lora(tmp_path / "a.safetensors", {"unet": {"conv": (down, up)}}, "kohya")
     x = torch.randn(2, 6, 8, 8)
     expected = layer(x) + 1.5 * 3 / 2 * torch.conv2d(torch.conv2d(x, down, stride=2, padding=1), up)
-    fuse(torch.nn.ModuleDict({"conv": layer}), fit(read_loras([(file, 1.5)]), "unet", {"conv": (5, 6, 3, 3)}))
+    fuse(torch.nn.ModuleDict({"conv": layer}), fit(read_loras([(file, 1.5)]), "unet", named({"conv": (5, 6, 3, 3)})))
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
 
 
@@ -77,9 +77,10 @@ def test_names_of_the_original_code_are_those_that_diffusers_translates():
             use_linear_projection=True,
         )
     layers = layers_of(network)
-    named = {name: path for path in layers for name in list(_names(path, layers))[1:]}
-    assert len(named) == len(layers), "each has a name in the original code"
-    for name, path in named.items():
+    names = named({path: tuple(each.weight.shape) for path, each in layers.items()})
+    original = {name: path for name, (path, _) in names.items() if name != path.replace(".", "_")}
+    assert sorted(original.values()) == sorted(layers), "each has one name in the original code"
+    for name, path in original.items():
         given = {f"lora_unet_{name}.{end}": torch.zeros(1) for end in ("lora_down.weight", "lora_up.weight", "alpha")}
         mapped = theirs._maybe_map_sgm_blocks_to_diffusers(given, network.config)
         found = theirs._convert_non_diffusers_lora_to_diffusers(mapped)[0]
@@ -119,12 +120,12 @@ def test_a_lora_for_another_network_says_which_keys_do_not_fit(tmp_path):
     with pytest.raises(
         InputError, match=r"of \d+ layers of the unet that it updates 8 are of another shape .*attn2"
     ) as caught:
-        fit(read_loras([file]), "unet", shapes())
+        fit(read_loras([file]), "unet", layers())
     assert "(16, 24) for" in caught.value.got
     tensors = {f"unet.elsewhere.{i}.lora_{end}.weight": torch.ones(1, 1) for i in range(5) for end in "AB"}
     save_file(tensors, file)
     with pytest.raises(InputError, match=r"of 5 layers .* 5 are not there \(unet\.elsewhere"):
-        fit(read_loras([file]), "unet", shapes())
+        fit(read_loras([file]), "unet", layers())
 
 
 BAD = {
