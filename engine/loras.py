@@ -71,7 +71,7 @@ def swap_loras(engine: Swapped, loras: Iterable[Lora]) -> None:
             expected="one that was built with lora_rank=, the highest rank that is swapped",
             remedy="build it again, on the CPU in float32, with lora_rank=16",
         )
-    files = read_loras(loras)
+    files = read_loras(loras, digests=False)
     changes = engine.loras.changes(files)
     with engine.runner.alone():
         engine.loras.put(files, changes)

@@ -55,7 +55,9 @@ def write_lora(path: Path, parts: Mapping[str, Factors], layout: str = "peft", *
             tensors |= {f"{start}{own}{down_end}": down, f"{start}{own}{up_end}": up}
             if layout == "kohya" and alphas:
                 tensors[f"{start}{own}.alpha"] = torch.tensor(ALPHA)
-        metadata |= {f"{part}.lora_alpha": ALPHA, f"{part}.r": 4}
+        rank = len(next(iter(factors.values()))[0])
+        config = {"lora_alpha": ALPHA, "r": rank, "target_modules": sorted(factors)}
+        metadata |= {f"{part}.{name}": each for name, each in config.items()}
     said = {"lora_adapter_metadata": json.dumps(metadata)} if layout == "peft" and alphas else {}
     save_file({name: each.contiguous() for name, each in tensors.items()}, path, {"format": "pt", **said})
     return str(path)

@@ -1,4 +1,4 @@
-"""LoRA files: low-rank updates of the layers of a pipeline's networks. Needs torch.
+"""LoRA files: low-rank updates of the layers of a pipeline's networks.
 
 Files of diffusers and PEFT ("unet.….to_q.lora_A.weight") and of kohya ("lora_unet_…_to_q.lora_down.weight" with
 "….alpha") name the same layers: they differ in dots and underscores, and SDXL's in the names of the original code.
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors import SafetensorError
-from safetensors.torch import load
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, deserialize
 
 from skipstep.errors import InputError, ModelFormatError, check_items, check_number, check_path
 from skipstep.networks.weights import DOWNLOAD, tensor_shapes
@@ -27,6 +27,7 @@ from skipstep.reporting import LOGGER
 NETWORK, TEXTS = "unet", ("text_encoder", "text_encoder_2")
 Lora = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 Shape = tuple[int, ...]
+Array = NDArray[np.float32]
 # What layers of a part are called before their own names.
 _PREFIXES: Final = {
     "lora_unet_": NETWORK, "lora_te1_": TEXTS[0], "lora_te2_": TEXTS[1], "lora_te_": TEXTS[0],
@@ -34,6 +35,8 @@ _PREFIXES: Final = {
     "unet.": NETWORK, "transformer.": NETWORK, "base_model.model.": NETWORK,
 }  # fmt: skip
 _FACTOR: Final = re.compile(r"(.+)[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.\w+)?\.weight")
+# bfloat16 is the upper half of float32.
+_STORED: Final = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "BF16": np.uint16}
 # Of UNets, and what the original code of latent diffusion calls their layers outside of blocks and inside of resnets.
 _BLOCK: Final = re.compile(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|\w+samplers)\.(\d+)\.(.+)")
 _OUTER: Final = {
@@ -52,8 +55,8 @@ class Update:
     """Of one layer: down `[rank, in, …]`, up `[out, rank, …]`; `factor` is scale · alpha / rank."""
 
     name: str
-    down: Tensor
-    up: Tensor
+    down: Array
+    up: Array
     factor: float
 
     def fits(self, shape: Shape) -> bool:
@@ -63,14 +66,15 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class LoraFile:
-    """`parts`: the updates of a pipeline's part by a layer's flat name. `digest` is over the file and the scale."""
+    """`parts`: the updates of a pipeline's part by a layer's flat name. `digest` is over the file and the scale, where
+    it was asked for."""
 
     path: str
     digest: bytes
     parts: Mapping[str, Mapping[str, Update]]
 
 
-def read_loras(loras: Iterable[Lora]) -> list[LoraFile]:
+def read_loras(loras: Iterable[Lora], *, digests: bool = True) -> list[LoraFile]:
     """Raises InputError for what is no list of files with scales, ModelFormatError for files of other contents."""
     expected, remedy = "(path, scale) pairs", "pass [('style.safetensors', 0.8)]"
     found = []
@@ -79,11 +83,12 @@ def read_loras(loras: Iterable[Lora]) -> list[LoraFile]:
         if len(pair) != 2:
             raise InputError(got=f"a tuple of {len(pair)} in loras", expected=expected, remedy=remedy)
         path = check_path("loras", pair[0])
-        found.append(_read(Path(path), check_number(f"scale of {path}", pair[1], remedy=remedy)))
+        scale = check_number(f"scale of {path}", pair[1], remedy=remedy)
+        found.append(_read(Path(path), scale, digests))
     return found
 
 
-def _read(path: Path, scale: float) -> LoraFile:
+def _read(path: Path, scale: float, digests: bool) -> LoraFile:
     if not path.is_file() or path.suffix != ".safetensors":
         raise ModelFormatError(
             got=f"{path} as a LoRA", expected="a .safetensors file; pickles run code and are not read", remedy=DOWNLOAD
@@ -91,13 +96,13 @@ def _read(path: Path, scale: float) -> LoraFile:
     tensor_shapes(path)
     data = path.read_bytes()
     try:
-        tensors = load(data)
+        tensors = {name: _array(**stored) for name, stored in deserialize(data)}
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         factors, alphas = _sorted(tensors)
         parts: dict[str, dict[str, Update]] = {}
         for name, pair in factors.items():
-            down, up = (pair[each].float() for each in ("down", "up"))
+            down, up = pair["down"], pair["up"]
             part, own = _part(name)
             alpha = alphas.get(name)
             share = alpha / len(down) if alpha is not None else _stated(config, name, len(down))
@@ -123,12 +128,18 @@ def _read(path: Path, scale: float) -> LoraFile:
             expected="finite low-rank updates",
             remedy=DOWNLOAD,
         )
-    return LoraFile(str(path), hashlib.sha256(data).digest() + repr(scale).encode(), parts)
+    return LoraFile(str(path), hashlib.sha256(data).digest() + repr(scale).encode() if digests else b"", parts)
 
 
-def _sorted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
+def _array(dtype: str, shape: Sequence[int], data: bytes) -> Array:
+    """A tensor's values, with NumPy alone: it has one thread, and this is done between calls."""
+    stored = np.frombuffer(data, _STORED[dtype]).reshape(shape)
+    return (stored.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else stored.astype(np.float32)
+
+
+def _sorted(tensors: Mapping[str, Array]) -> tuple[dict[str, dict[str, Array]], dict[str, float]]:
     """The two factors and the alphas, by layer. Raises ValueError for tensors that are neither."""
-    factors: dict[str, dict[str, Tensor]] = {}
+    factors: dict[str, dict[str, Array]] = {}
     alphas = {}
     for name, tensor in tensors.items():
         known = _FACTOR.fullmatch(name)
@@ -158,7 +169,7 @@ def _stated(config: Mapping[str, Any], name: str, rank: int) -> float:
 
 
 def _finite(update: Update) -> bool:
-    return math.isfinite(update.factor) and all(bool(each.isfinite().all()) for each in (update.down, update.up))
+    return math.isfinite(update.factor) and all(np.isfinite(each).all() for each in (update.down, update.up))
 
 
 def _part(name: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.nn import functional
 
 from skipstep.errors import InputError
 from skipstep.networks.graphs import LORA_INPUTS
-from skipstep.networks.lora import NETWORK, LoraFile, Shape, Update, check_parts, fit, named
+from skipstep.networks.lora import NETWORK, Array, LoraFile, Shape, Update, check_parts, fit, named
 
 # The layers that LoRAs are usually trained for, and beside which inputs are put.
 _USUAL: Final = re.compile(r"(^|\.)(attentions|transformer_blocks|layers)\.\d+\.")
@@ -38,39 +39,41 @@ def fuse(network: nn.Module, updates: Mapping[str, Sequence[Update]]) -> None:
     with torch.no_grad():
         for path, each in updates.items():
             weight = layers[path].weight
-            total = sum(
-                (one.up.reshape(len(weight), -1) @ one.down.reshape(len(one.down), -1)) * one.factor for one in each
-            )
-            weight.copy_(weight.float() + torch.as_tensor(total, device=weight.device).reshape(weight.shape))
+            for one in each:
+                up, down = one.up.reshape(len(weight), -1), one.down.reshape(len(one.down), -1)
+                weight += one.factor * torch.from_numpy(up @ down).reshape(weight.shape)
 
 
 @dataclass(slots=True)
 class Slot:
-    """The factors beside one layer, of the highest rank, whose memory never moves."""
+    """The factors beside one layer, of the highest rank, in memory that never moves: down `[rank, in, …]` and up
+    `[out, rank, …]`, of a linear layer turned."""
 
     shape: Shape
     is_linear: bool
-    down: Tensor
-    up: Tensor
+    down: Array
+    up: Array
 
     @classmethod
-    def of(cls, layer: Any, rank: int, generator: torch.Generator) -> Slot:
+    def of(cls, layer: Any, rank: int, rng: np.random.Generator) -> Slot:
         """With random factors: a graph that is compared with its network then shows that it reads them."""
-        shape, linear = tuple(layer.weight.shape), isinstance(layer, nn.Linear)
-        down = torch.randn(rank, *shape[1:], generator=generator) / math.sqrt(math.prod(shape[1:]))
-        up = torch.randn(shape[0], rank, *[1] * (len(shape) - 2), generator=generator) / math.sqrt(10 * rank)
-        return cls(shape, linear, down.T.contiguous() if linear else down, up.T.contiguous() if linear else up)
+        out, *inner = layer.weight.shape
+        down = rng.standard_normal((rank, *inner), np.float32) / np.float32(math.sqrt(math.prod(inner)))
+        up = rng.standard_normal((out, rank, *[1] * (len(inner) - 1)), np.float32) / np.float32(math.sqrt(10 * rank))
+        linear = isinstance(layer, nn.Linear)
+        turned = [np.ascontiguousarray(each.T if linear else each) for each in (down, up)]
+        return cls((out, *inner), linear, *turned)
 
     def set(self, updates: Sequence[Update]) -> None:
         down, up = (self.down.T, self.up.T) if self.is_linear else (self.down, self.up)
-        down.zero_()
-        up.zero_()
         at = 0
         for each in updates:
-            rank = len(each.down)
-            down[at : at + rank] = each.down.reshape(rank, *self.shape[1:])
-            up[:, at : at + rank] = (each.up * each.factor).reshape(self.shape[0], rank, *up.shape[2:])
-            at += rank
+            end = at + len(each.down)
+            down[at:end] = each.down.reshape(-1, *self.shape[1:])
+            up[:, at:end] = (each.up * np.float32(each.factor)).reshape(self.shape[0], -1, *up.shape[2:])
+            at = end
+        down[at:] = 0
+        up[:, at:] = 0
 
 
 class Swappable(nn.Module):
@@ -84,7 +87,7 @@ class Swappable(nn.Module):
             self.options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation")}
             self.convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(slot.shape) - 3]
         for name, tensor in zip(LORA_INPUTS, (slot.down, slot.up), strict=True):
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, torch.from_numpy(tensor))
 
     def forward(self, x: Tensor) -> Tensor:
         down, up = map(self.get_buffer, LORA_INPUTS)
@@ -94,11 +97,11 @@ class Swappable(nn.Module):
 
 def make_swappable(network: nn.Module, rank: int, also: Collection[str]) -> dict[str, Slot]:
     """Put slots beside the usual layers and those at the paths `also`."""
-    layers, generator = layers_of(network), torch.Generator().manual_seed(0)
+    layers, rng = layers_of(network), np.random.default_rng(0)
     chosen = [path for path, each in layers.items() if path in also or (_USUAL.search(path) and _is_small(each))]
     slots = {}
     for path in chosen:
-        slots[path] = Slot.of(layers[path], rank, generator)
+        slots[path] = Slot.of(layers[path], rank, rng)
         parent, _, name = path.rpartition(".")
         setattr(network.get_submodule(parent), name, Swappable(layers[path], slots[path]))
     return slots
@@ -145,9 +148,9 @@ class Loras:
             )
         self.names[part] = {name: each for name, each in layers.items() if each[0] in slots}
         self.inputs[part] = {
-            f"{prefix}.{path}.{name}": tensor.numpy()
+            f"{prefix}.{path}.{name}": array
             for path, slot in slots.items()
-            for name, tensor in zip(LORA_INPUTS, (slot.down, slot.up), strict=True)
+            for name, array in zip(LORA_INPUTS, (slot.down, slot.up), strict=True)
         }
 
     def begin(self) -> None:
