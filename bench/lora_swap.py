@@ -12,7 +12,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from skipstep.networks.lora_layers import Loras, layers_of
 HEADER = ["measured", "median ms", "least to most ms", "memory that is written"]
 
 
-def measured(runs: dict[str, Callable[[], object]], repeats: int) -> Iterator[list[str]]:
+def measured(runs: Mapping[str, Callable[[], object]], repeats: int) -> Iterator[list[str]]:
     """In turns, so that other load on the machine meets all of them."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(-1, repeats):
@@ -67,7 +67,8 @@ def swaps(folder: Path, rank: int, repeats: int) -> Iterator[list[str]]:
 
     def replaced() -> None:
         for path, (one,) in fit(read_loras([next(turns)], digests=False), "unet", loras.names["unet"]).items():
-            torch.addmm(weights[path], one.up, one.down, alpha=one.factor, out=changed[path])
+            up, down = torch.from_numpy(one.up), torch.from_numpy(one.down)
+            torch.addmm(weights[path], up, down, alpha=one.factor, out=changed[path])
 
     written = [sum(each.nbytes for each in loras.inputs["unet"].values())]
     written.append(sum(each.nbytes for each in changed.values()))

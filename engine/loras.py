@@ -53,7 +53,7 @@ def read_with_loras(
         module = copy.deepcopy(module).float().to("cpu")
     found.apply(NETWORK, module.network, "network")
     digest = source.digest
-    if digest is not None:
+    if digest is not None and found.key(NETWORK):
         digest = hashlib.sha256(digest.encode() + found.key(NETWORK)).hexdigest()
     return replace(source, network=module, digest=digest), found
 

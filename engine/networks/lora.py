@@ -28,6 +28,8 @@ NETWORK, TEXTS = "unet", ("text_encoder", "text_encoder_2")
 Lora = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 Shape = tuple[int, ...]
 Array = NDArray[np.float32]
+# The path and the shape of layers, by what files call them.
+Named = Mapping[str, tuple[str, Shape]]
 # What layers of a part are called before their own names.
 _PREFIXES: Final = {
     "lora_unet_": NETWORK, "lora_te1_": TEXTS[0], "lora_te2_": TEXTS[1], "lora_te_": TEXTS[0],
@@ -79,7 +81,7 @@ def read_loras(loras: Iterable[Lora], *, digests: bool = True) -> list[LoraFile]
     expected, remedy = "(path, scale) pairs", "pass [('style.safetensors', 0.8)]"
     found = []
     for each in check_items("loras", loras, expected=expected, remedy=remedy):
-        pair = each if isinstance(each, tuple) else (each, 1.0)
+        pair = each if isinstance(each, tuple | list) else (each, 1.0)
         if len(pair) != 2:
             raise InputError(got=f"a tuple of {len(pair)} in loras", expected=expected, remedy=remedy)
         path = check_path("loras", pair[0])
@@ -96,7 +98,7 @@ def _read(path: Path, scale: float, digests: bool) -> LoraFile:
     tensor_shapes(path)
     data = path.read_bytes()
     try:
-        tensors = {name: _array(**stored) for name, stored in deserialize(data)}
+        tensors = {name: _array(**stored) for name, stored in deserialize(data)}  # type: ignore[no-untyped-call]
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         factors, alphas = _sorted(tensors)
@@ -197,7 +199,7 @@ def check_parts(files: Sequence[LoraFile], parts: Collection[str]) -> None:
             LOGGER.warning("%s also updates %s: encode the prompts with it", file.path, ", ".join(others))
 
 
-def fit(files: Sequence[LoraFile], part: str, layers: Mapping[str, Shape]) -> dict[str, list[Update]]:
+def fit(files: Sequence[LoraFile], part: str, layers: Named) -> dict[str, list[Update]]:
     """The updates of a part by its layers' own names, `layers` by those of files. Raises InputError with what does not
     fit."""
     found: dict[str, list[Update]] = {}
@@ -224,7 +226,7 @@ def fit(files: Sequence[LoraFile], part: str, layers: Mapping[str, Shape]) -> di
     return found
 
 
-def named(layers: Mapping[str, Shape]) -> dict[str, tuple[str, Shape]]:
+def named(layers: Mapping[str, Shape]) -> Named:
     """Path and shape of each layer, by what files call it: the path, or the name in the original code of latent
     diffusion, whose blocks are counted through."""
     found = {_flat(path): path for path in layers} | {_OUTER[path]: path for path in layers if path in _OUTER}

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from skipstep.errors import InputError
 from skipstep.networks.graphs import LORA_INPUTS
-from skipstep.networks.lora import NETWORK, Array, LoraFile, Shape, Update, check_parts, fit, named
+from skipstep.networks.lora import NETWORK, Array, LoraFile, Named, Shape, Update, check_parts, fit, named
 
 # The layers that LoRAs are usually trained for, and beside which inputs are put.
 _USUAL: Final = re.compile(r"(^|\.)(attentions|transformer_blocks|layers)\.\d+\.")
@@ -122,7 +122,7 @@ class Loras:
     files: Sequence[LoraFile] = ()
     rank: int | None = None
     slots: dict[str, dict[str, Slot]] = field(default_factory=dict)
-    names: dict[str, dict[str, tuple[str, Shape]]] = field(default_factory=dict)
+    names: dict[str, Named] = field(default_factory=dict)
     inputs: dict[str, dict[str, NDArray[Any]]] = field(default_factory=dict)
 
     def key(self, part: str) -> bytes:
@@ -139,6 +139,7 @@ class Loras:
         if self.rank is None:
             fuse(network, updates)
             return
+        self._check_ranks(self.files, updates)
         slots = self.slots[part] = make_swappable(network, self.rank, updates)
         if not slots and part == NETWORK:
             raise InputError(
@@ -169,12 +170,15 @@ class Loras:
         found: list[tuple[Slot, Sequence[Update]]] = []
         for part, slots in self.slots.items():
             updates = fit(files, part, self.names[part])
-            rank = max((sum(len(one.down) for one in each) for each in updates.values()), default=0)
-            if rank > (self.rank or 0):
-                raise InputError(
-                    got=f"{', '.join(each.path for each in files)} of rank {rank} together",
-                    expected=f"at most lora_rank={self.rank}, with which the engine was built",
-                    remedy=f"build the engine with lora_rank={rank}",
-                )
+            self._check_ranks(files, updates)
             found += [(slot, updates.get(path, ())) for path, slot in slots.items()]
         return found
+
+    def _check_ranks(self, files: Sequence[LoraFile], updates: Mapping[str, Sequence[Update]]) -> None:
+        rank = max((sum(len(one.down) for one in each) for each in updates.values()), default=0)
+        if rank > (self.rank or 0):
+            raise InputError(
+                got=f"{', '.join(each.path for each in files)} of rank {rank} together",
+                expected=f"at most lora_rank={self.rank}, with which the engine was built",
+                remedy=f"build the engine with lora_rank={rank}",
+            )
