@@ -27,7 +27,7 @@ from skipstep.backends.onnxruntime import make_session
 from skipstep.bench.large_network import PROMPT, sd15_sized
 from skipstep.bench.record import environment, write_json
 from skipstep.networks.lora import fit, read_loras
-from skipstep.networks.lora_layers import Loras, layers_of
+from skipstep.networks.lora_layers import Loras, layers_of, put
 
 HEADER = ["measured", "processor ms", "least to most", "least ms of the clock", "memory that is written"]
 
@@ -65,8 +65,7 @@ def swaps(folder: Path, rank: int, repeats: int) -> Iterator[list[str]]:
     changed = {path: torch.empty_like(each) for path, each in weights.items()}
 
     def beside() -> None:
-        found = read_loras([(next(turns), 0.8)], digests=False)
-        loras.put(found, loras.changes(found))
+        put(loras.changes(read_loras([next(turns)], digests=False)))
 
     def replaced() -> None:
         for path, (one,) in fit(read_loras([next(turns)], digests=False), "unet", loras.names["unet"]).items():

@@ -13,7 +13,7 @@ from skipstep.errors import InputError, check_integer
 from skipstep.loops.contract import Sampler
 from skipstep.model_source import GraphSource, ModelSource
 from skipstep.networks.lora import NETWORK, Lora, check_parts, read_loras
-from skipstep.networks.lora_layers import Loras
+from skipstep.networks.lora_layers import Loras, put
 from skipstep.opening import OpenedModel
 
 _MAX_RANK = 1024
@@ -71,7 +71,6 @@ def swap_loras(engine: Swapped, loras: Iterable[Lora]) -> None:
             expected="one that was built with lora_rank=, the highest rank that is swapped",
             remedy="build it again, on the CPU in float32, with lora_rank=16",
         )
-    files = read_loras(loras, digests=False)
-    changes = engine.loras.changes(files)
+    changes = engine.loras.changes(read_loras(loras, digests=False))
     with engine.runner.alone():
-        engine.loras.put(files, changes)
+        put(changes)

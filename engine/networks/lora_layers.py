@@ -30,7 +30,8 @@ def layers_of(network: nn.Module) -> dict[str, Any]:
     """The layers that a LoRA may update, by path."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     found = {path: each for path, each in network.named_modules() if isinstance(each, kinds)}
-    return {path: each for path, each in found.items() if getattr(each, "groups", 1) == 1}
+    plain = {"groups": 1, "padding_mode": "zeros"}
+    return {path: each for path, each in found.items() if all(getattr(each, n, v) == v for n, v in plain.items())}
 
 
 def fuse(network: nn.Module, updates: Mapping[str, Sequence[Update]]) -> None:
@@ -98,17 +99,23 @@ class Swappable(nn.Module):
 def make_swappable(network: nn.Module, rank: int, also: Collection[str]) -> dict[str, Slot]:
     """Put slots beside the usual layers and those at the paths `also`."""
     layers, rng = layers_of(network), np.random.default_rng(0)
-    chosen = [path for path, each in layers.items() if path in also or (_USUAL.search(path) and _is_small(each))]
     slots = {}
-    for path in chosen:
-        slots[path] = Slot.of(layers[path], rank, rng)
+    for path, layer in layers.items():
+        if path not in also and not (_USUAL.search(path) and _is_small(layer)):
+            continue
+        slots[path] = Slot.of(layer, rank, rng)
         parent, _, name = path.rpartition(".")
-        setattr(network.get_submodule(parent), name, Swappable(layers[path], slots[path]))
+        setattr(network.get_submodule(parent), name, Swappable(layer, slots[path]))
     return slots
 
 
 def _is_small(layer: Any) -> bool:
     return isinstance(layer, nn.Linear) or math.prod(layer.kernel_size) == 1
+
+
+def put(changes: Iterable[tuple[Slot, Sequence[Update]]]) -> None:
+    for slot, updates in changes:
+        slot.set(updates)
 
 
 @dataclass(slots=True)
@@ -157,12 +164,8 @@ class Loras:
     def begin(self) -> None:
         """Put the files that the engine was built with into the slots, which held random numbers until then."""
         if self.rank is not None:
-            self.put(self.files, self.changes(self.files))
-
-    def put(self, files: Sequence[LoraFile], changes: Iterable[tuple[Slot, Sequence[Update]]]) -> None:
-        for slot, updates in changes:
-            slot.set(updates)
-        self.files = files
+            put(self.changes(self.files))
+            self.files = ()
 
     def changes(self, files: Sequence[LoraFile]) -> list[tuple[Slot, Sequence[Update]]]:
         """What each slot is to hold. Raises InputError for what does not fit, before anything is changed."""
