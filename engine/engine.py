@@ -52,7 +52,6 @@ class Engine:
     `calibration`: latencies that were measured here or came with a bundle, for deadlines.
     """
 
-    # One-line delegates: functions over an engine, with its arguments and documentation.
     invert = editing.invert
     reconstruct = editing.reconstruct
     edit = editing.edit
@@ -209,21 +208,22 @@ class Engine:
         """
         check_callable("callback", callback, "StepEvent")
         check_callable("progress", progress, "done, total")
-        call = self._call(
-            steps=steps,
-            plan=plan,
-            deadline_ms=deadline_ms,
-            seeds=seeds,
-            x_T=x_T,
-            output_type=output_type,
-            out=out,
-            **inputs,
-        )
-        kept = None
-        if trajectory is not False:
-            shape = (call.request.num_samples, *self.network.sample_shape)
-            kept = Trajectory.empty(sum(call.stages.ends_step), 1 if trajectory is True else trajectory, shape)
-        samples = self._draw(call, progress, callback, kept)
+        with self.runner.call():
+            call = self._call(
+                steps=steps,
+                plan=plan,
+                deadline_ms=deadline_ms,
+                seeds=seeds,
+                x_T=x_T,
+                output_type=output_type,
+                out=out,
+                **inputs,
+            )
+            kept = None
+            if trajectory is not False:
+                shape = (call.request.num_samples, *self.network.sample_shape)
+                kept = Trajectory.empty(sum(call.stages.ends_step), 1 if trajectory is True else trajectory, shape)
+            samples = self._draw(call, progress, callback, kept)
         return samples if kept is None else (samples, kept)
 
     def sample_async(self, **arguments: Unpack[SampleArguments]) -> Future[Any]:
@@ -232,7 +232,7 @@ class Engine:
         The future's result is what `sample` returns, complete on every stream; asyncio.wrap_future makes it awaitable.
         x_T and `out` belong to the engine until then.
         """
-        call = self._call(**arguments)
+        call = self.runner.in_call(self._call, **arguments)
         # The worker has its own stream: what this thread has enqueued comes first.
         order = self.runner.loop.caller_order()
 

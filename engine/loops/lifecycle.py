@@ -38,7 +38,8 @@ class Lifecycle:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Around what reads the network."""
+        """Around what reads the network. Raises EngineStateError, as `check`."""
+        self.check()
         caller = threading.get_ident()
         with self._changed:
             self._callers.append(caller)
