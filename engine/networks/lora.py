@@ -171,7 +171,7 @@ def _stated(config: Mapping[str, Any], name: str, rank: int) -> float:
 
 
 def _finite(update: Update) -> bool:
-    return math.isfinite(update.factor) and all(np.isfinite(each).all() for each in (update.down, update.up))
+    return math.isfinite(update.factor) and all(math.isfinite(each.sum()) for each in (update.down, update.up))
 
 
 def _part(name: str) -> tuple[str, str]:
