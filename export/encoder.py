@@ -56,7 +56,7 @@ def export_encoder(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Seq
             remedy="rewrite the module that is named",
         ) from error
     assert program is not None, "it returns nothing only where it writes a file"
-    lora_factors_as_inputs(program.model)
+    lora_factors_as_inputs(program.model, dict(module.named_buffers()))
     return serialised(program.model_proto)
 
 

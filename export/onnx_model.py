@@ -61,7 +61,7 @@ def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int |
             expected="torch's ONNX exporter with onnx and onnxscript",
             remedy="pip install 'skipstep[export]'",
         ) from error
-    lora_factors_as_inputs(program.model)
+    lora_factors_as_inputs(program.model, dict(module.named_buffers()))
     weights = take_weights_out(program.model)
     exported = program.model_proto
     if symbols:

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from skipstep.errors import InputError
 from skipstep.networks.graphs import LORA_INPUTS
-from skipstep.networks.lora import NETWORK, Array, LoraFile, Named, Update, check_parts, fit, named
+from skipstep.networks.lora import NETWORK, Array, LoraFile, Named, Shape, Update, check_parts, fit, named
 
 # The layers that LoRAs are usually trained for, and beside which inputs are put.
 _USUAL: Final = re.compile(r"(^|\.)(attentions|transformer_blocks|layers)\.\d+\.")
@@ -48,8 +48,10 @@ def fuse(network: nn.Module, updates: Mapping[str, Sequence[Update]]) -> None:
 @dataclass(slots=True)
 class Slot:
     """The factors beside one layer, of the highest rank, in memory that never moves: down `[rank, in, …]` and up
-    `[out, rank, …]`."""
+    `[out, rank, …]`, of a linear layer turned."""
 
+    shape: Shape
+    is_linear: bool
     down: Array
     up: Array
 
@@ -59,18 +61,20 @@ class Slot:
         out, *inner = layer.weight.shape
         down = rng.standard_normal((rank, *inner), np.float32) / np.float32(math.sqrt(math.prod(inner)))
         up = rng.standard_normal((out, rank, *[1] * (len(inner) - 1)), np.float32) / np.float32(math.sqrt(10 * rank))
-        return cls(down, up)
+        linear = isinstance(layer, nn.Linear)
+        turned = [np.ascontiguousarray(each.T if linear else each) for each in (down, up)]
+        return cls((out, *inner), linear, *turned)
 
     def set(self, updates: Sequence[Update]) -> None:
+        down, up = (self.down.T, self.up.T) if self.is_linear else (self.down, self.up)
         at = 0
         for each in updates:
             end = at + len(each.down)
-            down, up = self.down[at:end], self.up[:, at:end]
-            down[:] = each.down.reshape(down.shape)
-            np.multiply(each.up.reshape(up.shape), np.float32(each.factor), out=up)
+            down[at:end] = each.down.reshape(-1, *self.shape[1:])
+            up[:, at:end] = (each.up * np.float32(each.factor)).reshape(self.shape[0], -1, *up.shape[2:])
             at = end
-        self.down[at:] = 0
-        self.up[:, at:] = 0
+        down[at:] = 0
+        up[:, at:] = 0
 
 
 class Swappable(nn.Module):
@@ -79,17 +83,16 @@ class Swappable(nn.Module):
     def __init__(self, layer: Any, slot: Slot) -> None:
         super().__init__()
         self.layer = layer
-        self.apply_to: Any = functional.linear
         self.options: dict[str, Any] = {}
-        if not isinstance(layer, nn.Linear):
-            self.apply_to = (functional.conv1d, functional.conv2d, functional.conv3d)[slot.down.ndim - 3]
+        if not slot.is_linear:
             self.options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation")}
+            self.convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(slot.shape) - 3]
         for name, tensor in zip(LORA_INPUTS, (slot.down, slot.up), strict=True):
             self.register_buffer(name, torch.from_numpy(tensor))
 
     def forward(self, x: Tensor) -> Tensor:
         down, up = map(self.get_buffer, LORA_INPUTS)
-        beside = self.apply_to(self.apply_to(x, down, **self.options), up)
+        beside = self.convolve(self.convolve(x, down, **self.options), up) if self.options else x @ down @ up
         return self.layer(x) + beside  # type: ignore[no-any-return]
 
 
