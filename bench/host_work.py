@@ -111,7 +111,7 @@ class Network(torch.nn.Module):
 def idle_engine(steps: int) -> Iterator[Engine]:
     """An engine on the idle device, at batch size 1."""
     with (
-        mock.patch.object(building, "_resolve_device", return_value=torch.device("cuda")),
+        mock.patch.object(building, "resolve_device", return_value=torch.device("cuda")),
         mock.patch.object(cuda, "CudaDevice", IdleDevice),
         mock.patch.object(workspace, "ddim_step"),
         mock.patch.object(workspace, "initial_noise"),

@@ -12,11 +12,9 @@ from skipstep.backends.registry import BACKENDS, check_device, check_library, re
 from skipstep.backends.tensorrt_library import choose_library
 from skipstep.backends.tensorrt_options import DEFAULTS, OPTIONS_REMEDY, TensorRTOptions, check_library_options
 from skipstep.calls.plan_set import PlanSet, make_plan
-from skipstep.cuda.probe import cuda_device
+from skipstep.cuda.probe import resolve_device
 from skipstep.errors import (
-    DeviceUnavailableError,
     InputError,
-    MissingDependencyError,
     PlanError,
     check_choice,
     check_flag,
@@ -60,6 +58,10 @@ class BuildOptions(ModelOptions, PartsOptions, total=False):
     calibration       with "int8" and "fp8": seeds to draw with, or a folder of .npz files, each with the arguments of
                       one call of `sample`, "conditions/NAME" for those by name (skipstep.quantizing).
     num_threads       of ONNX Runtime and OpenVINO on the CPU; None: all that the process may use. torch keeps its own.
+    loras             LoRA files of diffusers or kohya, [("style.safetensors", 0.8)], added to the network's weights
+                      and those of a pipeline's text encoders.
+    lora_rank         keep them beside the weights instead, for Engine.swap_loras, up to this rank (onnxruntime and
+                      torch on the CPU, float32).
     progress          called as progress(phase), in words, which the logger "skipstep" gets too.
     """
 
@@ -73,6 +75,8 @@ class BuildOptions(ModelOptions, PartsOptions, total=False):
     tensorrt: TensorRTOptions
     compile_network: bool
     num_threads: int | None
+    loras: Iterable[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]] | None
+    lora_rank: int | None
     progress: Report | None
 
 
@@ -149,6 +153,8 @@ def build_network(
     tensorrt: TensorRTOptions = DEFAULTS,
     compile_network: bool = False,
     num_threads: int | None = None,
+    loras: Iterable[Any] | None = None,
+    lora_rank: int | None = None,
     progress: Report | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -189,12 +195,19 @@ def build_network(
     opened = open_model(model, with_scheduler=request.schedule is None, **model_options)
     plans, defaults = request.made(opened.scheduler, model_options.get("time_input"), model_options.get("sigma_data"))
     report("read the model" + "".join(f"; {each}" for each in opened.guessed))
-    resolved = _resolve_device(device, needs_torch=opened.is_torch)
+    resolved = resolve_device(device, needs_torch=opened.is_torch)
     kind = "cpu" if resolved is None else resolved.type
     chosen = resolve_backend(backend, device=kind, exports=True, precision=precision, from_graph=not opened.is_torch)
     form = resolve_form(loop, device=kind)
     _check_options(target, tensorrt, kind, chosen.name, require_captured)
-    source = opened.read()
+    if loras is None and lora_rank is None:
+        source, fitted = opened.read(), None
+    else:
+        from skipstep.loras import read_with_loras
+
+        texts = () if parts is None else tuple(name for name, _ in parts.texts)
+        where = (chosen.name, kind, precision)
+        source, fitted = read_with_loras(opened, loras, lora_rank, where=where, texts=texts)
     held = PlanSet(
         source.spec,
         plans,
@@ -208,6 +221,8 @@ def build_network(
         source = replace(source, steps={wanted: quantized[wanted].graph})
     source.tensorrt = tensorrt
     lifecycle = Lifecycle()
+    if fitted is not None:
+        target = replace(target, lora=fitted.inputs.get("unet", {}))
     cuda = None
     if kind == "cuda" or chosen.compiles_late:
         from skipstep.bundles.kept import CacheSlot
@@ -255,9 +270,13 @@ def build_network(
         reference=reference,
         ready=chosen.compiles_late,
     )
-    pipeline = None if parts is None else export_parts(parts, network, num_threads, report)
+    pipeline = None if parts is None else export_parts(parts, network, num_threads, report, fitted)
     runner = BatchRunner(made, network, sizes, lifecycle, pipeline)
-    return CompiledNetwork(source, held, runner, chosen.name, precision, num_threads)
+    if fitted is not None:
+        fitted.begin()
+    return CompiledNetwork(
+        source, held, runner, chosen.name, precision, num_threads, loras=fitted if lora_rank else None
+    )
 
 
 def _check_options(
@@ -287,48 +306,6 @@ def _check_options(
                 expected=f"backend={needed!r}: {why}",
                 remedy=f"leave it out, or pass backend={needed!r}",
             )
-
-
-def _resolve_device(name: str, *, needs_torch: bool) -> Any:
-    """A torch device; None for the CPU where a model that needs no torch can do without."""
-    if name == "cpu" and not needs_torch:
-        return None
-    try:
-        import torch
-    except ImportError as error:
-        if name == "auto" and not needs_torch:
-            return None
-        raise MissingDependencyError(
-            got="no package torch", expected="torch, which builds engines", remedy="pip install 'skipstep[torch]'"
-        ) from error
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            problem, remedy = _why_not_seen(torch.version.cuda) if not count else ("", "pass a number below that")
-            raise DeviceUnavailableError(
-                got=f"device={name!r} on a machine with {count} CUDA devices that torch can see{problem}",
-                expected="a CUDA device",
-                remedy=f"use device='cpu', or {remedy}",
-            )
-    return device
-
-
-def _why_not_seen(built_for: str | None) -> tuple[str, str]:
-    """Why torch sees no CUDA device, and the remedy."""
-    if built_for is None:
-        return ": torch is a build for CPUs", "install a build of torch for CUDA, and an NVIDIA driver"
-    try:
-        facts = cuda_device()
-    except DeviceUnavailableError as error:
-        return f": {error.got}", "install an NVIDIA driver"
-    served = facts.cuda_version // 1000, facts.cuda_version % 1000 // 10
-    if served < tuple(map(int, built_for.split("."))):
-        found = f": {facts.name}, whose driver serves CUDA {served[0]}.{served[1]}, and torch built for {built_for}"
-        return found, f"update the driver to one for CUDA {built_for}, or install torch for CUDA {served[0]}"
-    return f": {facts.name} is there, torch cannot use it", "see what torch.cuda.init() says"
 
 
 def _checked_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:

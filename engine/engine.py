@@ -31,7 +31,7 @@ from skipstep.plans.stages import Stages
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-    from skipstep import saving
+    from skipstep import loras, saving
     from skipstep.building import BuildOptions
     from skipstep.editing import between, edit
     from skipstep.fitting import tune as fitting
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from skipstep.pipelines import pipeline
 else:
     fitting, saving, pipeline = map(Later, ("skipstep.fitting.tune", "skipstep.saving", "skipstep.pipelines.pipeline"))
-    between, edit = map(Later, ("skipstep.editing.between", "skipstep.editing.edit"))
+    between, edit, loras = map(Later, ("skipstep.editing.between", "skipstep.editing.edit", "skipstep.loras"))
     latency = (Later(f"skipstep.latency.{name}") for name in ("description", "identity", "pareto", "tuning"))
     description, identity, pareto, tuning = latency
 
@@ -65,6 +65,7 @@ class Engine:
     describe = description.describe
     identity = identity.engine_identity
     save = saving.save
+    swap_loras = loras.swap_loras
     encode = pipeline.encode
     decode = pipeline.decode
     preview = pipeline.preview
@@ -78,7 +79,7 @@ class Engine:
             )
         self.source, self.plans, self.runner = compiled.source, compiled.plans, compiled.runner
         self.backend, self.precision, self.num_threads = compiled.backend, compiled.precision, compiled.num_threads
-        self.network = compiled.source.spec
+        self.network, self.loras = compiled.source.spec, compiled.loras
         self.calibration: Calibration | None = None
         if compiled.calibrations is not None:
             from skipstep.latency.calibration import stored_calibration
@@ -189,42 +190,41 @@ class Engine:
                         `calibrate`, once on this device.
         seeds           an int for every sample, or one each, in [0, 2**64): a sample depends on its seed, not on its
                         place in the batch. They also key the noise that a plan adds.
-        x_T             `[B, *sample_shape]` NumPy, torch or DLPack, the initial noise instead of that of the seeds. A
-                        tensor on the engine's GPU is read there, in the order of the caller's stream.
+        x_T             `[B, *sample_shape]` NumPy, torch or DLPack, instead of the seeds' noise. A tensor on the
+                        engine's GPU is read there, in the order of the caller's stream.
         inputs          class_labels, prompt_embeds, negative_prompt_embeds, guidance_scale, guidance_rescale, and
                         conditions= and negative_conditions= by name (skipstep.calls.request.Conditions); with a
                         pipeline prompt, negative_prompt, image, mask and strength (skipstep.calls.inputs.Inputs).
         output_type     "np": float32 `[B, *sample_shape]` in the network's range, [-1, 1] for pixels; "pt": the same as
                         a torch tensor, on the engine's device; "pil": a list of 8-bit pictures. Of a pipeline its
                         pictures, and "latent" what its network drew.
-        out             float32 `[B, *sample_shape]` to draw into, NumPy, torch or DLPack, in host memory or on the
-                        engine's device; it is returned.
+        out             float32 `[B, *sample_shape]`, NumPy, torch or DLPack, on the host or the device: is returned.
         trajectory      True, or a stride of steps: returns (samples, Trajectory) instead of the samples.
         callback        called as callback(StepEvent) after every step.
         progress        called as progress(done, total), in network evaluations.
 
-        With a trajectory, callback or progress the loop runs one evaluation at a time.
-        Returns new memory every time, unless `out` is given. Raises InputError, PlanError, PlanNotFoundError,
-        DeadlineError where no plan is fast enough, NonFiniteError where the network returned NaN, and EngineStateError
-        for an engine that was closed or forked.
+        With a trajectory, callback or progress the loop runs one evaluation at a time. New memory every time, unless
+        `out` is given. Raises InputError, PlanError, PlanNotFoundError, DeadlineError where no plan is fast enough,
+        NonFiniteError where the network returned NaN, and EngineStateError for an engine that was closed or forked.
         """
         check_callable("callback", callback, "StepEvent")
         check_callable("progress", progress, "done, total")
-        call = self._call(
-            steps=steps,
-            plan=plan,
-            deadline_ms=deadline_ms,
-            seeds=seeds,
-            x_T=x_T,
-            output_type=output_type,
-            out=out,
-            **inputs,
-        )
-        kept = None
-        if trajectory is not False:
-            shape = (call.request.num_samples, *self.network.sample_shape)
-            kept = Trajectory.empty(sum(call.stages.ends_step), 1 if trajectory is True else trajectory, shape)
-        samples = self._draw(call, progress, callback, kept)
+        with self.runner.call():
+            call = self._call(
+                steps=steps,
+                plan=plan,
+                deadline_ms=deadline_ms,
+                seeds=seeds,
+                x_T=x_T,
+                output_type=output_type,
+                out=out,
+                **inputs,
+            )
+            kept = None
+            if trajectory is not False:
+                shape = (call.request.num_samples, *self.network.sample_shape)
+                kept = Trajectory.empty(sum(call.stages.ends_step), 1 if trajectory is True else trajectory, shape)
+            samples = self._draw(call, progress, callback, kept)
         return samples if kept is None else (samples, kept)
 
     def sample_async(self, **arguments: Unpack[SampleArguments]) -> Future[Any]:
@@ -235,7 +235,7 @@ class Engine:
         """
         from concurrent.futures import ThreadPoolExecutor  # Slow to import.
 
-        call = self._call(**arguments)
+        call = self.runner.in_call(self._call, **arguments)
         # The worker has its own stream: what this thread has enqueued comes first.
         order = self.runner.loop.caller_order()
 

@@ -146,19 +146,15 @@ class GraphSource(ABC):
         from skipstep.export.engines import build_engine_cached
         from skipstep.export.tensorrt_engine import EngineTarget
 
-        target = EngineTarget("tensorrt" if library == "tensorrt" else "tensorrt_rtx")
-        tf32 = precision == "tf32"
-        step = self.step_graph("float32" if tf32 else precision)
-        # Only of this library is known that it then launches less (skipstep.bench.kernel_counts).
-        last = library == "tensorrt_rtx"
+        rtx, tf32 = library == "tensorrt_rtx", precision == "tf32"
         return build_engine_cached(
-            step,
-            target,
+            self.step_graph("float32" if tf32 else precision),
+            EngineTarget("tensorrt_rtx" if rtx else "tensorrt"),
             batch_sizes,
             device=device,
             options=self.tensorrt,
             tf32=tf32,
-            channels_last=last,
+            channels_last=rtx,  # Only of this library is known that it then launches less (bench.kernel_counts).
             again=again,
         )[0]
 

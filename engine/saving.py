@@ -17,6 +17,7 @@ from skipstep.reporting import reporter
 if TYPE_CHECKING:
     from skipstep.latency.calibration import Calibration
     from skipstep.model_source import GraphSource
+    from skipstep.networks.lora_layers import Loras
 
 
 class Savable(Sampler, Protocol):
@@ -26,6 +27,7 @@ class Savable(Sampler, Protocol):
     backend: str
     precision: str
     calibration: Calibration | None
+    loras: Loras | None
 
     def __new__(cls, compiled: CompiledNetwork) -> Self: ...
 
@@ -62,6 +64,12 @@ def save(
     with `overwrite`, and only by a whole one. Raises ExportError, StorageError, InputError.
     """
     report = reporter(progress)
+    if engine.loras is not None:
+        raise InputError(
+            got="an engine with room for LoRAs to swap, to be saved",
+            expected="one whose LoRAs are fused: a bundle's weights are its own",
+            remedy="build it with loras= and without lora_rank=",
+        )
     if engine.runner.loop.device == "cpu" and engine.precision != "float32":
         raise InputError(
             got=f"an engine in {engine.precision} to be saved",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from skipstep.backends.onnxruntime import make_session, run_session
 from skipstep.errors import ExportError, MissingDependencyError
 from skipstep.export.graph_writer import OPSET, serialised
+from skipstep.export.large_model import lora_factors_as_inputs
 from skipstep.export.onnx_model import quiet_exporter
 from skipstep.networks.graphs import BATCH
 
@@ -55,6 +56,7 @@ def export_encoder(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Seq
             remedy="rewrite the module that is named",
         ) from error
     assert program is not None, "it returns nothing only where it writes a file"
+    lora_factors_as_inputs(program.model, dict(module.named_buffers()))
     return serialised(program.model_proto)
 
 

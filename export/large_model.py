@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from skipstep.errors import InputError
+from skipstep.errors import ExportError, InputError
+from skipstep.networks.graphs import LORA_INPUTS
 from skipstep.networks.large_graph import LOCATION, NO_FILE, LargeGraph, Weights, graph_size
 
 if TYPE_CHECKING:  # A device that only builds engines has onnx alone.
@@ -39,6 +40,21 @@ def take_weights_out(model: ir.Model, *, large: bool = False) -> dict[str, NDArr
                 NO_FILE, None, None, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name, base_dir=""
             )
     return weights
+
+
+def lora_factors_as_inputs(model: ir.Model, names: Iterable[str]) -> None:
+    """The factors beside a network's layers, which a swap changes, become inputs of its graph; `names` are those of the
+    module's buffers. Raises ExportError where the exporter made other constants of them."""
+    for name in [each for each in names if each.endswith(LORA_INPUTS)]:
+        value = model.graph.initializers.pop(name, None)
+        if value is None:
+            raise ExportError(
+                got=f"a graph in which {name} is folded into constants",
+                expected="one that reads it",
+                remedy="use backend='torch', or fuse the LoRAs: leave lora_rank out",
+            )
+        value.const_value = None
+        model.graph.inputs.append(value)
 
 
 def put_weights_in(model: ir.Model, graph: bytes) -> None:

@@ -17,7 +17,7 @@ from skipstep.backends.torch import DenoisingModule, zero_conditioning
 from skipstep.errors import ExportError, MissingDependencyError
 from skipstep.export.bundle_files import package_version
 from skipstep.export.graph_writer import OPSET, serialised
-from skipstep.export.large_model import take_weights_out
+from skipstep.export.large_model import lora_factors_as_inputs, take_weights_out
 from skipstep.networks.graphs import BATCH
 from skipstep.networks.spec import NetworkSpec
 
@@ -61,6 +61,7 @@ def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int |
             expected="torch's ONNX exporter with onnx and onnxscript",
             remedy="pip install 'skipstep[export]'",
         ) from error
+    lora_factors_as_inputs(program.model, dict(module.named_buffers()))
     weights = take_weights_out(program.model)
     exported = program.model_proto
     if symbols:

@@ -26,7 +26,7 @@ from onnxscript import optimizer
 from skipstep.errors import ExportError
 from skipstep.export.graph_writer import inner_graphs, serialised
 from skipstep.export.large_model import weights_as_inputs
-from skipstep.networks.graphs import BATCH, Binding, NetworkGraphs, Partition
+from skipstep.networks.graphs import BATCH, LORA_INPUTS, Binding, NetworkGraphs, Partition
 from skipstep.networks.large_graph import Weights, weights_of
 
 _BATCH_SIZE = "batch/size"  # int64 [1]; each graph counts the samples of one of its own inputs.
@@ -102,7 +102,8 @@ def _bindings(
     inputs = {tensor.name: Binding.CONSTANT for tensor in graph.initializer}
     for each in graph.input:
         if each.name not in inputs:
-            inputs[each.name] = _INPUT_BINDINGS.get(each.name, Binding.PROMPT)
+            constant = each.name.endswith(LORA_INPUTS)
+            inputs[each.name] = Binding.CONSTANT if constant else _INPUT_BINDINGS.get(each.name, Binding.PROMPT)
     # Values that a later part reads and that are no rows of a batch: they stay, and so does what follows from them.
     kept: set[str] = set()
     while True:

@@ -225,7 +225,7 @@ class FakeDevice:
 def build_on(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> None:
     """Let Engine.build take the device for the machine's GPU."""
     install(monkeypatch, device)
-    monkeypatch.setattr("skipstep.building._resolve_device", lambda name, **_: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr("skipstep.building.resolve_device", lambda name, **_: SimpleNamespace(type="cuda"))
     monkeypatch.setattr("skipstep.cuda.device.CudaDevice", lambda torch_device: device)
 
 

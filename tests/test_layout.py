@@ -60,6 +60,7 @@ ENGINE_MODULES = (
         "edge_loading",
         "quantizing",
         "accelerating",
+        "loras",
     ),
 )
 

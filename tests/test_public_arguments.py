@@ -75,6 +75,7 @@ CALLS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Engine.pareto": lambda path: {},
     "Engine.tune": lambda path: {"steps": [2], "noises": 8, "held_out": 8, "nodes": 8, "rounds": 0},
     "Engine.save": lambda path: {"path": path, "license": "none"},  # The folder is there already: nothing is written.
+    "Engine.swap_loras": lambda path: {"loras": []},  # With room for them: tests/test_loras.py.
     "Engine.add_plan": lambda path: {"plan": 5},
     "Engine.select_plan": lambda path: {"steps": 3},
     "Engine.split": lambda path: {"num_samples": 3},

@@ -11,7 +11,7 @@ loop owns the memory of the step inputs, so that one captured graph serves every
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -164,6 +164,7 @@ class Target:
     library      "tensorrt" or "tensorrt_rtx"; None: what is installed and has engines.
     keep         where a library keeps what it compiled, None: nowhere.
     batch_sizes  of the network, for libraries that compile for all of them at once.
+    lora         the memory of a network's LoRA inputs by name (skipstep.networks.lora_layers), which swaps write.
     check        called with a denoiser whose network was compiled anew, before it is kept: compares it with a
                  reference, and raises ExportError. For backends that compile when a batch size is first needed.
     """
@@ -177,6 +178,7 @@ class Target:
     keep: Keep | None = None
     batch_sizes: tuple[int, ...] = ()
     check: Callable[[Denoiser], object] | None = None
+    lora: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str:

@@ -40,7 +40,14 @@ class EarlyGraphs(EarlyParts):
     """A network's parts that run before the loop, serialised, by binding time (skipstep.backends.early)."""
 
     num_threads: int | None = None
+    lora: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
     _sessions: dict[str, LazySession] = field(default_factory=dict)
+
+    def tables_at(self, timesteps: NDArray[np.float64]) -> Values:
+        if self.lora:  # A swap may have changed what follows from a timestep.
+            with self._lock:
+                self.tables.clear()
+        return EarlyParts.tables_at(self, timesteps)
 
     def prefetch(self) -> None:
         """Begin to load what every call needs; what follows from timesteps alone is often in tables."""
@@ -56,7 +63,7 @@ class EarlyGraphs(EarlyParts):
 
     def _run(self, name: str, given: Mapping[str, NDArray[np.generic]]) -> Values:
         session = self._session(name).get()
-        return run_session(session, [each.name for each in session.get_outputs()], given)
+        return run_session(session, [each.name for each in session.get_outputs()], {**self.lora, **given})
 
 
 class OnnxRuntimeDenoiser:
@@ -75,17 +82,19 @@ class OnnxRuntimeDenoiser:
         self.batch_size = batch_size
         self.input = np.zeros((batch_size, *spec.sample_shape), np.float32)
         self.output = np.zeros((batch_size, *spec.output_shape), np.float32)
+        names = [each.name for each in self._session.get_inputs()]
+        self._lora = {name: early.lora[name] for name in names if name in early.lora}
         self._buffers: Values = {
             each.name: np.zeros((batch_size, *each.shape[1:]), _NUMPY_TYPES[each.type])
             for each in self._session.get_inputs()
-            if each.name != SAMPLE
+            if each.name != SAMPLE and each.name not in early.lora
         }
         self._binding = self._session.io_binding()
         self._bind_inputs()
         self._binding.bind_output(PREDICTION, "cpu", 0, np.float32, self.output.shape, self.output.ctypes.data)
 
     def _bind_inputs(self) -> None:
-        for name, array in {SAMPLE: self.input, **self._buffers}.items():
+        for name, array in {SAMPLE: self.input, **self._buffers, **self._lora}.items():
             self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
     def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> StepInputs:
@@ -110,7 +119,7 @@ def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:
     session = _step_session(source.step_graph("int8-onnxruntime" if target.precision == "int8" else "float32"), target)
     # The bytes are read before and not in the background, where each read and hash would wait for Python's lock.
     session.prefetch()
-    early = EarlyGraphs(source.before_loop(), source.spec, target.num_threads, tables=source.tables)
+    early = EarlyGraphs(source.before_loop(), source.spec, target.num_threads, target.lora, tables=source.tables)
     if target.keep is not None:
         early.prefetch()
     return lambda batch_size: OnnxRuntimeDenoiser(session, early, source.spec, batch_size=batch_size)

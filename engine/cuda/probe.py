@@ -11,7 +11,7 @@ import ctypes
 from dataclasses import dataclass
 from typing import Any
 
-from skipstep.errors import DeviceUnavailableError
+from skipstep.errors import DeviceUnavailableError, MissingDependencyError
 
 # CUdevice_attribute of the driver's interface.
 _MULTIPROCESSOR_COUNT, _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 16, 75, 76
@@ -85,3 +85,45 @@ def upload_graph(graph: int, stream: int) -> None:
     """Send an executable graph (a CUgraphExec handle) to the device, which its first launch would do otherwise."""
     with contextlib.suppress(OSError, AttributeError):  # Then the first launch does it.
         ctypes.CDLL("libcuda.so.1").cuGraphUpload(ctypes.c_void_p(graph), ctypes.c_void_p(stream))
+
+
+def resolve_device(name: str, *, needs_torch: bool) -> Any:
+    """A torch device; None for the CPU where a model that needs no torch can do without."""
+    if name == "cpu" and not needs_torch:
+        return None
+    try:
+        import torch
+    except ImportError as error:
+        if name == "auto" and not needs_torch:
+            return None
+        raise MissingDependencyError(
+            got="no package torch", expected="torch, which builds engines", remedy="pip install 'skipstep[torch]'"
+        ) from error
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            problem, remedy = why_not_seen(torch.version.cuda) if not count else ("", "pass a number below that")
+            raise DeviceUnavailableError(
+                got=f"device={name!r} on a machine with {count} CUDA devices that torch can see{problem}",
+                expected="a CUDA device",
+                remedy=f"use device='cpu', or {remedy}",
+            )
+    return device
+
+
+def why_not_seen(built_for: str | None) -> tuple[str, str]:
+    """Why torch sees no CUDA device, and the remedy."""
+    if built_for is None:
+        return ": torch is a build for CPUs", "install a build of torch for CUDA, and an NVIDIA driver"
+    try:
+        facts = cuda_device()
+    except DeviceUnavailableError as error:
+        return f": {error.got}", "install an NVIDIA driver"
+    served = facts.cuda_version // 1000, facts.cuda_version % 1000 // 10
+    if served < tuple(map(int, built_for.split("."))):
+        found = f": {facts.name}, whose driver serves CUDA {served[0]}.{served[1]}, and torch built for {built_for}"
+        return found, f"update the driver to one for CUDA {built_for}, or install torch for CUDA {served[0]}"
+    return f": {facts.name} is there, torch cannot use it", "see what torch.cuda.init() says"

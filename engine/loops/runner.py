@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -63,6 +64,17 @@ class BatchRunner:
     def close(self) -> None:
         self._lifecycle.close()
 
+    def alone(self) -> AbstractContextManager[None]:
+        return self._lifecycle.alone()
+
+    def call(self) -> AbstractContextManager[None]:
+        """Around what reads the network: prompts and samples of a call are those of one network."""
+        return self._lifecycle.call()
+
+    def in_call(self, function: Callable[..., Any], **arguments: Any) -> Any:
+        with self.call():
+            return function(**arguments)
+
     def split(self, num_samples: int) -> list[int]:
         """The batch sizes of the runs that draw so many samples; the last may draw more than are left."""
         if not self.loop.any_batch:
@@ -87,7 +99,10 @@ class BatchRunner:
 
     def draw(self, stages: Stages, request: SampleRequest, samples: Any, *, observers: Observers | None = None) -> None:
         """Walk a request to x_0 in `samples`. Raises NonFiniteError and EngineStateError."""
-        self.check()
+        with self.call():
+            self._draw(stages, request, samples, observers)
+
+    def _draw(self, stages: Stages, request: SampleRequest, samples: Any, observers: Observers | None) -> None:
         if len(self.split(request.num_samples)) > 1:
             request = request.apart_from(samples)
         pending: list[tuple[int, Pending]] = []
@@ -127,7 +142,8 @@ class BatchRunner:
 class CompiledNetwork:
     """A network that is ready to be sampled, and what came with it: everything that an engine is made of.
 
-    `calibrations`: the bytes of a bundle's calibration.json.
+    `calibrations`: the bytes of a bundle's calibration.json. `loras`: skipstep.networks.lora_layers.Loras, if
+    they can be swapped.
     """
 
     source: NetworkSource
@@ -137,6 +153,7 @@ class CompiledNetwork:
     precision: str
     num_threads: int | None
     calibrations: bytes | None = None
+    loras: Any = None
 
 
 def check_output_type(output_type: str) -> None:

@@ -24,6 +24,8 @@ Values = dict[str, NDArray[np.generic]]
 BATCH: Final = "batch"
 SAMPLE: Final = "sample"
 PREDICTION: Final = "out_sample"
+# How inputs end that hold the factors of a LoRA, the same for all samples (skipstep.networks.lora_layers).
+LORA_INPUTS: Final = ("lora_down", "lora_up")
 
 
 class Binding(IntFlag):

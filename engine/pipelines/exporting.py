@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from safetensors.numpy import save
 
-from skipstep.errors import MissingDependencyError, ModelFormatError, NonFiniteError, SkipstepError
+from skipstep.errors import ModelFormatError, NonFiniteError, SkipstepError, optional_package
 from skipstep.networks.spec import NetworkSpec
 from skipstep.networks.weights import DOWNLOAD, find_weights, tensor_shapes
 from skipstep.pipelines.building import CHECKER, DECODERS, SMALL, TEXT_CLASSES, XL, FoundParts
@@ -23,34 +24,46 @@ from skipstep.storage.untrusted import read_json_object
 if TYPE_CHECKING:
     from torch import nn
 
+    from skipstep.networks.lora_layers import Loras
+
 _FORMAT: Final = 1
 
 
 def export_parts(
-    found: FoundParts, network: NetworkSpec, num_threads: int | None, report: Callable[[str], None]
+    found: FoundParts,
+    network: NetworkSpec,
+    num_threads: int | None,
+    report: Callable[[str], None],
+    loras: Loras | None = None,
 ) -> Pipeline:
-    """Raises MissingDependencyError, ModelFormatError, ExportError."""
+    """Raises MissingDependencyError, ModelFormatError, ExportError; InputError for LoRAs that do not fit."""
+    from skipstep.networks.lora_layers import Loras
+
+    loras = loras or Loras()
     files = {name: text.encode() for name, text in zip(found.spec.tokenizer_names(), found.tokenizers, strict=True)}
     for i, (name, class_name) in enumerate(found.texts):
         report(f"export {name}")
-        files[f"{FOLDER}/text-{i}.onnx"] = _graph(found, name, class_name, "text", found.spec.texts[i].pooled)
+        files[f"{FOLDER}/text-{i}.onnx"] = _graph(found, name, class_name, "text", loras, found.spec.texts[i].pooled)
     for part in [name for name in found.spec.graph_names() if name in ("decoder", "encoder")]:
         report(f"export the {part} of {found.decoder}")
-        files[f"{FOLDER}/{part}.onnx"] = _graph(found, found.decoder, DECODERS[found.decoder], part, False)
+        files[f"{FOLDER}/{part}.onnx"] = _graph(found, found.decoder, DECODERS[found.decoder], part)
     if found.spec.checks:
         report("export the safety checker")
-        files[f"{FOLDER}/checker.onnx"] = _graph(found, "safety_checker", CHECKER, "checker", False)
+        files[f"{FOLDER}/checker.onnx"] = _graph(found, "safety_checker", CHECKER, "checker")
     if found.preview is not None:
         report("export the decoder of previews")
-        files[f"{FOLDER}/preview.onnx"] = _graph(found, found.preview, SMALL, "preview", False)
-    made = Pipeline(found.spec, files.__getitem__, num_threads=num_threads)
+        files[f"{FOLDER}/preview.onnx"] = _graph(found, found.preview, SMALL, "preview")
+    inputs = {f"text-{i}": loras.inputs.get(name, {}) for i, (name, _) in enumerate(found.texts)}
+    made = Pipeline(found.spec, files.__getitem__, num_threads=num_threads, inputs=inputs)
     _check_widths(found, made, network)
     latents = np.random.default_rng(0).standard_normal((1, *found.sample_shape), np.float32)
     files[GOLDEN_FILE] = save(made.golden(latents))
     return made
 
 
-def _graph(found: FoundParts, name: str, class_name: str, part: str, pooled: bool) -> bytes:
+def _graph(
+    found: FoundParts, name: str, class_name: str, part: str, loras: Loras | None = None, pooled: bool = False
+) -> bytes:
     from skipstep.bundles.cache import ArtefactCache
     from skipstep.bundles.cache_key import cache_key
     from skipstep.export.onnx_model import exporter_versions
@@ -65,9 +78,22 @@ def _graph(found: FoundParts, name: str, class_name: str, part: str, pooled: boo
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
 
+    @cache
+    def module() -> nn.Module:
+        made = _load(found.folder / name, class_name, "fp16" if ".fp16" in weights[0].name else None)
+        if loras is not None:
+            loras.apply(name, made, "encoder")
+        return made
+
+    factors: Mapping[str, Any] = {}
+    if loras is not None:
+        digest.update(loras.key(name))
+        if loras.rank is not None:
+            module()  # Its slots are needed even where the graph is known.
+            factors = loras.inputs.get(name, {})
+
     def export() -> bytes:
-        module = _load(found.folder / name, class_name, "fp16" if ".fp16" in weights[0].name else None)
-        return _exported(module, part, found.spec, config, pooled)
+        return _exported(module(), part, found.spec, config, pooled, factors)
 
     key = cache_key(
         kind=f"pipeline {part}",
@@ -94,17 +120,11 @@ def _check_widths(found: FoundParts, made: Pipeline, network: NetworkSpec) -> No
 
 
 def _load(folder: Path, class_name: str, variant: str | None) -> nn.Module:
-    try:
-        import diffusers
-        import torch
-        import transformers
-        from diffusers.pipelines.stable_diffusion import safety_checker
-    except ImportError as error:
-        raise MissingDependencyError(
-            got=f"no package {error.name}",
-            expected="torch, transformers and diffusers, which build the parts of a pipeline's folder",
-            remedy="pip install 'skipstep[torch,diffusers,prompts]'",
-        ) from error
+    remedy = "pip install 'skipstep[torch,diffusers,prompts]'"
+    torch, transformers, diffusers, safety_checker = (
+        optional_package(package, use="builds the parts of a pipeline's folder", remedy=remedy)
+        for package in ("torch", "transformers", "diffusers", "diffusers.pipelines.stable_diffusion.safety_checker")
+    )
     home, dtype = (transformers, "dtype") if class_name in TEXT_CLASSES else (diffusers, "torch_dtype")
     home, dtype = (safety_checker, "dtype") if class_name == CHECKER else (home, dtype)
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False}
@@ -122,7 +142,9 @@ def _load(folder: Path, class_name: str, variant: str | None) -> nn.Module:
     return made
 
 
-def _exported(module: nn.Module, part: str, spec: PipelineSpec, config: Mapping[str, Any], pooled: bool) -> bytes:
+def _exported(
+    module: nn.Module, part: str, spec: PipelineSpec, config: Any, pooled: bool, factors: Mapping[str, Any]
+) -> bytes:
     import torch
 
     from skipstep.export.encoder import check_encoder, export_encoder
@@ -156,5 +178,6 @@ def _exported(module: nn.Module, part: str, spec: PipelineSpec, config: Mapping[
             remedy=f"check the weights of the part: {DOWNLOAD}",
         )
     graph = export_encoder(made, inputs, outputs)
+    inputs |= {name: torch.from_numpy(array) for name, array in factors.items()}
     check_encoder(graph, inputs, expected, f"pipeline's {part}")
     return graph

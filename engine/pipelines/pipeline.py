@@ -48,9 +48,18 @@ _GOLDEN_PROMPT, _GOLDEN_TOLERANCE = "a red apple", 1e-3
 
 
 class Pipeline:
-    """`read(name)` gives the bytes of a part's file, `pipeline/…`. Sessions are made when they are first needed."""
+    """`read(name)` gives the bytes of a part's file, `pipeline/…`. Sessions are made when they are first needed.
+    `inputs`: what a part's graph reads beside what it is called with: the factors of LoRAs."""
 
-    def __init__(self, spec: PipelineSpec, read: Callable[[str], bytes], *, num_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        spec: PipelineSpec,
+        read: Callable[[str], bytes],
+        *,
+        num_threads: int | None = None,
+        inputs: Mapping[str, Mapping[str, NDArray[Any]]] | None = None,
+    ) -> None:
+        self._inputs = inputs or {}
         self.spec, self._read, self._num_threads = spec, read, num_threads
         self._made: dict[str, Any] = {}
         self._lock = threading.RLock()
@@ -181,7 +190,7 @@ class Pipeline:
                 self._read(f"{FOLDER}/{part}.onnx"), num_threads=self._num_threads, before_loop=part != "decoder"
             )
 
-        return run_session(self._held(part, session), outputs, given)
+        return run_session(self._held(part, session), outputs, {**self._inputs.get(part, {}), **given})
 
     def _tokenizer(self, i: int) -> PromptTokenizer:
         name = self.spec.tokenizer_names()[i]

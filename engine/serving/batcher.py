@@ -63,6 +63,12 @@ class Batcher:
         self._max_queue = check_integer("max_queue", max_queue, low=1)
         self._wait = 1e-3 * check_number("max_wait_ms", max_wait_ms, low=0.0, high=_MAX_MS)
         engine.runner.check()
+        if engine.loras is not None:
+            raise InputError(
+                got="an engine with room for LoRAs to swap, whose requests would share evaluations",
+                expected="one whose LoRAs are fused",
+                remedy="build it without lora_rank=",
+            )
         self._engine = engine
         mix = engine.runner.loop.mix([Stages.of([plan]) for plan in engine.plans.values()], max_batch)
         cost = Cost.of(engine.calibration, engine.plans, mix.batch_sizes)

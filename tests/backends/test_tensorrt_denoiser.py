@@ -28,9 +28,9 @@ from skipstep.errors import (
 from skipstep.networks.spec import NetworkSpec
 
 ALIGNED = fake_tensorrt.ALIGNMENT
+pytestmark = pytest.mark.usefixtures("cuda")
 
 
-@pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("library", ["tensorrt", "tensorrt_rtx"])
 @pytest.mark.parametrize("counted", [False, True], ids=["stage of the host", "stage of the device"])
 @pytest.mark.parametrize("pitch", [1, ALIGNED], ids=["rows without gaps", "aligned rows"])
@@ -40,14 +40,12 @@ def test_predicts_what_the_cpu_backend_predicts(batch_size, pitch, counted, libr
     assert_predicts(network, given, counted=counted, looked_up=tables(network, given, pitch=pitch))
 
 
-@pytest.mark.usefixtures("cuda")
 def test_half_precision():
     network = denoiser(precision="float16")
     assert network.input.dtype == network.output.dtype == torch.float16
     assert_predicts(network, step_networks.call(3, 3), dtype=torch.float16)
 
 
-@pytest.mark.usefixtures("cuda")
 def test_images_in_channels_last_order():
     PRETENCES["tensors"] = {(name, "format"): TensorFormat.HWC for name in ("sample", "out_sample")}
     network = denoiser()
@@ -57,7 +55,6 @@ def test_images_in_channels_last_order():
     assert_predicts(network, step_networks.call(3, 3))
 
 
-@pytest.mark.usefixtures("cuda")
 def test_aligned_rows_are_read_where_they_stand():
     network, given = denoiser(), step_networks.call(4, 3)
     per_stage = {name for name, each in network.step_inputs.items() if each.per_stage}
@@ -72,7 +69,6 @@ def test_aligned_rows_are_read_where_they_stand():
         assert (addresses["sample"], addresses["out_sample"]) == (network.input.data_ptr(), network.output.data_ptr())
 
 
-@pytest.mark.usefixtures("cuda")
 def test_contexts_keep_apart_what_they_look_up():
     """As graphs do that are launched in turns: a context goes on with its own memory."""
     network = denoiser()
@@ -90,7 +86,6 @@ def test_contexts_keep_apart_what_they_look_up():
     assert_predicts(network, calls[1], enqueue=contexts[0], looked_up=held[0])
 
 
-@pytest.mark.usefixtures("cuda")
 def test_one_context_with_the_memory_of_several_calls():
     """As a loop that is not recorded may give it."""
     network = denoiser()
@@ -122,7 +117,6 @@ def test_launches_go_to_the_current_stream(cuda):
     assert cuda.waits == waits
 
 
-@pytest.mark.usefixtures("cuda")
 def test_engines_that_take_memory_while_they_run_are_not_recorded():
     assert denoiser().capture_refusal is None
     PRETENCES["takes memory"] = True
@@ -146,7 +140,6 @@ def test_a_launch_that_fails(cuda, capturing):
         assert_predicts(network, step_networks.call(1, 3), enqueue=enqueue)
 
 
-@pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize(
     ("pretence", "message"),
     [
@@ -164,7 +157,6 @@ def test_an_engine_that_does_not_run_here(pretence, message):
         denoiser(engine=engine)
 
 
-@pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("library", ["tensorrt", "tensorrt_rtx"])
 def test_one_engine_for_all_batch_sizes(monkeypatch, library):
     """Built and loaded once; what is evaluated in turn at its sizes is what each predicts alone."""
@@ -188,13 +180,11 @@ def test_one_engine_for_all_batch_sizes(monkeypatch, library):
     assert asked == [(2, 1, 4), (8, 1, 2, 4)], "a size that was not foreseen"
 
 
-@pytest.mark.usefixtures("cuda")
 def test_bytes_that_the_library_does_not_take():
     with pytest.raises(ExportError, match=r"tensorrt_rtx 1.7.0.0 does not take: cannot deserialize.*skipstep build"):
         denoiser(engine=b"of another version")
 
 
-@pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize(
     ("tensor", "fact", "pretended", "message"),
     [
@@ -217,7 +207,6 @@ def test_engines_of_another_network(tensor, fact, pretended, message):
         denoiser()
 
 
-@pytest.mark.usefixtures("cuda")
 def test_an_engine_of_another_size_or_spec():
     engine = fake_tensorrt.engine_of(step_networks.parts().graphs.step, 2)
     with pytest.raises(ExportError, match="for batch size 3"):
@@ -226,7 +215,6 @@ def test_an_engine_of_another_size_or_spec():
         denoiser(2, engine=engine, spec=NetworkSpec((2, 8, 8), 5, 5, prompt_shape=(3, 6)))
 
 
-@pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("change", ["dtype", "batch", "gaps", "address"])
 def test_step_inputs_that_no_loop_should_give(change):
     network, given = denoiser(), step_networks.call(2, 3)
@@ -243,7 +231,6 @@ def test_step_inputs_that_no_loop_should_give(change):
         assert_predicts(network, given, looked_up=looked_up)
 
 
-@pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_from_a_network(monkeypatch, precision):
     asked = []
@@ -264,7 +251,6 @@ def test_from_a_network(monkeypatch, precision):
         assert_predicts(network, step_networks.call(2, size), dtype=getattr(torch, precision))
 
 
-@pytest.mark.usefixtures("cuda")
 def test_an_engine_without_weights_is_given_those_of_its_network(monkeypatch):
     def build(step, target, sizes, **options):
         return fake_refit.stripped(fake_tensorrt.engine_of(step, *sizes)), {}
@@ -279,7 +265,6 @@ def test_an_engine_without_weights_is_given_those_of_its_network(monkeypatch):
         denoiser(engine=build(step_networks.parts().graphs.step, None, (3,))[0])
 
 
-@pytest.mark.usefixtures("cuda")
 def test_streamed_weights_have_memory_among_the_activations(monkeypatch):
     monkeypatch.setitem(PRETENCES, "streamable", 4000)
     network = denoiser()
@@ -288,7 +273,6 @@ def test_streamed_weights_have_memory_among_the_activations(monkeypatch):
     assert_predicts(network, step_networks.call(2, 3))
 
 
-@pytest.mark.usefixtures("cuda")
 def test_from_a_bundle(monkeypatch):
     step = step_networks.parts().graphs.step
     asked = []
@@ -343,7 +327,6 @@ def test_from_a_bundle(monkeypatch):
     assert BundleSource(bundle).engine_libraries == ("tensorrt", "tensorrt_rtx")
 
 
-@pytest.mark.usefixtures("cuda")
 def test_a_kept_engine_that_the_library_refuses_is_built_again(monkeypatch):
     asked = []
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import HAS_GPU
 
-from skipstep import building
+from skipstep.cuda import probe
 from skipstep.cuda.probe import DeviceFacts, cuda_device
 from skipstep.errors import DeviceUnavailableError
 
@@ -73,8 +73,8 @@ def test_why_torch_sees_no_device(monkeypatch, built_for, served, found):
             raise DeviceUnavailableError(got="no driver", expected="one", remedy="install it")
         return DeviceFacts("a GPU", 90, 132, 80 << 30, served)
 
-    monkeypatch.setattr(building, "cuda_device", facts)
-    assert found in building._why_not_seen(built_for)[0]
+    monkeypatch.setattr(probe, "cuda_device", facts)
+    assert found in probe.why_not_seen(built_for)[0]
 
 
 @pytest.mark.gpu

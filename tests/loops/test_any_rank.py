@@ -59,7 +59,7 @@ def test_kernels_draw_what_the_host_draws(shape, device_engine):
     on_device = device_engine(shape)
     assert on_device.captures
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skipstep.building._resolve_device", lambda name, **_: torch.device(name))
+        patch.setattr("skipstep.building.resolve_device", lambda name, **_: torch.device(name))
         host = engine_of(shape)
     for plan in PLANS.values():
         found, expected = on_device.sample(plan=plan, **CALL), host.sample(plan=plan, **CALL)

@@ -48,7 +48,7 @@ def build(network=None, **options) -> Engine:
 
 def on_the_cpu(network=None, **options) -> Engine:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skipstep.building._resolve_device", lambda name, **_: torch.device(name))
+        patch.setattr("skipstep.building.resolve_device", lambda name, **_: torch.device(name))
         return build(network, **options)
 
 
