@@ -27,9 +27,9 @@ from skipstep.loops.choice import FORMS, make_loop, resolve_form
 from skipstep.loops.contract import Sampler
 from skipstep.loops.lifecycle import Lifecycle
 from skipstep.loops.runner import BatchRunner, CompiledNetwork
-from skipstep.model_source import NO_TORCH_BACKEND, ModelOptions, is_onnx_path
+from skipstep.model_source import NO_TORCH_BACKEND, ModelOptions
 from skipstep.networks.spec import MAX_BATCH_SIZE, network_batch_sizes
-from skipstep.opening import open_model
+from skipstep.opening import is_onnx_path, open_model
 from skipstep.pipelines.building import PartsOptions, find_parts
 from skipstep.pipelines.exporting import export_parts
 from skipstep.plans.parameterization import PREDICTION_TYPES, TIME_INPUTS

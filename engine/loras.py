@@ -51,10 +51,9 @@ def read_with_loras(
     module = source.network
     if source.digest is None:
         module = copy.deepcopy(module).float().to("cpu")
-    alone, place = module.network, "network"
-    if hasattr(alone, "nets"):  # Beside ControlNets (skipstep.pipelines.modules.Controlled).
-        alone, place = alone.unet, "network.unet"
-    found.apply(NETWORK, alone, place)
+    # Beside ControlNets the network is a part (skipstep.pipelines.modules.Controlled).
+    place = "unet" if hasattr(module.network, "nets") else ""
+    found.apply(NETWORK, module.network.get_submodule(place), f"network.{place}".rstrip("."))
     digest = source.digest
     if digest is not None and found.key(NETWORK):
         digest = hashlib.sha256(digest.encode() + found.key(NETWORK)).hexdigest()

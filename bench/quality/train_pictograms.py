@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 import transformers
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from skipstep.bench.quality.pictograms import DEFAULT_FILE, SIDE, load_pictograms
 from skipstep.bench.quality.train_unet import Task, add_options, fit
+from skipstep.pipelines.prompts import plain_sections
 from skipstep.pipelines.spec import TextSpec
 from skipstep.pipelines.tokenizer import PromptTokenizer
 
@@ -134,7 +136,8 @@ def make_task(data: Path, widths: tuple[int, ...] = WIDTHS) -> Task:
     names = found.distinct()
     tokenizer = train_tokenizer(names)
     end = tokenizer.get_vocab()[_END]
-    tokens = PromptTokenizer(tokenizer.to_str(), TextSpec(_LENGTH, end, pooled=False)).encode([*names, ""])
+    reader = PromptTokenizer(tokenizer.to_str(), TextSpec(_LENGTH, end, pooled=False))
+    tokens = np.concatenate([reader.chunks(plain_sections(name))[0] for name in (*names, "")])
     network = PromptNetwork(torch.from_numpy(tokens), tokenizer.get_vocab_size(), end, widths)
     pixels = torch.from_numpy(found.pictures).float() / 127.5 - 1.0
     number = {name: i for i, name in enumerate(names)}
