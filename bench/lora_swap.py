@@ -131,11 +131,9 @@ def main() -> None:
         print(*row, sep=" | ")
     if options.json is not None:
         facts = environment()
-        command = "python -m skipstep.bench.lora_swap --json FILE"
-        write_json(
-            options.json,
-            {"command": command, "commit": facts["commit"], "environment": facts, "header": HEADER, "rows": rows},
-        )
+        command = "python -m skipstep.bench.lora_swap --json bench/results/findings/lora-swap.json"
+        found = {"command": command, "commit": facts["commit"], "environment": facts, "header": HEADER, "rows": rows}
+        write_json(options.json, found | {"note": f"One thread, {options.repeats} repeats in turns."})
 
 
 if __name__ == "__main__":

@@ -271,12 +271,11 @@ def build_network(
         ready=chosen.compiles_late,
     )
     pipeline = None if parts is None else export_parts(parts, network, num_threads, report, fitted)
-    runner = BatchRunner(made, network, sizes, lifecycle, pipeline)
+    swapped = fitted if lora_rank else None
+    runner = BatchRunner(made, network, sizes, lifecycle, pipeline, None if swapped is None else swapped.gate)
     if fitted is not None:
         fitted.begin()
-    return CompiledNetwork(
-        source, held, runner, chosen.name, precision, num_threads, loras=fitted if lora_rank else None
-    )
+    return CompiledNetwork(source, held, runner, chosen.name, precision, num_threads, loras=swapped)
 
 
 def _check_options(

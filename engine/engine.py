@@ -200,8 +200,7 @@ class Engine:
                         pictures, and "latent" what its network drew.
         out             float32 `[B, *sample_shape]`, NumPy, torch or DLPack, on the host or the device: is returned.
         trajectory      True, or a stride of steps: returns (samples, Trajectory) instead of the samples.
-        callback        called as callback(StepEvent) after every step.
-        progress        called as progress(done, total), in network evaluations.
+        callback        called as callback(StepEvent) after every step; progress as progress(evaluations done, total).
 
         With a trajectory, callback or progress the loop runs one evaluation at a time. New memory every time, unless
         `out` is given. Raises InputError, PlanError, PlanNotFoundError, DeadlineError where no plan is fast enough,
@@ -209,7 +208,7 @@ class Engine:
         """
         check_callable("callback", callback, "StepEvent")
         check_callable("progress", progress, "done, total")
-        with self.runner.call():
+        with self.runner.gate:
             call = self._call(
                 steps=steps,
                 plan=plan,
@@ -235,7 +234,8 @@ class Engine:
         """
         from concurrent.futures import ThreadPoolExecutor  # Slow to import.
 
-        call = self.runner.in_call(self._call, **arguments)
+        with self.runner.gate:
+            call = self._call(**arguments)
         # The worker has its own stream: what this thread has enqueued comes first.
         order = self.runner.loop.caller_order()
 

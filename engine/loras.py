@@ -74,5 +74,5 @@ def swap_loras(engine: Swapped, loras: Iterable[Lora]) -> None:
             remedy="build it again, on the CPU in float32, with lora_rank=16",
         )
     changes = engine.loras.changes(read_loras(loras, digests=False))
-    with engine.runner.alone():
+    with engine.loras.gate.alone():
         put(changes)

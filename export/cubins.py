@@ -155,7 +155,7 @@ def _compile_binary(
     kernel, launch = _KERNELS[purpose]
     constants = step_constants(flags, per_sample=False, store_x0=False)
     constants |= {"STREAM": int(Stream.INITIAL), "COPIES": flags.input_copies, "CHOOSES": 1, "CHANNELS": 0}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    constants = {name: constants[name] for name in kernel.arg_names if name in constants}
     arguments = {name: _triton_type(kind) for name, kind in types.items()}
     compiled = compile_for(kernel, architecture, arguments, constants, wide=multiple > 1, launch=launch)
     ptx, cubin, metadata = compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata

@@ -12,7 +12,7 @@ from tiny_networks import Labelled
 
 from skipstep import Engine, Plan
 
-SHAPE = (2, 4, 4)
+SHAPE = (3, 4, 4)
 
 
 def serving_engine(**options: Any) -> Engine:

@@ -7,23 +7,17 @@ would wait forever, and CUDA would fail later. So the first use raises an error 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from skipstep.errors import EngineStateError
 
 
 class Lifecycle:
-    """`check` before every use; everything that serves one engine shares it. Calls run side by side, a change of the
-    network `alone`."""
+    """`check` before every use; everything that serves one engine shares it."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
         self._ended: str | None = None
         self._remedy = ""
-        self._changed = threading.Condition()
-        self._callers: list[int] = []
 
     def check(self) -> None:
         """Raise EngineStateError unless the engine may be used here and now."""
@@ -35,33 +29,6 @@ class Lifecycle:
                 expected="the process that made it: threads and CUDA contexts do not survive a fork",
                 remedy="build or load the engine in the child, or start it with multiprocessing's 'spawn' method",
             )
-
-    @contextmanager
-    def call(self) -> Iterator[None]:
-        """Around what reads the network. Raises EngineStateError, as `check`."""
-        self.check()
-        caller = threading.get_ident()
-        with self._changed:
-            self._callers.append(caller)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._callers.remove(caller)
-                self._changed.notify_all()
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Waits for the calls under way, and holds up later ones. Raises EngineStateError inside of a call."""
-        with self._changed:
-            if threading.get_ident() in self._callers:
-                raise EngineStateError(
-                    got="a change of the network from a callback of a call that runs it",
-                    expected="one between calls",
-                    remedy="let the call return first",
-                )
-            self._changed.wait_for(lambda: not self._callers)
-            yield
 
     def close(self) -> None:
         if self._ended is None:

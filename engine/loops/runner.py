@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -43,7 +43,8 @@ class BatchRunner:
     """A loop and the batch sizes that it draws at (skipstep.loops.contract.Runner). Safe to call from several threads.
 
     With a loop that takes any size, the largest of `batch_sizes` is the most samples that it is given at once.
-    `pipeline`: what is around a network of latents, if anything is known of it.
+    `pipeline`: what is around a network of latents, if anything is known of it. `gate`: around what reads the network,
+    where it may change between calls.
     """
 
     def __init__(
@@ -53,7 +54,9 @@ class BatchRunner:
         batch_sizes: Sequence[int],
         lifecycle: Lifecycle,
         pipeline: Parts | None = None,
+        gate: AbstractContextManager[None] | None = None,
     ) -> None:
+        self.gate = nullcontext() if gate is None else gate
         self.loop, self.network, self.pipeline = loop, network, pipeline
         self.batch_sizes = tuple(sorted(batch_sizes))
         self._lifecycle = lifecycle
@@ -63,17 +66,6 @@ class BatchRunner:
 
     def close(self) -> None:
         self._lifecycle.close()
-
-    def alone(self) -> AbstractContextManager[None]:
-        return self._lifecycle.alone()
-
-    def call(self) -> AbstractContextManager[None]:
-        """Around what reads the network: prompts and samples of a call are those of one network."""
-        return self._lifecycle.call()
-
-    def in_call(self, function: Callable[..., Any], **arguments: Any) -> Any:
-        with self.call():
-            return function(**arguments)
 
     def split(self, num_samples: int) -> list[int]:
         """The batch sizes of the runs that draw so many samples; the last may draw more than are left."""
@@ -99,7 +91,8 @@ class BatchRunner:
 
     def draw(self, stages: Stages, request: SampleRequest, samples: Any, *, observers: Observers | None = None) -> None:
         """Walk a request to x_0 in `samples`. Raises NonFiniteError and EngineStateError."""
-        with self.call():
+        self.check()
+        with self.gate:
             self._draw(stages, request, samples, observers)
 
     def _draw(self, stages: Stages, request: SampleRequest, samples: Any, observers: Observers | None) -> None:

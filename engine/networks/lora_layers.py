@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from skipstep.errors import InputError
+from skipstep.errors import EngineStateError, InputError
 from skipstep.networks.graphs import LORA_INPUTS
 from skipstep.networks.lora import NETWORK, Array, LoraFile, Named, Shape, Update, check_parts, fit, named
 
@@ -118,6 +120,36 @@ def put(changes: Iterable[tuple[Slot, Sequence[Update]]]) -> None:
         slot.set(updates)
 
 
+class Gate:
+    """Entered by calls, which run side by side; a change of the network runs `alone`."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._callers: list[int] = []
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._callers.append(threading.get_ident())
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._callers.remove(threading.get_ident())
+            self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits for the calls under way, and holds up later ones. Raises EngineStateError inside of a call."""
+        with self._changed:
+            if threading.get_ident() in self._callers:
+                raise EngineStateError(
+                    got="a change of the network from a callback of a call that runs it",
+                    expected="one between calls",
+                    remedy="let the call return first",
+                )
+            self._changed.wait_for(lambda: not self._callers)
+            yield
+
+
 @dataclass(slots=True)
 class Loras:
     """What an engine is built with: `files` that are fused, or with a `rank` slots, which hold the files at first.
@@ -131,6 +163,7 @@ class Loras:
     slots: dict[str, dict[str, Slot]] = field(default_factory=dict)
     names: dict[str, Named] = field(default_factory=dict)
     inputs: dict[str, dict[str, NDArray[Any]]] = field(default_factory=dict)
+    gate: Gate = field(default_factory=Gate)
 
     def key(self, part: str) -> bytes:
         """What the part's graph depends on beside its weights; empty for nothing."""

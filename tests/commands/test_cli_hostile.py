@@ -150,7 +150,7 @@ def test_a_folder_of_another_user(tmp_path):
         if above.stat().st_uid == os.getuid() and above != Path("/"):
             above.chmod(above.stat().st_mode | 0o055)
     code = (
-        "import os, sys\n"
+        "import os, sys, tempfile\n"
         "from skipstep.storage.atomic import atomic_write, atomic_folder, check_writable\n"
         "from skipstep.errors import StorageError\n"
         "os.setgid(65534); os.setuid(65534); path = sys.argv[1]\n"

@@ -61,7 +61,7 @@ def test_a_small_decoder_is_one_of_the_parts(tmp_path):
         files = dict(engine.runner.pipeline.files())
     with torch.no_grad():
         expected = small.decode(torch.from_numpy(latents)).sample.clip(-1, 1)
-    read = Pipeline(read_pipeline_spec(files[SPEC_FILE]), files.__getitem__)  # As from a bundle.
+    read = Pipeline(read_pipeline_spec(files[SPEC_FILE], 4), files.__getitem__)  # As from a bundle.
     np.testing.assert_allclose(read.preview(latents), expected, atol=tolerances.PIPELINE_LATENTS)
     small_decoder(latent_channels=3).save_pretrained(tmp_path / "other")
     with pytest.raises(ModelFormatError, match="3 latent channels"):

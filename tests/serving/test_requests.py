@@ -36,7 +36,7 @@ def test_a_request_is_a_call(engine):
         ({"seeds": [], "deadline_ms": 5.0}, "num_samples=0"),
         ({"seeds": list(range(9)), "steps": 5}, "9 samples"),
         ({"seeds": np.arange(9), "steps": 5}, "9 samples"),
-        ({"seeds": list(range(8)), "steps": 5}, "512 bytes of samples"),
+        ({"seeds": list(range(8)), "steps": 5}, "1536 bytes of samples"),
         ({"seeds": [1], "steps": 6}, "6 network evaluations"),
     ],
 )
