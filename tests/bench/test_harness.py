@@ -251,8 +251,8 @@ def test_a_case_is_measured_again_with_more_rounds(benchmarked):
     ("arguments", "message"),
     [
         (("--plans", "0"), "plans 0; expected positive numbers"),
-        (("--plans", "ten"), "not a list of integers"),
-        (("--contenders", "nobody"), "expected names among textbook"),
+        pytest.param(("--plans", "ten"), "not a list of integers", marks=pytest.mark.slow),
+        pytest.param(("--contenders", "nobody"), "expected names among textbook", marks=pytest.mark.slow),
     ],
 )
 def test_bad_options_end_the_run_before_anything_is_collected(tmp_path, arguments, message):

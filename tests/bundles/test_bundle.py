@@ -57,6 +57,7 @@ def test_it_takes_any_new_plan(engine, saved):
     np.testing.assert_array_equal(inverted.latents, expected.latents)
 
 
+@pytest.mark.slow
 def test_whole_loops_for_other_hosts(engine, tmp_path):
     """A graph a plan, which ONNX Runtime alone runs to the samples of the engine: from seeds in a loop, and from given
     noise where nothing of the graph needs control flow or uint64."""

@@ -59,6 +59,7 @@ def run(capsys, *arguments):
     return status, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_kernels_come_with_all_that_a_gpu_without_torch_needs(bundle):
     opened = open_bundle(bundle)
     manifest = opened.manifest

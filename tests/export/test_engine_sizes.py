@@ -21,7 +21,7 @@ def step():
     return expand_weights(bundle.read_graph(bundle.manifest.graphs["step"]))
 
 
-@pytest.mark.parametrize("precision", ["float16", "int8"])
+@pytest.mark.parametrize("precision", [pytest.param("float16", marks=pytest.mark.slow), "int8"])
 def test_the_largest_kernels_are_named_after_their_layers(step, precision):
     pytest.importorskip("tensorrt_rtx")
     from engine_builds import build

@@ -57,7 +57,7 @@ FORMS = {
 }
 
 
-QUICK = ("graph, dynamic", "script, one number", "script, batch of 3, one number")
+QUICK = ("graph, dynamic", "script, batch of 3, one number")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Compiles the step's variants for one architecture, and beside them deterministic DDIM as one would write it by hand.
 
-`python compile_steps.py 90` prints the facts of both as JSON. In a process of its own: the suite has loaded Triton's
-interpreter, with which nothing can be compiled.
+`python compile_steps.py 90` prints the facts of both as JSON; with `forms` behind it, those of the step's other forms
+instead of the second. In a process of its own: the suite has loaded Triton's interpreter, with which nothing can be
+compiled.
 """
 
 import itertools
@@ -65,10 +66,12 @@ def facts_with(arch: int, variant: str, dtype: str, **options: int):
 if __name__ == "__main__":
     arch = int(sys.argv[1])
     steps = [inspect_step(arch, *case) for case in itertools.product(VARIANTS, DTYPES)]
-    bare = [bare_facts(arch, dtype) for dtype in DTYPES]
-    # Some of the samples that are kept, each at its own stage.
-    placed = [facts_with(arch, *case, placed=True) for case in itertools.product(VARIANTS, DTYPES)]
-    drawing = ("plain", "everything", "learned_variance")
-    last = [facts_with(arch, *case, channels=3) for case in itertools.product(drawing, DTYPES)]
-    found = {"steps": steps, "bare": bare, "placed": placed, "channels_last": last}
+    found = {"steps": steps}
+    if sys.argv[2:] != ["forms"]:
+        found["bare"] = [bare_facts(arch, dtype) for dtype in DTYPES]
+    else:
+        # Some of the samples that are kept, each at its own stage.
+        found["placed"] = [facts_with(arch, *case, placed=True) for case in itertools.product(VARIANTS, DTYPES)]
+        drawing = ("plain", "everything", "learned_variance")
+        found["channels_last"] = [facts_with(arch, *c, channels=3) for c in itertools.product(drawing, DTYPES)]
     print(json.dumps({name: [asdict(facts) for facts in each] for name, each in found.items()}))

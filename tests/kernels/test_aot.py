@@ -73,7 +73,7 @@ def test_the_assembler_is_asked_what_it_knows():
     assert not assembled(999)
 
 
-def compiled(script, arch):
+def compiled(script, arch, *further):
     """What a script prints of an architecture."""
     if arch == "device":
         import torch
@@ -83,26 +83,49 @@ def compiled(script, arch):
     if not assembled(arch):
         pytest.skip(f"this Triton's ptxas does not know sm_{arch}")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).parent / script), str(arch)]
+    command = [sys.executable, str(Path(__file__).parent / script), str(arch), *further]
     return json.loads(subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def by_case(found):
+    return {(each["variant"], each["dtype"]): each for each in found}
 
 
 # The oldest, the one of data centres and the one of desktops.
 @pytest.mark.parametrize("arch", architectures(75, 90, 120))
 def test_generated_code(arch):
     facts = compiled("compile_steps.py", arch)
-    steps, bare = ({(each["variant"], each["dtype"]): each for each in facts[kind]} for kind in ("steps", "bare"))
+    steps, bare = by_case(facts["steps"]), by_case(facts["bare"])
     assert steps.keys() == {(variant, dtype) for variant in TRAFFIC for dtype in ("fp16", "fp32")}
 
     # Plain DDIM pays nothing for generality: registers, loads, stores and all else are as in the hand-written kernel.
     assert bare.keys() == {("plain", "fp16"), ("plain", "fp32")}
     for case, kernel in bare.items():
         assert steps[case] == kernel
+    check_accesses(steps, own=False)
 
-    placed = {(each["variant"], each["dtype"]): each for each in facts["placed"]}
+
+@pytest.mark.parametrize("arch", architectures(90))
+def test_generated_code_of_samples_at_their_own_stages_and_in_other_orders(arch):
+    facts = compiled("compile_steps.py", arch, "forms")
+    steps, placed = by_case(facts["steps"]), by_case(facts["placed"])
     assert placed.keys() == steps.keys()
-    every = [*((*item, False) for item in steps.items()), *((*item, True) for item in placed.items())]
-    for (variant, dtype), kernel, own in every:
+    check_accesses(placed, own=True)
+
+    # Channels-last samples are read and written as plain ones; where noise is drawn, each element draws its own block.
+    for kernel in facts["channels_last"]:
+        plain = steps[kernel["variant"], kernel["dtype"]]
+        if not TRAFFIC[kernel["variant"]].seeds:
+            assert kernel == plain
+        elif kernel["variant"] == "everything":
+            assert kernel["global_accesses"] == plain["global_accesses"]
+        assert (kernel["spill_instructions"], kernel["local_bytes"], kernel["fused_multiply_adds"]) == (0, 0, 0)
+        assert kernel["registers"] <= 96
+
+
+def check_accesses(kernels, *, own):
+    """Of steps of the batch, or of samples that each have their `own` stage."""
+    for (variant, dtype), kernel in kernels.items():
         case, traffic, size = (variant, dtype), TRAFFIC[variant], {"fp16": 2, "fp32": 4}[dtype]
         accesses = kernel["global_accesses"]
         # Whole operands move 16 bytes at a time, each once.
@@ -122,16 +145,6 @@ def test_generated_code(arch):
             assert kernel[absent] == 0, (case, absent)
         # By 128 threads: with 64 registers eight blocks fit on every one of these architectures, with 72 seven.
         assert kernel["registers"] <= (72 if variant in ("learned_variance", "ring") else 64), case
-
-    # Channels-last samples are read and written as plain ones; where noise is drawn, each element draws its own block.
-    for kernel in facts["channels_last"]:
-        plain = steps[kernel["variant"], kernel["dtype"]]
-        if not TRAFFIC[kernel["variant"]].seeds:
-            assert kernel == plain
-        elif kernel["variant"] == "everything":
-            assert kernel["global_accesses"] == plain["global_accesses"]
-        assert (kernel["spill_instructions"], kernel["local_bytes"], kernel["fused_multiply_adds"]) == (0, 0, 0)
-        assert kernel["registers"] <= 96
 
 
 @pytest.mark.parametrize("arch", architectures())

@@ -29,6 +29,10 @@ SHAPES = {
 }
 
 
+# With what the others have: several tiles, an odd end, a group of one channel.
+REPEATED = ("one group", "one position", "a sequence", "split")
+
+
 def operands(name: str, dtype: torch.dtype, channels_last: bool, device: str) -> dict[str, torch.Tensor]:
     samples, channels, positions, _ = SHAPES[name]
     generator = torch.Generator().manual_seed(0)
@@ -65,7 +69,9 @@ def as_numpy(given: dict[str, torch.Tensor | None]) -> dict[str, np.ndarray | No
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(each, marks=[pytest.mark.slow] if each in REPEATED else []) for each in SHAPES]
+)
 def test_equals_its_definition(shape, dtype, channels_last, kernel_device):
     groups, given = SHAPES[shape][3], operands(shape, dtype, channels_last, kernel_device)
     x = given["x"]

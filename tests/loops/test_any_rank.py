@@ -54,7 +54,7 @@ def test_a_state_is_its_elements(shape):
         engine.sample(plan=PLANS["ddim"], x_T=np.zeros((2, *shape, 1), np.float32), class_labels=1)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+@pytest.mark.parametrize("shape", [SHAPES[0], *(pytest.param(each, marks=pytest.mark.slow) for each in SHAPES[1:])])
 def test_kernels_draw_what_the_host_draws(shape, device_engine):
     on_device = device_engine(shape)
     assert on_device.captures

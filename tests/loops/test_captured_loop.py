@@ -26,12 +26,18 @@ def _without_a_gpu(kernel_device):
         pytest.skip("on a GPU tests/test_cuda.py runs the loops themselves")
 
 
+# A plan of each kind of step; the others have slots as these have.
+QUICK = ("ddim", "eta", "heun", "lms", "dynamic", "interval")
 GUIDED, RESCALED = {"guidance_scale": 2.5}, {"guidance_scale": 2.5, "guidance_rescale": 0.7}
 
 
 @pytest.mark.parametrize(
     ("name", "guidance"),
-    [*((name, {}) for name in PLANS), *((name, GUIDED) for name in ("eta", "rk4", "dynamic")), ("ddim", RESCALED)],
+    [
+        *(pytest.param(name, {}, marks=[] if name in QUICK else [pytest.mark.slow]) for name in PLANS),
+        *((name, GUIDED) for name in ("eta", "rk4", "dynamic")),
+        ("ddim", RESCALED),
+    ],
 )
 @pytest.mark.parametrize("wanted", LADDER)
 def test_every_form_has_the_bits_of_the_loop_in_host_memory(device, name, guidance, wanted):

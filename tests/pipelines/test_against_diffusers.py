@@ -44,7 +44,7 @@ def pictures(number: int, size: tuple[int, int]) -> list[Image.Image]:
 @pytest.mark.parametrize("name", ["sd", "pixels", pytest.param("xl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scale", [1.0, 7.5])
 @pytest.mark.parametrize("negative", [None, "the dog"])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_latents_of_prompts(name, scale, negative, batch):
     pipeline, prompts, seeds = tiny_pipeline(name)[0], PROMPTS[-batch:], SEEDS[-batch:]
     found = engine(name).sample(

@@ -35,7 +35,7 @@ def chunk_of(theirs: TinyPolicy, observations: Any, x_T: Any) -> Any:
     [
         ("DDPM", 100, {}),
         ("DDPM", 10, {"prediction_type": "sample", "variance_type": "fixed_large"}),
-        ("DDIM", 10, {}),
+        pytest.param("DDIM", 10, {}, marks=pytest.mark.slow),
         ("DDIM", 7, {"clip_sample_range": 0.5, "beta_schedule": "linear"}),
     ],
 )
