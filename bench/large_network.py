@@ -9,7 +9,6 @@ process load and one step of the network. Peak memory is that of each process so
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 
 from skipstep import Engine, NoiseSchedule, load
+from skipstep.bench.measurements import peak_bytes
 from skipstep.bench.record import environment, write_json
 
 HEADER = ["stage", "seconds", "peak memory of its process, GB", "result"]
@@ -44,8 +44,7 @@ def stage(name: str, rows: list[list[str]]) -> Iterator[list[str]]:
     """Its time, its process's peak memory and what the body says of it become a row."""
     begun, said = time.perf_counter(), list[str]()
     yield said
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    rows.append([name, f"{time.perf_counter() - begun:.0f}", f"{peak:.1f}", ", ".join(said)])
+    rows.append([name, f"{time.perf_counter() - begun:.0f}", f"{peak_bytes() / 1e9:.1f}", ", ".join(said)])
     print(*rows[-1], sep=" | ", flush=True)
 
 

@@ -187,10 +187,15 @@ def main() -> None:
         _draw_from_bundle(given.model, given.steps, given.batch, given.threads, given.backend, given.precision)
     else:
         _draw(given.model, given.contender, given.steps, given.batch, given.threads)
+    print(peak_bytes())
+
+
+def peak_bytes() -> int:
+    """What this process held at most."""
     found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
     if found is None:
         raise SystemExit("this system's /proc does not report peak memory")
-    print(int(found[1]) * 1024)
+    return int(found[1]) * 1024
 
 
 if __name__ == "__main__":
