@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,9 +26,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from skipstep.bench.record import environment, write_json
 from skipstep.robotics import PolicyEngine, from_policy
 
 CASES = {"DDIM": 10, "DDPM": 100}
+HEADER = [
+    "case",
+    "backend",
+    "busy neighbours",
+    "LeRobot",
+    "skipstep",
+    "times sooner",
+    "LeRobot p99",
+    "skipstep p99",
+    "p99",
+]
 
 
 def import_lerobot(module: str) -> Any:
@@ -126,7 +139,13 @@ def measure(
         if scheduler == "DDIM":
             found["largest_difference"] = float(np.abs(lerobot() - skipstep()).max())
     ratios = {kind: found["lerobot"][kind] / found["skipstep"][kind] for kind in ("fastest", "median", "p99")}
-    return {"case": f"{scheduler}-{steps}", "backend": backend, **found, "times_sooner": ratios}
+    return {
+        "case": f"{scheduler}-{steps}",
+        "backend": backend,
+        "neighbours": neighbours,
+        **found,
+        "times_sooner": ratios,
+    }
 
 
 def main() -> None:
@@ -136,20 +155,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--backends", nargs="+", default=("onnxruntime", "openvino"))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--neighbours", type=int, default=0, help="processes that keep a core busy each")
+    parser.add_argument("--neighbours", type=int, nargs="+", default=[0], help="processes that keep a core busy each")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     rows = []
-    for scheduler in chosen.cases:
-        for backend in chosen.backends:
-            kinds = {"down_dims": tuple(chosen.down_dims), "backend": backend, "neighbours": chosen.neighbours}
-            rows.append(measure(scheduler, CASES[scheduler], repeats=chosen.repeats, **kinds))
-            print(json.dumps(rows[-1]), flush=True)
+    for scheduler, backend, neighbours in product(chosen.cases, chosen.backends, chosen.neighbours):
+        kinds = {"down_dims": tuple(chosen.down_dims), "backend": backend, "neighbours": neighbours}
+        rows.append(measure(scheduler, CASES[scheduler], repeats=chosen.repeats, **kinds))
+        print(json.dumps(rows[-1]), flush=True)
     if chosen.json is not None:
-        report = {"down_dims": chosen.down_dims, "threads": chosen.threads, "neighbours": chosen.neighbours}
-        report |= {"torch": torch.__version__, "rows": rows}
-        chosen.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        facts = environment()
+        command = f"python -m skipstep.bench.policy_latency {' '.join(sys.argv[1:])}"
+        note = f"Milliseconds at batch 1, {chosen.threads} threads, down_dims {list(chosen.down_dims)}, {chosen.repeats} turns."
+        finding = {"command": command, "commit": facts["commit"], "environment": facts, "note": note}
+        write_json(chosen.json, {**finding, "header": HEADER, "rows": [as_row(each) for each in rows]})
+
+
+def as_row(found: dict[str, Any]) -> list[str]:
+    times = [[f"{found[who][kind]:.0f}" for who in ("lerobot", "skipstep")] for kind in ("median", "p99")]
+    ratios = [f"{found['times_sooner'][kind]:.2f}" for kind in ("median", "p99")]
+    return [found["case"], found["backend"], str(found["neighbours"]), *times[0], ratios[0], *times[1], ratios[1]]
 
 
 if __name__ == "__main__":
