@@ -167,7 +167,9 @@ def main() -> None:
     if chosen.json is not None:
         facts = environment()
         command = f"python -m skipstep.bench.policy_latency {' '.join(sys.argv[1:])}"
-        note = f"Milliseconds at batch 1, {chosen.threads} threads, down_dims {list(chosen.down_dims)}, {chosen.repeats} turns."
+        note = (
+            f"Milliseconds, batch 1, {chosen.threads} threads, {list(chosen.down_dims)} wide, {chosen.repeats} turns."
+        )
         finding = {"command": command, "commit": facts["commit"], "environment": facts, "note": note}
         write_json(chosen.json, {**finding, "header": HEADER, "rows": [as_row(each) for each in rows]})
 
