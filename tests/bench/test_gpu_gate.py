@@ -235,6 +235,7 @@ def test_the_correctness_tasks_run_the_tests_that_use_the_gpu():
         found[group] = [line for line in lines if "::" in line]
     assert [line for line in found["kernels"] if "test_aot" in line] == [
         "tests/kernels/test_aot.py::test_generated_code[device]",
+        "tests/kernels/test_aot.py::test_generated_code_of_samples_at_their_own_stages_and_in_other_orders[device]",
         "tests/kernels/test_aot.py::test_generated_code_of_norms[device]",
     ]
     assert sum("test_step_kernel" in line for line in found["kernels"]) > 20
