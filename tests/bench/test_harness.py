@@ -131,7 +131,7 @@ def test_what_would_exceed_the_budget_is_skipped(options, register):
         ({"steps": (0,)}, "plans 0; expected positive"),
         ({"batch_sizes": ()}, "batch none"),
         ({"budget_seconds": -1.0}, r"budget -1\.0"),
-        ({"contenders": ("nobody",)}, "nobody; expected names among textbook"),
+        ({"contenders": ("unknown",)}, "unknown; expected names among textbook"),
         ({"measure": ("nothing",)}, "measurements nothing; expected names among throughput, process"),
         ({"models": ("no-such-folder",)}, "a diffusers folder or a bundle"),
     ],
@@ -252,7 +252,7 @@ def test_a_case_is_measured_again_with_more_rounds(benchmarked):
     [
         (("--plans", "0"), "plans 0; expected positive numbers"),
         pytest.param(("--plans", "ten"), "not a list of integers", marks=pytest.mark.slow),
-        pytest.param(("--contenders", "nobody"), "expected names among textbook", marks=pytest.mark.slow),
+        pytest.param(("--contenders", "unknown"), "expected names among textbook", marks=pytest.mark.slow),
     ],
 )
 def test_bad_options_end_the_run_before_anything_is_collected(tmp_path, arguments, message):
