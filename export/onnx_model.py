@@ -14,7 +14,7 @@ from onnx import GraphProto
 from torch import Tensor, nn
 
 from skipstep.backends.torch import DenoisingModule, zero_conditioning
-from skipstep.errors import ExportError, MissingDependencyError
+from skipstep.errors import ExportError, needs_packages
 from skipstep.export.bundle_files import package_version
 from skipstep.export.graph_writer import OPSET, serialised
 from skipstep.export.large_model import lora_factors_as_inputs, take_weights_out
@@ -46,21 +46,15 @@ def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int |
     names = ["sample", "timestep", *conditioning]
     symbols: set[str] = set()
     model: nn.Module | torch.export.ExportedProgram = module.eval()
-    try:
-        with quiet_exporter():
-            shapes = None
-            if batch_size is None:
-                shapes = _batch_shapes({0: torch.export.Dim(BATCH, min=1)}, len(conditioning))
-                traced_program = _traced(module, tuple(arguments), len(conditioning))
-                if traced_program is not None:
-                    model, symbols = traced_program
-            program = _export(module, model, tuple(arguments), names, None if symbols else shapes)
-    except ImportError as error:
-        raise MissingDependencyError(
-            got=f"no package {error.name}",
-            expected="torch's ONNX exporter with onnx and onnxscript",
-            remedy="pip install 'skipstep[export]'",
-        ) from error
+    exporter = "torch's ONNX exporter with onnx and onnxscript"
+    with needs_packages(exporter, remedy="pip install 'skipstep[export]'"), quiet_exporter():
+        shapes = None
+        if batch_size is None:
+            shapes = _batch_shapes({0: torch.export.Dim(BATCH, min=1)}, len(conditioning))
+            traced_program = _traced(module, tuple(arguments), len(conditioning))
+            if traced_program is not None:
+                model, symbols = traced_program
+        program = _export(module, model, tuple(arguments), names, None if symbols else shapes)
     lora_factors_as_inputs(program.model, dict(module.named_buffers()))
     weights = take_weights_out(program.model)
     exported = program.model_proto
