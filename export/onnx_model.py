@@ -22,7 +22,8 @@ from skipstep.networks.graphs import BATCH
 from skipstep.networks.spec import NetworkSpec
 
 # Part of the key of cached graphs. Raise it when this module writes another graph for the same network.
-_FORMAT = 3
+_FORMAT = 4
+_BEFORE_UPSAMPLING_COPIES = 63
 
 
 def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int | None = None) -> bytes:
@@ -46,8 +47,7 @@ def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int |
     names = ["sample", "timestep", *conditioning]
     symbols: set[str] = set()
     model: nn.Module | torch.export.ExportedProgram = module.eval()
-    exporter = "torch's ONNX exporter with onnx and onnxscript"
-    with needs_packages(exporter, remedy="pip install 'skipstep[export]'"), quiet_exporter():
+    with quiet_exporter():
         shapes = None
         if batch_size is None:
             shapes = _batch_shapes({0: torch.export.Dim(BATCH, min=1)}, len(conditioning))
@@ -74,18 +74,19 @@ def _traced(
     """The module traced with one symbol for the batch size, and that symbol; None where torch.export refuses.
 
     Some modules ask whether a batch is large, and give the same numbers for either answer: diffusers' upsampling makes
-    its input contiguous from 64 samples on. They are traced for the sizes below, and the graph is good for all.
+    its input contiguous from 64 samples on. They are traced for the sizes below, and the graph is good for all. So the
+    first attempt is for less than 64: a module that asks nothing has the same graph, a UNet need not be traced again.
     """
-    high: dict[str, int] = {}
+    high = _BEFORE_UPSAMPLING_COPIES
     for _ in range(2):
         try:
-            shapes = _batch_shapes({0: torch.export.Dim(BATCH, min=1, **high)}, num_conditions)
+            shapes = _batch_shapes({0: torch.export.Dim(BATCH, min=1, max=high)}, num_conditions)
             program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # The exporter finds it again, and names the place.
             bound = re.search(rf"{BATCH} = Dim\('{BATCH}', max=(\d+)\)", str(error))
-            if bound is None or high:
+            if bound is None or high != _BEFORE_UPSAMPLING_COPIES:
                 return None
-            high = {"max": int(bound[1])}
+            high = int(bound[1])
             continue
         _drop_empty_squeezes(program)
         inputs = set(program.graph_signature.user_inputs)
@@ -200,12 +201,16 @@ def exporter_versions() -> str:
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """The exporter logs which optional packages it does not find (torchvision); users need not read that."""
+    """The exporter logs which optional packages it does not find (torchvision); users need not read that.
+
+    Raises MissingDependencyError where one is not there that it needs.
+    """
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
     registration.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        exporter = "torch's ONNX exporter with onnx and onnxscript"
+        with warnings.catch_warnings(), needs_packages(exporter, remedy="pip install 'skipstep[export]'"):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -154,7 +154,7 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
 def browser(tmp_path_factory):
     if PROGRAM is None:
         pytest.skip("no chromium on PATH (Debian: apt-get install chromium)")
-    with Browser(tmp_path_factory.mktemp("browser") / "profile") as browser:
+    with Browser(tmp_path_factory.mktemp("browser") / "profile", options=("--hide-scrollbars",)) as browser:
         yield browser
 
 
