@@ -65,7 +65,7 @@ check: $(VENV)/.dev triton
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(MAKE) types
-	$(PYTEST) -m ""
+	SKIPSTEP_FUZZ=1500 $(PYTEST) -m ""
 
 # The kernels, compiled as a launch does under the oldest Triton that pyproject.toml allows, and executed as PTX, without
 # torch and a GPU; under the newest the suite does the same (tests/kernels/test_aot.py, tests/ptx).

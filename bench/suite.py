@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from skipstep.errors import MissingDependencyError, SkipstepError
+from skipstep.errors import SkipstepError, needs_packages
 
 if TYPE_CHECKING:
     from skipstep.bench.options import Options
@@ -20,14 +20,8 @@ _SESSION: pytest.StashKey[BenchSession] = pytest.StashKey()
 
 def options_of(config: pytest.Config) -> Options:
     """The command's options, checked. Raises InputError, and MissingDependencyError with the extras to install."""
-    try:
+    with needs_packages("torch, diffusers and the ONNX exporter", remedy="pip install 'skipstep[bench]'"):
         from skipstep.bench.options import Options
-    except ImportError as error:
-        raise MissingDependencyError(
-            got=f"no package {error.name}",
-            expected="torch, diffusers and the ONNX exporter",
-            remedy="pip install 'skipstep[bench]'",
-        ) from error
     get = config.getoption
     return Options(
         models=tuple(get("--model") or ("fashion-mnist",)),

@@ -24,8 +24,7 @@ from skipstep.errors import (
 )
 from skipstep.loops.agreement import NetworkProbe
 from skipstep.loops.choice import FORMS, make_loop, resolve_form
-from skipstep.loops.contract import Sampler
-from skipstep.loops.lifecycle import Lifecycle
+from skipstep.loops.contract import Lifecycle, Sampler
 from skipstep.loops.runner import BatchRunner, CompiledNetwork
 from skipstep.model_source import NO_TORCH_BACKEND, ModelOptions
 from skipstep.networks.spec import MAX_BATCH_SIZE, network_batch_sizes

@@ -27,7 +27,7 @@ from skipstep.errors import (
     check_flag,
 )
 from skipstep.loops.choice import make_loop, resolve_form
-from skipstep.loops.lifecycle import Lifecycle
+from skipstep.loops.contract import Lifecycle
 from skipstep.networks.graphs import Values
 from skipstep.networks.spec import NetworkSpec
 

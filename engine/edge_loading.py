@@ -30,7 +30,7 @@ from skipstep.edge.loop import EdgeLoop
 from skipstep.edge.network import EdgeNetwork
 from skipstep.edge.step_binary import StepBinaryFacts
 from skipstep.errors import DeviceUnavailableError, InputError, MissingDependencyError, check_choice, optional_package
-from skipstep.loops.lifecycle import Lifecycle
+from skipstep.loops.contract import Lifecycle
 from skipstep.loops.runner import BatchRunner, CompiledNetwork
 from skipstep.networks.graphs import Values
 from skipstep.networks.spec import network_batch_sizes

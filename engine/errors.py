@@ -10,7 +10,8 @@ import importlib
 import math
 import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -120,13 +121,21 @@ def shown(value: object) -> str:
 
 def optional_package(name: str, *, use: str, remedy: str) -> Any:
     """A module of a package that an extra installs; `use` is what it does here. Raises MissingDependencyError."""
-    try:
+    package = name.partition(".")[0]
+    with needs_packages(f"{package}, which {use}", remedy=remedy, got=package):
         return importlib.import_module(name)
+
+
+@contextmanager
+def needs_packages(expected: str, *, remedy: str, got: str | None = None) -> Iterator[None]:
+    """Around imports of packages that an extra installs. Raises MissingDependencyError, with the package's name unless
+    `got` is given."""
+    try:
+        yield
+    except MissingDependencyError:
+        raise
     except ImportError as error:
-        package = name.partition(".")[0]
-        raise MissingDependencyError(
-            got=f"no package {package}", expected=f"{package}, which {use}", remedy=remedy
-        ) from error
+        raise MissingDependencyError(got=f"no package {got or error.name}", expected=expected, remedy=remedy) from error
 
 
 def check_integer(

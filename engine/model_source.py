@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
 from skipstep.backends.tensorrt_options import DEFAULTS, TensorRTOptions
-from skipstep.errors import ExportError, InputError, MissingDependencyError, ModelFormatError, check_flag
+from skipstep.errors import ExportError, InputError, ModelFormatError, check_flag, needs_packages
 from skipstep.networks.checkpoint import Checkpoint, load_unet
 from skipstep.networks.condition import Condition
 from skipstep.networks.families import config_conditions, state_shape, takes_fractional_timesteps
@@ -306,14 +306,10 @@ def open_onnx(
     path: Path, *, inputs: object, config: Mapping[str, Any] | None, **said: Unpack[SpecOptions]
 ) -> OnnxNetwork:
     """The network in an .onnx file. Raises ModelFormatError, IntegrityError, InputError, MissingDependencyError."""
-    try:
+    with needs_packages(
+        "onnx, onnxscript and onnxruntime, which read and run .onnx files", remedy="pip install 'skipstep[cpu,export]'"
+    ):
         from skipstep.export.onnx_file import read_onnx
-    except ImportError as error:
-        raise MissingDependencyError(
-            got=f"no package {error.name}",
-            expected="onnx, onnxscript and onnxruntime, which read and run .onnx files",
-            remedy="pip install 'skipstep[cpu,export]'",
-        ) from error
     return read_onnx(path, inputs=inputs, config=config, **said)
 
 

@@ -27,8 +27,7 @@ from skipstep.calls.plan_set import PlanSet
 from skipstep.calls.request import resolve_seeds
 from skipstep.errors import InputError, check_items, check_path, shown
 from skipstep.loops.choice import make_loop
-from skipstep.loops.contract import Sampler
-from skipstep.loops.lifecycle import Lifecycle
+from skipstep.loops.contract import Lifecycle, Sampler
 from skipstep.loops.runner import BatchRunner, CompiledNetwork
 from skipstep.networks.graphs import SAMPLE, Values
 from skipstep.networks.large_graph import graph_sha256

@@ -26,11 +26,11 @@ from skipstep.edge.step_binary import (
     StepBinaryFacts,
     argument_types,
 )
-from skipstep.errors import ExportError, InputError, MissingDependencyError
+from skipstep.errors import ExportError, InputError, needs_packages
 from skipstep.kernels.launch import DEFAULT_LAUNCH, StepLaunch, step_constants
 from skipstep.kernels.layout import StepFlags, Stream
 
-try:
+with needs_packages("triton, which compiles the kernels", remedy="pip install 'skipstep[torch]'"):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas, ptx_get_version
@@ -39,12 +39,6 @@ try:
     from skipstep.kernels.philox_kernel import philox_normal_kernel
     from skipstep.kernels.statistics_kernel import sample_statistics_kernel
     from skipstep.kernels.step_kernel import ddim_step_kernel
-except ImportError as error:
-    raise MissingDependencyError(
-        got=f"no package {error.name}",
-        expected="triton, which compiles the kernels",
-        remedy="pip install 'skipstep[torch]'",
-    ) from error
 
 # 87: Orin; 110: Thor; 100, 103, 120 and 121: Blackwell, where no cubin of one runs on another. There is no 101.
 ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)

@@ -42,12 +42,8 @@ def export_encoder(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Seq
                 dynamic_shapes=shapes,
                 verbose=False,
             )
-    except ImportError as error:
-        raise MissingDependencyError(
-            got=f"no package {error.name}",
-            expected="torch's ONNX exporter with onnx and onnxscript",
-            remedy="pip install 'skipstep[export]'",
-        ) from error
+    except MissingDependencyError:
+        raise
     except Exception as error:  # The exporter wraps whatever the traced module raised; its errors are not public.
         cause = error.__cause__ or error
         raise ExportError(

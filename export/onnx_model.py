@@ -14,7 +14,7 @@ from onnx import GraphProto
 from torch import Tensor, nn
 
 from skipstep.backends.torch import DenoisingModule, zero_conditioning
-from skipstep.errors import ExportError, MissingDependencyError
+from skipstep.errors import ExportError, needs_packages
 from skipstep.export.bundle_files import package_version
 from skipstep.export.graph_writer import OPSET, serialised
 from skipstep.export.large_model import lora_factors_as_inputs, take_weights_out
@@ -22,7 +22,8 @@ from skipstep.networks.graphs import BATCH
 from skipstep.networks.spec import NetworkSpec
 
 # Part of the key of cached graphs. Raise it when this module writes another graph for the same network.
-_FORMAT = 3
+_FORMAT = 4
+_BEFORE_UPSAMPLING_COPIES = 63
 
 
 def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int | None = None) -> bytes:
@@ -46,21 +47,14 @@ def export_onnx(module: DenoisingModule, spec: NetworkSpec, *, batch_size: int |
     names = ["sample", "timestep", *conditioning]
     symbols: set[str] = set()
     model: nn.Module | torch.export.ExportedProgram = module.eval()
-    try:
-        with quiet_exporter():
-            shapes = None
-            if batch_size is None:
-                shapes = _batch_shapes({0: torch.export.Dim(BATCH, min=1)}, len(conditioning))
-                traced_program = _traced(module, tuple(arguments), len(conditioning))
-                if traced_program is not None:
-                    model, symbols = traced_program
-            program = _export(module, model, tuple(arguments), names, None if symbols else shapes)
-    except ImportError as error:
-        raise MissingDependencyError(
-            got=f"no package {error.name}",
-            expected="torch's ONNX exporter with onnx and onnxscript",
-            remedy="pip install 'skipstep[export]'",
-        ) from error
+    with quiet_exporter():
+        shapes = None
+        if batch_size is None:
+            shapes = _batch_shapes({0: torch.export.Dim(BATCH, min=1)}, len(conditioning))
+            traced_program = _traced(module, tuple(arguments), len(conditioning))
+            if traced_program is not None:
+                model, symbols = traced_program
+        program = _export(module, model, tuple(arguments), names, None if symbols else shapes)
     lora_factors_as_inputs(program.model, dict(module.named_buffers()))
     weights = take_weights_out(program.model)
     exported = program.model_proto
@@ -80,18 +74,19 @@ def _traced(
     """The module traced with one symbol for the batch size, and that symbol; None where torch.export refuses.
 
     Some modules ask whether a batch is large, and give the same numbers for either answer: diffusers' upsampling makes
-    its input contiguous from 64 samples on. They are traced for the sizes below, and the graph is good for all.
+    its input contiguous from 64 samples on. They are traced for the sizes below, and the graph is good for all. So the
+    first attempt is for less than 64: a module that asks nothing has the same graph, a UNet need not be traced again.
     """
-    high: dict[str, int] = {}
+    high = _BEFORE_UPSAMPLING_COPIES
     for _ in range(2):
         try:
-            shapes = _batch_shapes({0: torch.export.Dim(BATCH, min=1, **high)}, num_conditions)
+            shapes = _batch_shapes({0: torch.export.Dim(BATCH, min=1, max=high)}, num_conditions)
             program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # The exporter finds it again, and names the place.
             bound = re.search(rf"{BATCH} = Dim\('{BATCH}', max=(\d+)\)", str(error))
-            if bound is None or high:
+            if bound is None or high != _BEFORE_UPSAMPLING_COPIES:
                 return None
-            high = {"max": int(bound[1])}
+            high = int(bound[1])
             continue
         _drop_empty_squeezes(program)
         inputs = set(program.graph_signature.user_inputs)
@@ -206,12 +201,16 @@ def exporter_versions() -> str:
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """The exporter logs which optional packages it does not find (torchvision); users need not read that."""
+    """The exporter logs which optional packages it does not find (torchvision); users need not read that.
+
+    Raises MissingDependencyError where one is not there that it needs.
+    """
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
     registration.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        exporter = "torch's ONNX exporter with onnx and onnxscript"
+        with warnings.catch_warnings(), needs_packages(exporter, remedy="pip install 'skipstep[export]'"):
             warnings.simplefilter("ignore")
             yield
     finally:

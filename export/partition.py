@@ -49,7 +49,7 @@ def partition(exported: bytes) -> Partition:
     shapes = _shapes(graph)
     nodes = _with_batch_shapes(graph, shapes)
     bindings = _bindings(graph, nodes, shapes)
-    times = {node.output[0]: _time(bindings[node.output[0]]) for node in nodes}
+    times = {node.output[0]: bindings[node.output[0]].time for node in nodes}
     for output in graph.output:
         if times[output.name] != Binding.STEP:
             raise ExportError(
@@ -92,10 +92,6 @@ def partition_of(parts: Mapping[str, bytes]) -> Partition:
     return Partition(graphs, crossing, nodes={})
 
 
-def _time(binding: Binding) -> Binding:
-    return Binding.STEP if binding & Binding.STEP else binding
-
-
 def _bindings(
     graph: GraphProto, nodes: Sequence[NodeProto], shapes: Mapping[str, list[int | str]]
 ) -> dict[str, Binding]:
@@ -121,17 +117,11 @@ def _bindings(
             for node in nodes
             for name in (*node.input, *_captured(node))
             if _rows_each(shapes.get(name, [])) > 1
-            and _crosses(bindings.get(name, Binding.CONSTANT), bindings[node.output[0]])
+            and bindings.get(name, Binding.CONSTANT).crosses(bindings[node.output[0]])
         }
         if not found:
             return bindings
         kept |= found
-
-
-def _crosses(earlier: Binding, later: Binding) -> bool:
-    """Whether a value of one binding time is an input of the other's graph."""
-    earlier, later = _time(earlier), _time(later)
-    return earlier not in (Binding.CONSTANT, later) and (later == Binding.STEP or earlier == Binding.PLAN)
 
 
 def _rows_each(shape: list[int | str]) -> int:

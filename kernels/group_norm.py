@@ -19,24 +19,18 @@ from skipstep.arrays import unreadable
 from skipstep.errors import (
     DeviceUnavailableError,
     InputError,
-    MissingDependencyError,
     check_flag,
     check_integer,
     check_number,
+    needs_packages,
     shown,
 )
 from skipstep.kernels.group_norm_launch import NormLaunch, apply_constants, norm_constants, norm_launch
 
-try:
+with needs_packages("triton, which runs the norm on a GPU", remedy="pip install 'skipstep[torch]'"):
     from triton import knobs
 
     from skipstep.kernels.group_norm_kernel import group_norm_kernel, group_norm_partials_kernel
-except ImportError as error:
-    raise MissingDependencyError(
-        got=f"no package {error.name}",
-        expected="triton, which runs the norm on a GPU",
-        remedy="pip install 'skipstep[torch]'",
-    ) from error
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Within a sample the kernel counts elements in 32 bits.

@@ -10,21 +10,15 @@ import torch
 from torch import Tensor
 
 from skipstep.arrays import unreadable
-from skipstep.errors import DeviceUnavailableError, InputError, MissingDependencyError, check_integer, check_type
+from skipstep.errors import DeviceUnavailableError, InputError, check_integer, check_type, needs_packages
 from skipstep.kernels.launch import DEFAULT_LAUNCH, StepLaunch, step_constants
 from skipstep.kernels.layout import NUM_COLUMNS, NUM_SLOTS, StepFlags, Stream
 
-try:
+with needs_packages("triton, which runs the step on a GPU", remedy="pip install 'skipstep[torch]'"):
     from triton import knobs
 
     from skipstep.kernels.philox_kernel import philox_normal_kernel
     from skipstep.kernels.step_kernel import ddim_step_kernel
-except ImportError as error:
-    raise MissingDependencyError(
-        got=f"no package {error.name}",
-        expected="triton, which runs the step on a GPU",
-        remedy="pip install 'skipstep[torch]'",
-    ) from error
 
 NETWORK_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -25,7 +25,7 @@ if not HAS_GPU:
 
 # What limits the time of examples would fail on a busy machine; pytest-timeout bounds whole tests.
 BUSY: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("quick", max_examples=25, **BUSY)
+settings.register_profile("quick", max_examples=12, **BUSY)
 settings.register_profile("all", max_examples=100, **BUSY)
 
 

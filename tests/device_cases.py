@@ -12,7 +12,7 @@ from skipstep.backends.torch import TorchDenoiser, prepare_module
 from skipstep.backends.torch_cuda import TorchDeviceDenoiser
 from skipstep.calls.request import resolve_request
 from skipstep.loops.captured import CudaLoop
-from skipstep.loops.lifecycle import Lifecycle
+from skipstep.loops.contract import Lifecycle
 from skipstep.loops.stepwise import HostLoop
 from skipstep.networks.spec import NetworkSpec
 

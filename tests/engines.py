@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import pickle
 from typing import Any
@@ -78,9 +79,15 @@ def share_exports(patch: pytest.MonkeyPatch) -> None:
 
 
 class _Content(pickle.Pickler):
-    """Pickles tensors by their values; their own pickles hold addresses."""
+    """Pickles what a value says: tensors' own pickles hold addresses, configurations the folder that a network was
+    loaded from, and of strings it matters which of them are one object."""
 
     def persistent_id(self, value: object) -> object:
+        if isinstance(value, str):
+            return value.encode()
+        if type(value).__name__ == "FrozenDict":  # The configuration of a diffusers module.
+            said = {name: each for name, each in value.items() if not name.startswith("_")}
+            return json.dumps(said, sort_keys=True, default=str).encode()
         if not isinstance(value, torch.Tensor):
             return None
         return str(value.dtype), tuple(value.shape), value.detach().cpu().contiguous().numpy().tobytes()

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from tiny_networks import tiny_text_unet
 from torch import nn
 
 from skipstep.backends.torch import DenoisingModule
@@ -21,25 +22,8 @@ WEIGHT = np.arange(64, dtype=np.float32).reshape(1, 1, 8, 8) / 64
 
 def text_unet(**options: Any) -> nn.Module:
     """A diffusers UNet for 2×8×8 that attends to prompts of width 6, with the same random weights every time."""
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    unet: nn.Module = UNet2DConditionModel(
-        **{
-            "sample_size": 8,
-            "in_channels": 2,
-            "out_channels": 2,
-            "layers_per_block": 1,
-            "block_out_channels": (8, 16),
-            "norm_num_groups": 4,
-            "cross_attention_dim": 6,
-            "attention_head_dim": 4,
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            **options,
-        }
-    )
-    return unet.eval()
+    sizes = {"in_channels": 2, "out_channels": 2, "block_out_channels": (8, 16)}
+    return tiny_text_unet(**{**sizes, "cross_attention_dim": 6, "attention_head_dim": 4, **options})
 
 
 def write_onnx(

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from onnx_files import text_unet
 from safetensors.torch import load_file
 from tiny_networks import tiny_unet
 
@@ -30,17 +31,8 @@ def test_a_pipeline_samples_as_its_folder_does(pipeline, tmp_path):
 
 
 def test_a_pipelines_prompts(pipeline):
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=6,
-    )
-    whole = SimpleNamespace(
-        unet=unet, scheduler=diffusers.DDIMScheduler(), tokenizer=SimpleNamespace(model_max_length=5)
-    )
+    unet, words = text_unet(), SimpleNamespace(model_max_length=5)
+    whole = SimpleNamespace(unet=unet, scheduler=diffusers.DDIMScheduler(), tokenizer=words)
     assert open_model(whole).network.prompt_shape == (5, 6)
     assert open_model(whole, prompt_shape=(7, 6)).network.prompt_shape == (7, 6)
     whole.tokenizer.model_max_length = 10**30  # What transformers says where no limit is known.

@@ -56,7 +56,12 @@ def test_the_first_pages_examples_run(capsys, tmp_path, monkeypatch):
     assert printed.count("plan  ") == 6
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=name_of)
+# Of bench/ a whole run of its own, as in tests/bench/test_harness.py.
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if page.parent.name == "bench" else ()) for page in PAGES[1:]],
+    ids=name_of,
+)
 def test_the_other_pages_examples_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run_blocks(page)

@@ -10,46 +10,27 @@ from torch import Tensor, nn
 
 def tiny_unet(**options: Any) -> nn.Module:
     """A diffusers UNet of 0.1 M parameters for 1×8×8, with the same random weights every time."""
-    from diffusers import UNet2DModel
-
-    torch.manual_seed(0)
-    unet: nn.Module = UNet2DModel(
-        **{
-            "sample_size": 8,
-            "in_channels": 1,
-            "out_channels": 1,
-            "layers_per_block": 1,
-            "block_out_channels": (8, 16),
-            "norm_num_groups": 4,
-            "down_block_types": ("DownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "UpBlock2D"),
-            "attention_head_dim": 8,
-            **options,
-        }
-    )
-    return unet.eval()
+    blocks = {"down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D")}
+    sizes = {"in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16)}
+    return _unet("UNet2DModel", **{**sizes, **blocks, **options})
 
 
 def tiny_text_unet(**options: Any) -> nn.Module:
-    """A UNet2DConditionModel of 0.1 M parameters for 4×8×8, random weights."""
-    from diffusers import UNet2DConditionModel
+    """A UNet2DConditionModel of 0.1 M parameters for 4×8×8, the same way."""
+    sizes = {"in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32), "cross_attention_dim": 24}
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    return _unet("UNet2DConditionModel", **{**sizes, **blocks, **options})
+
+
+def _unet(kind: str, **options: Any) -> nn.Module:
+    import diffusers
 
     torch.manual_seed(0)
-    unet: nn.Module = UNet2DConditionModel(
-        **{
-            "sample_size": 8,
-            "in_channels": 4,
-            "out_channels": 4,
-            "layers_per_block": 1,
-            "block_out_channels": (16, 32),
-            "norm_num_groups": 4,
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            "cross_attention_dim": 24,
-            "attention_head_dim": 8,
-            **options,
-        }
-    )
+    common = {"sample_size": 8, "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
+    unet: nn.Module = getattr(diffusers, kind)(**{**common, **options})
     return unet.eval()
 
 

@@ -119,10 +119,11 @@ def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:
     session = _step_session(source.step_graph("int8-onnxruntime" if target.precision == "int8" else "float32"), target)
     # The bytes are read before and not in the background, where each read and hash would wait for Python's lock.
     session.prefetch()
-    early = EarlyGraphs(source.before_loop(), source.spec, target.num_threads, target.lora, tables=source.tables)
+    spec = source.spec
+    early = EarlyGraphs(source.before_loop(), spec, target.num_threads, target.lora, tables=source.tables)
     if target.keep is not None:
         early.prefetch()
-    return lambda batch_size: OnnxRuntimeDenoiser(session, early, source.spec, batch_size=batch_size)
+    return lambda batch_size: OnnxRuntimeDenoiser(session, early, spec, batch_size=batch_size)
 
 
 def _step_session(graph: bytes, target: Target) -> LazySession:

@@ -152,7 +152,7 @@ def split(graph: fx.Graph) -> Split:
         found = (
             used
             for node in graph.nodes
-            if node.op == "call_function" and _time(bindings[node]) == later
+            if node.op == "call_function" and bindings[node].time == later
             for used in node.all_input_nodes
             if used.op == "call_function" and bindings[used] == earlier
         )
@@ -169,10 +169,6 @@ def split(graph: fx.Graph) -> Split:
     )
 
 
-def _time(binding: Binding) -> Binding:
-    return Binding.STEP if binding & Binding.STEP else binding
-
-
 def _bindings(graph: fx.Graph) -> dict[fx.Node, Binding]:
     of_inputs = {SAMPLE: Binding.STEP, "timestep": Binding.PLAN}
     # Values that a later part reads and that are no rows of a batch: they stay, and so does what follows from them.
@@ -184,7 +180,7 @@ def _bindings(graph: fx.Graph) -> dict[fx.Node, Binding]:
                 bindings[node] = of_inputs.get(str(node.target), Binding.PROMPT)
                 continue
             binding = reduce(operator.or_, (bindings[used] for used in node.all_input_nodes), Binding.CONSTANT)
-            moves = _time(binding) not in (Binding.CONSTANT, Binding.STEP)
+            moves = binding.time not in (Binding.CONSTANT, Binding.STEP)
             if _is_batch_size(node):
                 binding = Binding.CONSTANT
             elif _is_random(node) or (moves and (node in kept or not _has_rows(node))):
@@ -194,17 +190,11 @@ def _bindings(graph: fx.Graph) -> dict[fx.Node, Binding]:
             used
             for node in graph.nodes
             for used in node.all_input_nodes
-            if _rows_each(used.meta.get("val")) > 1 and _crosses(bindings[used], bindings[node])
+            if _rows_each(used.meta.get("val")) > 1 and bindings[used].crosses(bindings[node])
         }
         if not found:
             return bindings
         kept |= found
-
-
-def _crosses(earlier: Binding, later: Binding) -> bool:
-    """Whether a value of one binding time is an input of the other's graph."""
-    earlier, later = _time(earlier), _time(later)
-    return earlier not in (Binding.CONSTANT, later) and (later == Binding.STEP or earlier == Binding.PLAN)
 
 
 def _rows_each(value: Any) -> int:

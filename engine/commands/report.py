@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from skipstep.errors import InputError, MissingDependencyError
+from skipstep.errors import InputError, needs_packages
 from skipstep.storage.atomic import check_writable
 
 DESCRIPTION = "Make one self-contained HTML page, and PNG plots beside it, from what skipstep bench measured."
@@ -38,12 +38,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    try:
+    with needs_packages("it, for the report", remedy="pip install 'skipstep[bench]'"):
         from skipstep.bench.page.document import write_report
-    except ImportError as error:
-        raise MissingDependencyError(
-            got=f"no package {error.name}", expected="it, for the report", remedy="pip install 'skipstep[bench]'"
-        ) from error
     check_writable(options.out)
     evaluation = options.evaluation
     if evaluation is None:

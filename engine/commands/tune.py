@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skipstep.commands.progress import say_unsigned
-from skipstep.errors import MissingDependencyError
+from skipstep.errors import needs_packages
 from skipstep.storage.atomic import atomic_write, check_writable
 
 if TYPE_CHECKING:
@@ -127,11 +127,7 @@ def _write_report(engine: Engine, plans: Sequence[Plan], folder: Path) -> None:
     print(table)
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "pareto.txt", f"{table}\n".encode())
-    try:
+    with needs_packages("it, for the plot", remedy="pip install 'skipstep[bench]'"):
         from skipstep.bench.page.plots import pareto_plot, to_png
-    except ImportError as error:
-        raise MissingDependencyError(
-            got=f"no package {error.name}", expected="it, for the plot", remedy="pip install 'skipstep[bench]'"
-        ) from error
     atomic_write(folder / "pareto.png", to_png(pareto_plot(table)))
     print(f"wrote {folder / 'pareto.txt'} and {folder / 'pareto.png'}")

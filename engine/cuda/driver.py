@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from skipstep.cuda.probe import DeviceFacts
-from skipstep.errors import DeviceMemoryError, DeviceUnavailableError, MissingDependencyError
+from skipstep.errors import DeviceMemoryError, DeviceUnavailableError, needs_packages
 
 # After these nothing on the device works any more in this process.
 _LOST: Final = ("ILLEGAL_", "LAUNCH_", "MISALIGNED_", "HARDWARE_", "INVALID_PC", "ECC_", "ASSERT", "CONTEXT_IS_DESTR")
@@ -36,14 +36,8 @@ class CudaDriver:
     """
 
     def __init__(self, device: int = 0) -> None:
-        try:
+        with needs_packages("cuda-bindings, through which kernels are launched", remedy="pip install 'skipstep[edge]'"):
             from cuda.bindings import driver
-        except ImportError as error:
-            raise MissingDependencyError(
-                got=f"no package {error.name}",
-                expected="cuda-bindings, through which kernels are launched",
-                remedy="pip install 'skipstep[edge]'",
-            ) from error
         self._cuda: Any = driver
         self._modules: list[Any] = []
         self.lost: str | None = None

@@ -29,8 +29,7 @@ from skipstep.edge.program import Program
 from skipstep.errors import EngineStateError, InputError
 from skipstep.kernels.launch import StepLaunch
 from skipstep.kernels.step_numpy import NumpyStep
-from skipstep.loops.contract import Array, FinishedRun, LoopReport, Run
-from skipstep.loops.lifecycle import Lifecycle
+from skipstep.loops.contract import Array, FinishedRun, Lifecycle, LoopReport, Run
 from skipstep.loops.structure import Structure
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.stages import Stages

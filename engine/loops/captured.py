@@ -27,8 +27,7 @@ from skipstep.errors import EngineStateError
 from skipstep.kernels.autotune import LaunchCase
 from skipstep.kernels.launch import StepLaunch, choose_launch
 from skipstep.loops.call_block import PendingSamples
-from skipstep.loops.contract import Array, LoopReport, Run, replicate
-from skipstep.loops.lifecycle import Lifecycle
+from skipstep.loops.contract import Array, Lifecycle, LoopReport, Run, replicate
 from skipstep.loops.mixed import DeviceMix, step_kinds
 from skipstep.loops.programs import DeviceLoopName, Program, Stepwise, compile_program, too_little_memory
 from skipstep.loops.structure import Structure

@@ -10,13 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from skipstep.errors import check_choice
-from skipstep.loops.lifecycle import Lifecycle
+from skipstep.loops.contract import Lifecycle, Loop
 from skipstep.networks.spec import NetworkSpec, network_batch_sizes
 
 if TYPE_CHECKING:
     from skipstep.backends.denoiser import Denoiser, DeviceDenoiser, MakeDenoiser
     from skipstep.cuda.device import Device
-    from skipstep.loops.contract import Loop
 
 FORMS: Mapping[str, tuple[str, ...]] = {"cpu": ("stepwise",), "cuda": ("captured", "step_graph", "stepwise")}
 

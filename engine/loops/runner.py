@@ -17,8 +17,7 @@ from skipstep.calls.plan_set import PlanSet
 from skipstep.calls.request import SampleRequest
 from skipstep.calls.trajectory import Progress
 from skipstep.errors import NonFiniteError, check_choice
-from skipstep.loops.contract import Array, FinishedRun, Loop, Parts, Pending, run_observed
-from skipstep.loops.lifecycle import Lifecycle
+from skipstep.loops.contract import Array, FinishedRun, Lifecycle, Loop, Parts, Pending, run_observed
 from skipstep.loops.observers import Observers
 from skipstep.networks.spec import NetworkSpec
 from skipstep.plans.plan import Plan

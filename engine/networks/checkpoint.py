@@ -21,14 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skipstep.errors import (
-    InputError,
-    MissingDependencyError,
-    ModelFormatError,
-    check_integer,
-    check_path,
-    shown,
-)
+from skipstep.errors import InputError, ModelFormatError, check_integer, check_path, needs_packages, shown
 from skipstep.networks.families import check_class, classes_in_table, prompt_tokens, prompt_width
 from skipstep.networks.single_file import config_folder, is_original_layout, load_original
 from skipstep.networks.weights import DOWNLOAD, find_weights, tensor_shapes
@@ -142,16 +135,13 @@ def load_unet(checkpoint: Checkpoint) -> nn.Module:
 
     Raises MissingDependencyError without torch and diffusers, ModelFormatError where weights and network disagree.
     """
-    try:
+    with needs_packages(
+        "torch and diffusers, which build the network of a diffusers folder",
+        remedy="pip install 'skipstep[torch,diffusers]'",
+    ):
         import diffusers
         import torch
         from safetensors.torch import load_file
-    except ImportError as error:
-        raise MissingDependencyError(
-            got=f"no package {error.name}",
-            expected="torch and diffusers, which build the network of a diffusers folder",
-            remedy="pip install 'skipstep[torch,diffusers]'",
-        ) from error
     arguments = {key: value for key, value in checkpoint.unet_config.items() if not key.startswith("_")}
 
     def build() -> nn.Module:

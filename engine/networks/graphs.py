@@ -37,6 +37,16 @@ class Binding(IntFlag):
     CALL = PLAN | PROMPT
     STEP = 4
 
+    @property
+    def time(self) -> Binding:
+        """When it becomes known: what follows from the state among others, at each evaluation."""
+        return Binding.STEP if self & Binding.STEP else self
+
+    def crosses(self, later: Binding) -> bool:
+        """Whether a value of this binding time is an input of the other's graph."""
+        earlier, later = self.time, later.time
+        return earlier not in (Binding.CONSTANT, later) and (later == Binding.STEP or earlier == Binding.PLAN)
+
 
 @dataclass(frozen=True, slots=True)
 class NetworkGraphs:

@@ -18,13 +18,13 @@ from skipstep.arrays import number_array
 from skipstep.engine import Engine
 from skipstep.errors import (
     InputError,
-    MissingDependencyError,
     ModelFormatError,
     PlanError,
     check_choice,
     check_integer,
     check_items,
     check_path,
+    needs_packages,
     shown,
 )
 from skipstep.networks.condition import Condition
@@ -204,14 +204,10 @@ def read_statistics(folder: Path) -> dict[str, dict[str, Any]] | None:
 
 
 def _read_folder(folder: Path) -> Any:
-    try:
+    with needs_packages(
+        "lerobot, whose class reads the folder of a policy", remedy="pip install lerobot, or pass the policy object"
+    ):
         from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
-    except ImportError as error:
-        raise MissingDependencyError(
-            got=f"no package {error.name}",
-            expected="lerobot, whose class reads the folder of a policy",
-            remedy="pip install lerobot, or pass the policy object",
-        ) from error
     if not (folder / "config.json").is_file():
         raise ModelFormatError(
             got=f"{folder}, without config.json",

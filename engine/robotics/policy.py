@@ -13,7 +13,7 @@ import numpy as np
 from skipstep.arrays import float32, host_floats
 from skipstep.delegates import Later
 from skipstep.engine import Engine
-from skipstep.errors import EngineStateError, InputError, MissingDependencyError, check_type
+from skipstep.errors import EngineStateError, InputError, check_type, needs_packages
 from skipstep.loops.runner import SampleArguments
 from skipstep.robotics.features import Array, PolicySpec
 
@@ -127,13 +127,7 @@ class PolicyEngine:
 
 
 def _encoder(graph: bytes, num_threads: int | None) -> InferenceSession:
-    try:
+    with needs_packages("onnxruntime, which encodes observations", remedy="pip install 'skipstep[cpu]'"):
         from skipstep.backends.onnxruntime import make_session
-    except ImportError as error:
-        raise MissingDependencyError(
-            got=f"no package {error.name}",
-            expected="onnxruntime, which encodes observations",
-            remedy="pip install 'skipstep[cpu]'",
-        ) from error
     # It runs between two loops, whose threads need the cores.
     return make_session(graph, num_threads=num_threads, before_loop=True)

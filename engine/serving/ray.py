@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipstep import errors
-from skipstep.errors import InputError, MissingDependencyError, SkipstepError, check_integer, check_path, check_text
+from skipstep.errors import InputError, SkipstepError, check_integer, check_path, check_text, needs_packages
 from skipstep.loading import LoadOptions
 from skipstep.serving.batcher import Batcher
 from skipstep.serving.requests import Limits, call_arguments, draw_rows
@@ -190,11 +190,7 @@ def _compute(num: int) -> dict[str, Any]:
 
 
 def _ray() -> Any:
-    try:
+    with needs_packages("ray with data and serve", remedy="pip install 'skipstep[ray]'"):
         import ray
         import ray.data
-    except ImportError as error:
-        raise MissingDependencyError(
-            got="Ray, which is not installed", expected="ray with data and serve", remedy="pip install 'skipstep[ray]'"
-        ) from error
     return ray

@@ -140,7 +140,10 @@ def expected(module, spec: NetworkSpec, given) -> np.ndarray:
     return np.stack(found)
 
 
-@pytest.mark.parametrize("case", CASES)
+# The conditional UNet has all that the other has.
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case == "unconditional UNet" else case for case in CASES]
+)
 def test_the_parts_give_what_the_module_gives(case):
     network, spec = CASES[case]
     module, spec, of_size = make(network(), spec)
@@ -154,7 +157,7 @@ def test_the_parts_give_what_the_module_gives(case):
         )
 
 
-@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_in_half_precision_the_earlier_parts_are_float32(precision):
     module, spec, of_size = make(*(make() if callable(make) else make for make in CASES["conditional UNet"]), precision)
     denoiser, given = of_size(2), a_call(spec, 2)

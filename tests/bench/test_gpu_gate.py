@@ -177,26 +177,25 @@ def test_a_task_that_hangs_is_ended_with_all_that_it_started(tmp_path):
 WRITES_LATE = "import sys, time; time.sleep(5); open(sys.argv[1], 'w')"
 
 
-@pytest.mark.parametrize(
-    ("test", "status", "outcomes"),
-    [
+def test_a_group_of_tests_is_right_only_if_some_passed_and_none_failed(tmp_path):
+    groups = [
         ("def test_a(): pass", "ok", {"passed": 1, "failed": 0, "skipped": 0}),
         ("def test_a(): pass\ndef test_b(): assert 1 == 2", "failed", {"passed": 1, "failed": 1, "skipped": 0}),
         ("import pytest\ndef test_a(): pytest.skip('no GPU')", "failed", {"passed": 0, "failed": 0, "skipped": 1}),
         ("import nothing_of_that_name", "failed", {"passed": 0, "failed": 1, "skipped": 0}),
-    ],
-)
-def test_a_group_of_tests_is_right_only_if_some_passed_and_none_failed(tmp_path, test, status, outcomes):
-    (tmp_path / "test_it.py").write_text(test)
-    script = "import json, sys\nfrom skipstep.bench.gpu.correctness import run_tests\n"
-    script += "results, verdict = run_tests(['test_it.py'])\n"
-    script += "open('found.json', 'w').write(json.dumps([verdict.status, verdict.reason, results]))"
+    ]
+    for place, (test, *_) in enumerate(groups):
+        (tmp_path / f"test_{place}.py").write_text(test)
+    script = "import json\nfrom skipstep.bench.gpu.correctness import run_tests\n"
+    script += f"found = [run_tests([f'test_{{place}}.py']) for place in range({len(groups)})]\n"
+    script += "open('found.json', 'w').write(json.dumps([[verdict.status, results] for results, verdict in found]))"
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True)
-    found, _, results = json.loads((tmp_path / "found.json").read_text())
-    assert (found, results["outcomes"]) == (status, outcomes)
-    assert len(results["failures"]) == outcomes["failed"]
-    if outcomes["skipped"]:
-        assert "no GPU" in next(iter(results["skipped"]))
+    for (test, *expected), (status, results) in zip(
+        groups, json.loads((tmp_path / "found.json").read_text()), strict=True
+    ):
+        assert [status, results["outcomes"]] == expected, test
+        assert len(results["failures"]) == results["outcomes"]["failed"]
+        assert ["no GPU" in reason for reason in results["skipped"]] == [True] * results["outcomes"]["skipped"]
 
 
 def test_the_groups_name_tests_that_there_are():
@@ -218,6 +217,7 @@ def test_tasks_and_contenders_fit_together():
     assert (TASKS[-1].name, TASKS[-1].decides) == ("latency-tensorrt", False)
 
 
+@pytest.mark.slow
 def test_the_correctness_tasks_run_the_tests_that_use_the_gpu():
     """Collected as on a machine with a GPU: kernel tests, one architecture of those compiled, no slow test."""
     code = "import torch; torch.cuda.is_available = lambda: True\n"

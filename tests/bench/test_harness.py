@@ -247,12 +247,13 @@ def test_a_case_is_measured_again_with_more_rounds(benchmarked):
     assert len(again.entries["skipstep-torch"].data) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--plans", "0"), "plans 0; expected positive numbers"),
-        pytest.param(("--plans", "ten"), "not a list of integers", marks=pytest.mark.slow),
-        pytest.param(("--contenders", "unknown"), "expected names among textbook", marks=pytest.mark.slow),
+        (("--plans", "ten"), "not a list of integers"),
+        (("--contenders", "unknown"), "expected names among textbook"),
     ],
 )
 def test_bad_options_end_the_run_before_anything_is_collected(tmp_path, arguments, message):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import html
+import base64
+import io
 import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 from bench_results import write_result
+from chromium import PROGRAM
+from chromium import Page as Browser
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -149,80 +150,51 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
     assert (tmp_path / "out").read_text() == "a file"
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if PROGRAM is None:
+        pytest.skip("no chromium on PATH (Debian: apt-get install chromium)")
+    with Browser(tmp_path_factory.mktemp("browser") / "profile", options=("--hide-scrollbars",)) as browser:
+        yield browser
 
 
-browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (Debian: apt-get install chromium)")
+def show(browser, page, **options):
+    browser.open(page.as_uri(), **options)
+    browser.wait(f"location.href == {page.as_uri()!r} && document.readyState == 'complete'")
 
 
 # Everything that is wider than the window, but for what lies in a box that scrolls; then the same with all unfolded.
-HARNESS = """<!doctype html><title>-</title><body style="margin:0">
-<iframe id="f" style="border:0;width:WIDTHpx;height:740px" srcdoc="PAGE"></iframe>
-<script>
-document.getElementById("f").onload = function () {
-  const page = this.contentDocument, found = [];
+MEASURE = """(width => {
+  const wide = [];
   function measure() {
-    found.push(page.documentElement.scrollWidth);
-    for (const each of page.querySelectorAll("body *"))
-      if (!each.parentElement.closest(".scroll, svg") && each.getBoundingClientRect().right > WIDTH + 0.5)
-        found.push(each.tagName + "." + each.className);
+    wide.push(document.documentElement.scrollWidth);
+    for (const each of document.querySelectorAll("body *"))
+      if (!each.parentElement.closest(".scroll, svg") && each.getBoundingClientRect().right > width + 0.5)
+        wide.push(each.tagName + "." + each.className);
   }
   measure();
-  page.querySelectorAll("details").forEach(each => each.open = true);
+  document.querySelectorAll("details").forEach(each => each.open = true);
   measure();
-  const text = page.querySelector("figure .plot text"), style = getComputedStyle(text);
-  found.push("text " + Math.round(10 * parseFloat(style.fontSize) * text.getScreenCTM().a) / 10);
-  found.push("scripts " + page.scripts.length);
-  document.title = found.join(" | ");
-};
-</script>"""
+  const text = document.querySelector("figure .plot text");
+  const size = parseFloat(getComputedStyle(text).fontSize) * text.getScreenCTM().a;
+  return {wide, size, scripts: document.scripts.length};
+})"""
 
 
-def chromium(tmp_path, url, *options, timeout=120):
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--disable-dev-shm-usage",
-        f"--user-data-dir={tmp_path / 'profile'}", *options, url,
-    ]  # fmt: skip
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
-    ) as process:
-        try:
-            return process.communicate(timeout=timeout)[0]
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-@browser
 @pytest.mark.parametrize("width", [360, 1280])
-def test_nothing_is_wider_than_the_window(whole, tmp_path, width):
-    page = html.escape(whole.read_text(encoding="utf-8"), quote=True)
-    harness = tmp_path / "harness.html"
-    harness.write_text(HARNESS.replace("WIDTH", str(width)).replace("PAGE", page), encoding="utf-8")
-    document = chromium(tmp_path, harness.as_uri(), "--dump-dom", "--virtual-time-budget=20000")
-    found = html.unescape(re.search(r"<title>(.*?)</title>", document, re.DOTALL).group(1)).split(" | ")
-    assert found[:2] == [str(width)] * 2, found
-    size = float(found[2].removeprefix("text "))
-    assert size >= 8.5, "the labels of plots are too small to read"
-    assert found[3:] == ["scripts 0"]
+def test_nothing_is_wider_than_the_window(browser, whole, width):
+    show(browser, whole, width=width, height=740)
+    found = browser.evaluate(f"{MEASURE}({width})")
+    assert found["wide"] == [width] * 2
+    assert found["size"] >= 8.5, "the labels of plots are too small to read"
+    assert found["scripts"] == 0
 
 
-@browser
-@pytest.mark.parametrize(("scheme", "palette"), [(1, LIGHT), (0, DARK)], ids=["light", "dark"])
+@pytest.mark.parametrize(("dark", "palette"), [(False, LIGHT), (True, DARK)], ids=["light", "dark"])
 @pytest.mark.parametrize(("width", "height"), [(360, 740), (1280, 900)])
-def test_it_follows_the_reader_from_light_to_dark(whole, tmp_path, scheme, palette, width, height):
-    # Windows are no narrower than 500 pixels, frames are.
-    frame = tmp_path / "frame.html"
-    frame.write_text(
-        '<!doctype html><meta name="color-scheme" content="light dark"><body style="margin:0">'
-        f'<iframe src="{whole.as_uri()}" style="border:0;width:{width}px;height:{height}px;display:block"></iframe>'
-    )
-    picture = tmp_path / "page.png"
-    size = f"--window-size={max(width, 500)},{height}"
-    chromium(
-        tmp_path, frame.as_uri(), size, f"--screenshot={picture}", f"--blink-settings=preferredColorScheme={scheme}"
-    )
+def test_it_follows_the_reader_from_light_to_dark(browser, whole, tmp_path, dark, palette, width, height):
+    show(browser, whole, width=width, height=height, dark=dark)
+    browser.screenshot(picture := tmp_path / "page.png")
     with Image.open(picture) as image:
         counted = image.convert("RGB").crop((0, 0, width, height)).getcolors(1 << 24)
         colours = {colour: count for count, colour in counted}
@@ -235,12 +207,12 @@ def test_it_follows_the_reader_from_light_to_dark(whole, tmp_path, scheme, palet
     assert colours.get(rgb("ours"), 0) > 20
     if destination := os.environ.get("SKIPSTEP_SCREENSHOTS"):
         Path(destination).mkdir(parents=True, exist_ok=True)
-        shutil.copy(picture, Path(destination) / f"report-{width}-{'dark' if palette is DARK else 'light'}.png")
+        shutil.copy(picture, Path(destination) / f"report-{width}-{'dark' if dark else 'light'}.png")
 
 
-@browser
-def test_paper_shows_what_is_folded(whole, tmp_path):
+def test_paper_shows_what_is_folded(browser, whole):
     pypdf = pytest.importorskip("pypdf", reason="pypdf reads the printed page")
-    chromium(tmp_path, whole.as_uri(), f"--print-to-pdf={tmp_path / 'page.pdf'}", "--no-pdf-header-footer")
-    text = " ".join(page.extract_text() for page in pypdf.PdfReader(tmp_path / "page.pdf").pages)
+    show(browser, whole)
+    printed = base64.b64decode(browser.send("Page.printToPDF")["data"])
+    text = " ".join(page.extract_text() for page in pypdf.PdfReader(io.BytesIO(printed)).pages)
     assert text.count("diffusers-compile") > 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import sys
 import threading
@@ -79,18 +80,17 @@ CALLS = {
 
 
 @pytest.mark.parametrize("form", ["captured", "stepwise"])
-@pytest.mark.parametrize("call", CALLS)
-def test_a_call_draws_the_host_s_bits(cuda, bundle, host, call, form):
+def test_a_call_draws_the_host_s_bits(cuda, bundle, host, form):
     with load(bundle, loop=form) as engine:
-        assert np.array_equal(engine.sample(**CALLS[call]), host.sample(**CALLS[call]))
+        for name, call in CALLS.items():
+            assert np.array_equal(engine.sample(**call), host.sample(**call)), name
         assert bool(cuda.launched_graphs) == (form == "captured")
 
 
-@pytest.mark.parametrize("name", ["noise", "multistep", "clipped", "guided in part", "thresholded"])
-@pytest.mark.parametrize("guidance", [{}, {"guidance_scale": 4.0, "guidance_rescale": [0.3, 1.0]}])
-def test_every_kind_of_plan_draws_the_host_s_bits(engine, host, plans, name, guidance):
-    call = {"plan": plans[name], "seeds": [5, 6], "class_labels": [1, 2], **guidance}
-    assert np.array_equal(engine.sample(**call), host.sample(**call))
+def test_every_kind_of_plan_draws_the_host_s_bits(engine, host, plans):
+    for name, guidance in itertools.product(plans, ({}, {"guidance_scale": 4.0, "guidance_rescale": [0.3, 1.0]})):
+        call = {"plan": plans[name], "seeds": [5, 6], "class_labels": [1, 2], **guidance}
+        assert np.array_equal(engine.sample(**call), host.sample(**call)), (name, guidance)
 
 
 def test_all_that_changes_between_calls_is_data(engine, host, cuda):
@@ -129,13 +129,13 @@ def test_results_of_many_calls_are_apart(engine, host):
         assert np.array_equal(found[seed], each)
 
 
-@pytest.mark.parametrize("guidance", [{}, {"guidance_scale": 2.0, "guidance_rescale": 0.7}])
-def test_a_trajectory_is_the_host_s(engine, host, plans, guidance):
-    call = {"plan": plans["thresholded"], "seeds": [3, 4], "class_labels": 1, "trajectory": True, **guidance}
-    (samples, kept), (expected, wanted) = engine.sample(**call), host.sample(**call)
-    assert np.array_equal(samples, expected)
-    assert np.array_equal(kept.x_t, wanted.x_t)
-    assert np.array_equal(kept.x0, wanted.x0)
+def test_a_trajectory_is_the_host_s(engine, host, plans):
+    for guidance in ({}, {"guidance_scale": 2.0, "guidance_rescale": 0.7}):
+        call = {"plan": plans["thresholded"], "seeds": [3, 4], "class_labels": 1, "trajectory": True, **guidance}
+        (samples, kept), (expected, wanted) = engine.sample(**call), host.sample(**call)
+        assert np.array_equal(samples, expected), guidance
+        assert np.array_equal(kept.x_t, wanted.x_t), guidance
+        assert np.array_equal(kept.x0, wanted.x0), guidance
 
 
 def test_the_caller_s_memory_is_filled(engine, host):

@@ -20,7 +20,7 @@ def curve():
         yield engine
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned") / "bundle"
     unet = tiny_unet(num_class_embeds=4)

@@ -10,10 +10,10 @@ import itertools
 import re
 
 import triton
+from norm_inspection import NORMS, NormCase
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from skipstep.export.norm_inspection import NORMS, NormCase
 from skipstep.kernels.launch import StepLaunch, step_constants
 from skipstep.kernels.layout import StepFlags
 from skipstep.kernels.philox_kernel import philox_normal_kernel

@@ -8,7 +8,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from skipstep.export.norm_inspection import NORMS, NormCase, inspect_norm
+from norm_inspection import NORMS, NormCase, inspect_norm
 
 
 def facts(arch: int):

@@ -12,10 +12,10 @@ from dataclasses import asdict
 
 import triton
 import triton.language as tl
+from kernel_inspection import DTYPES, VARIANTS, inspect_kernel, inspect_step
 
-from skipstep.export.cubins import step_pointers
-from skipstep.export.kernel_inspection import DTYPES, VARIANTS, compile_kernel, inspect_kernel, inspect_step
-from skipstep.kernels.launch import step_constants
+from skipstep.export.cubins import compile_for, step_pointers
+from skipstep.kernels.launch import DEFAULT_LAUNCH, step_constants
 from skipstep.kernels.layout import NUM_COLUMNS, Column
 from skipstep.kernels.step_kernel import ddim_step_kernel
 
@@ -53,14 +53,14 @@ def bare_facts(arch: int, dtype: str):
         "network_input_ptr": f"*{dtype}",
         "table_ptr": "*fp32",
     }
-    ptx, cubin = compile_kernel(bare_ddim_kernel, arch, pointers, {})
-    return inspect_kernel(ptx, cubin, arch=arch, variant="plain", dtype=dtype)
+    made = compile_for(bare_ddim_kernel, arch, pointers, {}, wide=True, launch=DEFAULT_LAUNCH)
+    return inspect_kernel(made, arch=arch, variant="plain", dtype=dtype)
 
 
 def facts_with(arch: int, variant: str, dtype: str, **options: int):
     constants = step_constants(VARIANTS[variant], per_sample=False, store_x0=False, **options)
-    ptx, cubin = compile_kernel(ddim_step_kernel, arch, step_pointers(dtype), constants)
-    return inspect_kernel(ptx, cubin, arch=arch, variant=variant, dtype=dtype)
+    made = compile_for(ddim_step_kernel, arch, step_pointers(dtype), constants, wide=True, launch=DEFAULT_LAUNCH)
+    return inspect_kernel(made, arch=arch, variant=variant, dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
 COUNT = """
 import json
-from step_code import inspect_small, least_bytes, operand_bytes, VARIANTS
+from kernel_inspection import inspect_small, least_bytes, operand_bytes, VARIANTS
 assert operand_bytes({"ld.v4.b32": 3, "ld.v2.b32": 1, "st.v1.b32": 2, "ld.v1.b64": 1}) == 56
 assert least_bytes(VARIANTS["learned_variance"], "fp16") == 4 + 4 + 2 + 2 + 2
 assert least_bytes(VARIANTS["ring"], "fp32") == 6 * 4 + 4 + 4

@@ -10,12 +10,12 @@ import pytest
 import torch
 from engines import SCHEDULE
 from step_cases import SEEDS, everything, random_case, seeds_tensor
+from step_reference import ddim_step_reference, general_update_reference
 from tolerances import BFLOAT16_ULP, GENERAL_UPDATE, STEP_RELATIVE
 
 from skipstep import Plan
 from skipstep.calls.noise import StageNoise, standard_normal
 from skipstep.kernels.layout import NUM_COLUMNS, NUM_SLOTS, Column, StepFlags, Stream
-from skipstep.kernels.reference import ddim_step_reference, general_update_reference
 from skipstep.kernels.statistics import Thresholding, sample_statistics
 from skipstep.kernels.step import ddim_step, initial_noise
 from skipstep.kernels.step_numpy import NumpyStep
@@ -201,9 +201,13 @@ def test_the_twin_guides_half_precision_predictions_in_float32():
     np.testing.assert_array_equal(step(output), step(output.astype(np.float32)))
 
 
+FURTHER = [(1, True), (1025, False), *itertools.product((63, 1000, 4097), (False, True))]
+
+
 @pytest.mark.parametrize("name", GENERAL)
-@pytest.mark.parametrize("n", [1, 1025, *(pytest.param(n, marks=pytest.mark.slow) for n in (63, 1000, 4097))])
-@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize(
+    ("n", "per_sample"), [(1, False), (1025, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in FURTHER)]
+)
 def test_the_general_update(name, n, per_sample, kernel_device):
     """Random coefficients in every column: the kernel, its NumPy twin and the layout's equations in float64."""
     flags, batch_size = GENERAL[name], 3

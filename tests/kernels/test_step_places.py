@@ -23,8 +23,10 @@ PLACES, KEPT, NUM_STAGES = (4, 0, None, 2), 5, 6
 STAGES = (3, 0, 0, 5)
 
 
-@pytest.mark.parametrize("n", [35, 2049])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "n"),
+    [(torch.float16, 35), (torch.float32, 2049), pytest.param(torch.float32, 35, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", FLAGS)
 def test_has_the_bits_of_single_steps(name, dtype, n, kernel_device):
     flags, rows = FLAGS[name], len(PLACES)

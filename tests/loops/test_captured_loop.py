@@ -65,8 +65,9 @@ class Sized(Labelled):
         return super().forward(x, t, labels)
 
 
-@pytest.mark.parametrize("half", [True, False, "another graph"])
-@pytest.mark.parametrize("name", ["interval", "weights"])
+@pytest.mark.parametrize(
+    ("name", "half"), [("interval", True), ("interval", False), ("interval", "another graph"), ("weights", True)]
+)
 @pytest.mark.parametrize("wanted", LADDER)
 def test_steps_without_guidance_are_evaluated_on_half_the_batch(device, name, wanted, half):
     """Where there is a denoiser for it, of the same step inputs; else on the whole batch, with the same bits."""
@@ -174,14 +175,14 @@ def test_a_graph_of_steps_is_bounded(device, monkeypatch):
     monkeypatch.setattr("skipstep.loops.programs.MAX_NODES", 40)
     loop, host = loops(device)
     sizes = {}
-    for steps in (2, 12, 24):
+    for steps in (2, 12, 16):
         stages = Stages.of([Plan(schedule=SCHEDULE, steps=steps, eta=1.0)])
         np.testing.assert_array_equal(drawn(loop, stages, request_of(stages)), drawn(host, stages, request_of(stages)))
         sizes[steps] = next(report for report in loop.reports if report.num_stages == steps)
     assert sizes[2].loop == "captured"
-    assert sizes[12].loop == sizes[24].loop == "step_graph"
-    assert sizes[12].num_nodes == sizes[24].num_nodes
-    assert "nodes, more than 40" in sizes[24].reason
+    assert sizes[12].loop == sizes[16].loop == "step_graph"
+    assert sizes[12].num_nodes == sizes[16].num_nodes
+    assert "nodes, more than 40" in sizes[16].reason
 
 
 def test_observers_see_the_same(device):
@@ -265,7 +266,7 @@ def test_what_the_caller_does_on_its_stream_comes_in_order(device):
     noise = torch.randn(3, 2, 5, 7, generator=torch.Generator().manual_seed(0))
     expected = drawn(host, stages, request_of(stages, seeds=None, x_T=noise.numpy()))
     loop.prepare([stages])
-    for seed in range(20):
+    for seed in range(8):
         device._random.seed(seed)
         x_T, out, before = torch.zeros(3, 2, 5, 7), torch.full((3, 2, 5, 7), 5.0), torch.zeros(3, 2, 5, 7)
         caller = device.caller_stream()

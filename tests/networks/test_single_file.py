@@ -7,6 +7,7 @@ import socket
 import numpy as np
 import pytest
 import torch
+from onnx_files import text_unet
 from original_layout import original_names
 from safetensors.torch import load_file, save_file
 from tiny_networks import tiny_unet
@@ -17,22 +18,6 @@ from skipstep.networks.checkpoint import load_unet, read_checkpoint
 
 diffusers = pytest.importorskip("diffusers")
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-
-
-def text_unet():
-    torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=2,
-        out_channels=2,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        cross_attention_dim=6,
-        attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()
 
 
 @pytest.fixture

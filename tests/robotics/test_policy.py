@@ -29,14 +29,13 @@ def chunk_of(theirs: TinyPolicy, observations: Any, x_T: Any) -> Any:
         return theirs.diffusion.generate_actions(batch_of(observations, theirs.config), torch.from_numpy(x_T)).numpy()
 
 
-@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
 @pytest.mark.parametrize(
-    ("scheduler", "steps", "options"),
+    ("backend", "scheduler", "steps", "options"),
     [
-        ("DDPM", 100, {}),
-        ("DDPM", 10, {"prediction_type": "sample", "variance_type": "fixed_large"}),
-        pytest.param("DDIM", 10, {}, marks=pytest.mark.slow),
-        ("DDIM", 7, {"clip_sample_range": 0.5, "beta_schedule": "linear"}),
+        ("torch", "DDPM", 100, {}),
+        ("onnxruntime", "DDPM", 10, {"prediction_type": "sample", "variance_type": "fixed_large"}),
+        ("torch", "DDIM", 7, {"clip_sample_range": 0.5, "beta_schedule": "linear"}),
+        pytest.param("onnxruntime", "DDIM", 10, {}, marks=pytest.mark.slow),
     ],
 )
 def test_a_chunk_equals_that_of_the_policys_own_loop(backend, scheduler, steps, options, monkeypatch):

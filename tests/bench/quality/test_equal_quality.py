@@ -28,6 +28,7 @@ def test_both_draw_the_same_images(scheduler, solver, steps):
     assert np.linalg.norm(ours - drawn) < 10 * DIFFUSERS_SIGMA_LOOP * np.linalg.norm(drawn)
 
 
+@pytest.mark.slow
 def test_every_call_is_timed_in_every_round():
     seconds = equal_quality.measure(1, 2)
     assert equal_quality.BASE in seconds

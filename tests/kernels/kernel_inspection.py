@@ -1,13 +1,13 @@
 """What the compiler made of a kernel: registers, spills, local memory, and the width and number of global accesses.
 
-Tests assert on these facts: a change that adds a spill or narrows an access is found without a GPU.
+A change that adds a spill or narrows an access is found without a GPU.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from skipstep.export.cubins import compile_for, dump_cubin, resource_usage, step_pointers
@@ -51,27 +51,6 @@ class KernelFacts:
     machine_accesses: Mapping[str, int]
 
 
-def compile_step(
-    arch: int, flags: StepFlags, dtype: str, *, launch: StepLaunch = DEFAULT_LAUNCH, checked: bool = False
-) -> tuple[str, bytes]:
-    """PTX and cubin of `ddim_step_kernel` for sm_`arch`, the network in `dtype` ("fp16", "bf16" or "fp32")."""
-    constants = step_constants(flags, per_sample=False, store_x0=False, checked=checked)
-    return compile_kernel(ddim_step_kernel, arch, step_pointers(dtype), constants, launch=launch)
-
-
-def compile_kernel(
-    kernel: Any,
-    arch: int,
-    pointers: Mapping[str, str],
-    constants: Mapping[str, int],
-    *,
-    launch: StepLaunch = DEFAULT_LAUNCH,
-) -> tuple[str, bytes]:
-    """PTX and cubin of a kernel over (pointers, num_elements, stage, constants, BLOCK), launched as the step is."""
-    compiled = compile_for(kernel, arch, pointers, constants, wide=True, launch=launch)
-    return compiled.asm["ptx"], compiled.asm["cubin"]
-
-
 def inspect_step(
     arch: int, variant: str, dtype: str, *, launch: StepLaunch = DEFAULT_LAUNCH, checked: bool = False
 ) -> KernelFacts:
@@ -79,11 +58,14 @@ def inspect_step(
 
     `checked`: with the mark for samples that are not finite, as loops on a GPU launch it.
     """
-    ptx, cubin = compile_step(arch, VARIANTS[variant], dtype, launch=launch, checked=checked)
-    return inspect_kernel(ptx, cubin, arch=arch, variant=variant, dtype=dtype)
+    constants = step_constants(VARIANTS[variant], per_sample=False, store_x0=False, checked=checked)
+    made = compile_for(ddim_step_kernel, arch, step_pointers(dtype), constants, wide=True, launch=launch)
+    return inspect_kernel(made, arch=arch, variant=variant, dtype=dtype)
 
 
-def inspect_kernel(ptx: str, cubin: bytes, *, arch: int, variant: str, dtype: str) -> KernelFacts:
+def inspect_kernel(made: Any, *, arch: int, variant: str, dtype: str) -> KernelFacts:
+    """The facts of what Triton made."""
+    ptx, cubin = made.asm["ptx"], made.asm["cubin"]
     resources, sass = resource_usage(cubin), dump_cubin(cubin, "-sass")
     accesses: dict[str, int] = {}
     for form in re.findall(r"(?:ld|st)\.global(?:\.\w+)*", ptx):
@@ -111,3 +93,32 @@ def inspect_kernel(ptx: str, cubin: bytes, *, arch: int, variant: str, dtype: st
         global_accesses=accesses,
         machine_accesses=machine,
     )
+
+
+def inspect_small(arch: int, variant: str, dtype: str) -> dict[str, Any]:
+    """The kernel as loops on a GPU launch it for small samples, in programs of one warp, which check each sample; and
+    the bytes that it moves for an element of the state, beside the least that its flags allow."""
+    launch = StepLaunch(256 if dtype == "fp16" else 128, 1)
+    facts = inspect_step(arch, variant, dtype, launch=launch, checked=True)
+    return asdict(facts) | {
+        "bytes_per_element": operand_bytes(facts.global_accesses) / launch.elements_per_thread,
+        "least_bytes_per_element": least_bytes(VARIANTS[variant], dtype),
+        "widest_access_bits": max(int(form.split(".")[1]) for form in facts.machine_accesses),
+    }
+
+
+def operand_bytes(global_accesses: Mapping[str, int]) -> int:
+    """Bytes that a thread moves by accesses to several elements: "ld.v4.b32" is one of 16 bytes. Scalars are v1."""
+    total = 0
+    for form, count in global_accesses.items():
+        _, lanes, width = form.split(".")
+        if lanes != "v1":
+            total += count * int(lanes[1:]) * int(width.strip("bfus")) // 8
+    return total
+
+
+def least_bytes(flags: StepFlags, dtype: str) -> int:
+    """Each operand read once, each result written once; for an element of the state."""
+    float32 = 2 + len(flags.read_slots) + len(flags.written_slots)
+    network = 2 * (1 + flags.guided) + flags.learned_variance * (1 + flags.guided)
+    return 4 * float32 + {"fp16": 2, "fp32": 4}[dtype] * network

@@ -1,4 +1,4 @@
-"""What the compiler made of GroupNorms (skipstep.export.kernel_inspection): both kernels' arguments for a norm."""
+"""What the compiler made of GroupNorms: both kernels' arguments for a norm."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kernel_inspection import KernelFacts, inspect_kernel
+
 from skipstep.export.cubins import compile_kernel
-from skipstep.export.kernel_inspection import KernelFacts, inspect_kernel
 from skipstep.kernels.group_norm_kernel import group_norm_kernel, group_norm_partials_kernel
 from skipstep.kernels.group_norm_launch import NormLaunch, apply_constants, norm_constants, norm_launch
 
@@ -77,7 +78,4 @@ class NormCase:
 
 def inspect_norm(arch: int, name: str, case: NormCase) -> list[KernelFacts]:
     """The facts of each kernel of a norm, in the order of launching."""
-    return [
-        inspect_kernel(made.asm["ptx"], made.asm["cubin"], arch=arch, variant=name, dtype=case.dtype)
-        for made in case.compiled(arch)
-    ]
+    return [inspect_kernel(made, arch=arch, variant=name, dtype=case.dtype) for made in case.compiled(arch)]
