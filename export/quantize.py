@@ -3,8 +3,8 @@
     int8   weights with a scale for each output channel, activations with one scale; symmetric, or with a zero point
     fp8    E4M3 (FLOAT8E4M3FN), symmetric, with the same scales
 
-int8 without zero points loses half of its steps on a range that is positive for the most part. There the channels of
-what a convolution reads are first divided by their ranges, and its weights multiplied by them (SmoothQuant).
+int8 without zero points loses half of its steps on a range that is positive for the most part. So a convolution reads
+what is above or below the range's centre, and what it computes of the centre alone, a constant, is added to its result.
 
 A runtime computes a layer whose inputs come out of such pairs in 8 bits; one that cannot computes the same rounded
 numbers in the network's own type. The first and the last convolution stay as they are, and so does what has left the
@@ -13,7 +13,6 @@ loop, the time path with it.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
@@ -28,8 +27,8 @@ from skipstep.export.graph_writer import load_graph
 from skipstep.networks.graphs import Values
 
 Kind = Literal["int8", "fp8"]
-# The lowest and the highest values that a tensor takes, or is clipped to: of a picture's each channel, [2, channels].
-Range = NDArray[np.float32]
+# The lowest and the highest value that a tensor takes, or is clipped to.
+Range = tuple[float, float]
 # Of a layer: what its activations have, by the index of the input, and at RESULT what its result has.
 Ranges = Mapping[int, Range]
 
@@ -42,8 +41,6 @@ _CHANNELS: Final[Mapping[str, int]] = {"Conv": 0, "MatMul": -1, "Gemm": -1}
 _LEAST: Final = 2.0**-20
 # The share of an evaluation's values that is cut off at either end: what is cut is what single pixels are off by.
 _TAIL: Final = 1e-5
-# The narrowest channel, in parts of the widest, that is widened to it.
-_NARROWEST: Final = 2.0**-6
 # How much wider than what was measured a range is: fp8 rounds to parts of the value, and loses nothing by it.
 _ROOM: Final[Mapping[str, float]] = {"int8": 1.0, "fp8": 2.0}
 
@@ -75,22 +72,20 @@ def measure_ranges(
     )
     session = make_session(bytes(model.SerializeToString()))
     computed = [name for name in names if name not in {each.name for each in model.graph.input}]
-    spans: dict[str, Range] = {}
+    found: list[list[Range]] = []
     for given in inputs:
         values = {**given, **run_session(session, computed, given)}
-        for name in names:
-            low, high = _percentiles(values[name])
-            held = spans.get(name, (low, high))
-            spans[name] = np.stack([np.minimum(low, held[0]), np.maximum(high, held[1])])
+        found.append([_percentiles(values[name]) for name in names])
+    spans = {
+        name: (min(s[0] for s in each), max(s[1] for s in each)) for name, *each in zip(names, *found, strict=True)
+    }
     return {layer: {i: spans[name] for i, name in values.items()} for layer, values in layers.items()}
 
 
 def _percentiles(values: NDArray[Any]) -> Range:
-    channels = values.shape[1] if values.ndim == 4 else 1
-    rows = values.swapaxes(0, min(1, values.ndim - 1)).reshape(channels, -1)
-    cut = int(rows.shape[1] * _TAIL)
-    ordered = np.partition(rows, (cut, rows.shape[1] - 1 - cut), axis=1)
-    return np.stack([ordered[:, cut], ordered[:, -1 - cut]])
+    cut = int(values.size * _TAIL)
+    ordered = np.partition(values, (cut, values.size - 1 - cut), axis=None)
+    return float(ordered[cut]), float(ordered[-1 - cut])
 
 
 def quantize(
@@ -115,20 +110,25 @@ class _Pairs:
         typed = onnx.shape_inference.infer_shapes(model).graph
         values = (*typed.value_info, *typed.input, *typed.output)
         self._types = {each.name: each.type.tensor_type.elem_type for each in values}
-        self._readers = Counter(name for node in model.graph.node for name in node.input)
+        self._shapes = {each.name: [dim.dim_value for dim in each.type.tensor_type.shape.dim] for each in values}
         self._restored: dict[str, str] = {}
         self._nodes: list[NodeProto] = []
 
     def insert(self, layers: Mapping[str, Ranges], *, results: bool) -> None:
         for node in self._graph.node:
             ranges = dict(layers.get(node.name, {}))
-            factors = self._smoothed(node, ranges)
+            of_centre = self._centre(node, ranges) if ranges and self._kind == "int8" and self._symmetric else None
             for index, name in enumerate(node.input[:2] if ranges else ()):
                 if name in self._constants:
-                    node.input[index] = self._weight(name, _output_axis(node), factors)
+                    node.input[index] = self._weight(name, _output_axis(node))
                 else:
                     node.input[index] = self._activation(name, name, ranges[index], f"{name}/restored")
             self._nodes.append(node)
+            if of_centre is not None:
+                made, node.output[0] = node.output[0], f"{node.output[0]}/centred"
+                self._add(f"{made}/centre", of_centre)
+                node = helper.make_node("Add", [node.output[0], f"{made}/centre"], [made], name=f"{made}/whole")
+                self._nodes.append(node)
             if ranges and results:
                 made, node.output[0] = node.output[0], f"{node.output[0]}/exact"
                 self._activation(made, node.output[0], ranges[RESULT], made)
@@ -141,29 +141,34 @@ class _Pairs:
             del held[:]
             held.extend(kept)
 
-    def _smoothed(self, node: NodeProto, ranges: dict[int, Range]) -> NDArray[np.float32] | None:
-        """Let a convolution read channels that are divided by these factors, where that helps and its weights can be
-        multiplied by them."""
-        weight = self._constants.get(node.input[1]) if ranges and node.op_type == "Conv" else None
-        if self._kind != "int8" or not self._symmetric or weight is None or self._readers[weight.name] > 1:
+    def _centre(self, node: NodeProto, ranges: dict[int, Range]) -> NDArray[Any] | None:
+        """Let a convolution read values around zero; what it computes of their centre, where that is a constant."""
+        (name, weight), shape = node.input[:2], self._shapes.get(node.input[0], [])
+        if node.op_type != "Conv" or weight not in self._constants or not all(shape[1:]):
             return None
-        widths = np.abs(ranges[0]).max(axis=0)
-        if weight.dims[1] != len(widths):  # In groups.
-            return None
-        factors: NDArray[np.float32] = np.maximum(widths / max(widths.max(), _LEAST), _NARROWEST)
-        name, smoothed = node.input[0], f"{node.input[0]}/smoothed"
-        if smoothed not in self._types:
-            self._types[smoothed] = weight.data_type
-            shape = (1, -1, *[1] * (len(weight.dims) - 2))
-            dtype = helper.tensor_dtype_to_np_dtype(weight.data_type)
-            self._add(f"{smoothed}/factors", (1 / factors).reshape(shape).astype(dtype))
-            self._nodes.append(helper.make_node("Mul", [name, f"{smoothed}/factors"], [smoothed], name=smoothed))
-        node.input[0], ranges[0] = smoothed, ranges[0] / factors
-        return factors
+        kernel = numpy_helper.to_array(self._constants[weight])
+        low, high = ranges[0]
+        centre = np.array((low + high) / 2, kernel.dtype)
+        ranges[0] = low - float(centre), high - float(centre)
+        centred = node.input[0] = f"{name}/centred"
+        if centred not in self._types:
+            self._types[centred] = self._constants[weight].data_type
+            self._add(f"{centred}/centre", centre)
+            self._nodes.append(helper.make_node("Sub", [name, f"{centred}/centre"], [centred], name=centred))
+        alone = helper.make_node("Conv", ["x", "w"], ["y"])
+        alone.attribute.extend(node.attribute)
+        x, w, y = (helper.make_tensor_value_info(each, TensorProto.FLOAT, None) for each in "xwy")
+        model = helper.make_model(
+            helper.make_graph([alone], "centre", [x, w], [y]),
+            opset_imports=[helper.make_opsetid("", 20)],
+            ir_version=10,
+        )
+        given = {"x": np.full((1, *shape[1:]), centre, np.float32), "w": kernel.astype(np.float32)}
+        return run_session(make_session(model.SerializeToString()), ["y"], given)["y"].astype(kernel.dtype)
 
     def _activation(self, name: str, source: str, span: Range, restored: str) -> str:
         if name not in self._restored:
-            low, high = min(float(span[0].min()), 0.0), max(float(span[1].max()), 0.0)
+            low, high = min(span[0], 0.0), max(span[1], 0.0)
             scale, zero = max(max(-low, high) * _ROOM[self._kind] / _LARGEST[self._kind], _LEAST), 0
             if not self._symmetric:
                 scale = max((high - low) / 255, _LEAST)
@@ -174,12 +179,10 @@ class _Pairs:
             self._restore(name, inputs, restored)
         return self._restored[name]
 
-    def _weight(self, name: str, axis: int, factors: NDArray[np.float32] | None) -> str:
+    def _weight(self, name: str, axis: int) -> str:
         if name not in self._restored:
             tensor = self._constants[name]
             exact = numpy_helper.to_array(tensor).astype(np.float32)
-            if factors is not None:
-                exact = exact * factors.reshape(-1, *[1] * (exact.ndim - 2))
             axis %= exact.ndim
             others = tuple(each for each in range(exact.ndim) if each != axis)
             scale = np.maximum(np.abs(exact).max(axis=others) / _LARGEST[self._kind], _LEAST)

@@ -73,10 +73,10 @@ def test_rounded_network_is_close_and_not_the_same(kind, symmetric, results):
 def test_weights_have_a_scale_for_each_channel_and_activations_one(kind, dtype):
     model = onnx.load_from_string(quantize(STEP, ranges(), kind))
     constants = {each.name: each for each in model.graph.initializer}
+    value = "r0/centred" if kind == "int8" else "r0"
     assert constants["w1/" + kind].data_type == dtype
     assert list(constants["w1/scale"].dims) == [CHANNELS]
     assert list(constants["w4/scale"].dims) == [SIZE]
-    value = "r0/smoothed" if kind == "int8" else "r0"
     assert list(constants[f"{value}/scale"].dims) == []
     assert "w1" not in constants
     assert constants["w0"].data_type == TensorProto.FLOAT
@@ -84,23 +84,14 @@ def test_weights_have_a_scale_for_each_channel_and_activations_one(kind, dtype):
     np.testing.assert_allclose(largest, 127 if kind == "int8" else 448)
 
 
-def test_narrow_channels_are_widened_and_the_weights_take_it_back():
-    """One channel a hundredth of the others, with weights a hundred times as large: the factor is bounded."""
-    model = onnx.load_from_string(STEP)
-    constants = {each.name: each for each in model.graph.initializer}
-    for name, at, factor in (("w0", np.s_[3], 0.01), ("w1", np.s_[:, 3], 100.0)):
-        array = numpy_helper.to_array(constants[name]).copy()
-        array[at] *= factor
-        constants[name].CopyFrom(numpy_helper.from_array(array, name))
-    scaled = model.SerializeToString()
-    measured = measure_ranges(scaled, find_layers(scaled), INPUTS)
-    errors = []
-    for symmetric in (True, False):
-        graph = quantize(scaled, {"conv1": measured["conv1"]}, "int8", symmetric=symmetric)
-        errors.append(np.abs(predict(graph) - predict(STEP)).max())
-    factors = {each.name: each for each in onnx.load_from_string(graph).graph.initializer}
-    assert "r0/smoothed/factors" not in factors
-    assert errors[0] < errors[1] / 5
+def test_a_convolution_of_what_is_never_negative_reads_it_around_its_centre():
+    """As close as with zero points, at the border, too; a matrix product, whose values lie around zero, as it was."""
+    only = {"conv1": ranges()["conv1"]}
+    graphs = [quantize(STEP, only, "int8", symmetric=symmetric) for symmetric in (True, False)]
+    assert 0.5 < relative_error(graphs[0]) / relative_error(graphs[1]) < 1.5
+    constants = {each.name: each for each in onnx.load_from_string(graphs[0]).graph.initializer}
+    assert list(constants["c1/centre"].dims) == [1, CHANNELS, SIZE, SIZE]
+    assert "m/centre" not in constants
 
 
 def test_symmetric_pairs_have_no_zero_point_and_others_use_the_whole_range():
@@ -108,7 +99,7 @@ def test_symmetric_pairs_have_no_zero_point_and_others_use_the_whole_range():
     for symmetric in (True, False):
         model = onnx.load_from_string(quantize(STEP, ranges(), "int8", symmetric=symmetric))
         constants = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
-        zeros[symmetric] = int(constants["r0/smoothed/zero" if symmetric else "r0/zero"])
+        zeros[symmetric] = int(constants["r0/centred/zero" if symmetric else "r0/zero"])
     assert zeros == {True: 0, False: -128}  # What a Relu gives is never negative.
 
 
@@ -122,14 +113,13 @@ def test_pairs_in_half_precision_have_scales_in_half_precision():
 
 def test_ranges_cut_an_outlier_and_keep_the_rest():
     inputs = [{"sample": each["sample"].copy()} for each in INPUTS]
-    inputs[0]["sample"] = np.random.default_rng(9).standard_normal((20000, 1, SIZE, SIZE), np.float32)
+    inputs[0]["sample"] = np.random.default_rng(9).standard_normal((4000, 1, SIZE, SIZE), np.float32)
     calm = measure_ranges(STEP, find_layers(STEP), inputs)["conv1"][0]
     inputs[0]["sample"][0, 0, 0, 0] = 60.0
     cut = measure_ranges(STEP, find_layers(STEP), inputs)["conv1"][0]
     session_largest = run_session(make_session(_with_output("r0")), ["r0"], inputs[0])["r0"].max()
-    assert (cut[1] < session_largest / 2).all()
-    np.testing.assert_array_less(0.5 * calm[1], cut[1])
-    np.testing.assert_array_less(cut[1], 2.5 * calm[1])
+    assert cut[1] < session_largest / 2
+    assert 0.5 * calm[1] < cut[1] < 2.5 * calm[1]
 
 
 def _with_output(name: str) -> bytes:
