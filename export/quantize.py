@@ -18,11 +18,11 @@ from typing import Any, Final, Literal
 
 import ml_dtypes
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from skipstep.backends.onnxruntime import make_session, run_session
+from skipstep.export.graph_cost import at_batch_one, shapes_and_sizes
 from skipstep.export.graph_writer import load_graph
 from skipstep.networks.graphs import Values
 
@@ -107,10 +107,10 @@ class _Pairs:
     def __init__(self, model: ModelProto, kind: Kind, *, symmetric: bool) -> None:
         self._graph, self._kind, self._symmetric = model.graph, kind, symmetric
         self._constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        typed = onnx.shape_inference.infer_shapes(model).graph
+        typed = at_batch_one(model).graph
         values = (*typed.value_info, *typed.input, *typed.output)
         self._types = {each.name: each.type.tensor_type.elem_type for each in values}
-        self._shapes = {each.name: [dim.dim_value for dim in each.type.tensor_type.shape.dim] for each in values}
+        self._shapes, _ = shapes_and_sizes(typed)
         self._restored: dict[str, str] = {}
         self._nodes: list[NodeProto] = []
 
@@ -143,8 +143,8 @@ class _Pairs:
 
     def _centre(self, node: NodeProto, ranges: dict[int, Range]) -> NDArray[Any] | None:
         """Let a convolution read values around zero; what it computes of their centre, where that is a constant."""
-        (name, weight), shape = node.input[:2], self._shapes.get(node.input[0], [])
-        if node.op_type != "Conv" or weight not in self._constants or not all(shape[1:]):
+        (name, weight), shape = node.input[:2], self._shapes.get(node.input[0], (0,))
+        if node.op_type != "Conv" or weight not in self._constants or not all(shape):
             return None
         kernel = numpy_helper.to_array(self._constants[weight])
         low, high = ranges[0]
