@@ -44,7 +44,7 @@ class PixelError:
 
 
 # What 8 bits may change in any sample, and what the samples may use up of it that decide: by the tail of the shipped
-# network's errors, one time in ten at most the largest of as many other samples is more than twice theirs.
+# network's errors about one time in ten the largest of as many other samples is more than twice theirs.
 BOUND: Final = PixelError(0.1, 0.01)
 _HELD: Final = PixelError(BOUND.largest / 2, BOUND.rms / 2)
 # With what the first choice starts: the largest error is some thirty times the root mean square.

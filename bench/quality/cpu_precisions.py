@@ -78,6 +78,7 @@ def in_8_bits(precision: str) -> Sampler:
     return sampler_of(source, float32_interface(step.graph), plans, [1, 16], Engine)
 
 
+@cache
 def draw(backend: str, precision: str, steps: int, num: int) -> Any:
     labels = (np.arange(num) % 10).tolist()
     return opened(backend, precision).sample(
