@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from skipstep.backends.denoiser import EIGHT_BITS, Denoiser, NetworkSource
 from skipstep.calls.plan_set import PlanSet
-from skipstep.calls.request import resolve_seeds
+from skipstep.calls.request import MAX_SEED, resolve_seeds
 from skipstep.errors import InputError, check_items, check_path, shown
 from skipstep.loops.choice import make_loop
 from skipstep.loops.contract import Lifecycle, Sampler
@@ -51,6 +51,8 @@ _FORMS: Final[Mapping[str, tuple[Kind, bool]]] = {
 _EVALUATIONS: Final = 24
 _LEAST_SHARE: Final = 0.005
 _BATCH: Final = 16
+# Between the seeds of calls with other numbers: other labels, too.
+_APART: Final = 1_000_003
 _NAMED: Final = "conditions/"
 _REMEDY: Final = "pass calibration=range(8), seeds to draw with, or a folder of pictures or .npz files"
 
@@ -77,11 +79,11 @@ def quantize_source(
     from skipstep.export.weight_storage import expand_weights
 
     step, calls = expand_weights(source.step_graph("float32")), read_calls(calibration, source.spec)
-    work = _Calibrated(source, step, tuple(plans), calls, sampler, report)
+    work = _Calibrated(source, step, tuple(plans), calibration, sampler, report)
     made = {}
     for form in forms:
         key = cache_key(
-            kind="quantized.onnx 3",
+            kind="quantized.onnx 4",
             form=form,
             step=graph_sha256(step).hexdigest(),
             plans=tuple(plan.key for plan in plans),
@@ -93,7 +95,9 @@ def quantize_source(
         made[form] = QuantizedStep(graph, json.loads(head))
         facts = made[form].facts
         report(
-            f"{form}: {facts['layers']} of {facts['candidates']} layers, {100 * facts['share']:.0f} % of the operations"
+            f"{form}: {facts['layers']} of {facts['candidates']} layers, {facts['share']:.0%} of the operations, "
+            f"at most {facts['largest']:.2g} off in {facts['samples']} new samples of each plan"
+            + "".join(f"; beyond the bound: {each}" for each in facts["tried"])
         )
     return made
 
@@ -145,16 +149,24 @@ def check_calibration(precision: object, calibration: object) -> list[int] | str
     return folder
 
 
-def read_calls(calibration: list[int] | str, network: NetworkSpec) -> list[dict[str, Any]]:
-    """The arguments of each call of sample() that the network is calibrated on. Raises InputError."""
+def read_calls(calibration: list[int] | str, network: NetworkSpec, number: int = 0) -> list[dict[str, Any]]:
+    """The arguments of each call of sample() that the network is calibrated on; with another number than 0 the same
+    with seeds that no other number has. Raises InputError."""
+
+    def renewed(seeds: Iterable[int]) -> list[int]:
+        return [(int(seed) + number * _APART) % (MAX_SEED + 1) for seed in seeds]
+
     if not isinstance(calibration, str):
-        return [_seeded(network, calibration)]
+        return [_seeded(network, renewed(calibration))]
     from skipstep.calls.images import read_pictures
 
     calls = [_arguments(file) for file in sorted(Path(calibration).rglob("*.npz"))]
+    for call in calls if number else ():
+        start = call.pop("x_T", ())
+        call["seeds"] = renewed(np.atleast_1d(call.get("seeds", range(len(start)))))
     pictures = read_pictures(Path(calibration), network.sample_shape)
     if len(pictures):
-        calls.append({**_seeded(network, range(len(pictures))), "images": pictures, "strength": 1.0})
+        calls.append({**_seeded(network, renewed(range(len(pictures)))), "images": pictures, "strength": 1.0})
     return calls
 
 
@@ -191,10 +203,11 @@ class _Calibrated:
     source: NetworkSource
     step: bytes
     plans: tuple[Plan, ...]
-    calls: list[dict[str, Any]]
+    calibration: list[int] | str
     sampler: SamplerOf
     report: Callable[[str], object]
     ranges: dict[str, dict[int, Range]] | None = None
+    exact: dict[tuple[str, int], NDArray[np.float32]] = field(default_factory=dict)
 
     def packed(self, form: str) -> bytes:
         """The facts as a line of JSON, and the graph."""
@@ -218,7 +231,7 @@ class _Calibrated:
             # TensorRT-RTX computes an attention in one kernel if both of its products are alike: they stay in half.
             [name for name, values in find_layers(around).items() if name in ranges and not (half and 1 in values)],
             quantized,
-            lambda graph, key: self.draw(graph, plans[key]),
+            lambda graph, key, number: self.draw(graph, plans[key], number),
             list(plans),
             report=self.report,
         )
@@ -231,22 +244,30 @@ class _Calibrated:
         self.report("calibrate on the float network's trajectories")
         found: list[Values] = []
         for plan in self.plans:
-            self.draw(self.step, plan, record=found.append)
+            self.draw(self.step, plan, 0, record=found.append)
         flops = operations(self.step)
         least = _LEAST_SHARE * sum(flops.values())
         layers = {name: values for name, values in find_layers(self.step).items() if flops[name] >= least}
         # Evenly from all evaluations of all plans.
         return measure_ranges(self.step, layers, found[:: math.ceil(len(found) / _EVALUATIONS)])
 
-    def draw(self, step: bytes, plan: Plan, *, record: Callable[[Values], None] | None = None) -> NDArray[np.float32]:
-        """The samples of every call, with this step network."""
+    def draw(
+        self, step: bytes, plan: Plan, number: int, *, record: Callable[[Values], None] | None = None
+    ) -> NDArray[np.float32]:
+        """The samples of every call of this number (read_calls), with this step network; the float32 one's are kept."""
         from skipstep.editing.edit import edit
 
-        counts = {len(np.atleast_1d(call["seeds"] if "seeds" in call else call["x_T"])) for call in self.calls}
+        if record is None and step is self.step and (plan.key, number) in self.exact:
+            return self.exact[plan.key, number]
+        calls = [{**call, "plan": plan} for call in read_calls(self.calibration, self.source.spec, number)]
+        counts = {len(np.atleast_1d(call["seeds"] if "seeds" in call else call["x_T"])) for call in calls}
         sizes = sorted({min(count, _BATCH) for count in counts})
         engine = sampler_of(self.source, step, [plan], sizes, self.sampler, record=record)
-        calls = [{**call, "plan": plan} for call in self.calls]
-        return np.concatenate([edit(engine, **call) if "images" in call else engine.sample(**call) for call in calls])
+        drawn = [edit(engine, **call) if "images" in call else engine.sample(**call) for call in calls]
+        samples: NDArray[np.float32] = np.concatenate(drawn)
+        if step is self.step:
+            self.exact[plan.key, number] = samples
+        return samples
 
 
 def sampler_of(

@@ -68,7 +68,7 @@ def test_bundle_holds_the_network_and_states_its_error(exact, bundle, backend):
     name = f"step-int8-{backend}"
     assert manifest["graphs"][name] in manifest["files"]
     stated = manifest["quantized"][name]
-    assert stated["layers"] == 2
+    assert (stated["layers"], stated["samples"]) == (2, 16)
     assert 0 < stated["largest"] <= stated["bound"]["largest"]
     with skipstep.load(bundle, backend=backend, precision="int8") as engine:
         error = PixelError.between(engine.sample(**CALL), exact.sample(**CALL))
@@ -78,6 +78,9 @@ def test_bundle_holds_the_network_and_states_its_error(exact, bundle, backend):
 
 def test_calibration_from_a_folder_draws_the_calls_in_it(tmp_path):
     np.savez(tmp_path / "call.npz", seeds=[0, 1])
+    np.savez(tmp_path / "other.npz", x_T=np.zeros((2, 1, 8, 8)))
+    assert read_calls(str(tmp_path), NetworkSpec((1, 8, 8)), 1) == [{"seeds": [1_000_003, 1_000_004]}] * 2
+    (tmp_path / "other.npz").unlink()
     engine = build(Small(), backend="onnxruntime", precision="int8", calibration=tmp_path, **OPTIONS)
     seeded = build(Small(), backend="onnxruntime", precision="int8", calibration=[0, 1], **OPTIONS)
     np.testing.assert_array_equal(engine.sample(**CALL), seeded.sample(**CALL))
@@ -88,6 +91,9 @@ def test_calibration_from_pictures_draws_from_them_with_noise_on(tmp_path):
         pixels = np.random.default_rng(seed).integers(0, 256, (8, 8), np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{seed}.png")
     [call] = read_calls(str(tmp_path), NetworkSpec((1, 8, 8)))
+    [other] = read_calls(str(tmp_path), NetworkSpec((1, 8, 8)), 1)
+    assert not set(other["seeds"]) & set(call["seeds"])
+    np.testing.assert_array_equal(other["images"], call["images"])
     np.testing.assert_allclose(call["images"][1, 0], pixels / 127.5 - 1, atol=1e-6)
     engine = build(Small(), backend="onnxruntime", precision="int8", calibration=tmp_path, **OPTIONS)
     assert engine.sample(**CALL).shape == (2, 1, 8, 8)

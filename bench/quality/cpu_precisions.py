@@ -8,6 +8,8 @@ networks in 8 bits that TensorRT engines are built from: on the CPU they show th
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import sys
 import time
 from functools import cache
@@ -35,8 +37,15 @@ HEADER = [
 ]
 FOR_TENSORRT = "tensorrt"
 PLANS = [4, 6, 8, 10, 20, 50]
-CALIBRATION = range(1 << 20, (1 << 20) + 8)
+CALIBRATION = range(1 << 20, (1 << 20) + 10)
 TURNS = 15
+NETWORK = "new samples"
+told: list[str] = []
+
+
+def tell(line: str) -> None:
+    told.append(line)
+    print(line, flush=True)
 
 
 @cache
@@ -54,7 +63,7 @@ def opened(backend: str, precision: str) -> Any:
         device="cpu",
         precision=precision,
         calibration=CALIBRATION,
-        progress=print,
+        progress=tell,
     )
 
 
@@ -65,11 +74,11 @@ def shipped_plans() -> list[Plan]:
 def in_8_bits(precision: str) -> Sampler:
     """The network that TensorRT's engines are built from, on ONNX Runtime."""
     plans, source = shipped_plans(), opened("onnxruntime", "float32").source
-    [step] = quantize_source(source, plans, list(CALIBRATION), [precision], sampler=Engine, report=print).values()
-    print(precision, {name: each for name, each in step.facts.items() if name != "errors"})
+    [step] = quantize_source(source, plans, list(CALIBRATION), [precision], sampler=Engine, report=tell).values()
     return sampler_of(source, float32_interface(step.graph), plans, [1, 16], Engine)
 
 
+@cache
 def draw(backend: str, precision: str, steps: int, num: int) -> Any:
     labels = (np.arange(num) % 10).tolist()
     return opened(backend, precision).sample(
@@ -89,30 +98,30 @@ def speed(backend: str, precision: str, steps: int) -> float:
     return float(np.median(seconds[0]) / np.median(seconds[1]))
 
 
-def rows(all_steps: list[int], num: int, backends: list[str]) -> tuple[list[list[str]], list[str]]:
-    """The table, and what could not be measured, with its reason."""
-    judge, labels, table, absent = ShippedJudge(), np.arange(num) % 10, [], []
+def rows(backends: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Backend and precision of what is compared, and what is not, with its reason."""
     on_cpu = [(each.name, name) for each in BACKENDS if each.device == "cpu" for name in each.precisions]
     bundled = [each.name for each in BACKENDS if each.device == "cpu" and each.loads_bundles] + [FOR_TENSORRT]
     on_cpu += [(FOR_TENSORRT, name) for name in EIGHT_BITS]
-    on_cpu = [each for each in on_cpu if each[0] in (backends or bundled)]
-    for steps in all_steps:
-        reference = draw("onnxruntime", "float32", steps, num)
-        expected = judge(reference)[1]
-        for backend, precision in on_cpu:
+    found, absent = [], []
+    for backend, precision in on_cpu:
+        if backend in (backends or bundled):
             try:
-                found = draw(backend, precision, steps, num)
+                opened(backend, precision)
+                found.append((backend, precision))
             except (MissingDependencyError, DeviceUnavailableError, ExportError) as refused:
                 absent.append(f"{backend} in {precision}: {refused.got}")
-                continue
-            error = np.abs(found - reference)
-            seen = judge(found)[1]
-            shares = [f"{100 * np.mean(seen == other):.1f} %" for other in (expected, labels)]
-            fast = "–" if backend == FOR_TENSORRT else f"{speed(backend, precision, steps):.2f}"
-            numbers = [f"{error.max():.2g}", f"{np.sqrt(np.mean(error**2)):.2g}"]
-            table.append([str(steps), backend, precision, *numbers, *shares, fast])
-            print(*table[-1], sep=", ", flush=True)
-    return table, list(dict.fromkeys(absent))
+    return found, absent
+
+
+def compare(judge: ShippedJudge, backend: str, precision: str, steps: int, num: int) -> list[str]:
+    reference, labels = draw("onnxruntime", "float32", steps, num), np.arange(num) % 10
+    found = draw(backend, precision, steps, num)
+    error, seen = np.abs(found - reference), judge(found)[1]
+    shares = [f"{100 * np.mean(seen == other):.1f} %" for other in (judge(reference)[1], labels)]
+    fast = "–" if backend == FOR_TENSORRT else f"{speed(backend, precision, steps):.2f}"
+    numbers = [f"{error.max():.2g}", f"{np.sqrt(np.mean(error**2)):.2g}"]
+    return [str(steps), backend, precision, *numbers, *shares, fast]
 
 
 def main() -> None:
@@ -122,24 +131,31 @@ def main() -> None:
     parser.add_argument(
         "--backends", nargs="+", default=[], help="default: all, and tensorrt for its networks in 8 bits"
     )
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write; rows in it are not repeated")
     options = parser.parse_args()
-    table, absent = rows(options.steps, options.num, options.backends)
-    facts = environment()
-    write_json(
-        options.out,
-        {
-            "command": "python -m skipstep.bench.quality.cpu_precisions " + " ".join(sys.argv[1:]),
-            "commit": facts["commit"],
-            "environment": facts,
-            "header": HEADER,
-            "rows": table,
-            "note": f"The shipped model, {options.num} samples of ten classes with guidance {GUIDANCE:g}, each against "
-            "ONNX Runtime in float32. Recognised: the classifier sees the class that was asked for. Times as fast "
-            "as ONNX Runtime in float32, at batch 1 without guidance, calls in turns. tensorrt: the network that "
-            "its engines are built from, on ONNX Runtime." + "".join(f" Not measured: {each}." for each in absent),
-        },
+    facts, judge = environment(), ShippedJudge()
+    result = {
+        "command": "python -m skipstep.bench.quality.cpu_precisions " + " ".join(sys.argv[1:]),
+        "commit": facts["commit"],
+        "environment": facts,
+        "header": HEADER,
+    }
+    kept = json.loads(options.out.read_bytes()) if options.out.exists() else {}
+    table = kept["rows"] if all(kept.get(name) == value for name, value in result.items()) else []
+    found, absent = rows(options.backends)
+    note = (
+        f"The shipped model, {options.num} samples of ten classes with guidance {GUIDANCE:g}, each against ONNX "
+        "Runtime in float32. Recognised: the classifier sees the class that was asked for. Times as fast as ONNX "
+        "Runtime in float32, at batch 1 without guidance, calls in turns. tensorrt: the network that its engines are "
+        "built from, on ONNX Runtime."
     )
+    note += "".join(f" {line}." for line in told if NETWORK in line)
+    note += "".join(f" Not measured: {each}." for each in absent)
+    for steps, (backend, precision) in itertools.product(options.steps, found):
+        if [str(steps), backend, precision] not in [row[:3] for row in table]:
+            table.append(compare(judge, backend, precision, steps, options.num))
+            print(*table[-1], sep=", ", flush=True)
+            write_json(options.out, {**result, "rows": table, "note": note})
 
 
 if __name__ == "__main__":

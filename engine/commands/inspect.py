@@ -119,13 +119,13 @@ def _steps(plan: PlanEntry) -> Any:
 
 def _in_8_bits(facts: Any) -> str:
     """How much of a network, and what it was measured to change."""
-    names = ("layers", "candidates", "share", "largest")
+    names = ("layers", "candidates", "share", "largest", "samples")
     numbers = [facts.get(name) for name in names] if isinstance(facts, dict) else [None]
     if not all(isinstance(each, int | float) for each in numbers):
         return ""
-    layers, of, share, largest = numbers
+    layers, of, share, largest, samples = numbers
     return (
-        f": {layers} of {of} layers, {share:.0%} of the operations, at most {largest:.2g} off where it was calibrated"
+        f": {layers} of {of} layers, {share:.0%} of the operations, at most {largest:.2g} off in {samples} new samples"
     )
 
 
