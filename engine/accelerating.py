@@ -17,7 +17,7 @@ from skipstep.engine import Engine
 from skipstep.errors import EngineStateError, InputError, check_integer
 from skipstep.networks.condition import Condition
 from skipstep.pipelines.building import FAMILIES
-from skipstep.pipelines.spec import MASKED
+from skipstep.pipelines.spec import MASKED, UPSCALER
 from skipstep.pipelines.stand_ins import Network, Walk, refused
 from skipstep.plans.plan import Plan
 from skipstep.reporting import LOGGER
@@ -54,11 +54,11 @@ def accelerate(
     """
     base = type(pipe)
     family = next((each for each in base.__mro__ if "__call__" in vars(each)), object)
-    known = family.__name__ in FAMILIES and "ControlNet" not in family.__name__
-    if not known or not family.__module__.startswith("diffusers.") or "engine" in vars(family):
+    taken = [each for each in FAMILIES if "ControlNet" not in each and each != UPSCALER]
+    if family.__name__ not in taken or not family.__module__.startswith("diffusers.") or "engine" in vars(family):
         raise InputError(
             got=f"a {base.__name__} whose call is not one of diffusers, or accelerated already",
-            expected=f"one of {', '.join(each for each in FAMILIES if 'ControlNet' not in each)}",
+            expected=f"one of {', '.join(taken)}",
             remedy="pass Engine.build the pipeline instead, and its embeddings to engine.sample",
         )
     name = type(pipe.scheduler).__name__

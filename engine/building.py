@@ -107,11 +107,14 @@ class PlanRequest:
             defaults["time_input"] = check_choice("time_input", time_input, TIME_INPUTS, error=PlanError)
         if defaults.get("prediction_type") == "edm" and sigma_data is not None:
             defaults["sigma_data"] = sigma_data
+        # Of other families the next level is where diffusers steps to.
+        strides = scheduler is None or scheduler.state == "vp"
         if self.compatibility is not None:
             check_choice("compatibility", self.compatibility, ("diffusers",), error=PlanError)
-            defaults["stride"] = self.compatibility
+            if strides:
+                defaults["stride"] = self.compatibility
         plans = [make_plan(each, defaults) for each in given]
-        if scheduler is not None and self.compatibility is None:
+        if scheduler is not None and strides and self.compatibility is None:
             _warn_of_other_images([plan for plan, asked in zip(plans, given, strict=True) if plan is not asked])
         if not plans and not self.compile_on_miss:
             raise PlanError(got="no plans", expected="at least one", remedy=remedy)
@@ -191,6 +194,15 @@ def build_network(
         if model_options.get("controlnet") is None:
             model_options["controlnet"] = parts.controlnets
         model_options["conditions"] = {**parts.conditions, **(model_options.get("conditions") or {})}
+        if parts.scheduler is not None:
+            if model_options.get("scheduler") is not None or request.schedule is not None:
+                raise InputError(
+                    got="scheduler= or schedule= for an upscaler",
+                    expected="the levels of its folder's scheduler_config.json",
+                    remedy="change that file; Plans may have a schedule of their own, with prediction_type='edm', "
+                    "time_input='c_noise' and sigma_data=1.0",
+                )
+            model_options["scheduler"] = parts.scheduler
     opened = open_model(model, with_scheduler=request.schedule is None, **model_options)
     plans, defaults = request.made(opened.scheduler, model_options.get("time_input"), model_options.get("sigma_data"))
     report("read the model" + "".join(f"; {each}" for each in opened.guessed))

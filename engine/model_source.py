@@ -291,7 +291,7 @@ def read_model(
     name, digest, module = type(model).__name__, None, model
     if checkpoint is not None:
         name, digest = checkpoint.name, checkpoint.digest()
-        module = load_unet(checkpoint)
+        module = load_unet(checkpoint, network.sample_shape[0])
     if controlnets:
         from skipstep.pipelines.modules import Controlled
 

@@ -165,7 +165,7 @@ def _opened_file(path: Path, inputs: object, with_scheduler: bool, said: SpecOpt
 
 
 def _given_scheduler(scheduler: Any) -> SchedulerConfig:
-    found = _scheduler_of(scheduler)
+    found = scheduler if isinstance(scheduler, SchedulerConfig) else _scheduler_of(scheduler)
     return read_scheduler_config(scheduler) if found is None else found
 
 

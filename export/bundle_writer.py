@@ -101,7 +101,7 @@ class _BundleDraft:
         targets = self.targets
         if targets.trtexec or targets.onnx_loop or targets.onnx_unrolled or targets.server:
             remedy = "leave onnx-loop, onnx-unrolled, server and trtexec out of targets"
-            refuse_large(self.parts.graphs.step, "whole loops and files for trtexec", remedy)
+            refuse_large(self.parts.graphs.step, "whole loops and files for trtexec of a network", remedy)
         defaults = dict(engine.plan_defaults)
         default_schedule = defaults.pop("schedule", None)
         schedules = list(dict.fromkeys(each for each in (*(p.schedule for p in plans), default_schedule) if each))
@@ -178,7 +178,10 @@ class _BundleDraft:
 
     def _pipeline(self) -> str | None:
         parts = self.engine.runner.pipeline
-        names = [] if parts is None else [self.files.add(name, data) for name, data in parts.files()]
+        names = [
+            self.files.add_graph(name, compress_weights(data)) if name.endswith(".onnx") else self.files.add(name, data)
+            for name, data in ([] if parts is None else parts.files())
+        ]
         return names[0] if names else None
 
     def _kernels(self) -> list[KernelEntry]:

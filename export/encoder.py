@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from skipstep.backends.onnxruntime import make_session, run_session
 from skipstep.errors import ExportError, MissingDependencyError
 from skipstep.export.graph_writer import OPSET, serialised
-from skipstep.export.large_model import lora_factors_as_inputs
+from skipstep.export.large_model import lora_factors_as_inputs, take_weights_out
 from skipstep.export.onnx_model import quiet_exporter
 from skipstep.networks.graphs import BATCH
 
@@ -22,7 +22,8 @@ _TOLERANCE = 1e-4
 
 
 def export_encoder(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> bytes:
-    """Serialise module(*inputs) -> `outputs`, weights included; all have the batch first, here at least 2.
+    """Serialise module(*inputs) -> `outputs`, weights included; all have the batch first, here at least 2. Those of a
+    gigabyte and more stay beside the graph (skipstep.networks.large_graph).
 
     Raises MissingDependencyError without onnx and onnxscript, and ExportError for what cannot be captured.
     """
@@ -53,7 +54,8 @@ def export_encoder(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Seq
         ) from error
     assert program is not None, "it returns nothing only where it writes a file"
     lora_factors_as_inputs(program.model, dict(module.named_buffers()))
-    return serialised(program.model_proto)
+    weights = take_weights_out(program.model)
+    return serialised(program.model_proto, weights)
 
 
 def check_encoder(graph: bytes, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:

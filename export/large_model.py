@@ -103,7 +103,7 @@ def refuse_large(graph: bytes, what: str, remedy: str) -> None:
     """Raise InputError where `what` would need a large graph in one piece."""
     if isinstance(graph, LargeGraph):
         raise InputError(
-            got=f"{what} of a network of {graph_size(graph) / 1e9:.1f} GB",
+            got=f"{what} of {graph_size(graph) / 1e9:.1f} GB",
             expected=f"below {LARGE_BYTES / 1e9:.1f} GB, which one graph holds",
             remedy=remedy,
         )

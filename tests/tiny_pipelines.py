@@ -167,6 +167,38 @@ def _lcm(where: Path) -> Any:
     )
 
 
+def _upscaler(where: Path) -> Any:
+    """As k-diffusion's, whose blocks take groups of 32 channels and no fewer levels."""
+    vocabulary, levels = tokenizer(where / "words"), 2
+    network = unet(
+        8,
+        sample_size=16,
+        out_channels=5,
+        block_out_channels=(32, 64, 64),
+        down_block_types=("KDownBlock2D", *["KCrossAttnDownBlock2D"] * levels),
+        up_block_types=(*["KCrossAttnUpBlock2D"] * levels, "KUpBlock2D"),
+        mid_block_type=None,
+        attention_head_dim=8,
+        norm_num_groups=None,
+        act_fn="gelu",
+        timestep_post_act="gelu",
+        conv_in_kernel=1,
+        conv_out_kernel=1,
+        cross_attention_norm="layer_norm",
+        resnet_time_scale_shift="scale_shift",
+        time_embedding_type="fourier",
+        time_cond_proj_dim=128 + 16,
+    )
+    steps = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    return diffusers.StableDiffusionLatentUpscalePipeline(
+        vae=autoencoder(),
+        text_encoder=text_encoder(vocabulary),
+        tokenizer=vocabulary,
+        unet=network,
+        scheduler=diffusers.EulerDiscreteScheduler(prediction_type="sample", **steps),
+    )
+
+
 def _ldm(where: Path) -> Any:
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     sizes = {"block_out_channels": (4, 8), "norm_num_groups": 4, "sample_size": 16, "latent_channels": 3}
@@ -213,6 +245,7 @@ _MADE = {
     "xl": _xl,
     "lcm": _lcm,
     "ldm": _ldm,
+    "upscaler": _upscaler,
 }
 
 

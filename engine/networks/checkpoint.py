@@ -130,8 +130,9 @@ def read_checkpoint(
     )
 
 
-def load_unet(checkpoint: Checkpoint) -> nn.Module:
-    """Build the network with its weights as float32, in eval mode and without gradients.
+def load_unet(checkpoint: Checkpoint, channels: int | None = None) -> nn.Module:
+    """Build the network with its weights as float32, in eval mode and without gradients. Of `channels` and one more,
+    k-diffusion's, the last is a variance that no sampler reads: it is left out.
 
     Raises MissingDependencyError without torch and diffusers, ModelFormatError where weights and network disagree.
     """
@@ -174,6 +175,11 @@ def load_unet(checkpoint: Checkpoint) -> nn.Module:
         )
     network = build()
     network.load_state_dict({name: each for path in checkpoint.weights for name, each in load_file(path).items()})
+    is_k = "KUpBlock2D" in arguments.get("up_block_types", ())
+    if is_k and channels is not None and arguments.get("out_channels") == channels + 1:
+        last: Any = network.conv_out
+        for each in (last.weight, last.bias):
+            each.data = each.data[:-1].clone()
     return network.float().eval().requires_grad_(False)
 
 

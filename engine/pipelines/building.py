@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypedDict, Unpack
 
@@ -24,8 +24,11 @@ from skipstep.networks.condition import MAX_SIDE, Condition
 from skipstep.networks.families import prompt_width
 from skipstep.networks.weights import DOWNLOAD
 from skipstep.pipelines.pictures import config_of_squares
-from skipstep.pipelines.spec import MASK, MASKED, MAX_CHUNKS, PipelineSpec
+from skipstep.pipelines.spec import ENLARGED, MASK, MASKED, MAX_CHUNKS, UPSCALER, PipelineSpec
 from skipstep.pipelines.tokenizer import read_tokenizer
+from skipstep.plans.diffusers_config import scheduler_contents
+from skipstep.plans.scheduler_config import SchedulerConfig, read_scheduler_config
+from skipstep.plans.spacing import Spacing
 from skipstep.storage.untrusted import read_json_object
 
 XL: Final = "StableDiffusionXL"
@@ -36,7 +39,7 @@ FAMILIES: Final = (
         for control in ("", "ControlNet")
         for task in ("", "Img2Img", "Inpaint")
     ),
-    *("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline", "LDMPipeline"),
+    *("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline", "LDMPipeline", UPSCALER),
 )
 TEXT_CLASSES: Final = ("CLIPTextModel", "CLIPTextModelWithProjection")
 SMALL: Final = "AutoencoderTiny"
@@ -67,7 +70,7 @@ class PartsOptions(TypedDict, total=False):
 @dataclass(frozen=True, slots=True)
 class FoundParts:
     """A pipeline's folder that was checked and not loaded; what follows `decoder` is of its network, and
-    `prompt_shape` None for one chunk."""
+    `prompt_shape` None for one chunk. `scheduler` is an upscaler's, whose network is told the noise level."""
 
     folder: Path
     spec: PipelineSpec
@@ -79,6 +82,7 @@ class FoundParts:
     prompt_shape: tuple[int, int] | None
     controlnets: tuple[Path, ...] | None  # Those of the folder.
     preview: str | None = None  # The folder of a small decoder.
+    scheduler: SchedulerConfig | None = None
 
 
 def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOptions]) -> FoundParts | None:
@@ -117,20 +121,33 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
     latents = check_integer("latent_channels", config.get("latent_channels", 4), low=1, high=MAX_SIDE, remedy=remedy)
     shape = _sample_shape(network, latents, factor, sample_shape, options)
     extra = network.get("in_channels", latents) - latents
-    if extra not in (0, 1 + latents):
+    enlarges = family == UPSCALER
+    if extra not in ((latents,) if enlarges else (0, 1 + latents)):
         raise ModelFormatError(
             got=f"a network of {network.get('in_channels')} channels for latents of {latents}",
-            expected=f"{latents}, or {1 + 2 * latents} for inpainting",
+            expected=f"{2 * latents}" if enlarges else f"{latents}, or {1 + 2 * latents} for inpainting",
             remedy=_alone(folder) + " and conditions=",
         )
-    conditions = {MASKED: Condition((extra, *shape[1:]), null="same", concat_to_state=True)} if extra else {}
+    beside = Condition((extra, *shape[1:]), null="same", concat_to_state=True) if extra else None
+    conditions = {} if beside is None else {ENLARGED if enlarges else MASKED: beside}
+    if enlarges:
+        if shape[1] % 2 or shape[2] % 2:
+            raise InputError(
+                got=f"latents of {shape[1]} by {shape[2]} for an upscaler",
+                expected="twice the size of a small picture's",
+                remedy=f"pass height= and width= that {2 * factor} divides",
+            )
+        width = check_integer(
+            "time_cond_proj_dim", network.get("time_cond_proj_dim"), low=1, high=MAX_SIDE, remedy=remedy
+        )
+        conditions["timestep_cond"] = Condition((width,))
     tile = (
         check_integer("tile", options.get("tile") or _TILE, low=4 * factor, remedy="pass pixels, such as 512") // factor
     )
     names = [name for name in ("text_encoder", "text_encoder_2") if name in parts]
     texts, tokenizers = [], []
     for name in names:
-        pooled = parts[name][1] == TEXT_CLASSES[1] and family.startswith(XL)
+        pooled = family.startswith((XL, UPSCALER)) and parts[name][1] == TEXT_CLASSES[not enlarges]
         found, text = read_tokenizer(folder / name.replace("text_encoder", "tokenizer"), pooled=pooled)
         texts.append(text)
         tokenizers.append(found)
@@ -166,7 +183,26 @@ def find_parts(model: Any, sample_shape: Any = None, **options: Unpack[PartsOpti
         prompt_shape,
         tuple(folder / name for name in _controlnets(folder)) or None,
         small,
+        _scheduler_of_levels(folder / "scheduler") if enlarges else None,
     )
+
+
+def _scheduler_of_levels(folder: Path) -> SchedulerConfig:
+    """An upscaler's. Its pipeline divides the state by √(sigma²+1), tells the network ln(sigma)/4, and makes the image
+    of x and what is predicted as EDM does with data of the spread 1; its scheduler takes that for the image."""
+    contents = scheduler_contents(folder)
+    found = (contents.get("_class_name"), contents.get("prediction_type"))
+    if found not in [("EulerDiscreteScheduler", kind) for kind in ("sample", "original_sample")]:
+        raise ModelFormatError(
+            got=f"{found[0]!r:.80} with prediction_type={found[1]!r:.80} for an upscaler, in {folder}",
+            expected="EulerDiscreteScheduler with 'sample' or 'original_sample'",
+            remedy=DOWNLOAD,
+        )
+    # Which Euler's rule does not know, though files have them from one conversion to the next.
+    foreign = ("prediction_type", "clip_sample", "thresholding", "set_alpha_to_one")
+    read = read_scheduler_config({name: value for name, value in contents.items() if name not in foreign})
+    spacing: Spacing = "interpolated" if read.spacing == "linspace" else read.spacing
+    return replace(read, prediction_type="edm", time_input="c_noise", state="edm", sigma_data=1.0, spacing=spacing)
 
 
 def _small_decoder(given: Any, channels: int, factor: int) -> str | None:

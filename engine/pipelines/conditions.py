@@ -12,14 +12,14 @@ from skipstep.errors import InputError, check_choice, check_number
 from skipstep.networks.controlnet import CONTROL_SCALE, control_names
 from skipstep.networks.spec import NetworkSpec
 from skipstep.pipelines.pictures import read_pictures
-from skipstep.pipelines.spec import MASK, PipelineSpec
+from skipstep.pipelines.spec import ENLARGED, MASK, PipelineSpec
 from skipstep.pipelines.tokenizer import check_prompts
 
 Array = NDArray[np.float32]
 # Names of embeddings, also in the graphs.
 EMBEDS, POOLED = "embeds", "pooled"
-# What a network reads of pooled embeddings, and of the picture's size.
-_TEXT_EMBEDS, _TIME_IDS = "text_embeds", "time_ids"
+# What a network reads of the picture's size.
+_TIME_IDS: Final = "time_ids"
 _TEXTS: Final = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 _SYNTAXES: Final = ("plain", "a1111")
 
@@ -42,6 +42,13 @@ def read_conditions(
     if _TIME_IDS in network.all_conditions:
         height, width = (side * spec.factor for side in network.sample_shape[1:])
         _add(made, "", {_TIME_IDS: np.array([height, width, 0, 0, height, width], np.float32)})
+    given = made.get("conditions") if isinstance(made.get("conditions"), Mapping) else {}
+    if ENLARGED in network.conditions and made.get("image") is None and ENLARGED not in given:
+        raise InputError(
+            got="no image for an upscaler",
+            expected="what engine.sample draws in twice the size: pictures, or latents as output_type='latent' gives",
+            remedy="pass image= to engine.sample",
+        )
     said = [name for name, text in zip(_TEXTS, texts, strict=True) if text is not None]
     if not said:
         return made
@@ -63,7 +70,7 @@ def read_conditions(
         made[f"{half}prompt_embeds"] = found[EMBEDS][row] * np.float32(factor)
         others = {MASK: found[MASK][row]} if MASK in found else {}
         if POOLED in found:
-            others[_TEXT_EMBEDS] = found[POOLED][row] * np.float32(factor)
+            others[pooled_name(network)] = found[POOLED][row] * np.float32(factor)
         _add(made, half, others)
 
     add("", prompt, prompt_2)
@@ -79,6 +86,11 @@ def read_conditions(
     zeros = negative is None and spec.zero_negative
     add("negative_", "" if negative is None else negative, negative_2, 0.0 if zeros else 1.0)
     return made
+
+
+def pooled_name(network: NetworkSpec) -> str:
+    """The condition that pooled embeddings are."""
+    return "timestep_cond" if ENLARGED in network.conditions else "text_embeds"
 
 
 def _add(made: dict[str, Any], half: str, conditions: Mapping[str, Any]) -> None:

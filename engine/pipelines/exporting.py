@@ -16,9 +16,9 @@ from skipstep.errors import ModelFormatError, NonFiniteError, SkipstepError, opt
 from skipstep.networks.spec import NetworkSpec
 from skipstep.networks.weights import DOWNLOAD, find_weights, tensor_shapes
 from skipstep.pipelines.building import CHECKER, DECODERS, SMALL, TEXT_CLASSES, XL, FoundParts
-from skipstep.pipelines.conditions import EMBEDS, POOLED
+from skipstep.pipelines.conditions import EMBEDS, POOLED, pooled_name
 from skipstep.pipelines.pipeline import LATENTS, MARGINS, MOMENTS, PICTURES, TOKENS, Pipeline
-from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, MASK, PipelineSpec
+from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, MASK, UPSCALER, PipelineSpec
 from skipstep.storage.untrusted import read_json_object
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _graph(
     key = cache_key(
         kind=f"pipeline {part}",
         weights=digest.hexdigest(),
-        shape=repr((_FORMAT, class_name, found.spec.tile, found.spec.texts)),
+        shape=repr((_FORMAT, class_name, found.spec.tile_of(part), found.spec.texts)),
         exporter=exporter_versions(),
     )
     return ArtefactCache().get_or_build(key, export, f"{part} of {class_name}, exported to ONNX")
@@ -108,7 +108,7 @@ def _check_widths(found: FoundParts, made: Pipeline, network: NetworkSpec) -> No
     if not found.texts:
         return
     found_of = made.embed([("",) * len(found.texts)])
-    names = {EMBEDS: "encoder_hidden_states", POOLED: "text_embeds", MASK: MASK}
+    names = {EMBEDS: "encoder_hidden_states", POOLED: pooled_name(network), MASK: MASK}
     given = {names[name]: each.shape[1:] for name, each in found_of.items()}
     read = {name: each.shape for name, each in network.all_conditions.items() if name in given}
     if given != read:
@@ -154,7 +154,8 @@ def _exported(
     made: nn.Module
     if part == "text":
         length = max(text.num_tokens for text in spec.texts)
-        made = modules.TextEncoder(module, penultimate=spec.family.startswith(XL), pooled=pooled)
+        layer = -2 if spec.family.startswith(XL) else -1 if spec.family == UPSCALER else None
+        made = modules.TextEncoder(module, layer=layer, pooled=pooled)
         inputs = {TOKENS: torch.randint(0, int(config["vocab_size"]), (2, length), generator=generator)}
         outputs = [EMBEDS, POOLED] if pooled else [EMBEDS]
     elif part == "checker":
@@ -166,7 +167,7 @@ def _exported(
         width = int(config.get("latent_channels", 4)) if decodes else spec.channels
         name, output = (LATENTS, PICTURES) if decodes else (PICTURES, MOMENTS)
         made = (modules.Decoder if decodes else modules.Encoder)(module, config)
-        shape = (2, width, spec.tile[0] * factor, spec.tile[1] * factor)
+        shape = (2, width, *(side * factor for side in spec.tile_of(part)))
         inputs, outputs = {name: torch.rand(shape, generator=generator) * 2 - 1}, [output]
     with torch.no_grad():
         given = made(*inputs.values())

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+# Of an upscaler's embedding of a noise level: cosines, which are 1 without noise, and sines.
+_NOISE_WIDTH: Final = 128
+
 
 class TextEncoder(nn.Module):
-    """Token ids [B, L] -> embeddings [B, L, D], with `pooled` also [B, P]. `penultimate`: those before the last layer,
-    without its norm."""
+    """Token ids [B, L] -> embeddings [B, L, D], with `pooled` also [B, P]. `layer`: what that layer gives, without the
+    last norm. An upscaler's pooled ones come with its embedding of the small picture's noise: none."""
 
-    def __init__(self, encoder: nn.Module, *, penultimate: bool, pooled: bool) -> None:
+    def __init__(self, encoder: nn.Module, *, layer: int | None, pooled: bool) -> None:
         super().__init__()
-        self.encoder, self.penultimate, self.pooled = encoder, penultimate, pooled
+        self.encoder, self.layer, self.pooled = encoder, layer, pooled
 
     def forward(self, tokens: Tensor) -> Any:
-        found = self.encoder(tokens, output_hidden_states=self.penultimate)
-        embeds = found.hidden_states[-2] if self.penultimate else found.last_hidden_state
-        return (embeds, found.text_embeds) if self.pooled else embeds
+        found = self.encoder(tokens, output_hidden_states=self.layer is not None)
+        embeds = found.last_hidden_state if self.layer is None else found.hidden_states[self.layer]
+        if not self.pooled:
+            return embeds
+        if "text_embeds" in found:
+            return embeds, found.text_embeds
+        sines = nn.functional.pad(found.pooler_output, (_NOISE_WIDTH // 2, 0))
+        return embeds, nn.functional.pad(sines, (_NOISE_WIDTH // 2, 0), value=1.0)
 
 
 class _Scaled(nn.Module):

@@ -177,7 +177,7 @@ class Pipeline:
             latents = to_squares(pictures, self.factor)
             return latents, np.zeros_like(latents)
         graph = self._graph("encoder", MOMENTS, PICTURES)
-        return encode_tiled(graph, pictures, tile=self.spec.tile, factor=self.factor)
+        return encode_tiled(graph, pictures, tile=self.spec.tile_of("encoder"), factor=self.factor)
 
     def _graph(self, part: str, output: str, given: str) -> Callable[[Array], Array]:
         return lambda values: float32(self._run(part, [output], {given: values})[output])

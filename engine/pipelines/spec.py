@@ -30,8 +30,11 @@ FOLDER: Final = "pipeline"
 SPEC_FILE: Final = f"{FOLDER}/pipeline.json"
 GOLDEN_FILE: Final = f"{FOLDER}/golden.safetensors"
 SCHEMA: Final = 1
+UPSCALER: Final = "StableDiffusionLatentUpscalePipeline"
 # The condition that an inpainting network reads beside its state: the mask, and the latents of what it leaves.
 MASKED: Final = "mask_and_masked_image"
+# That of an upscaler: the latents of the small picture, each of its pixels four times.
+ENLARGED: Final = "low_resolution_latents"
 # Of prompts of several chunks: 1 for the tokens that are there.
 MASK: Final = "encoder_attention_mask"
 MAX_CHUNKS: Final = 32
@@ -77,6 +80,11 @@ class PipelineSpec:
     def to_json(self) -> bytes:
         """The same contents always give the same bytes."""
         return (json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+    def tile_of(self, part: str) -> tuple[int, int]:
+        """What its graph takes, in latent pixels: an upscaler encodes pictures of half the size."""
+        halves = 2 if part == "encoder" and self.family == UPSCALER else 1
+        return self.tile[0] // halves, self.tile[1] // halves
 
     def graph_names(self) -> tuple[str, ...]:
         """Of the ONNX graphs, without folder and suffix."""

@@ -1,18 +1,21 @@
-"""Where a call begins: noise, a picture (image to image), or a picture of which a part is drawn anew (inpainting).
+"""Where a call begins: noise, a picture (image to image), or a picture of which a part is drawn anew (inpainting). An
+upscaler begins with noise beside a picture of half the size.
 
 noise="torch" draws in the order of diffusers' pipelines with a list of generators: for image to image first that of the
-picture's latents, then that which is added; for an inpainting network the added noise, then the masked picture's.
+picture's latents, then that which is added, as for an upscaler; for an inpainting network the added noise, then the
+masked picture's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from skipstep.calls.condition_rows import condition_array
 from skipstep.calls.noise import sample_noise
 from skipstep.calls.request import Conditions, resolve_latents, resolve_seeds
 from skipstep.calls.torch_noise import TorchNoise
@@ -20,9 +23,10 @@ from skipstep.errors import InputError, check_choice, check_number
 from skipstep.kernels.layout import Stream
 from skipstep.loops.contract import Parts
 from skipstep.loops.observers import Blend
+from skipstep.networks.condition import Condition
 from skipstep.networks.spec import NetworkSpec
 from skipstep.pipelines.pictures import read_masks, read_pictures
-from skipstep.pipelines.spec import MASKED
+from skipstep.pipelines.spec import ENLARGED, MASKED
 from skipstep.plans.plan import Plan
 
 Array = NDArray[np.float32]
@@ -56,25 +60,30 @@ def begin(
 ) -> Begun:
     """Raises InputError. `x_T`, where it is given, is the noise that a picture gets."""
     source = check_choice("noise", "skipstep" if noise is None else noise, _NOISES)
-    masked = MASKED in network.conditions
+    masked, enlarges = MASKED in network.conditions, ENLARGED in network.conditions
     plans, seeds = list(plans), None if seeds is None else resolve_seeds(seeds)
     prompts: Any = conditions.get("prompt_embeds")
     num_prompts = len(prompts) if getattr(prompts, "ndim", 0) == 3 else 1
-    _check_together(image, mask, strength, masked)
+    _check_together(image, mask, strength, network)
     if source == "torch":
         _check_torch(seeds, x_T, plans)
     if image is None:
         if source == "torch":
             x_T = _Noise(network, _rows(seeds, max(num_prompts, len(plans))), None, source).added()
         return Begun(plans, x_T, conditions)
-    if autoencoder is None or network.state != "vp":
+    if autoencoder is None or (network.state != "vp" and not enlarges):
         raise InputError(
             got="image for an engine without an encoder of pictures, or of another noise process",
             expected="one that was built from a pipeline's folder with an autoencoder and a DDPM-like schedule",
             remedy="leave image out, or use engine.edit for a network of pixels",
         )
-    size = (network.sample_shape[1] * autoencoder.factor, network.sample_shape[2] * autoencoder.factor)
-    pictures = read_pictures("image", image, channels=autoencoder.channels, size=size)
+    small_size = [side // 2 if enlarges else side for side in network.sample_shape[1:]]
+    size = (small_size[0] * autoencoder.factor, small_size[1] * autoencoder.factor)
+    ready = enlarges and getattr(image, "shape", ())[-3:] == (network.sample_shape[0], *small_size)
+    if ready:
+        pictures = condition_array("image", image, Condition((network.sample_shape[0], *small_size)))
+    else:
+        pictures = read_pictures("image", image, channels=autoencoder.channels, size=size)
     masks = None if mask is None else read_masks(mask, size=size)
     given = None if x_T is None else resolve_latents(x_T, network)
     counts = [
@@ -94,10 +103,16 @@ def begin(
             expected="one for all samples, or one each",
             remedy="pass lists of one length",
         )
+    drawn = _Noise(network, None if seeds is None else _rows(seeds, count), given, source)
+    if enlarges:
+        latents = pictures if ready else _latents(autoencoder, pictures, count, drawn)
+        # The noise alone is x: diffusers adds no image, but for leading timesteps noise in the image's place.
+        pure = [1.0 if plan.spacing == "leading" else 1.0 - plan.alpha_bars[0] for plan in plans]
+        noise = drawn.added() * np.sqrt(np.array(pure, np.float32)).reshape(-1, 1, 1, 1)
+        return Begun(plans, noise, _beside(conditions, ENLARGED, latents.repeat(2, axis=2).repeat(2, axis=3)))
     share = _STRENGTH if masks is None else _STRENGTH_OF_A_PART
     share = check_number("strength", share if strength is None else strength, low=0.0, high=1.0, above=True)
     tails = [_tail(plan, share) for plan in plans]
-    drawn = _Noise(network, None if seeds is None else _rows(seeds, count), given, source)
     pure = masks is not None and share == 1.0
     latents = None if pure and masked else _latents(autoencoder, pictures, count, drawn)
     added = drawn.added()
@@ -106,8 +121,7 @@ def begin(
         if masks is not None:
             hole = _latents(autoencoder, pictures * (masks < 0.5), count, drawn)
             small = np.broadcast_to(_small(masks, autoencoder.factor), (count, 1, *network.sample_shape[1:]))
-            masks_and_holes = {MASKED: np.concatenate([small, hole], axis=1)}
-            conditions = {**conditions, "conditions": {**masks_and_holes, **(conditions.get("conditions") or {})}}
+            conditions = _beside(conditions, MASKED, np.concatenate([small, hole], axis=1))
         return Begun(tails, x_T, conditions)
     small, kept = np.repeat(_small(masks, autoencoder.factor), count // len(masks), axis=0), latents
     last = len(tails[0].timesteps) - 1
@@ -119,6 +133,12 @@ def begin(
         return (1 - small[part]) * proper + small[part] * x_t
 
     return Begun(tails, x_T, conditions, blend)
+
+
+def _beside(conditions: Conditions, name: str, value: Array) -> Conditions:
+    """What the caller passes by that name stands; what is no mapping is refused where it is read."""
+    given = conditions.get("conditions") or {}
+    return {**conditions, "conditions": {name: value, **given}} if isinstance(given, Mapping) else conditions
 
 
 class _Noise:
@@ -180,12 +200,16 @@ def _rows(seeds: NDArray[np.uint64], count: int) -> NDArray[np.uint64]:
     return np.full(count, seeds) if seeds.ndim == 0 else seeds
 
 
-def _check_together(image: Any, mask: Any, strength: Any, masked: bool) -> None:
+def _check_together(image: Any, mask: Any, strength: Any, network: NetworkSpec) -> None:
+    if ENLARGED in network.conditions and (mask is not None or strength is not None):
+        raise InputError(
+            got="mask or strength for an upscaler", expected="image alone, all of it", remedy="leave them out"
+        )
     if image is None and (mask is not None or strength is not None):
         raise InputError(
             got="mask or strength without image", expected="the picture that they are about", remedy="pass image="
         )
-    if image is not None and mask is None and masked:
+    if image is not None and mask is None and MASKED in network.conditions:
         raise InputError(
             got="image without mask for an inpainting network",
             expected="the mask as well: white where the picture is drawn anew",

@@ -40,7 +40,7 @@ from skipstep.plans.plan_options import (
 )
 from skipstep.plans.schedule import NoiseSchedule, check_schedule
 from skipstep.plans.solvers import SOLVERS, one_step_at_a_time
-from skipstep.plans.spacing import Spacing
+from skipstep.plans.spacing import Spacing, interpolated_levels
 from skipstep.plans.update_weights import VARIANCES, SolverOptions, Variance
 
 Convention = Literal["diffusers", "guided", "paper"]
@@ -132,6 +132,10 @@ class Plan:
         ):
             check_choice(option, chosen, choices, error=PlanError)
         sigma_data = resolve_parameterization(self.prediction_type, self.time_input, self.sigma_data)
+        if self.spacing == "interpolated" and self.steps is not None and self.timesteps == ():
+            own = interpolated_levels(self.schedule, steps=self.steps, time_input=self.time_input)
+            object.__setattr__(self, "schedule", own)
+            object.__setattr__(self, "timesteps", tuple(range(self.steps))[::-1])
         solver = SOLVERS[self.solver]
         eta = check_number("eta", self.eta, low=0.0, high=1.0, error=PlanError)
         check_solver_options(

@@ -9,6 +9,8 @@
     logsnr           nearest to ln(snr) at equal distances
     karras           nearest to s^(1/7) at equal distances, s² = 1/snr
     lcm              50 timesteps of trailing spacing, of which t_i is number 50 - ⌊50·j/S⌋ for j = S-1-i
+    interpolated     (T-1)·i/(S-1), not rounded: a schedule of these S levels alone, linear in sigma between timesteps,
+                     as diffusers' EulerDiscreteScheduler visits them; for a network that is told the noise level
 
 for i = 0 … S-1 and snr = alpha_bar/(1 - alpha_bar). The first three are those of Lin et al. 2024 (arXiv 2305.08891,
 table 2) and give the indices that diffusers gives; quadratic is the DDIM paper's (arXiv 2010.02502, appendix D.2);
@@ -30,8 +32,11 @@ from numpy.typing import NDArray
 from skipstep.errors import PlanError, check_choice, check_integer
 from skipstep.plans.schedule import NoiseSchedule
 
-Spacing = Literal["leading", "trailing", "linspace", "quadratic", "paper_quadratic", "log", "logsnr", "karras", "lcm"]
-SPACINGS: tuple[str, ...] = get_args(Spacing)
+Spacing = Literal[
+    "leading", "trailing", "linspace", "quadratic", "paper_quadratic", "log", "logsnr", "karras", "lcm", "interpolated"
+]
+# Of training timesteps.
+SPACINGS: tuple[str, ...] = get_args(Spacing)[:-1]
 _LCM_STEPS = 50
 
 
@@ -92,6 +97,20 @@ def diffusers_timesteps(
             remedy="ask for another number of steps, or leave compatibility out",
         )
     return tuple(places.tolist()), stride
+
+
+def interpolated_levels(schedule: NoiseSchedule, *, steps: int, time_input: str) -> NoiseSchedule:
+    """The levels of `interpolated` spacing, as a schedule of their own. Raises PlanError."""
+    steps = check_integer("steps", steps, low=1, high=schedule.num_timesteps, error=PlanError)
+    if time_input == "timestep" or schedule.alpha_bar[-1] == 0.0:
+        raise PlanError(
+            got=f"spacing='interpolated' with time_input={time_input!r} over {schedule!r}",
+            expected="a network that is told the noise level, and some image left at the last timestep",
+            remedy="use linspace or trailing spacing",
+        )
+    sigmas = np.sqrt(1.0 / schedule.alpha_bar - 1.0)
+    places = np.linspace(schedule.num_timesteps - 1, 0, steps)
+    return NoiseSchedule.from_sigmas(np.interp(places, np.arange(len(sigmas)), sigmas), name=schedule.name)
 
 
 @lru_cache

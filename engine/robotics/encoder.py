@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from skipstep.errors import InputError
 from skipstep.export.encoder import check_encoder, export_encoder
+from skipstep.export.large_model import refuse_large
 from skipstep.robotics.features import EPSILON, Feature, PolicySpec
 from skipstep.robotics.policy import FEATURES
 
@@ -74,5 +75,7 @@ def export_observations(policy: Any, spec: PolicySpec) -> tuple[bytes, int]:
                 remedy="check the policy's input_features",
             ) from error
     graph = export_encoder(module, inputs, [FEATURES])
+    remedy = "build the engine of the policy's network alone, and pass it the features in conditions="
+    refuse_large(graph, "an observation encoder", remedy)
     check_encoder(graph, inputs, {FEATURES: expected}, "observation encoder")
     return graph, expected.shape[1]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tolerances
+import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tiny_pipelines import tiny_pipeline
@@ -21,6 +22,7 @@ import skipstep
 from skipstep import Engine
 from skipstep.commands.main import main
 from skipstep.errors import BundleError, IntegrityError
+from skipstep.export import bundle_files, large_model
 
 pytest.importorskip("transformers")
 
@@ -98,6 +100,36 @@ def test_a_changed_part_is_not_run(copied, name):
     (copied / name).write_bytes(data)
     with skipstep.load(copied) as engine, pytest.raises(IntegrityError, match=name):
         engine.sample(prompt="a cat", steps=4, seeds=[0])
+
+
+@pytest.mark.slow
+def test_an_encoder_above_the_limit_of_one_file(monkeypatch, tmp_path):
+    """As SDXL's second one, with weights in half precision; the limit is lowered."""
+    pipeline, whole = tiny_pipeline("sd")
+    folder = Path(shutil.copytree(whole, tmp_path / "sd"))
+    path = folder / "text_encoder/model.safetensors"
+    save_file({name: each.astype(np.float16) for name, each in load_file(path).items()}, path, {"format": "pt"})
+    for module, name, value in (
+        (large_model, "LARGE_BYTES", 1),
+        (large_model, "WEIGHT_BYTES", 1 << 10),
+        (bundle_files, "PART_BYTES", 1 << 14),
+    ):
+        monkeypatch.setattr(module, name, value)
+    with Engine.build(str(folder), plans=[2], device="cpu", backend="torch") as made:
+        found = made.runner.pipeline.embed([("the cat",)])["embeds"]
+        made.save(tmp_path / "bundle", license="none")
+    encoder = type(pipeline.text_encoder).from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    words = pipeline.tokenizer("the cat", padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        np.testing.assert_allclose(found, encoder(words).last_hidden_state, atol=tolerances.PIPELINE_LATENTS)
+    parts = sorted((tmp_path / "bundle/pipeline").glob("text-0.onnx.*"))
+    assert len(parts) > 1
+    assert {each.dtype for part in parts for each in load_file(part).values()} == {np.dtype(np.float16)}
+    with skipstep.load(tmp_path / "bundle") as loaded:
+        np.testing.assert_array_equal(loaded.runner.pipeline.embed([("the cat",)])["embeds"], found)
+    parts[0].write_bytes(parts[0].read_bytes()[:-1] + b"\xff")
+    with skipstep.load(tmp_path / "bundle") as loaded, pytest.raises(IntegrityError, match=r"text-0\.onnx\.0"):
+        loaded.sample(prompt="the cat", steps=2, seeds=[1])
 
 
 @pytest.mark.parametrize(

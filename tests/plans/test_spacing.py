@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipstep import NoiseSchedule
+from skipstep import NoiseSchedule, Plan
 from skipstep.errors import PlanError
 from skipstep.plans.spacing import SPACINGS, space_timesteps
 
@@ -102,3 +102,19 @@ def test_refuses_an_unknown_spacing_and_lists_the_known():
     with pytest.raises(PlanError, match="trailing") as caught:
         space_timesteps("cubic", LINEAR, steps=10)
     assert all(name in caught.value.expected for name in SPACINGS)
+
+
+@pytest.mark.parametrize("steps", [2, 7, 20, 1000])
+def test_interpolated_levels_are_those_of_diffusers(steps):
+    scheduler = pytest.importorskip("diffusers").EulerDiscreteScheduler()
+    scheduler.set_timesteps(steps)
+    plan = Plan(schedule=LINEAR, steps=steps, spacing="interpolated", time_input="sigma", clip=None)
+    np.testing.assert_allclose(plan.evaluation_timesteps, scheduler.sigmas[:-1], rtol=1e-4)
+    assert Plan(schedule=plan.schedule, **plan.options()).key == plan.key
+
+
+def test_interpolated_levels_need_a_network_that_is_told_of_them():
+    with pytest.raises(PlanError, match="'timestep'"):
+        Plan(schedule=LINEAR, steps=7, spacing="interpolated")
+    with pytest.raises(PlanError, match="steps"):
+        Plan(schedule=LINEAR, steps=1001, spacing="interpolated", time_input="sigma")
