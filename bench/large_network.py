@@ -23,7 +23,7 @@ import torch
 
 from skipstep import Engine, NoiseSchedule, load
 from skipstep.bench.measurements import peak_bytes
-from skipstep.bench.record import environment, write_json
+from skipstep.bench.record import write_finding
 
 HEADER = ["stage", "seconds", "peak memory of its process, GB", "result"]
 # The tokens of a prompt and their width.
@@ -100,20 +100,9 @@ def main() -> None:
             print(done.stdout, end="")
             rows += [line.split(" | ") for line in done.stdout.splitlines()]
     if chosen.json is not None:
-        facts = environment()
-        command_line = f"python -m skipstep.bench.large_network --side {chosen.side}"
+        run = f"python -m skipstep.bench.large_network --side {chosen.side}"
         note = "float32 on the CPU. The prediction of a random network says only that it is the same one."
-        write_json(
-            chosen.json,
-            {
-                "command": command_line,
-                "commit": facts["commit"],
-                "environment": facts,
-                "header": HEADER,
-                "rows": rows,
-                "note": note,
-            },
-        )
+        write_finding(chosen.json, command=run, header=HEADER, rows=rows, note=note)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from skipstep import Engine, load
 from skipstep.backends.denoiser import EIGHT_BITS
 from skipstep.backends.registry import BACKENDS
 from skipstep.bench.quality.judge import ShippedJudge
-from skipstep.bench.record import environment, write_json
+from skipstep.bench.record import write_finding
 from skipstep.demo import SHIPPED_BUNDLE, SHIPPED_MODEL
 from skipstep.errors import DeviceUnavailableError, ExportError, MissingDependencyError
 from skipstep.export.trtexec import float32_interface
@@ -125,20 +125,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     options = parser.parse_args()
     table, absent = rows(options.steps, options.num, options.backends)
-    facts = environment()
-    write_json(
+    write_finding(
         options.out,
-        {
-            "command": "python -m skipstep.bench.quality.cpu_precisions " + " ".join(sys.argv[1:]),
-            "commit": facts["commit"],
-            "environment": facts,
-            "header": HEADER,
-            "rows": table,
-            "note": f"The shipped model, {options.num} samples of ten classes with guidance {GUIDANCE:g}, each against "
-            "ONNX Runtime in float32. Recognised: the classifier sees the class that was asked for. Times as fast "
-            "as ONNX Runtime in float32, at batch 1 without guidance, calls in turns. tensorrt: the network that "
-            "its engines are built from, on ONNX Runtime." + "".join(f" Not measured: {each}." for each in absent),
-        },
+        command="python -m skipstep.bench.quality.cpu_precisions " + " ".join(sys.argv[1:]),
+        header=HEADER,
+        rows=table,
+        note=f"The shipped model, {options.num} samples of ten classes with guidance {GUIDANCE:g}, each against "
+        "ONNX Runtime in float32. Recognised: the classifier sees the class that was asked for. Times as fast "
+        "as ONNX Runtime in float32, at batch 1 without guidance, calls in turns. tensorrt: the network that "
+        "its engines are built from, on ONNX Runtime." + "".join(f" Not measured: {each}." for each in absent),
     )
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from skipstep import Condition, Engine, NoiseSchedule, Plan
-from skipstep.bench.record import environment, write_json
+from skipstep.bench.record import write_finding
 
 HORIZON, CARRIED_OUT, CHUNKS = 16, 8, 6
 SPEED, RADIUS, MARGIN, REACHED = 0.1, 0.2, 0.15, 0.1
@@ -204,18 +204,13 @@ def main() -> None:
         )
         print(*rows[-1], sep=" | ", flush=True)
     if chosen.json is not None:
-        facts = environment()
-        write_json(
+        write_finding(
             chosen.json,
-            {
-                "command": "python -m skipstep.bench.quality.toy_policy",
-                "commit": facts["commit"],
-                "environment": facts,
-                "header": HEADER,
-                "rows": rows,
-                "note": f"{chosen.episodes} episodes, the same for each sampler, with the same seeds; "
-                f"{sum(each.numel() for each in network.parameters())} parameters.",
-            },
+            command="python -m skipstep.bench.quality.toy_policy",
+            header=HEADER,
+            rows=rows,
+            note=f"{chosen.episodes} episodes, the same for each sampler, with the same seeds; "
+            f"{sum(each.numel() for each in network.parameters())} parameters.",
         )
 
 
