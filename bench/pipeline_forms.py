@@ -15,16 +15,11 @@ from skipstep import Engine
 from skipstep.bench.large_network import PROMPT, sd15_sized
 
 STEPS: Final = (2, 4)
-_SCHEDULE: Final[dict[str, Any]] = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
+_SCHEDULE: Final = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_OFFSET: Final = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-_LEVELS = 4
+# Of the autoencoder's levels.
+_WIDTHS: Final = (128, 256, 512, 512)
 
 
 def make_diffusers(folder: Path, side: int, model: Path | None) -> None:
@@ -44,29 +39,18 @@ def make_diffusers(folder: Path, side: int, model: Path | None) -> None:
     (folder / "words" / "merges.txt").write_text("#version: 0.2\n")
     tokens, width = PROMPT
     torch.manual_seed(0)
-    text = transformers.CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        max_position_embeddings=tokens,
-        bos_token_id=len(words) - 2,
-        eos_token_id=len(words) - 1,
-        pad_token_id=len(words) - 1,
-    )
-    autoencoder = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * _LEVELS,
-        up_block_types=("UpDecoderBlock2D",) * _LEVELS,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-    )
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 12, "num_attention_heads": 12}
+    ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
+    text = transformers.CLIPTextConfig(vocab_size=49408, max_position_embeddings=tokens, **sizes, **ends)
+    down, up = ("DownEncoderBlock2D",) * len(_WIDTHS), ("UpDecoderBlock2D",) * len(_WIDTHS)
+    kinds = {"down_block_types": down, "up_block_types": up, "block_out_channels": _WIDTHS, "layers_per_block": 2}
+    words_of = {"model_max_length": tokens, "pad_token": _END}
     pipeline = diffusers.StableDiffusionPipeline(
-        vae=autoencoder,
+        vae=diffusers.AutoencoderKL(**kinds),
         text_encoder=transformers.CLIPTextModel(text),
-        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "words", model_max_length=tokens, pad_token=_END),
-        unet=sd15_sized(side // 2 ** (_LEVELS - 1)),
-        scheduler=diffusers.DDIMScheduler(**_SCHEDULE),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "words", **words_of),
+        unet=sd15_sized(side // 2 ** (len(_WIDTHS) - 1)),
+        scheduler=diffusers.DDIMScheduler(**_SCHEDULE, **_OFFSET),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -75,14 +59,8 @@ def make_diffusers(folder: Path, side: int, model: Path | None) -> None:
 
 
 def make_bundle(folder: Path, side: int, model: Path | None) -> None:
-    built: dict[str, Any] = {
-        "backend": "onnxruntime",
-        "device": "cpu",
-        "batch_sizes": [1],
-        "height": side,
-        "width": side,
-    }
-    source = str(folder.with_name("diffusers"))
+    source, size = str(folder.with_name("diffusers")), {"height": side, "width": side}
+    built: dict[str, Any] = {"backend": "onnxruntime", "device": "cpu", "batch_sizes": [1], **size}
     with Engine.build(source, plans=list(STEPS), compatibility="diffusers", **built) as engine:
         engine.save(folder, license="for measuring alone")
 

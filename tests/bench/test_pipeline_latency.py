@@ -9,12 +9,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from tiny_pipelines import tiny_pipeline
 
 from skipstep.bench import pipeline_latency
 from skipstep.bench.pipeline_forms import FORMS, STEPS
 from skipstep.bench.pipeline_latency import CONTENDERS, HEADER, main, measure
-from skipstep.bench.record import write_finding
+from skipstep.bench.record import environment, write_finding
 
 
 @pytest.mark.slow
@@ -42,19 +43,20 @@ def test_an_interrupted_run_goes_on_and_shows_medians_of_rounds(tmp_path, monkey
     out, real, asked = tmp_path / "out.json", subprocess.run, []
     given = ["--out", str(out), "--work", str(tmp_path), "--rounds", "2", "--guidance", "1"]
     given += ["--contenders", "diffusers", "skipstep"]
-    command = f"python -m skipstep.bench.pipeline_latency {' '.join(given)}"
-    write_finding(out, command=command, header=HEADER, rows=[], note="", measured=measured)
+    case = ["None", 256, torch.get_num_threads(), environment()["commit"]]
+    write_finding(out, command="", header=HEADER, rows=[], note="", case=case, measured=measured)
 
     def run(words, **named):
-        if "--do" not in words:
+        if "--side" not in words:
             return real(words, **named)
-        asked.append(words[words.index("--do") + 1 :])
+        asked.append(words[words.index("--side") + 2 :])
         return subprocess.CompletedProcess(words, 1, "", "Traceback\nMemoryError: too much")
 
     monkeypatch.setattr(pipeline_latency.subprocess, "run", run)
     monkeypatch.setattr(sys, "argv", ["pipeline_latency", *given])
     main()
-    assert asked == [["diffusers"], ["bundle"], ["diffusers", "--guidance", "1.0"]]
+    assert asked[:2] == [["--make", "diffusers"], ["--make", "bundle"]]
+    assert asked[2:] == [["--measure", "diffusers", "--guidance", "1.0"]]
     found = json.loads(out.read_text())
     shares = ["10.0%", "50.0%", "30.0%", "10.0%", "2.0"]
     assert found["rows"][1] == ["skipstep", "1", "2", "4", "2", "1", *shares, "0.1"]
