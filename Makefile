@@ -16,7 +16,7 @@ SAMPLE_EXTRAS := cpu
 TEST_EXTRAS   := cpu,torch,export,diffusers,evaluate,sign,bench,test
 DEV_EXTRAS    := $(TEST_EXTRAS),dev
 
-.PHONY: help sample demo test check triton format oldest-torch types bench bench-cpu-limit bench-report bench-compare bench-baseline readme-tables evaluate families outside data pictograms pictograms-data bundle fuzz gpu clean
+.PHONY: help sample demo test check triton format oldest-torch types bench bench-cpu-limit bench-report bench-compare bench-baseline readme-tables evaluate families outside pipeline-latency data pictograms pictograms-data bundle fuzz gpu clean
 
 help:
 	@echo "make sample   draw clothes with the shipped model in 6 (fitted), 10, 20 and 50 steps (out/sample/grid.png)"
@@ -33,6 +33,7 @@ help:
 	@echo "make evaluate measure every sampler on the shipped model; writes bench/results/evaluation/"
 	@echo "make families measure what each family of networks was tested with; writes a finding and engine/networks/README.md"
 	@echo "make outside  run Ray and Triton Inference Server on this machine, and measure both"
+	@echo "make pipeline-latency  time text to picture at Stable Diffusion 1.5's size beside diffusers and OpenVINO"
 	@echo "make data     fetch Fashion-MNIST (31 MB, a Debian package) into .data/"
 	@echo "make pictograms  train the model that draws pictograms from their names, some hours (needs npm); goes on where it was"
 	@echo "make bundle   compile the shipped checkpoint into the shipped bundle again"
@@ -179,6 +180,16 @@ outside: $(VENV)/.test
 	$(BIN)/python -m pytest tests/serving/test_ray.py tests/serving/test_triton_model.py -m ""
 	build/ray/bin/python tests/serving/ray_run.py --out bench/results/findings/ray.json
 	build/triton-server/bin/python tests/serving/triton_run.py --out bench/results/findings/triton-server.json
+
+# Text to picture beside diffusers and openvino_genai, which is in an environment that sees this one. 20 GB of memory.
+GENAI := build/genai
+PIPELINE_LATENCY := --side 256 --rounds 1 --out bench/results/findings/pipeline-latency.json
+pipeline-latency: $(VENV)/.test
+	test -x $(GENAI)/bin/python || $(PYTHON) -m venv $(GENAI)
+	$(GENAI)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'openvino-genai==2026.4.*' \
+		'openvino-tokenizers==2026.4.*'
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" > $$($(GENAI)/bin/python $(SITE))/others.pth
+	$(GENAI)/bin/python -m skipstep.bench.pipeline_latency $(PIPELINE_LATENCY)
 
 # What each family of networks can do, and how far it is from its own loop.
 families: $(VENV)/.dev

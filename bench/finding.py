@@ -6,7 +6,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from skipstep.bench.record import environment, write_json
+from skipstep.bench.record import write_finding
 from skipstep.bench.result_files import Run, read_runs
 
 HEADER = ["network", "steps", "batch", "contender", "precision", "median ms", "× textbook", "× diffusers", "error",
@@ -45,19 +45,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     options = parser.parse_args()
     (run,), _ = read_runs([options.run])
-    facts = environment()
     absent = sorted({f"{each.contender}, {each.model}, batch {each.batch_size}: {each.reason}" for each in run.absent})
-    write_json(
-        options.out,
-        {
-            "command": options.command,
-            "commit": facts["commit"],
-            "environment": facts,
-            "header": HEADER,
-            "rows": table(run),
-            "note": "Whole calls, medians over rounds. Without a number: " + ("; ".join(absent) or "none") + ".",
-        },
-    )
+    note = "Whole calls, medians over rounds. Without a number: " + ("; ".join(absent) or "none") + "."
+    write_finding(options.out, command=options.command, header=HEADER, rows=table(run), note=note)
 
 
 if __name__ == "__main__":

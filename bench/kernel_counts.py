@@ -35,7 +35,7 @@ from skipstep.backends.denoiser import StepInput, Target
 from skipstep.backends.torch import module_on
 from skipstep.backends.torch_cuda import TorchDeviceDenoiser, denoisers
 from skipstep.bench.models import Subject, open_subject
-from skipstep.bench.record import environment, write_json
+from skipstep.bench.record import write_finding
 from skipstep.model_source import ModelSource
 
 MODELS = ("fashion-mnist", "cifar10-architecture")
@@ -172,16 +172,14 @@ def main() -> None:
             rows += [[name, form, "–", str(launched)] for form, launched in rtx_counts(subject)]
     for row in rows:
         print(*row, sep="  ")
-    facts = environment()
-    found = {
-        "commit": facts["commit"],
-        "command": f"python -m skipstep.bench.kernel_counts --out {options.out}",
-        "header": ["network", "form", "operations", "kernels"],
-        "rows": rows,
-        "note": "One evaluation at batch 1, torch in float16. Counted, not run on a GPU.",
-        "operations": operations,
-    }
-    write_json(options.out, found)
+    write_finding(
+        options.out,
+        command=f"python -m skipstep.bench.kernel_counts --out {options.out}",
+        header=["network", "form", "operations", "kernels"],
+        rows=rows,
+        note="One evaluation at batch 1, torch in float16. Counted, not run on a GPU.",
+        operations=operations,
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 
 from skipstep import Engine, NoiseSchedule, load
 from skipstep.bench.measurements import peak_bytes
-from skipstep.bench.record import environment, write_json
+from skipstep.bench.record import write_finding
 
 HEADER = ["stage", "seconds", "peak memory of its process, GB", "result"]
 # The tokens of a prompt and their width.
@@ -150,21 +150,10 @@ def main() -> None:
             print(done.stdout, end="")
             rows += [line.split(" | ") for line in done.stdout.splitlines()]
     if chosen.json is not None:
-        facts = environment()
-        command_line = f"python -m skipstep.bench.large_network --side {chosen.side}"
-        command_line += " --encoder" if chosen.encoder else ""
+        run = f"python -m skipstep.bench.large_network --side {chosen.side}"
+        run += " --encoder" if chosen.encoder else ""
         note = "float32 on the CPU. The prediction of a random network says only that it is the same one."
-        write_json(
-            chosen.json,
-            {
-                "command": command_line,
-                "commit": facts["commit"],
-                "environment": facts,
-                "header": HEADER,
-                "rows": rows,
-                "note": note,
-            },
-        )
+        write_finding(chosen.json, command=run, header=HEADER, rows=rows, note=note)
 
 
 if __name__ == "__main__":

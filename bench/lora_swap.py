@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from skipstep import Engine, NoiseSchedule
 from skipstep.backends.onnxruntime import make_session
 from skipstep.bench.large_network import PROMPT, sd15_sized
-from skipstep.bench.record import environment, write_json
+from skipstep.bench.record import write_finding
 from skipstep.networks.lora import fit, read_loras
 from skipstep.networks.lora_layers import Loras, layers_of, put
 
@@ -130,10 +130,9 @@ def main() -> None:
     for row in rows:
         print(*row, sep=" | ")
     if options.json is not None:
-        facts = environment()
         command = "python -m skipstep.bench.lora_swap --json bench/results/findings/lora-swap.json"
-        found = {"command": command, "commit": facts["commit"], "environment": facts, "header": HEADER, "rows": rows}
-        write_json(options.json, found | {"note": f"One thread, {options.repeats} repeats in turns."})
+        note = f"One thread, {options.repeats} repeats in turns."
+        write_finding(options.json, command=command, header=HEADER, rows=rows, note=note)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from skipstep.bench.record import environment, write_json
+from skipstep.bench.record import write_finding
 from skipstep.robotics import PolicyEngine, from_policy
 
 CASES = {"DDIM": 10, "DDPM": 100}
@@ -165,13 +165,11 @@ def main() -> None:
         rows.append(measure(scheduler, CASES[scheduler], repeats=chosen.repeats, **kinds))
         print(json.dumps(rows[-1]), flush=True)
     if chosen.json is not None:
-        facts = environment()
         command = f"python -m skipstep.bench.policy_latency {' '.join(sys.argv[1:])}"
         note = (
             f"Milliseconds, batch 1, {chosen.threads} threads, {list(chosen.down_dims)} wide, {chosen.repeats} turns."
         )
-        finding = {"command": command, "commit": facts["commit"], "environment": facts, "note": note}
-        write_json(chosen.json, {**finding, "header": HEADER, "rows": [as_row(each) for each in rows]})
+        write_finding(chosen.json, command=command, header=HEADER, rows=[as_row(each) for each in rows], note=note)
 
 
 def as_row(found: dict[str, Any]) -> list[str]:

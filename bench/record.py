@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,15 @@ def gpu_state() -> dict[str, str]:
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Write `result` with its environment, whole or not at all."""
     write_whole(path, {"environment": environment(), **result})
+
+
+def write_finding(
+    path: Path, *, command: str, header: Sequence[str], rows: Sequence[Sequence[str]], note: str, **more: Any
+) -> None:
+    """A table that skipstep.bench.report can show, what it is about, and `more` that it does not show."""
+    facts = environment()
+    found = {"command": command, "commit": facts["commit"], "environment": facts, "header": header, "rows": rows}
+    write_json(path, {**found, "note": note, **more})
 
 
 def write_whole(path: Path, contents: Mapping[str, Any]) -> None:

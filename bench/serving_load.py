@@ -30,7 +30,7 @@ import numpy as np
 from skipstep import Engine, load
 from skipstep.bench.models import open_subject
 from skipstep.bench.page.plots import Line, Plot, to_png
-from skipstep.bench.record import environment, write_json
+from skipstep.bench.record import machine_class, write_finding
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.latency.calibration import nearest_rank
 from skipstep.serving import Batcher
@@ -254,12 +254,9 @@ def main() -> None:
             found, note = measure(case, Path(folder), scale=options.scale)
             rows += found
             notes.append(note)
-    facts = environment()
     command = f"python -m skipstep.bench.serving_load --scale {options.scale:g} --models {' '.join(options.models)}"
-    note = " ".join([*notes, f"Machine class: {facts['machine_class']}."])
-    write_json(
-        options.out, {"commit": facts["commit"], "command": command, "header": HEADER, "rows": rows, "note": note}
-    )
+    note = " ".join([*notes, f"Machine class: {machine_class()}."])
+    write_finding(options.out, command=command, header=HEADER, rows=rows, note=note)
     options.out.with_suffix(".png").write_bytes(to_png(plot_of(rows)))
 
 

@@ -16,18 +16,9 @@ def tried(what: str, cases: int = 1) -> None:
 
 
 def write_counts() -> None:
-    from skipstep.bench.record import environment, write_json
+    from skipstep.bench.record import write_finding
 
     rows = [[what, f"{cases:,}", "0"] for what, cases in TRIED.items()]
     note = "Cases of `make fuzz`. A failure is another exception, a changed argument, a wrong result or a hang."
     header = ["attack", "cases", "failures"]
-    facts = environment()
-    result = {
-        "environment": facts,
-        "commit": facts["commit"],
-        "command": "make fuzz",
-        "header": header,
-        "rows": rows,
-        "note": note,
-    }
-    write_json(Path(os.environ[RESULT]), result)
+    write_finding(Path(os.environ[RESULT]), command="make fuzz", header=header, rows=rows, note=note)

@@ -22,7 +22,7 @@ from skipstep import Engine, load
 from skipstep.backends.denoiser import EIGHT_BITS
 from skipstep.backends.registry import BACKENDS
 from skipstep.bench.quality.judge import ShippedJudge
-from skipstep.bench.record import environment, write_json
+from skipstep.bench.record import environment, write_finding
 from skipstep.demo import SHIPPED_BUNDLE, SHIPPED_MODEL
 from skipstep.errors import DeviceUnavailableError, ExportError, MissingDependencyError
 from skipstep.export.trtexec import float32_interface
@@ -133,15 +133,10 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write; rows in it are not repeated")
     options = parser.parse_args()
-    facts, judge = environment(), ShippedJudge()
-    result = {
-        "command": "python -m skipstep.bench.quality.cpu_precisions " + " ".join(sys.argv[1:]),
-        "commit": facts["commit"],
-        "environment": facts,
-        "header": HEADER,
-    }
+    command, judge = "python -m skipstep.bench.quality.cpu_precisions " + " ".join(sys.argv[1:]), ShippedJudge()
     kept = json.loads(options.out.read_bytes()) if options.out.exists() else {}
-    table = kept["rows"] if all(kept.get(name) == value for name, value in result.items()) else []
+    again = (kept.get("command"), kept.get("commit")) == (command, environment()["commit"])
+    table = kept["rows"] if again else []
     found, absent = rows(options.backends)
     note = (
         f"The shipped model, {options.num} samples of ten classes with guidance {GUIDANCE:g}, each against ONNX "
@@ -155,7 +150,7 @@ def main() -> None:
         if [str(steps), backend, precision] not in [row[:3] for row in table]:
             table.append(compare(judge, backend, precision, steps, options.num))
             print(*table[-1], sep=", ", flush=True)
-            write_json(options.out, {**result, "rows": table, "note": note})
+            write_finding(options.out, command=command, header=HEADER, rows=table, note=note)
 
 
 if __name__ == "__main__":

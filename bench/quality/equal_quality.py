@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from skipstep import Engine, Plan, load
-from skipstep.bench.record import environment, write_json
+from skipstep.bench.record import write_finding
 from skipstep.demo import SHIPPED_BUNDLE, SHIPPED_MODEL
 
 GUIDANCE = 2.0
@@ -117,15 +117,12 @@ def main() -> None:
         rows.append(cells)
         print(*cells, sep="  ")
     header = ["call", "NFE", "Fréchet distance", "RMSE to the converged image", *(f"ms at batch {n}" for n in seconds)]
-    facts = environment()
     command = f"python -m skipstep.bench.quality.equal_quality --rounds {options.rounds}"
     note = (
         f"Whole calls at guidance {GUIDANCE:g}, medians of {options.rounds} rounds; in brackets, times as fast as "
         f"{BASE}, and intervals of 95 % of resampled noises; the quality is that of bench/results/evaluation."
     )
-    write_json(
-        options.out, {"commit": facts["commit"], "command": command, "header": header, "rows": rows, "note": note}
-    )
+    write_finding(options.out, command=command, header=header, rows=rows, note=note)
 
 
 if __name__ == "__main__":

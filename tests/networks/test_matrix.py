@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from condition_families import ALL, X_T
 from family_loops import arguments, assert_drawn, engine_of, error, textbook, textbook_inversion
 
 from skipstep import load
-from skipstep.bench.record import environment, write_json
+from skipstep.bench.record import write_finding
 from skipstep.export.tensorrt_engine import build_engine
 
 # Where the measured table goes.
@@ -93,19 +92,16 @@ def table() -> Iterator[None]:
     if RESULT in os.environ:
         missing = [f"{name}: {cell}" for name in ROWS for cell in CELLS if (name, cell) not in FOUND]
         assert not missing, missing
-        facts = environment()
-        result: dict[str, Any] = {
-            "command": "make families",
-            "commit": facts["commit"],
-            "environment": facts,
-            "header": ["family", *CELLS],
-            "rows": [[LABEL.get(name, name), *(FOUND[name, cell] for cell in CELLS)] for name in ROWS],
-            "note": "Random weights, 4 steps, 2 samples, on ONNX Runtime's CPU provider. Errors are the largest "
+        write_finding(
+            Path(os.environ[RESULT]),
+            command="make families",
+            header=["family", *CELLS],
+            rows=[[LABEL.get(name, name), *(FOUND[name, cell] for cell in CELLS)] for name in ROWS],
+            note="Random weights, 4 steps, 2 samples, on ONNX Runtime's CPU provider. Errors are the largest "
             "difference from the family's own loop over the same diffusers module (its steps in float64, the network "
             "in float32), relative to the sample's largest value; each cell is a test that fails from 1e-5 on. Engines "
             "are built for sm_86 and not run.",
-        }
-        write_json(Path(os.environ[RESULT]), result)
+        )
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ import ray
 from ray import serve
 
 from skipstep import load
-from skipstep.bench.record import environment, write_json
+from skipstep.bench.record import machine_class, write_finding
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.serving.ray import Sampler, connect, deployment, draw_with_ray, workers
 from skipstep.serving.shards import Drawing, ShardWriter, draw_shards
@@ -190,20 +190,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         rows, killed = bulk(drawing, Path(work), options.workers)
     a_batch, mixed, requests = overhead(), rows_of_every_kind(), served()
-    facts = environment()
     counts = " ".join(map(str, options.workers))
     note = (
         f"Shipped model, 2 steps, shards of {drawing.shard_size} samples, workers of one thread. Killed worker: "
         f"{json.dumps(killed)}; nothing lost, nothing twice. Rows of mixed plans by map_batches: {mixed}. Ray Serve: "
         f"{json.dumps(requests)}, all as expected. Ray itself takes {a_batch:.0f} ms "
         f"a batch, beside {1e3 * float(rows[0][2]) / 20:.0f} ms of drawing. Ray {ray.__version__}, other work on "
-        f"the two cores: load {os.getloadavg()[1]:.1f}. Machine class: {facts['machine_class']}."
+        f"the two cores: load {os.getloadavg()[1]:.1f}. Machine class: {machine_class()}."
     )
     ray.shutdown()
     command = f"build/ray/bin/python tests/serving/ray_run.py --num {options.num} --workers {counts}"
-    write_json(
-        options.out, {"commit": facts["commit"], "command": command, "header": HEADER, "rows": rows, "note": note}
-    )
+    write_finding(options.out, command=command, header=HEADER, rows=rows, note=note)
     print(*rows, note, sep="\n")
 
 

@@ -35,7 +35,7 @@ import tritonclient.http as http
 from tritonclient.utils import InferenceServerException, shared_memory
 
 from skipstep import load
-from skipstep.bench.record import environment, write_json
+from skipstep.bench.record import machine_class, write_finding
 from skipstep.demo import SHIPPED_BUNDLE
 from skipstep.export.triton_server import batcher_repository
 
@@ -325,18 +325,15 @@ def main() -> None:
         answered, evaluations = metric(server, "skipstep_requests"), metric(server, "skipstep_evaluations")
         assert answered == sum(int(row[1]) for row in rows) + 1
         ended = stopped_under_load(server, engine, max(40, options.requests // 2))
-    facts = environment()
     note = (
         f"Shipped model, 6 and 10 steps, a third guided, a quarter of two samples; model in two instances. {refused} "
         f"wrong requests were refused in words. Metrics: {answered:.0f} requests in {evaluations:.0f} evaluations. "
         f"SIGTERM under load: {json.dumps(ended)}. nvidia-pytriton {importlib.metadata.version('nvidia-pytriton')}, "
-        f"tritonclient {importlib.metadata.version('tritonclient')}. Machine class: {facts['machine_class']}."
+        f"tritonclient {importlib.metadata.version('tritonclient')}. Machine class: {machine_class()}."
     )
     print(note)
     command = f"build/triton-server/bin/python tests/serving/triton_run.py --requests {options.requests}"
-    write_json(
-        options.out, {"commit": facts["commit"], "command": command, "header": HEADER, "rows": rows, "note": note}
-    )
+    write_finding(options.out, command=command, header=HEADER, rows=rows, note=note)
 
 
 if __name__ == "__main__":
