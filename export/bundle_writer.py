@@ -128,6 +128,8 @@ class _BundleDraft:
         if self.targets.trtexec:
             self._trtexec(step)
         pipeline = self._pipeline()
+        if request.notice is not None:
+            self.files.add("NOTICE.txt", Path(request.notice).read_bytes())
         self.report("golden samples")
         golden, arrays = draw_golden(engine)
         self.files.add(GOLDEN_FILE, save_arrays(arrays))
@@ -178,7 +180,8 @@ class _BundleDraft:
 
     def _pipeline(self) -> str | None:
         parts = self.engine.runner.pipeline
-        names = [] if parts is None else [self.files.add(name, data) for name, data in parts.files()]
+        files = [] if parts is None else parts.files()
+        names = [self.files.add(n, compress_weights(data) if n.endswith(".onnx") else data) for n, data in files]
         return names[0] if names else None
 
     def _kernels(self) -> list[KernelEntry]:
