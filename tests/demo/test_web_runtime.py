@@ -96,11 +96,9 @@ def test_prompts_have_the_engines_tokens(in_node, site):
     ours = PromptTokenizer(tokenizer.read_text(), TextSpec(about["length"], about["pad"], pooled=False))
     given = odd_strings(200)
     found = in_node("", tokenizer=str(tokenizer), about=about, tokenize=given)["read"]
-    expected = [ours.chunks(plain_sections(text))[0][0].tolist() for text in given]
-    assert [text for text, a, b in zip(given, found, expected, strict=True) if a["ids"] != b] == []
-    assert [
-        text for text, a, b in zip(given, found, expected, strict=True) if a["cut"] and about["pad"] in b[1:-1]
-    ] == []
+    expected = [ours.chunks(plain_sections(text), most=32)[0] for text in given]
+    assert [text for text, a, b in zip(given, found, expected, strict=True) if a["ids"] != b[0].tolist()] == []
+    assert [text for text, a, b in zip(given, found, expected, strict=True) if (a["cut"] > 0) != (len(b) > 1)] == []
     assert any(each["cut"] for each in found)
 
 
@@ -109,11 +107,12 @@ def test_a_prompt_draws_the_engines_picture(in_node, site, prompted):
     files = {"tokenizer": str(site / about["tokenizer"]), "encoder": str(site / about["encoder"])}
     plan, asked = about["plans"][-1], {"prompt": "A blue  apple", "seeds": [str(2**64 - 1)]}
     graph = site / "graphs" / f"{plan['key']}.onnx"
-    found = floats(in_node(graph, plan=plan, about=about, **files, **asked)["x_0"], 1, 3, 32, 32)
+    found = floats(in_node(graph, plan=plan, about=about, **files, **asked)["x_0"], 1, 3, 32, 32).clip(-1, 1)
     with skipstep.load(prompted, backend="onnxruntime") as engine:
         given = {"guidance_scale": about["guidance"], "seeds": [2**64 - 1]}
         expected, other = (engine.sample(prompt=each, steps=10, **given) for each in (asked["prompt"], "red moon"))
     np.testing.assert_allclose(found, expected, rtol=0, atol=IMAGES_AGREE)
+    assert b"/stored" in (site / about["encoder"]).read_bytes()  # Weights in half the bytes, as a network's.
     assert np.abs(found - other).max() > 100 * IMAGES_AGREE
 
 

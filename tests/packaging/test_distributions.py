@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NOT_IN_THE_WHEEL = ("bench/suite/", "bench/results/", "bench/ci/", "bench/quality/", "engine/demo/fashion-mnist/")
+NOT_IN_THE_WHEEL = (
+    *("bench/suite/", "bench/results/", "bench/ci/", "bench/quality/"),
+    *("engine/demo/fashion-mnist/", "engine/demo/pictograms"),
+)
 FOLDERS = {"engine": "skipstep", "kernels": "skipstep/kernels", "export": "skipstep/export", "bench": "skipstep/bench"}
 
 
