@@ -79,7 +79,7 @@ def check_request(path: str | os.PathLike[str], request: BundleRequest) -> Targe
             expected="an SPDX expression, or the terms in words",
             remedy="pass license='Apache-2.0', or what the weights came with",
         )
-    if request.notice is not None and not Path(check_path("notice", request.notice)).is_file():
+    if request.notice is not None and not os.path.isfile(check_path("notice", request.notice)):
         raise InputError(
             got=f"notice={str(request.notice)!r:.200}, which is no file",
             expected="a text file",
