@@ -16,7 +16,7 @@ SAMPLE_EXTRAS := cpu
 TEST_EXTRAS   := cpu,torch,export,diffusers,evaluate,sign,bench,test
 DEV_EXTRAS    := $(TEST_EXTRAS),dev
 
-.PHONY: help sample demo test check triton format oldest-torch types bench bench-cpu-limit bench-report bench-compare bench-baseline readme-tables evaluate families outside pipeline-latency data pictograms pictograms-data bundle fuzz gpu clean
+.PHONY: help sample demo test check triton format oldest-torch types bench bench-cpu-limit bench-report bench-compare bench-baseline readme-tables evaluate families outside pipeline-latency data pictograms pictograms-data bundle pictograms-bundle fuzz gpu clean
 
 help:
 	@echo "make sample   draw clothes with the shipped model in 6 (fitted), 10, 20 and 50 steps (out/sample/grid.png)"
@@ -37,6 +37,7 @@ help:
 	@echo "make data     fetch Fashion-MNIST (31 MB, a Debian package) into .data/"
 	@echo "make pictograms  train the model that draws pictograms from their names, some hours (needs npm); goes on where it was"
 	@echo "make bundle   compile the shipped checkpoint into the shipped bundle again"
+	@echo "make pictograms-bundle  make the shipped bundle of pictograms from engine/demo/pictograms, and tune plans for it"
 	@echo "make fuzz     attack every public argument, and the readers with a hundred thousand damaged files of each kind"
 	@echo "make gpu      on a machine with a CUDA GPU: correctness, proofs and benchmarks, under ten minutes (\$$OUT, out/gpu)"
 	@echo "make gpu-wheels  download what make gpu needs on a machine without a registry"
@@ -161,6 +162,17 @@ bundle: $(VENV)/.dev
 	$(BIN)/skipstep export --model engine/demo/fashion-mnist --out engine/demo/fashion-mnist.bundle --overwrite \
 		--license "Apache-2.0; trained on Fashion-MNIST (MIT)" --steps 10 20 50
 	$(BIN)/skipstep tune engine/demo/fashion-mnist.bundle --steps 4 6 8 --guidance 2 --rounds 4
+
+# Of the folder that `make pictograms` wrote. Plans are fitted to a third of the names that it was evaluated with, and
+# compared on another third.
+NAMES := import json; n = json.load(open("bench/results/findings/pictograms.json"))["names"]; \
+	print(*n[::3], *n[1::3], sep="\n")
+pictograms-bundle: $(VENV)/.dev
+	$(BIN)/skipstep export --model engine/demo/pictograms --out engine/demo/pictograms.bundle --overwrite \
+		--license "Apache-2.0; trained on Noto Emoji (Google, Apache-2.0)" --notice engine/demo/pictograms-notice.txt \
+		--steps 10 20 50
+	$(BIN)/python -c '$(NAMES)' | xargs --delimiter='\n' \
+		$(BIN)/skipstep tune engine/demo/pictograms.bundle --steps 4 6 8 --guidance 3 --rounds 4 --prompt
 
 # The attacks, a hundred thousand cases of each kind of file, and how many there were, if none succeeded.
 ATTACKS := tests/test_public_arguments.py tests/test_further_arguments.py tests/test_kills.py \

@@ -38,6 +38,7 @@ def save(
     *,
     license: str,
     name: str | None = None,
+    notice: str | os.PathLike[str] | None = None,
     targets: Iterable[str] = ("cpu",),
     precision: str = "float32",
     calibration: Iterable[int] | str | os.PathLike[str] | None = None,
@@ -50,6 +51,7 @@ def save(
 
     license     of the weights, as an SPDX expression or in words: it travels with them.
     name        of the model; the checkpoint folder's or the module's class where left out.
+    notice      a text file that travels with the weights as NOTICE.txt, such as the attribution that they need.
     targets     "cpu"; "rtx:sm86" and the like; "sm_87" for step kernels; "tensorrt" for the graph of which skipstep
                 build makes an engine on its device; "onnx-loop" and "onnx-unrolled" for whole loops as ONNX graphs;
                 "server" for a Triton Inference Server repository; "trtexec" for TensorRT's own tools
@@ -101,6 +103,7 @@ def save(
         progress=report,
         name=engine.source.name if name is None else name,
         license=license,
+        notice=notice,
         targets=targets,
         precision=precision,
         tensorrt=tensorrt,

@@ -128,6 +128,8 @@ class _BundleDraft:
         if self.targets.trtexec:
             self._trtexec(step)
         pipeline = self._pipeline()
+        if request.notice is not None:
+            self.files.add("NOTICE.txt", Path(request.notice).read_bytes())
         self.report("golden samples")
         golden, arrays = draw_golden(engine)
         self.files.add(GOLDEN_FILE, save_arrays(arrays))

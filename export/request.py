@@ -34,6 +34,7 @@ class BundleRequest:
 
     name: str
     license: str
+    notice: str | os.PathLike[str] | None = None
     targets: Iterable[str] = ("cpu",)
     precision: str = "float32"
     tensorrt: TensorRTOptions = DEFAULTS
@@ -77,6 +78,12 @@ def check_request(path: str | os.PathLike[str], request: BundleRequest) -> Targe
             got="no licence of the weights",
             expected="an SPDX expression, or the terms in words",
             remedy="pass license='Apache-2.0', or what the weights came with",
+        )
+    if request.notice is not None and not os.path.isfile(check_path("notice", request.notice)):
+        raise InputError(
+            got=f"notice={str(request.notice)!r:.200}, which is no file",
+            expected="a text file",
+            remedy="check the path",
         )
     check_writable(Path(path).absolute().parent, may_be_missing=False)
     if Path(path).exists() and not (request.overwrite and is_bundle(path)):

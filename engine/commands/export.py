@@ -52,6 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="the bundle's folder")
     parser.add_argument("--license", required=True, help="of the weights, as an SPDX expression or in words")
+    parser.add_argument("--notice", type=Path, metavar="FILE", help="a text that goes along, such as an attribution")
     parser.add_argument("--name", help="of the model (default: its folder's)")
     parser.add_argument(
         "--steps", type=int, nargs="+", default=[10, 20, 50], metavar="S", help="plans (default: 10 20 50)"
@@ -88,6 +89,7 @@ def run(options: argparse.Namespace) -> None:
     plans = [make_plan(steps, defaults, eta=options.eta) for steps in options.steps]
     request = {
         "license": options.license,
+        "notice": options.notice,
         "targets": options.target,
         "precision": options.precision,
         "tensorrt": tensorrt,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from skipstep.commands.models import MODEL_FORMS, add_model_options, model_options, plan_options
 from skipstep.commands.progress import elapsed_progress
-from skipstep.demo import SHIPPED_BUNDLE
+from skipstep.demo import PICTOGRAMS, PICTOGRAMS_GUIDANCE, SHIPPED_BUNDLE, checked_model
 from skipstep.errors import InputError
 from skipstep.latency.table import format_table
 from skipstep.storage.atomic import check_writable, storage_errors
@@ -30,6 +30,8 @@ EPILOG = """\
 examples:
   skipstep sample
       the shipped model (Fashion-MNIST clothes), 20 steps, ten samples
+  skipstep sample --prompt "red apple" "blue heart" --steps 6 20
+      the shipped model of pictograms, which draws them from their names
   skipstep sample --steps 10 20 50 --classes sneaker bag --num 8 --guidance 2
       the same eight samples with three step counts: what skipping steps costs
   skipstep sample --model ./my-bundle --steps 20
@@ -49,8 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         type=Path,
-        default=SHIPPED_BUNDLE,
-        help=f"a bundle, {MODEL_FORMS} (default: the shipped bundle)",
+        help=f"a bundle, {MODEL_FORMS} (default: the shipped clothes; with --prompt the shipped pictograms)",
     )
     parser.add_argument(
         "--steps", type=int, nargs="+", default=[20], metavar="S", help="step counts, one grid row each (default: 20)"
@@ -67,9 +68,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", nargs="+", metavar="P", help="prompts of a pipeline, repeated over the samples")
     parser.add_argument("--negative-prompt", metavar="P", help="what guidance leads away from (default: nothing)")
     parser.add_argument(
+        "--prompt-syntax", choices=("plain", "a1111"), help="a1111: weights in brackets, (cat:1.3) (default: plain)"
+    )
+    parser.add_argument(
+        "--control-image", type=Path, nargs="+", metavar="FILE", help="what each ControlNet of the model reads"
+    )
+    parser.add_argument(
         "--guidance",
         type=float,
-        help="classifier-free guidance scale, 1 for none (default: 2 where the model can, 7.5 with prompts)",
+        help="classifier-free guidance scale, 1 for none (default: 2 where the model can, 7.5 with prompts; 3 for the "
+        "shipped pictograms)",
     )
     parser.add_argument("--eta", type=float, default=0.0, help="0: deterministic DDIM … 1: DDPM's noise (default: 0)")
     parser.add_argument(
@@ -93,6 +101,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from skipstep.bundles.bundle import is_bundle
 
+    if options.model is None:
+        options.model = SHIPPED_BUNDLE if options.prompt is None else checked_model(PICTOGRAMS)
     number = len(options.prompt or range(10)) if options.num is None else options.num
     seeds = options.seeds if options.seeds is not None else list(range(number))
     if not seeds:
@@ -118,8 +128,11 @@ def run(options: argparse.Namespace) -> None:
     if prompts is not None:
         names = prompts
         if guidance is None and engine.network.can_guide:
-            guidance = 7.5
-    asked = {"prompt": prompts, "negative_prompt": options.negative_prompt}
+            guidance = PICTOGRAMS_GUIDANCE if options.model == PICTOGRAMS else 7.5
+    asked = {"prompt": prompts, "negative_prompt": options.negative_prompt, "prompt_syntax": options.prompt_syntax}
+    if options.control_image is not None:
+        pictures = [_read_picture(file) for file in options.control_image]
+        asked["control_image"] = pictures if len(pictures) > 1 else pictures[0]
     drawn: dict[Plan, NDArray[np.float32]] = {}
     table = []
     for plan in plans:
@@ -134,6 +147,20 @@ def run(options: argparse.Namespace) -> None:
             written = _write_pictures(options.out, drawn, seeds, names, labels is not None or prompts is not None)
     print(format_table(("steps", "ms per image", "backend", "plan key"), table))
     print(written)
+
+
+def _read_picture(file: Path) -> Any:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            got=f"--control-image {file}, which cannot be read ({error})",
+            expected="a picture, such as a PNG file",
+            remedy="check the path, or convert the file",
+        ) from error
 
 
 def _write_arrays(file: Path, drawn: Mapping[Plan, NDArray[np.float32]], seeds: Sequence[int]) -> str:
@@ -211,7 +238,7 @@ def open_engine(options: argparse.Namespace, *, batch_sizes: Sequence[int]) -> E
         options.model,
         backend=options.backend,
         precision=options.precision,
-        allow_hard_links=options.model == SHIPPED_BUNDLE,
+        allow_hard_links=options.model in (SHIPPED_BUNDLE, PICTOGRAMS),
         compile_on_miss=True,
     )
 

@@ -23,6 +23,8 @@ examples:
       plans of 4, 6 and 8 steps; minutes on a CPU for a small network
   skipstep tune my-bundle --guidance 1 2 4
       plans for this whole range of guidance scales
+  skipstep tune my-sd-bundle --guidance 7.5 --prompt "a cat" "a dog on a beach" "an old house"
+      plans of a pipeline, for prompts like these: the more and the more different, the better
   skipstep tune my-bundle --steps 5 10 --noises 128 --dry-run
       print the comparison and leave the bundle as it is
   skipstep tune my-bundle --features inception.onnx --held-out 4096
@@ -46,6 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance", type=float, nargs="+", default=[1.0], metavar="G", help="guidance scales (default: 1, none)"
     )
+    parser.add_argument("--prompt", nargs="+", metavar="P", help="of a pipeline, in turn for the noises of both kinds")
     parser.add_argument("--noises", type=int, default=64, metavar="N", help="trajectories to fit to (default: 64)")
     parser.add_argument("--held-out", type=int, default=64, metavar="N", help="others to compare on (default: 64)")
     parser.add_argument("--nodes", type=int, default=56, metavar="J", help="timesteps of a trajectory (default: 56)")
@@ -97,6 +100,7 @@ def run(options: argparse.Namespace) -> None:
             features=judge,
             progress=progress,
             keep=CacheSlot,
+            **({} if options.prompt is None else {"prompt": options.prompt}),
         )
         print(report)
         better = [each.plan for each in report.found if each.offered]

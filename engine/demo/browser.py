@@ -4,6 +4,8 @@ index.html, *.js, style.css     the page (engine/demo/web)
 site.json                       the network and its plans, and the names of their files
 graphs/KEY.onnx                 each plan as a resumable loop (skipstep.export.onnx_sampler)
 graphs/KEY-inverted.onnx        its inversion, where it has one
+graphs/prompted-KEY.onnx        each plan of a model that reads prompts, where there is one
+graphs/prompted.onnx            its text encoder; tokenizer.json, its tokenizer
 references.bin                  what `skipstep sample` draws: 8-bit, [plans, samples, H, W]
 ort/                            onnxruntime-web, from npm
 """
@@ -25,11 +27,12 @@ import numpy as np
 import skipstep
 from skipstep.bundles.bundle import Bundle, open_bundle
 from skipstep.calls.images import to_pil
-from skipstep.demo import SHIPPED_BUNDLE
+from skipstep.demo import PICTOGRAMS, PICTOGRAMS_GUIDANCE, SHIPPED_BUNDLE
 from skipstep.errors import InputError, MissingDependencyError, SkipstepError, check_integer
 from skipstep.export.onnx_sampler import build_sampler
 from skipstep.export.partition import partition_of
 from skipstep.export.weight_storage import compress_weights, expand_weights
+from skipstep.pipelines.spec import FOLDER, SPEC_FILE, read_pipeline_spec
 from skipstep.plans.plan import Plan
 from skipstep.storage.atomic import check_writable, storage_errors
 
@@ -52,8 +55,9 @@ HEADERS = {
 }
 
 
-def write_site(folder: Path, packages: Path) -> None:
-    """Write the demo's folder; `packages` is a node_modules that holds onnxruntime-web."""
+def write_site(folder: Path, packages: Path, *, prompted: Path = PICTOGRAMS) -> None:
+    """Write the demo's folder; `packages` is a node_modules that holds onnxruntime-web, and `prompted` the bundle of a
+    pipeline without an autoencoder: where there is none, the page has no field for prompts."""
     runtime = packages / "onnxruntime-web" / "dist"
     missing = [name for name in RUNTIME if not (runtime / name).is_file()]
     if missing:
@@ -71,7 +75,7 @@ def write_site(folder: Path, packages: Path) -> None:
         shutil.copy(runtime / name, folder / "ort")
     bundle = open_bundle(SHIPPED_BUNDLE, allow_hard_links=True)
     engine = skipstep.load(SHIPPED_BUNDLE, allow_hard_links=True, backend="onnxruntime", device="cpu")
-    network, plans = engine.network, sorted(engine.plans.values(), key=lambda plan: plan.num_evaluations)
+    network, plans = engine.network, _plans(engine)
     count = len(network.class_names or ())
     drawn = [
         engine.sample(plan=plan, seeds=list(range(count)), class_labels=list(range(count)), guidance_scale=GUIDANCE)
@@ -86,18 +90,49 @@ def write_site(folder: Path, packages: Path) -> None:
         "classes": network.class_names,
         "guidance": GUIDANCE,
         "references": count,
-        "plans": [],
+        "plans": [_entry(plan) for plan in plans],
     }
-    for plan in plans:
-        entry = {"key": plan.key, "steps": plan.steps, "evaluations": plan.num_evaluations}
-        entry |= {"fitted": plan.solver == "fitted", "inverted": plan.solver == "ddim"}
-        site["plans"].append(entry)
     for name, graph in site_graphs(bundle, plans):
         (folder / "graphs" / f"{name}.onnx").write_bytes(graph)
+    if prompted.is_dir():
+        site["prompted"] = _write_prompted(folder, open_bundle(prompted, allow_hard_links=True))
     (folder / "site.json").write_text(json.dumps(site), encoding="utf-8")
 
 
-def site_graphs(bundle: Bundle, plans: Sequence[Plan]) -> Iterator[tuple[str, bytes]]:
+def _write_prompted(folder: Path, bundle: Bundle) -> dict[str, Any]:
+    """Its text encoder, tokenizer and graphs; what the page is told of it."""
+    names = {"tokenizer": "tokenizer.json", "encoder": "graphs/prompted.onnx"}
+    for kept, name in zip((f"{FOLDER}/tokenizer-0.json", f"{FOLDER}/text-0.onnx"), names.values(), strict=True):
+        (folder / name).write_bytes(bundle.read(kept))
+    network = bundle.manifest.network
+    spec = read_pipeline_spec(bundle.read(SPEC_FILE), network.sample_shape[0])
+    with skipstep.load(bundle.path, allow_hard_links=True, backend="onnxruntime", device="cpu") as engine:
+        plans = _plans(engine)
+    for name, graph in site_graphs(bundle, plans, inverted=False):
+        (folder / "graphs" / f"prompted-{name}.onnx").write_bytes(graph)
+    [text] = spec.texts
+    return {
+        **names,
+        "model": bundle.manifest.model,
+        "shape": network.sample_shape,
+        "factor": spec.factor,
+        "length": text.num_tokens,
+        "pad": text.pad,
+        "guidance": PICTOGRAMS_GUIDANCE,
+        "plans": [{**_entry(plan), "key": f"prompted-{plan.key}"} for plan in plans],
+    }
+
+
+def _plans(engine: skipstep.Engine) -> list[Plan]:
+    return sorted(engine.plans.values(), key=lambda plan: plan.num_evaluations)
+
+
+def _entry(plan: Plan) -> dict[str, Any]:
+    entry = {"key": plan.key, "steps": plan.steps, "evaluations": plan.num_evaluations}
+    return {**entry, "fitted": plan.solver == "fitted", "inverted": plan.solver == "ddim"}
+
+
+def site_graphs(bundle: Bundle, plans: Sequence[Plan], *, inverted: bool = True) -> Iterator[tuple[str, bytes]]:
     """Name and graph of each plan, and of the inversion of each that has one."""
     manifest = bundle.manifest
     parts = partition_of({part: expand_weights(bundle.read_graph(file)) for part, file in manifest.graphs.items()})
@@ -112,7 +147,7 @@ def site_graphs(bundle: Bundle, plans: Sequence[Plan]) -> Iterator[tuple[str, by
     )
     for plan in plans:
         yield plan.key, compress_weights(build(plan, guided=True))
-        if plan.solver == "ddim":
+        if inverted and plan.solver == "ddim":
             yield f"{plan.key}-inverted", compress_weights(build(plan.inverted(), guided=False))
 
 

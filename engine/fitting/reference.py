@@ -19,8 +19,9 @@ from typing import Any, Final, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
+from skipstep.calls.inputs import Prompted, embedded
 from skipstep.calls.noise import sample_noise
-from skipstep.calls.request import Conditions, SampleRequest, resolve_request
+from skipstep.calls.request import SampleRequest, resolve_request
 from skipstep.errors import NonFiniteError, PlanError
 from skipstep.kernels.layout import Stream
 from skipstep.loops.contract import Array, Sampler
@@ -59,9 +60,10 @@ class Denoiser:
     _stages: dict[int, Stages] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, engine: Sampler, seeds: NDArray[np.uint64], **conditions: Unpack[Conditions]) -> Denoiser:
+    def of(cls, engine: Sampler, seeds: NDArray[np.uint64], **conditions: Unpack[Prompted]) -> Denoiser:
         """Raises PlanError for an engine without a schedule, and InputError for conditions that do not fit."""
-        request = resolve_request(engine.network, seeds=seeds.tolist(), x_T=None, **conditions)
+        given = embedded(engine.runner.pipeline, engine.network, conditions)
+        request = resolve_request(engine.network, seeds=seeds.tolist(), x_T=None, **given)
         return cls(engine, network_options(engine), request, sample_noise(engine.network, seeds, Stream.INITIAL))
 
     @property
@@ -162,9 +164,12 @@ def grid_of(schedule: NoiseSchedule, count: int) -> tuple[int, ...]:
     return tuple(int(t) for t in places[::-1])
 
 
-def conditions_of(network: NetworkSpec, num: int, given: Conditions) -> Conditions:
-    """The conditions of `num` trajectories: as given, and else each class in turn."""
+def conditions_of(network: NetworkSpec, num: int, given: Prompted, first: int = 0) -> Prompted:
+    """The conditions of `num` trajectories from number `first` on: as given; prompts, or else all classes, in turn."""
     conditions = given.copy()
     if network.num_classes is not None and conditions.get("class_labels") is None:
         conditions["class_labels"] = [i % network.num_classes for i in range(num)]
+    prompts = conditions.get("prompt")
+    if isinstance(prompts, list | tuple) and prompts:
+        conditions["prompt"] = [prompts[(first + i) % len(prompts)] for i in range(num)]
     return conditions

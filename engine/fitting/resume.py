@@ -42,7 +42,9 @@ class KeptParts:
                 digest.update(array.tobytes())
             for each in fields(denoiser.request):
                 value = getattr(denoiser.request, each.name)
-                digest.update(each.name.encode() + (value.tobytes() if isinstance(value, np.ndarray) else b""))
+                for name, array in value.items() if isinstance(value, Mapping) else [("", value)]:
+                    data = array.tobytes() if isinstance(array, np.ndarray) else b""
+                    digest.update(f"{each.name}/{name}".encode() + data)
         facts = {"network": network, "runs on": runs_on, "version": __version__, "calls": digest.hexdigest()}
         return cls(None if network is None else keep, {**facts, "nodes": nodes, "rounds": rounds})
 

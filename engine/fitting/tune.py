@@ -16,8 +16,9 @@ import numpy as np
 
 from skipstep.arrays import number_array
 from skipstep.backends.denoiser import Keep
+from skipstep.calls.inputs import Prompted
 from skipstep.calls.plan_set import PlanSet
-from skipstep.calls.request import MAX_SEED, Conditions
+from skipstep.calls.request import MAX_SEED
 from skipstep.calls.trajectory import Progress
 from skipstep.errors import InputError, PlanError, check_callable, check_integer, check_items, shown
 from skipstep.fitting.reference import Denoiser, conditions_of, grid_of, integrate, network_options
@@ -60,7 +61,7 @@ def tune(
     features: Features | None = None,
     progress: Progress | None = None,
     keep: Keep | None = None,
-    **conditions: Unpack[Conditions],
+    **conditions: Unpack[Prompted],
 ) -> TuneReport:
     """Fit a plan for each number of `steps` to this engine's network (skipstep.fitting), and compare it.
 
@@ -75,6 +76,7 @@ def tune(
     keep            where what was computed is kept, such as skipstep.bundles.kept.CacheSlot: an interrupted call goes
                     on where it was. It takes a network whose digest is known.
     conditions      as for `sample`, one for each noise or one for all; without class_labels each class in turn.
+                    A list of prompts may have any length: they take turns, those held out after those fitted to.
                     guidance_scale is that of the product, or several, over which the noises are spread: a plan is for
                     scales near them.
 
@@ -97,12 +99,12 @@ def tune(
 
     def denoiser(first: int, count: int) -> Denoiser:
         seeds = np.arange(seed + first, seed + first + count, dtype=np.uint64)
-        given = conditions_of(engine.network, count, conditions)
+        given = conditions_of(engine.network, count, conditions, first)
         if guidance_scale is not None:
-            # Each class under each scale: where classes take turns, the scale changes after all of them.
-            given["guidance_scale"] = [
-                scales[i // (engine.network.num_classes or 1) % len(scales)] for i in range(count)
-            ]
+            # Each class under each scale: where classes or prompts take turns, the scale changes after all of them.
+            prompts = conditions.get("prompt")
+            turns = len(prompts) if isinstance(prompts, list | tuple) else engine.network.num_classes
+            given["guidance_scale"] = [scales[i // (turns or 1) % len(scales)] for i in range(count)]
         return Denoiser.of(engine, seeds, **given)
 
     training, other = denoiser(0, noises), denoiser(noises, held_out)

@@ -19,9 +19,16 @@ pytestmark = [
     pytest.mark.skipif(chromium.PROGRAM is None, reason="Chromium is not installed"),
     pytest.mark.timeout(900),
 ]
-PIXELS = (
-    "[...document.querySelector('{}').getContext('2d').getImageData(0, 0, 28, 28).data].filter((_, i) => i % 4 == 0)"
-)
+# As where the bundle of prompts is not there.
+WITHOUT_PROMPTS = """
+const real = fetch;
+window.fetch = async (name, ...options) => {
+  const answer = await real(name, ...options);
+  if (name !== "site.json") return answer;
+  const { prompted, ...site } = await answer.json();
+  return new Response(JSON.stringify(site));
+};
+"""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +71,11 @@ def act(page, script, selector):
 
 
 def pixels(page, canvas):
-    return np.array(page.evaluate(PIXELS.format(canvas)), np.uint8).reshape(28, 28)
+    """Height, width and three colours; of a grey picture height and width."""
+    script = "(c => [c.width, ...c.getContext('2d').getImageData(0, 0, c.width, c.height).data])"
+    width, *values = page.evaluate(f"{script}(document.querySelector('{canvas}'))")
+    found = np.array(values, np.uint8).reshape(-1, width, 4)[..., :3]
+    return found if (found != found[..., :1]).any() else found[..., 0]
 
 
 def click(selector):
@@ -123,7 +134,8 @@ def test_it_draws_what_make_sample_draws(opened, address, drawn):
 
 def test_it_inverts_an_uploaded_picture(opened, tmp_path, engine, drawn):
     """To the noise that the engine finds, and draws it again as the engine does."""
-    page = opened()
+    page = opened(before=WITHOUT_PROMPTS)
+    assert page.evaluate("document.querySelector('#words').hidden")
     picture = drawn(10, seed=1, label=1)
     Image.fromarray(picture).resize((56, 56), Image.Resampling.NEAREST).save(tmp_path / "mine.png")
     page.evaluate(
@@ -145,7 +157,7 @@ def test_it_inverts_an_uploaded_picture(opened, tmp_path, engine, drawn):
     assert "no.png, which the browser cannot read" in page.evaluate("document.querySelector('#error').textContent")
 
 
-def test_it_is_used_by_keyboard_and_told_to_a_screen_reader(opened):
+def test_it_is_used_by_keyboard_and_told_to_a_screen_reader(opened, prompted):
     page = opened(width=390, dark=True)
     # Nothing is wider than the phone.
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -161,6 +173,22 @@ def test_it_is_used_by_keyboard_and_told_to_a_screen_reader(opened):
     page.evaluate("document.querySelector('#check').textContent = ''")
     page.press("Enter", 13)
     assert "To compare" in text(page, "#check")
+    # From the ten's button on to the prompt, which is longer than the text encoder reads.
+    page.evaluate("document.querySelector('#draw-ten').focus()")
+    page.press("Tab", 9)
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    prompt = "a blue heart, a red apple and a cat, a dog and a crescent moon"
+    page.evaluate("document.activeElement.select()")
+    page.send("Input.insertText", text=prompt)
+    page.press("Enter", 13)
+    assert "10 evaluations of" in text(page, "#prompt-timing")
+    assert "are cut off" in page.evaluate("document.querySelector('#prompt-cut').textContent")
+    label = page.evaluate("document.querySelector('#prompt-picture').ariaLabel")
+    assert label == f"{prompt}, seed 0, 10 steps"
+    with skipstep.load(prompted, backend="onnxruntime") as engine:
+        [picture] = engine.sample(prompt=prompt, steps=10, seeds=[0], guidance_scale=3.0, output_type="pil")
+    assert difference(pixels(page, "#prompt-picture"), np.asarray(picture)) <= 1
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
     nodes = page.send("Accessibility.getFullAXTree")["nodes"]
     told = {(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes if not node["ignored"]}
     assert ("image", "t-shirt, seed 4, 10 steps") in told

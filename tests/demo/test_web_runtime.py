@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from engines import labelled_engine
 from noise_graphs import noise_graph
+from odd_strings import odd_strings
 
 import skipstep
 from skipstep import NoiseSchedule, Plan
@@ -21,6 +22,9 @@ from skipstep.demo.browser import WEB
 from skipstep.editing.interpolation import slerp
 from skipstep.export.onnx_sampler import build_sampler
 from skipstep.kernels.layout import Stream
+from skipstep.pipelines.prompts import plain_sections
+from skipstep.pipelines.spec import TextSpec
+from skipstep.pipelines.tokenizer import PromptTokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -84,6 +88,32 @@ def test_the_demo_draws_the_engines_images(in_node, site, evaluations):
     np.testing.assert_allclose(between, slerp(noise[0], noise[1], [0.25])[0], rtol=0, atol=1e-6)
     pixels = np.frombuffer(base64.b64decode(found["pixels"]), np.uint8).reshape(3, 28, 28)
     np.testing.assert_array_equal(pixels, np.stack([np.asarray(picture) for picture in to_pil(images)]))
+
+
+def test_prompts_have_the_engines_tokens(in_node, site):
+    about = json.loads((site / "site.json").read_text())["prompted"]
+    tokenizer = site / about["tokenizer"]
+    ours = PromptTokenizer(tokenizer.read_text(), TextSpec(about["length"], about["pad"], pooled=False))
+    given = odd_strings(200)
+    found = in_node("", tokenizer=str(tokenizer), about=about, tokenize=given)["read"]
+    expected = [ours.chunks(plain_sections(text), most=32)[0] for text in given]
+    assert [text for text, a, b in zip(given, found, expected, strict=True) if a["ids"] != b[0].tolist()] == []
+    assert [text for text, a, b in zip(given, found, expected, strict=True) if (a["cut"] > 0) != (len(b) > 1)] == []
+    assert any(each["cut"] for each in found)
+
+
+def test_a_prompt_draws_the_engines_picture(in_node, site, prompted):
+    about = json.loads((site / "site.json").read_text())["prompted"]
+    files = {"tokenizer": str(site / about["tokenizer"]), "encoder": str(site / about["encoder"])}
+    plan, asked = about["plans"][-1], {"prompt": "A blue  apple", "seeds": [str(2**64 - 1)]}
+    graph = site / "graphs" / f"{plan['key']}.onnx"
+    found = floats(in_node(graph, plan=plan, about=about, **files, **asked)["x_0"], 1, 3, 32, 32).clip(-1, 1)
+    with skipstep.load(prompted, backend="onnxruntime") as engine:
+        given = {"guidance_scale": about["guidance"], "seeds": [2**64 - 1]}
+        expected, other = (engine.sample(prompt=each, steps=10, **given) for each in (asked["prompt"], "red moon"))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=IMAGES_AGREE)
+    assert b"/stored" in (site / about["encoder"]).read_bytes()  # Weights in half the bytes, as a network's.
+    assert np.abs(found - other).max() > 100 * IMAGES_AGREE
 
 
 @pytest.mark.parametrize("form", ["loop", "unrolled"])

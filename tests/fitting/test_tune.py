@@ -16,7 +16,9 @@ from skipstep.commands.main import main
 from skipstep.errors import BundleError, InputError, NonFiniteError, PlanError, SkipstepError
 from skipstep.export.bundle_rewriter import add_plans
 from skipstep.fitting import tune
+from skipstep.fitting.reference import Denoiser
 from skipstep.fitting.report import TEXTBOOK, frechet
+from skipstep.fitting.resume import KeptParts
 from skipstep.latency.calibration import Calibration, Latency, RunKind
 from skipstep.plans.fit import Fit, Quality, with_quality
 
@@ -76,6 +78,13 @@ def test_an_interrupted_tuning_goes_on_where_it_was(curve, monkeypatch):
     assert [plan.key for plan in again.plans] == [plan.key for plan in whole.plans]
     curve.tune(steps=[3], keep=kept, **{**SMALL, "noises": 17})
     assert len(integrations) == 6
+
+
+def test_what_is_kept_is_of_one_calls_conditions(bundle):
+    with load(bundle) as engine:
+        calls = [[Denoiser.of(engine, np.arange(2, dtype=np.uint64), class_labels=label)] for label in (0, 1, 0)]
+        kept = [KeptParts.of(None, each, network="", runs_on=("", ""), nodes=8, rounds=0).facts for each in calls]
+    assert kept[0] == kept[2] != kept[1]
 
 
 def test_one_plan_for_a_range_of_guidance_scales(bundle):

@@ -19,10 +19,12 @@ from safetensors.numpy import load_file, save_file
 from tiny_pipelines import tiny_pipeline
 
 import skipstep
-from skipstep import Engine
+from skipstep import Engine, demo
+from skipstep.commands import sample
 from skipstep.commands.main import main
 from skipstep.errors import BundleError, IntegrityError
 from skipstep.export import bundle_files, large_model
+from skipstep.fitting.reference import conditions_of
 
 pytest.importorskip("transformers")
 
@@ -44,7 +46,7 @@ def saved(tmp_path_factory: Any) -> Any:
     """The bundle, and the engine that it was made of."""
     folder = tmp_path_factory.mktemp("bundles") / "sd"
     with Engine.build(str(tiny_pipeline("sd")[1]), plans=[4], device="cpu", backend="onnxruntime") as made:
-        made.save(folder, license="Apache-2.0")
+        made.save(folder, license="Apache-2.0", notice=__file__)
         yield folder, made
 
 
@@ -73,18 +75,53 @@ def test_the_same_pictures_without_torch(saved, tmp_path):
     assert np.abs(drawn - again).max() > 0.01
 
 
-def test_pictures_from_the_command_line(saved, tmp_path, capsys):
+@pytest.mark.parametrize("shipped", [False, True])
+def test_pictures_from_the_command_line(saved, tmp_path, capsys, monkeypatch, shipped):
     arguments = ["--prompt", "a cat", "the dog", "--num", "3", "--steps", "4", "--out", str(tmp_path / "out")]
-    assert main(["sample", "--model", str(saved[0]), *arguments]) == 0, capsys.readouterr().err
+    if shipped:  # Without --model: at a guidance scale of its own.
+        monkeypatch.setattr(sample, "PICTOGRAMS", saved[0])
+    else:
+        arguments += ["--model", str(saved[0])]
+    assert main(["sample", *arguments]) == 0, capsys.readouterr().err
     files = sorted(path.name for path in (tmp_path / "out/0004-steps").iterdir())
     assert files == ["0000-seed0-a_cat.png", "0001-seed1-the_dog.png", "0002-seed2-a_cat.png"]
-    drawn = saved[1].sample(prompt="the dog", guidance_scale=7.5, steps=4, seeds=[1], output_type="pil")[0]
+    scale = 3.0 if shipped else 7.5
+    drawn = saved[1].sample(prompt="the dog", guidance_scale=scale, steps=4, seeds=[1], output_type="pil")[0]
     found = Image.open(tmp_path / "out/0004-steps" / files[1])
     assert np.abs(np.asarray(found, int) - np.asarray(drawn, int)).max() <= 1
 
 
+def test_the_command_line_says_what_it_cannot_draw(saved, tmp_path, capsys, monkeypatch):
+    for module in (sample, demo):
+        monkeypatch.setattr(module, "PICTOGRAMS", tmp_path / "none.bundle")
+    assert main(["sample", "--prompt", "red apple"]) == 2
+    assert "none.bundle, a shipped model that this installation does not hold" in capsys.readouterr().err
+    asked = ["sample", "--model", str(saved[0]), "--prompt", "a (cat:1.3", "--out", str(tmp_path / "a.npz")]
+    assert main([*asked, "--control-image", __file__]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert main([*asked, "--prompt-syntax", "a1111", "--steps", "4"]) == 0
+    call = {"guidance_scale": 7.5, "steps": 4, "seeds": [0]}
+    drawn, plain = (saved[1].sample(prompt="a (cat:1.3", **call, prompt_syntax=each) for each in ("a1111", "plain"))
+    found = np.load(tmp_path / "a.npz")["steps_4"]
+    np.testing.assert_allclose(found, drawn, atol=tolerances.BACKENDS_AGREE)
+    assert np.abs(drawn - plain).max() > 10 * tolerances.BACKENDS_AGREE
+
+
+def test_plans_are_tuned_for_prompts(saved, copied, capsys):
+    asked = ["--steps", "2", "--noises", "8", "--held-out", "8", "--nodes", "24", "--rounds", "0", "--guidance", "3"]
+    assert main(["tune", str(copied), *asked]) == 2
+    assert "prompt_embeds" in capsys.readouterr().err
+    assert main(["tune", str(copied), *asked, "--prompt", "a cat", "the dog", "red"]) == 0, capsys.readouterr().err
+    with skipstep.load(copied) as engine:
+        [plan] = [each for each in engine.plans.values() if each.steps == 2]
+        assert engine.sample(prompt="a cat", plan=plan, guidance_scale=3.0, seeds=[0]).shape == (1, 3, 16, 16)
+    turns = [conditions_of(saved[1].network, 4, {"prompt": ["a", "b", "c"]}, first)["prompt"] for first in (0, 4)]
+    assert turns == [["a", "b", "c", "a"], ["b", "c", "a", "b"]]
+
+
 def test_golden_samples_of_the_parts_are_compared(saved, copied):
     assert main(["verify", str(saved[0])]) == 0
+    assert (copied / "NOTICE.txt").read_bytes() == Path(__file__).read_bytes()
     golden = load_file(copied / "pipeline/golden.safetensors")
     golden["embeds"] = golden["embeds"] + np.float32(0.1)
     save_file(golden, copied / "other.safetensors")

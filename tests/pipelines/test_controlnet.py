@@ -17,6 +17,7 @@ from tiny_pipelines import LENGTH, compare, embedded, tiny_pipeline
 
 import skipstep
 from skipstep import Condition, Engine
+from skipstep.commands.main import main
 from skipstep.errors import InputError, ModelFormatError
 from skipstep.networks.spec import NetworkSpec
 from skipstep.pipelines.conditions import read_conditions
@@ -75,6 +76,14 @@ def test_a_pipelines_folder_with_controlnets(tmp_path):
         again = loaded.sample(control_image=PICTURES[:2], seeds=SEEDS[:1], **call, **DRAWN)
         other = loaded.sample(control_image=PICTURES[1:], seeds=SEEDS[:1], **call, **DRAWN)
     np.testing.assert_array_equal(again, found)
+    files = [str(tmp_path / f"{i}.png") for i in range(2)]
+    for picture, file in zip(PICTURES, files, strict=False):
+        picture.save(file)
+    asked = ["--model", str(tmp_path / "bundle"), "--prompt", "a cat", "--seeds", "5", "--out", str(tmp_path / "a.npz")]
+    assert main(["sample", *asked, "--control-image", *files]) == 0
+    with skipstep.load(tmp_path / "bundle") as loaded:
+        drawn = loaded.sample(prompt="a cat", guidance_scale=7.5, control_image=PICTURES[:2], seeds=[5], steps=20)
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npz")["steps_20"], drawn)
     assert np.abs(other - found).max() > 1e-3
     # The pictures are embedded before the loop: each by four convolutions.
     step, prompt = (onnx.load_from_string(each).graph for each in (partition.graphs.step, partition.graphs.prompt))

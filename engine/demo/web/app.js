@@ -1,4 +1,5 @@
-import { Sampler, fromPixels, largestDifference, slerp, toPixels } from "./sampler.js";
+import { Prompts } from "./prompts.js";
+import { Sampler, fromPixels, fromSquares, largestDifference, slerp, toPixels } from "./sampler.js";
 
 const $ = (id) => document.getElementById(id);
 const RUNTIMES = {
@@ -7,7 +8,7 @@ const RUNTIMES = {
 };
 // A function that makes a vector: valid where WebAssembly has SIMD.
 const SIMD = Uint8Array.of(0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 8, 1, 6, 0, 65, 0, 253, 15, 11);
-const samplers = new Map();
+const samplers = new Map(), readers = new Map();
 const threads = crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
 let site, references, drawn, size, running = Promise.resolve(), latest = 0;
 
@@ -46,16 +47,31 @@ async function fetched(name) {
   return response;
 }
 
-async function samplerOf(plan, inverted = false) {
+const bytes = async (name) => new Uint8Array(await (await fetched(name)).arrayBuffer());
+
+async function runtime(provider) {
+  const [module, wasm] = RUNTIMES[provider];
+  const ort = await import(`./ort/${module}`);
+  ort.env.wasm.wasmPaths = { wasm: new URL(`ort/${wasm}`, location).href };
+  ort.env.wasm.numThreads = threads;
+  ort.env.logLevel = "error";
+  return ort;
+}
+
+async function promptsOf(about) {
+  const provider = $("provider").value;
+  if (!readers.has(provider)) {
+    const [contents, graph] = [await (await fetched(about.tokenizer)).json(), await bytes(about.encoder)];
+    readers.set(provider, await Prompts.open(await runtime(provider), contents, graph, about));
+  }
+  return readers.get(provider);
+}
+
+async function samplerOf(plan, { inverted = false, shape = site.shape } = {}) {
   const provider = $("provider").value, name = `graphs/${plan.key}${inverted ? "-inverted" : ""}.onnx`, key = provider + name;
   if (!samplers.has(key)) {
-    const [module, wasm] = RUNTIMES[provider];
-    const ort = await import(`./ort/${module}`);
-    ort.env.wasm.wasmPaths = { wasm: new URL(`ort/${wasm}`, location).href };
-    ort.env.wasm.numThreads = threads;
-    ort.env.logLevel = "error";
-    const model = new Uint8Array(await (await fetched(name)).arrayBuffer());
-    samplers.set(key, await Sampler.open(ort, model, plan, site.shape, { executionProviders: [provider], logSeverityLevel: 3 }));
+    const ort = await runtime(provider), model = await bytes(name);
+    samplers.set(key, await Sampler.open(ort, model, plan, shape, { executionProviders: [provider], logSeverityLevel: 3 }));
   }
   $("runtime").textContent = provider === "webgpu" ? "Runs on WebGPU, and on WebAssembly what it lacks."
     : `Runs on WebAssembly with SIMD, ${threads === 1 ? "one thread" : `${threads} threads`}.`;
@@ -89,8 +105,9 @@ async function timed(sampler, request, current, { x_T, show = () => {} } = {}) {
 }
 
 function paint(canvas, samples, label) {
-  const [, height, width] = site.shape, image = new ImageData(width, height);
-  toPixels(samples).forEach((value, i) => image.data.set([value, value, value, 255], 4 * i));
+  const { width, height } = canvas, size = width * height, image = new ImageData(width, height);
+  const pixels = toPixels(samples), blue = pixels.length - size, green = blue / 2;
+  for (let i = 0; i < size; i++) image.data.set([pixels[i], pixels[green + i], pixels[blue + i], 255], 4 * i);
   canvas.getContext("2d").putImageData(image, 0, 0);
   if (label) canvas.setAttribute("aria-label", label);
 }
@@ -169,6 +186,24 @@ async function drawTen(current) {
   tell(Math.max(...labels.map((i) => differenceFromReference(samples.subarray(i * size, (i + 1) * size), i))), "the pictures");
 }
 
+async function drawPrompt(current) {
+  const about = site.prompted, seed = seedOf($("prompt-seed")), plan = about.plans[$("prompt-plan").selectedIndex];
+  if (seed === null) return;
+  const prompt = $("prompt").value, { conditions, cut } = await (await promptsOf(about)).read(prompt);
+  const sampler = await samplerOf(plan, about), picture = (samples) => fromSquares(samples, about.shape, about.factor);
+  $("prompt-cut").textContent = cut ? `The text encoder reads ${about.length - 2} tokens of it: ${cut} are cut off.` : "";
+  $("prompt-progress").max = plan.evaluations;
+  const show = (done, predicted) => {
+    $("prompt-progress").value = done;
+    paint($("prompt-picture"), picture(predicted));
+  };
+  const asked = { seeds: [seed], conditions, guidance: Number($("prompt-guidance").value) };
+  const { samples, spent } = await timed(sampler, asked, current, { show });
+  if (!samples) return;
+  paint($("prompt-picture"), picture(samples), `${prompt}, seed ${seed}, ${plan.evaluations} steps`);
+  $("prompt-timing").textContent = `${milliseconds(spent)} for the image: ${plan.evaluations} evaluations of ${milliseconds(spent / plan.evaluations)}.`;
+}
+
 async function drawBetween(current) {
   const a = seedOf($("seed-a")), b = seedOf($("seed-b")), label = $("class").selectedIndex, weight = Number($("weight").value) / 100;
   if (a === null || b === null) return;
@@ -187,7 +222,7 @@ async function invert(image, current) {
   const chosen = planOf(), plan = chosen.inverted ? chosen : site.plans.find((each) => each.inverted && each.steps === 20);
   const label = $("class").selectedIndex, asked = request([0n], [label], 1);
   paint($("given"), image, `The picture, taken as ${className(label)}`);
-  const up = await timed(await samplerOf(plan, true), asked, current, { x_T: image, show: (done, predicted) => paint($("noise"), predicted) });
+  const up = await timed(await samplerOf(plan, { inverted: true }), asked, current, { x_T: image, show: (done, predicted) => paint($("noise"), predicted) });
   if (!up.samples) return;
   // Normals are within ±3, pixels within ±1.
   paint($("noise"), up.samples.map((value) => value / 3), "The noise that the picture comes from");
@@ -228,18 +263,28 @@ async function start() {
     throw new Problem("a browser without WebAssembly SIMD", "Chrome or Edge 91, Firefox 89, Safari 16.4, or later", "Update the browser, or draw on the command line: make sample");
   }
   site = await (await fetched("site.json")).json();
-  references = new Uint8Array(await (await fetched("references.bin")).arrayBuffer());
+  references = await bytes("references.bin");
   size = site.shape.reduce((a, b) => a * b, 1);
   $("class").append(...site.classes.map((name, i) => new Option(`${i} ${name}`, i)));
-  $("plan").append(...site.plans.map((plan) => new Option(`${plan.steps}${plan.fitted ? ", a tuned plan" : ", DDIM"}`, plan.key, false, plan.steps === 10)));
+  const planOption = (plan) => new Option(`${plan.steps}${plan.fitted ? ", a tuned plan" : ", DDIM"}`, plan.key, false, plan.steps === 10);
+  $("plan").append(...site.plans.map(planOption));
   $("guidance").value = site.guidance;
-  for (const [input, text] of [["guidance", (value) => Number(value).toFixed(1)], ["weight", (value) => `${value} %`]]) {
+  if (site.prompted) {
+    const [, height, width] = site.prompted.shape.map((side) => side * site.prompted.factor);
+    Object.assign($("prompt-picture"), { width, height });
+    $("prompt-plan").append(...site.prompted.plans.map(planOption));
+    $("prompt-guidance").value = site.prompted.guidance;
+    $("words").hidden = false;
+  }
+  const oneDigit = (value) => Number(value).toFixed(1);
+  for (const [input, text] of [["guidance", oneDigit], ["prompt-guidance", oneDigit], ["weight", (value) => `${value} %`]]) {
     const tellValue = () => ($(`${input}-value`).value = text($(input).value));
     $(input).addEventListener("input", tellValue);
     tellValue();
   }
   $("draw").addEventListener("submit", (event) => (event.preventDefault(), run(drawOne)));
   $("draw-ten").addEventListener("click", () => run(drawTen));
+  $("prompted").addEventListener("submit", (event) => (event.preventDefault(), run(drawPrompt)));
   $("between").addEventListener("submit", (event) => (event.preventDefault(), run(drawBetween)));
   $("between").addEventListener("input", () => run(drawBetween));
   $("upload").addEventListener("change", invertUpload);

@@ -15,17 +15,19 @@ export class Sampler {
     return new Sampler(ort, await ort.InferenceSession.create(model, options), plan, shape);
   }
 
-  // `count` stages from `first` on. `request` has seeds (BigInt), labels and guidance, one of each for a sample, and
-  // `state` has what the last call returned, or an x_T to start from. Float32Arrays, B samples in each.
+  // `count` stages from `first` on. `request` has seeds (BigInt) and labels, one of each for a sample, or `conditions`
+  // as tensors in place of labels, and guidance; `state` has what the last call returned, or an x_T to start from.
+  // Float32Arrays, B samples in each.
   async stages(request, first, count, state = {}) {
     const { ort } = this, batch = request.seeds.length;
     const scalar = (value) => new ort.Tensor("int64", BigInt64Array.of(BigInt(value)), []);
     const feeds = {
       seeds: new ort.Tensor("uint64", BigUint64Array.from(request.seeds), [batch]),
-      class_labels: new ort.Tensor("int64", BigInt64Array.from(request.labels, BigInt), [batch]),
       first_stage: scalar(first),
       num_stages: scalar(count),
+      ...request.conditions,
     };
+    if (request.labels) feeds.class_labels = new ort.Tensor("int64", BigInt64Array.from(request.labels, BigInt), [batch]);
     if (this.guided) {
       feeds.guidance_scale = new ort.Tensor("float32", new Float32Array(batch).fill(request.guidance), [batch]);
     }
@@ -77,6 +79,17 @@ export function toPixels(samples) {
     const rest = scaled - whole;
     return rest > 0.5 || (rest === 0.5 && whole % 2) ? whole + 1 : whole;
   });
+}
+
+// Of channels that are the pixels of squares of `factor` a side, as torch's pixel_shuffle orders them.
+export function fromSquares(samples, [, height, width], factor) {
+  const made = new Float32Array(samples.length);
+  samples.forEach((value, k) => {
+    const x = k % width, y = Math.floor(k / width) % height, square = Math.floor(k / (width * height));
+    const i = Math.floor(square / factor) % factor, j = square % factor, channel = Math.floor(square / factor ** 2);
+    made[((channel * height + y) * factor + i) * width * factor + x * factor + j] = value;
+  });
+  return made;
 }
 
 export function fromPixels(pixels) {
