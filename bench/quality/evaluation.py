@@ -61,8 +61,7 @@ TABLES = ("fitted-plans", "steps", "spacings", "solvers", "spread", "inversion",
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """What is measured: which of TABLES, and the cases of each. "sigma-hat" is DDPM with the larger of its two fixed
-    variances."""
+    """Which of TABLES are measured, and their cases. "sigma-hat" is DDPM with the larger of its fixed variances."""
 
     tables: tuple[str, ...] = TABLES
     fitted_beside: tuple[int, ...] = (10, 20, 50)

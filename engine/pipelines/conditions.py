@@ -42,8 +42,9 @@ def read_conditions(
     if _TIME_IDS in network.all_conditions:
         height, width = (side * spec.factor for side in network.sample_shape[1:])
         _add(made, "", {_TIME_IDS: np.array([height, width, 0, 0, height, width], np.float32)})
-    given = made.get("conditions") if isinstance(made.get("conditions"), Mapping) else {}
-    if ENLARGED in network.conditions and made.get("image") is None and ENLARGED not in given:
+    given = made.get("conditions")
+    named = isinstance(given, Mapping) and ENLARGED in given
+    if ENLARGED in network.conditions and made.get("image") is None and not named:
         raise InputError(
             got="no image for an upscaler",
             expected="what engine.sample draws in twice the size: pictures, or latents as output_type='latent' gives",

@@ -105,11 +105,11 @@ def begin(
         )
     drawn = _Noise(network, None if seeds is None else _rows(seeds, count), given, source)
     if enlarges:
-        latents = pictures if ready else _latents(autoencoder, pictures, count, drawn)
+        low = pictures if ready else _latents(autoencoder, pictures, count, drawn)
         # The noise alone is x: diffusers adds no image, but for leading timesteps noise in the image's place.
-        pure = [1.0 if plan.spacing == "leading" else 1.0 - plan.alpha_bars[0] for plan in plans]
-        noise = drawn.added() * np.sqrt(np.array(pure, np.float32)).reshape(-1, 1, 1, 1)
-        return Begun(plans, noise, _beside(conditions, ENLARGED, latents.repeat(2, axis=2).repeat(2, axis=3)))
+        spread = [1.0 if plan.spacing == "leading" else 1.0 - plan.alpha_bars[0] for plan in plans]
+        x_T = drawn.added() * np.sqrt(np.array(spread, np.float32)).reshape(-1, 1, 1, 1)
+        return Begun(plans, x_T, _beside(conditions, ENLARGED, low.repeat(2, axis=2).repeat(2, axis=3)))
     share = _STRENGTH if masks is None else _STRENGTH_OF_A_PART
     share = check_number("strength", share if strength is None else strength, low=0.0, high=1.0, above=True)
     tails = [_tail(plan, share) for plan in plans]
