@@ -125,7 +125,7 @@ class _Pairs:
                     node.input[index] = self._activation(name, name, ranges[index], f"{name}/restored")
             self._nodes.append(node)
             if of_centre is not None:
-                made, node.output[0] = node.output[0], f"{node.output[0]}/centred"
+                made, node.output[0] = node.output[0], f"{node.output[0]}/of_centred"
                 self._add(f"{made}/centre", of_centre)
                 node = helper.make_node("Add", [node.output[0], f"{made}/centre"], [made], name=f"{made}/whole")
                 self._nodes.append(node)

@@ -132,7 +132,8 @@ class Plan:
         ):
             check_choice(option, chosen, choices, error=PlanError)
         sigma_data = resolve_parameterization(self.prediction_type, self.time_input, self.sigma_data)
-        if self.spacing == "interpolated" and self.steps is not None and self.timesteps == ():
+        levels = isinstance(self.spacing, str) and self.spacing == "interpolated"
+        if levels and self.steps is not None and isinstance(self.timesteps, tuple) and not self.timesteps:
             own = interpolated_levels(self.schedule, steps=self.steps, time_input=self.time_input)
             object.__setattr__(self, "schedule", own)
             object.__setattr__(self, "timesteps", tuple(range(self.steps))[::-1])
