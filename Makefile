@@ -118,15 +118,16 @@ bench: $(VENV)/.dev
 	$(MAKE) readme-tables
 	$(MAKE) bench-report
 
-# The CPU's peers, whole calls and cold start, in one run; and what bfloat16 costs.
-CPU_PEERS := textbook,diffusers,skipstep,skipstep-openvino,skipstep-openvino-bfloat16,onnxruntime,openvino,$\
+# The CPU's peers, whole calls and cold start, the longest calls in a run of their own; and what bfloat16 costs.
+CPU_PEERS := --contenders textbook,diffusers,skipstep,skipstep-openvino,skipstep-openvino-bfloat16,onnxruntime,openvino,$\
 	openvino-bfloat16,aot-inductor,torch-bfloat16
-CPU_LIMIT := bench --model fashion-mnist --model cifar10-architecture --plans 10 --batch 1,4,16 --budget 30 --rounds 7 \
-	--compile-budget 900 --measure process --contenders $(CPU_PEERS) --resume --out out/bench/cpu-limit.json
+CPU_LIMIT := bench $(CPU_PEERS) --plans 10 --rounds 7 --compile-budget 900 --resume
 bench-cpu-limit: $(VENV)/.dev
-	$(BIN)/skipstep $(CPU_LIMIT)
-	$(BIN)/python -m skipstep.bench.finding out/bench/cpu-limit.json --command "make bench-cpu-limit" \
-		--out bench/results/findings/cpu-limit.json
+	$(BIN)/skipstep $(CPU_LIMIT) --model fashion-mnist --batch 1,4,16 --model cifar10-architecture@1,4 --budget 30 \
+		--measure process --out out/bench/cpu-limit.json
+	$(BIN)/skipstep $(CPU_LIMIT) --model cifar10-architecture --batch 16 --budget 60 --out out/bench/cpu-limit-16.json
+	$(BIN)/python -m skipstep.bench.finding out/bench/cpu-limit.json out/bench/cpu-limit-16.json \
+		--command "make bench-cpu-limit" --out bench/results/findings/cpu-limit.json
 	$(BIN)/python -m skipstep.bench.quality.cpu_precisions --steps 4 6 8 10 20 50 --num 64 --out bench/results/findings/cpu-precisions.json
 
 # A page and its plots, from what is committed.

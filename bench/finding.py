@@ -1,4 +1,4 @@
-"""A benchmark run as a finding, one table: `python -m skipstep.bench.finding RUN.json --command "…" --out FILE`."""
+"""Benchmark runs as a finding, one table: `python -m skipstep.bench.finding RUN.json … --command "…" --out FILE`."""
 
 from __future__ import annotations
 
@@ -40,14 +40,17 @@ def table(run: Run) -> list[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="what skipstep bench wrote")
+    parser.add_argument("runs", type=Path, nargs="+", help="what skipstep bench wrote: each has cases of its own")
     parser.add_argument("--command", required=True, help="with which it was measured")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     options = parser.parse_args()
-    (run,), _ = read_runs([options.run])
-    absent = sorted({f"{each.contender}, {each.model}, batch {each.batch_size}: {each.reason}" for each in run.absent})
-    note = "Whole calls, medians over rounds. Without a number: " + ("; ".join(absent) or "none") + "."
-    write_finding(options.out, command=options.command, header=HEADER, rows=table(run), note=note)
+    runs, _ = read_runs(options.runs)
+    measured = {(e.contender, e.model, e.batch_size) for run in runs for e in run.entries}
+    absent = [e for run in runs for e in run.absent if (e.contender, e.model, e.batch_size) not in measured]
+    told = sorted({f"{e.contender}, {e.model}, batch {e.batch_size}: {e.reason}" for e in absent})
+    rows = [row for run in runs for row in table(run)]
+    note = "Whole calls, medians over rounds. Without a number: " + ("; ".join(told) or "none") + "."
+    write_finding(options.out, command=options.command, header=HEADER, rows=rows, note=note)
 
 
 if __name__ == "__main__":
