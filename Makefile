@@ -37,7 +37,7 @@ help:
 	@echo "make data     fetch Fashion-MNIST (31 MB, a Debian package) into .data/"
 	@echo "make pictograms  train the model that draws pictograms from their names, some hours (needs npm); goes on where it was"
 	@echo "make bundle   compile the shipped checkpoint into the shipped bundle again"
-	@echo "make pictograms-bundle  make the shipped bundle of pictograms from engine/demo/pictograms, and tune plans for it"
+	@echo "make pictograms-bundle  make a bundle from a trained folder, engine/demo/pictograms, and tune plans for it"
 	@echo "make fuzz     attack every public argument, and the readers with a hundred thousand damaged files of each kind"
 	@echo "make gpu      on a machine with a CUDA GPU: correctness, proofs and benchmarks, under ten minutes (\$$OUT, out/gpu)"
 	@echo "make gpu-wheels  download what make gpu needs on a machine without a registry"
@@ -128,7 +128,8 @@ bench-cpu-limit: $(VENV)/.dev
 	$(BIN)/skipstep $(CPU_LIMIT) --model cifar10-architecture --batch 16 --budget 60 --out out/bench/cpu-limit-16.json
 	$(BIN)/python -m skipstep.bench.finding out/bench/cpu-limit.json out/bench/cpu-limit-16.json \
 		--command "make bench-cpu-limit" --out bench/results/findings/cpu-limit.json
-	$(BIN)/python -m skipstep.bench.quality.cpu_precisions --steps 4 6 8 10 20 50 --num 64 --out bench/results/findings/cpu-precisions.json
+	$(BIN)/python -m skipstep.bench.quality.cpu_precisions --steps 4 6 8 10 20 50 --num 64 \
+		--out bench/results/findings/cpu-precisions.json
 
 # A page and its plots, from what is committed.
 bench-report: $(VENV)/.dev

@@ -31,7 +31,7 @@ examples:
   skipstep sample
       the shipped model (Fashion-MNIST clothes), 20 steps, ten samples
   skipstep sample --prompt "red apple" "blue heart" --steps 6 20
-      the shipped model of pictograms, which draws them from their names
+      the pictograms' model, once make pictograms-bundle has made it: it draws them from their names
   skipstep sample --steps 10 20 50 --classes sneaker bag --num 8 --guidance 2
       the same eight samples with three step counts: what skipping steps costs
   skipstep sample --model ./my-bundle --steps 20
@@ -51,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         type=Path,
-        help=f"a bundle, {MODEL_FORMS} (default: the shipped clothes; with --prompt the shipped pictograms)",
+        help=f"a bundle, {MODEL_FORMS} (default: the shipped clothes; with --prompt what make pictograms-bundle made)",
     )
     parser.add_argument(
         "--steps", type=int, nargs="+", default=[20], metavar="S", help="step counts, one grid row each (default: 20)"
@@ -76,8 +76,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance",
         type=float,
-        help="classifier-free guidance scale, 1 for none (default: 2 where the model can, 7.5 with prompts; 3 for the "
-        "shipped pictograms)",
+        help="classifier-free guidance scale, 1 for none (default: 2 where the model can, 7.5 with prompts; 3 for "
+        "the pictograms)",
     )
     parser.add_argument("--eta", type=float, default=0.0, help="0: deterministic DDIM … 1: DDPM's noise (default: 0)")
     parser.add_argument(
