@@ -280,6 +280,7 @@ def build_network(
         precision=compared_in,
         reference=reference,
         ready=chosen.compiles_late,
+        splits=target.splits,
     )
     pipeline = None if parts is None else export_parts(parts, network, num_threads, report, fitted)
     swapped = fitted if lora_rank else None

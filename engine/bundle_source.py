@@ -250,6 +250,7 @@ def _network_of(
         device=cuda,
         precision=precision,
         reference=lambda: resolve_backend("onnxruntime", device="cpu", exports=False).denoisers(source, Target())(2),
+        splits=target.splits,
     )
     calibrations = None if manifest.calibration is None else bundle.read(manifest.calibration)
     pipeline = None

@@ -82,11 +82,9 @@ class Engine:
         self.network, self.loras = compiled.source.spec, compiled.loras
         self.calibration: Calibration | None = None
         if compiled.calibrations is not None:
-            from skipstep.latency.calibration import stored_calibration
+            from skipstep.latency.tuning import use_stored
 
-            self.calibration = stored_calibration(compiled.calibrations, self.identity())
-            tuned = () if self.calibration is None else self.calibration.launches
-            self.runner.loop.use_launches({each.case: each.launch for each in tuned})
+            self.calibration = use_stored(compiled.calibrations, self.identity(), self.runner.loop)
         self._worker: ThreadPoolExecutor | None = None
         self._worker_lock = threading.Lock()
 

@@ -85,7 +85,7 @@ def test_every_file_that_a_page_links_to_is_there(page):
 def test_the_engines_page_names_the_files_of_a_call():
     page = (ROOT / "engine" / "README.md").read_text(encoding="utf-8")
     listed = re.findall(r"`([\w/]+\.py)`", page.partition("<!-- call -->")[2].partition("<!-- end call -->")[0])
-    with skipstep.load(SHIPPED_BUNDLE) as engine:
+    with skipstep.load(SHIPPED_BUNDLE, num_threads=1) as engine:
         executed = files_executed(
             lambda: engine.sample(steps=20, seeds=[0, 1], class_labels=[3, 7], guidance_scale=2.0)
         )

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from skipstep.backends.processor import Splits
 from skipstep.calls.conditioning import Conditioning
 from skipstep.errors import check_integer
 from skipstep.networks.graphs import NetworkGraphs, StepInputs, Values
@@ -164,6 +165,7 @@ class Target:
     library      "tensorrt" or "tensorrt_rtx"; None: what is installed and has engines.
     keep         where a library keeps what it compiled, None: nowhere.
     batch_sizes  of the network, for libraries that compile for all of them at once.
+    splits       how batches are divided; a backend on the CPU that can says on how many threads.
     lora         the memory of a network's LoRA inputs by name (skipstep.networks.lora_layers), which swaps write.
     check        called with a denoiser whose network was compiled anew, before it is kept: compares it with a
                  reference, and raises ExportError. For backends that compile when a batch size is first needed.
@@ -178,6 +180,7 @@ class Target:
     keep: Keep | None = None
     batch_sizes: tuple[int, ...] = ()
     check: Callable[[Denoiser], object] | None = None
+    splits: Splits = field(default_factory=Splits)
     lora: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     @property

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime
@@ -20,19 +21,24 @@ from numpy.typing import NDArray
 
 from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, Target
 from skipstep.backends.early import EarlyParts, graph_failed
-from skipstep.backends.prefetch import Lazy
-from skipstep.backends.processor import has_vnni, processor, thread_limit
+from skipstep.backends.prefetch import Lazy, Shared
+from skipstep.backends.processor import Splits, has_vnni, num_threads, processor, thread_limit
 from skipstep.calls.conditioning import Conditioning
-from skipstep.errors import ExportError
+from skipstep.errors import ExportError, SkipstepError
 from skipstep.networks.condition import MAX_ELEMENTS
 from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs, Values, fill_buffers
 from skipstep.networks.large_graph import weights_of
 from skipstep.networks.spec import NetworkSpec
 
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
 # Some builds write usage events to the user's cache folder; a library that is embedded in products sends nothing.
 onnxruntime.disable_telemetry_events()
 
 LazySession = Lazy[onnxruntime.InferenceSession]
+# Of a step graph that may be held twice, for batches that are divided.
+_MOST_BYTES_TWICE = 1 << 29
 
 
 @dataclass(slots=True)
@@ -66,6 +72,40 @@ class EarlyGraphs(EarlyParts):
         return run_session(session, [each.name for each in session.get_outputs()], {**self.lora, **given})
 
 
+class Parts:
+    """Runs parts of a batch side by side: one on the calling thread, the others on threads of its own.
+
+    A session without threads serves as many as there are cores, and is made when the first batch is divided; fewer
+    parts share the `whole` session's threads.
+    """
+
+    def __init__(self, splits: Splits, whole: LazySession, make: Callable[[], onnxruntime.InferenceSession]) -> None:
+        self.splits, self._whole = splits, whole
+        self._single: Shared[onnxruntime.InferenceSession] = Shared(lambda threads: make())
+        self._pool = Lazy(lambda: _new_pool(splits.num_threads))
+
+    def session(self, parts: int) -> onnxruntime.InferenceSession:
+        if 1 < self.splits.num_threads <= parts:
+            try:
+                return self._single.get(1)
+            except (SkipstepError, OSError) as error:  # Such as a bundle that is not there any more.
+                from skipstep.reporting import LOGGER  # It imports logging, which nothing else on the way does.
+
+                LOGGER.warning("batches are not divided: %s", error)
+                self.splits.num_threads = 1
+        return self._whole.get()
+
+    def run(self, runs: Sequence[Callable[[], object]]) -> None:
+        others = [self._pool.get().submit(run) for run in runs[1:]]
+        try:
+            runs[0]()
+        finally:
+            failures = [each.exception() for each in others]  # Waits: they read and write the same buffers.
+        for failure in failures:
+            if failure is not None:
+                raise failure
+
+
 class OnnxRuntimeDenoiser:
     """The step graph at one batch size (skipstep.backends.denoiser.Denoiser).
 
@@ -75,10 +115,18 @@ class OnnxRuntimeDenoiser:
 
     name = "onnxruntime"
 
-    def __init__(self, session: LazySession, early: EarlyGraphs, spec: NetworkSpec, *, batch_size: int) -> None:
+    def __init__(
+        self,
+        session: LazySession,
+        early: EarlyGraphs,
+        spec: NetworkSpec,
+        *,
+        batch_size: int,
+        parts: Parts | None = None,
+    ) -> None:
         self._session = session.get()
         _check_interface(self._session, spec)
-        self._early = early
+        self._early, self._parts = early, parts
         self.batch_size = batch_size
         self.input = np.zeros((batch_size, *spec.sample_shape), np.float32)
         self.output = np.zeros((batch_size, *spec.output_shape), np.float32)
@@ -89,13 +137,17 @@ class OnnxRuntimeDenoiser:
             for each in self._session.get_inputs()
             if each.name != SAMPLE and each.name not in early.lora
         }
-        self._binding = self._session.io_binding()
-        self._bind_inputs()
-        self._binding.bind_output(PREDICTION, "cpu", 0, np.float32, self.output.shape, self.output.ctypes.data)
+        self._runs = [self._bound(self._session, slice(batch_size))]
 
-    def _bind_inputs(self) -> None:
-        for name, array in {SAMPLE: self.input, **self._buffers, **self._lora}.items():
-            self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    def _bound(self, session: onnxruntime.InferenceSession, rows: slice) -> Callable[[], None]:
+        """A run of these rows of the buffers."""
+        binding = session.io_binding()
+        ours = {name: array[rows] for name, array in {SAMPLE: self.input, **self._buffers}.items()}
+        for name, array in {**ours, **self._lora}.items():
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        output = self.output[rows]
+        binding.bind_output(PREDICTION, "cpu", 0, np.float32, output.shape, output.ctypes.data)
+        return lambda: session.run_with_iobinding(binding)
 
     def compute(self, timesteps: NDArray[np.float64], conditioning: Conditioning) -> StepInputs:
         return self._early.compute(timesteps, conditioning)
@@ -111,28 +163,51 @@ class OnnxRuntimeDenoiser:
             raise graph_failed(error) from error
 
     def _run(self) -> None:
-        self._session.run_with_iobinding(self._binding)
+        if self._parts is not None:
+            self._divide(self._parts)
+        if self._parts is None or len(self._runs) == 1:
+            self._runs[0]()
+        else:
+            self._parts.run(self._runs)
+
+    def _divide(self, parts: Parts) -> None:
+        wanted = parts.splits.parts(self.batch_size)
+        if len(self._runs) != wanted:
+            session = parts.session(wanted)
+            slices = Splits.slices(self.batch_size, wanted)
+            self._runs = [self._bound(session, rows) for rows in slices]
 
 
 def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:
     """Denoisers of one step session, for any batch size. Loading it begins at once, in the background."""
-    session = _step_session(source.step_graph("int8-onnxruntime" if target.precision == "int8" else "float32"), target)
+    precision = "int8-onnxruntime" if target.precision == "int8" else "float32"
+    graph = source.step_graph(precision)
+    session = _step_session(graph, target, target.num_threads)
     # The bytes are read before and not in the background, where each read and hash would wait for Python's lock.
     session.prefetch()
-    spec = source.spec
+    spec, parts = source.spec, None
+    if len(graph) <= _MOST_BYTES_TWICE and not weights_of(graph):
+        target.splits.num_threads = num_threads(target.num_threads)
+        parts = Parts(target.splits, session, lambda: _step_session(source.step_graph(precision), target, 1).get())
     early = EarlyGraphs(source.before_loop(), spec, target.num_threads, target.lora, tables=source.tables)
     if target.keep is not None:
         early.prefetch()
-    return lambda batch_size: OnnxRuntimeDenoiser(session, early, spec, batch_size=batch_size)
+    return lambda batch_size: OnnxRuntimeDenoiser(session, early, spec, batch_size=batch_size, parts=parts)
 
 
-def _step_session(graph: bytes, target: Target) -> LazySession:
+def _new_pool(threads: int) -> ThreadPoolExecutor:
+    from concurrent.futures import ThreadPoolExecutor  # Slow to import.
+
+    return ThreadPoolExecutor(threads, thread_name_prefix="skipstep-part")
+
+
+def _step_session(graph: bytes, target: Target, num_threads: int | None) -> LazySession:
     """The session of a step graph, or of what the runtime once made of it on a processor like this one.
 
     What it makes is complete: operators are merged, and laid out for the processor. That is a third of the loading.
     """
     if target.keep is None or weights_of(graph):  # What the runtime makes of so many weights is not kept.
-        return LazySession(lambda: make_session(graph, num_threads=target.num_threads))
+        return LazySession(lambda: make_session(graph, num_threads=num_threads))
     parts = {
         "kind": "onnxruntime.graph",
         "library": onnxruntime.__version__,
@@ -147,7 +222,7 @@ def _step_session(graph: bytes, target: Target) -> LazySession:
 
         with tempfile.TemporaryDirectory() as folder:
             written = Path(folder, "step.onnx")
-            session = make_session(graph, num_threads=target.num_threads, written=written)
+            session = make_session(graph, num_threads=num_threads, written=written)
             with contextlib.suppress(OSError):
                 slot.put(written.read_bytes())
         return session
@@ -155,7 +230,7 @@ def _step_session(graph: bytes, target: Target) -> LazySession:
     def load() -> onnxruntime.InferenceSession:
         if kept is not None:
             with contextlib.suppress(ExportError):  # It is optimised again.
-                return make_session(kept, num_threads=target.num_threads, optimised=True)
+                return make_session(kept, num_threads=num_threads, optimised=True)
         return optimise()
 
     return LazySession(load)

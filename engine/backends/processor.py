@@ -1,4 +1,4 @@
-"""The processor, as compiled code depends on it, and how much of it this process may use."""
+"""The processor: what compiled code depends on, how much of it this process may use, how a batch is divided over it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import hashlib
 import os
 import platform
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 # Of /proc/cpuinfo: the model, and the instructions that it has (flags on x86, Features on ARM).
 _FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "CPU part", "Features")
+# Of two threads every case that was measured is faster in two parts (bench/results/README.md); of many none was.
+_FEW_THREADS = 4
 
 
 @lru_cache(maxsize=1)
@@ -59,8 +62,49 @@ def thread_limit(root: Path = Path("/")) -> int | None:
     quota = _quota(root)
     if quota is None and len(mine) >= (os.cpu_count() or 1):
         return None
-    cores = {_read(root / f"sys/devices/system/cpu/cpu{each}/topology/thread_siblings_list") or each for each in mine}
-    return max(1, len(cores) if quota is None else min(len(cores), int(quota)))
+    cores = _num_cores(mine, root)
+    return max(1, cores if quota is None else min(cores, int(quota)))
+
+
+def num_threads(asked: int | None) -> int:
+    """How many threads a runtime computes with: as many as were asked for, or one for each core that it may use."""
+    return asked or thread_limit() or _num_cores(cpus(), Path("/"))
+
+
+def _num_cores(mine: set[int], root: Path) -> int:
+    return len(
+        {_read(root / f"sys/devices/system/cpu/cpu{each}/topology/thread_siblings_list") or each for each in mine}
+    )
+
+
+class Splits:
+    """Into how many parts a batch is divided, by its rows: the network is evaluated on all of them at once.
+
+        1 part     one run, each of whose operators is divided over all threads
+        p parts    p runs side by side, each on p-th of the rows and of the threads: none waits at every operator
+
+    Numbers are the same, and which form is faster is measured: `measured` holds what `calibrate` found. What was not
+    measured is divided by threads where these are few; many would each read all weights for a row or two.
+    `num_threads`: of a backend that can divide; 1 of any other.
+    """
+
+    def __init__(self) -> None:
+        self.num_threads = 1
+        self.measured: dict[int, int] = {}
+
+    def parts(self, rows: int) -> int:
+        by_rule = self.num_threads if self.num_threads <= _FEW_THREADS and rows % self.num_threads == 0 else 1
+        return min(rows, self.measured.get(rows) or by_rule)
+
+    def choices(self, rows: int) -> list[int]:
+        """The numbers of parts to measure: those that divide rows and threads evenly. All others are slower."""
+        return [parts for parts in range(1, rows + 1) if self.num_threads % parts == rows % parts == 0]
+
+    @staticmethod
+    def slices(rows: int, parts: int) -> list[slice]:
+        """The rows of each part: as many, or one more in some."""
+        ends = [rows * part // parts for part in range(parts + 1)]
+        return [slice(begin, end) for begin, end in pairwise(ends)]
 
 
 def _quota(root: Path) -> float | None:

@@ -81,7 +81,7 @@ class WebGpuDenoiser(OnnxRuntimeDenoiser):
 
     def _run(self) -> None:
         with _DEVICE_LOCK:
-            self._bind_inputs()  # Binding is what copies them to the device.
+            self._runs = [self._bound(self._session, slice(self.batch_size))]  # It copies inputs to the device.
             super()._run()
 
 

@@ -50,6 +50,7 @@ class EdgeLoop:
     """
 
     any_batch = False
+    splits = None
     placement: str | None = None
 
     def __init__(

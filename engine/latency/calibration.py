@@ -111,8 +111,22 @@ def _read_latencies(value: Any, where: str) -> dict[RunKind, Latency]:
 
 
 @dataclass(frozen=True, slots=True)
+class _StoredSplit:
+    """One entry of `splits` in the file."""
+
+    rows: Annotated[int, Within(1, 2 * _MAX_BATCH)]
+    parts: Annotated[int, Within(1, _MAX_BATCH)]
+
+
+def _read_splits(value: Any, where: str) -> dict[int, int]:
+    stored: tuple[_StoredSplit, ...] = read_value(tuple[_StoredSplit, ...], value, where)
+    return {each.rows: each.parts for each in stored}
+
+
+@dataclass(frozen=True, slots=True)
 class Calibration:
-    """What was measured on one device: the latency of each kind of run, and launches of the step that were tuned there.
+    """What was measured on one device: the latency of each kind of run, launches of the step that were tuned there, and
+    into how many parts the processor's cores divide a batch, by the network's rows (skipstep.backends.processor).
 
     Raises InputError for a batch size out of range, and for two launches of one case.
     """
@@ -120,6 +134,7 @@ class Calibration:
     identity: DeviceIdentity
     latencies: Annotated[Mapping[RunKind, Latency], ReadBy(_read_latencies)]
     launches: tuple[Annotated[TunedLaunch, ReadBy(TunedLaunch.from_json)], ...] = field(default=())
+    splits: Annotated[Mapping[int, int], ReadBy(_read_splits)] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for kind in self.latencies:
@@ -135,7 +150,8 @@ class Calibration:
                 expected="one launch a case",
                 remedy="tune the launches again on this device",
             )
-        object.__setattr__(self, "latencies", MappingProxyType(dict(self.latencies)))
+        for name in ("latencies", "splits"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -150,7 +166,8 @@ class Calibration:
                 remedy="keep them apart, or calibrate again",
             )
         launches = {each.case: each for each in (*self.launches, *newer.launches)}
-        return Calibration(self.identity, {**self.latencies, **newer.latencies}, tuple(launches.values()))
+        latencies, splits = {**self.latencies, **newer.latencies}, {**self.splits, **newer.splits}
+        return Calibration(self.identity, latencies, tuple(launches.values()), splits)
 
     def only(self, plans: Iterable[str]) -> Calibration:
         """The part about the plans with these keys."""
@@ -163,6 +180,7 @@ class Calibration:
             "identity": self.identity.to_json(),
             "latencies": [{**kind._asdict(), **asdict(each)} for kind, each in sorted(self.latencies.items())],
             "launches": [each.to_json() for each in sorted(self.launches, key=lambda each: astuple(each.case))],
+            "splits": [{"rows": rows, "parts": parts} for rows, parts in sorted(self.splits.items())],
         }
 
     @classmethod
@@ -224,6 +242,9 @@ def describe_latencies(calibration: Calibration, plans: Mapping[str, Plan]) -> l
     ]
     header = ("steps", "solver", "plan", "batch", "guided", "   p50 ms", "   p90 ms", "   p99 ms", "calls")
     lines = [f"calibrated  on {calibration.identity}", *format_table(header, rows).splitlines()]
+    if calibration.splits:
+        divided = ", ".join(f"{rows} in {parts}" for rows, parts in sorted(calibration.splits.items()))
+        lines.append(f"Rows of the network, and the parts that they are evaluated in: {divided}.")
     if any(each.count < 100 for each in calibration.latencies.values()):
         lines.append("Of fewer than 100 calls, p99 is the longest.")
     measured = {kind.plan for kind in calibration.latencies}

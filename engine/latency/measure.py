@@ -7,6 +7,7 @@ the number of calls is kept beside every percentile.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ MAX_SECONDS = 120.0
 # The fewest calls of a kind, however short the time.
 _FEWEST_CALLS = 3
 _GUIDANCE = 2.0
+# Of each way to divide a batch, at most.
+_SPLIT_TURNS = 5
 
 Progress = Callable[[int, int], None]
 
@@ -73,6 +76,7 @@ def calibrate(
         for plan in chosen
         for guides in guided
     }
+    splits = choose_splits(sampler, calls, clock=clock, max_seconds=max_seconds / 4)
     LOGGER.info("warm-up, two calls of each of %d kinds", len(calls))
     expected = {}
     for kind, call in calls.items():
@@ -85,7 +89,34 @@ def calibrate(
         seconds[kind].append(_seconds(calls[kind], clock))
         if progress is not None:
             progress(done, len(order))
-    return Calibration(identity, {kind: Latency.of(each) for kind, each in seconds.items()})
+    return Calibration(identity, {kind: Latency.of(each) for kind, each in seconds.items()}, splits=splits)
+
+
+def choose_splits(
+    sampler: Sampler, calls: Mapping[RunKind, Callable[[], Any]], *, clock: Callable[[], float], max_seconds: float
+) -> dict[int, int]:
+    """Into how many parts batches are best divided, by the network's rows; they are divided so from now on. Empty where
+    they cannot be. Of each number of rows the plan with the fewest evaluations is called, forms taking turns."""
+    splits = sampler.runner.loop.splits
+    if splits is None:
+        return {}
+    shortest: dict[int, RunKind] = {}
+    for kind in sorted(calls, key=lambda kind: sampler.plans[kind.plan].num_evaluations):
+        shortest.setdefault(kind.batch_size * (2 if kind.guided else 1), kind)
+    cases = {rows: kind for rows, kind in sorted(shortest.items()) if len(splits.choices(rows)) > 1}
+    for rows, kind in cases.items():
+        seconds: dict[int, list[float]] = {parts: [] for parts in splits.choices(rows)}
+        end = clock() + max_seconds / len(cases)
+        for turn in range(_SPLIT_TURNS):
+            for parts, measured in seconds.items():
+                splits.measured[rows] = parts
+                calls[kind]()  # It makes the sessions of this form: those of another are not kept.
+                measured += [_seconds(calls[kind], clock) for _ in range(_FEWEST_CALLS)]
+            if turn and clock() > end:
+                break
+        splits.measured[rows] = min(seconds, key=lambda parts: statistics.median(seconds[parts]))
+        LOGGER.info("%d rows are evaluated in parts: %d", rows, splits.measured[rows])
+    return {rows: splits.measured[rows] for rows in cases}
 
 
 def allot(seconds: Mapping[RunKind, float], *, repeats: int, max_seconds: float) -> dict[RunKind, int]:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 from skipstep.calls.trajectory import Progress
 from skipstep.errors import check_callable, check_integer
 from skipstep.kernels.layout import StepFlags
-from skipstep.latency.calibration import Calibration
+from skipstep.latency.calibration import Calibration, stored_calibration
 from skipstep.latency.identity import DeviceIdentity
 from skipstep.latency.measure import calibrate as measure_latencies
-from skipstep.loops.contract import Sampler
+from skipstep.loops.contract import Loop, Sampler
 from skipstep.plans.plan import Plan
 from skipstep.reporting import LOGGER
 
@@ -45,7 +45,8 @@ def calibrate(
 ) -> Calibration:
     """Measure whole calls, p50, p90 and p99, of every plan and batch size on this device (skipstep.latency.measure).
 
-    Latencies that were measured before and are not measured now stay.
+    On the CPU it first finds out whether a batch is best evaluated as a whole or in parts, one for each core. What was
+    measured before and is not measured now stays.
     """
     fresh = measure_latencies(
         engine,
@@ -78,10 +79,23 @@ def autotune(engine: Tunable, *, repeats: int = 20, progress: Progress | None = 
         tuned.append(measured.tune_on_device(case, flags, device=device, lock=CAPTURE_LOCK, repeats=repeats))
         if progress is not None:
             progress(len(tuned), len(cases))
-    _keep(engine, Calibration(engine.identity(), {}, tuple(tuned)))
-    engine.runner.loop.use_launches({each.case: each.launch for each in tuned})
+    _use(_keep(engine, Calibration(engine.identity(), {}, tuple(tuned))), engine.runner.loop)
     engine.prepare()
     return tuple(tuned)
+
+
+def use_stored(calibrations: bytes, identity: DeviceIdentity, loop: Loop) -> Calibration | None:
+    """This device's calibration of a bundle's, and the loop made to run as was found best. Raises BundleError."""
+    found = stored_calibration(calibrations, identity)
+    if found is not None:
+        _use(found, loop)
+    return found
+
+
+def _use(calibration: Calibration, loop: Loop) -> None:
+    loop.use_launches({each.case: each.launch for each in calibration.launches})
+    if loop.splits is not None:
+        loop.splits.measured.update(calibration.splits)
 
 
 def _keep(engine: Tunable, fresh: Calibration) -> Calibration:

@@ -48,6 +48,7 @@ class CudaLoop:
     """
 
     any_batch = False
+    splits = None
     placement: str | None = None
 
     def __init__(

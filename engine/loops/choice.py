@@ -15,6 +15,7 @@ from skipstep.networks.spec import NetworkSpec, network_batch_sizes
 
 if TYPE_CHECKING:
     from skipstep.backends.denoiser import Denoiser, DeviceDenoiser, MakeDenoiser
+    from skipstep.backends.processor import Splits
     from skipstep.cuda.device import Device
 
 FORMS: Mapping[str, tuple[str, ...]] = {"cpu": ("stepwise",), "cuda": ("captured", "step_graph", "stepwise")}
@@ -40,17 +41,19 @@ def make_loop(
     precision: str = "float32",
     reference: Callable[[], Denoiser] | None = None,
     ready: bool = False,
+    splits: Splits | None = None,
 ) -> Loop:
     """The loop of a network on the CPU, or on the GPU `device`. `required` refuses any form but `form`.
 
     `reference` makes a denoiser of two samples in host memory, with which those on the GPU, in `precision`, are
     compared (skipstep.loops.agreement). Raises ExportError where they disagree. On the CPU `ready` makes the denoisers
-    of all batch sizes at once, not when they are first needed.
+    of all batch sizes at once, not when they are first needed; `splits` are the target's.
     """
     if device is None:
         from skipstep.loops.stepwise import HostLoop
 
-        return HostLoop(make, network, ready=network_batch_sizes(network, batch_sizes) if ready else ())
+        made = network_batch_sizes(network, batch_sizes) if ready else ()
+        return HostLoop(make, network, ready=made, splits=splits)
     from skipstep.loops.agreement import NetworkProbe
     from skipstep.loops.captured import CudaLoop
     from skipstep.loops.programs import LADDER

@@ -27,6 +27,7 @@ from skipstep.plans.plan import Plan
 from skipstep.plans.stages import Stages
 
 if TYPE_CHECKING:
+    from skipstep.backends.processor import Splits
     from skipstep.kernels.autotune import LaunchCase
     from skipstep.kernels.launch import StepLaunch
 
@@ -158,13 +159,16 @@ class Mix(Protocol):
 class Loop(Protocol):
     """`name` is the form that was requested, `device` torch's name of the device ("cpu", "cuda:0"), `device_name` the
     GPU's own, None on the CPU. `any_batch`: it takes every batch size. `reports`: how each structure of plans runs.
-    `placement`: which of the network's nodes run on the device, for backends that tell, once a call has been made."""
+    `placement`: which of the network's nodes run on the device, for backends that tell, once a call has been made.
+    `splits`: how batches are divided over the processor, None on a GPU."""
 
     name: str
     device: str
     device_name: str | None
     any_batch: bool
 
+    @property
+    def splits(self) -> Splits | None: ...
     @property
     def reports(self) -> tuple[LoopReport, ...]: ...
     @property

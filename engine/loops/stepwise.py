@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipstep.backends.denoiser import Denoiser, MakeDenoiser
+from skipstep.backends.processor import Splits
 from skipstep.calls.conditioning import Conditioning, call_conditioning
 from skipstep.calls.noise import StageNoise, initial_state
 from skipstep.calls.request import SampleRequest
@@ -48,8 +49,10 @@ class HostLoop:
     any_batch = True
     reports: tuple[LoopReport, ...] = ()
 
-    def __init__(self, make: MakeDenoiser, network: NetworkSpec, *, ready: Sequence[int] = ()) -> None:
-        self._make, self._network = make, network
+    def __init__(
+        self, make: MakeDenoiser, network: NetworkSpec, *, ready: Sequence[int] = (), splits: Splits | None = None
+    ) -> None:
+        self._make, self._network, self.splits = make, network, splits or Splits()
         self._free: list[Denoiser] = [make(size) for size in ready][-MAX_FREE_BUFFERS:]
         self._lock = threading.Lock()
 

@@ -36,7 +36,8 @@ def loaded(monkeypatch) -> list[str]:
 
 
 def draw(bundle=SHIPPED_BUNDLE) -> np.ndarray:
-    with skipstep.load(bundle, backend="onnxruntime", allow_hard_links=True) as engine:
+    """Of one thread: no batch is divided, for which there would be another session."""
+    with skipstep.load(bundle, backend="onnxruntime", num_threads=1, allow_hard_links=True) as engine:
         return engine.sample(steps=10, seeds=[1, 2], class_labels=[0, 1], guidance_scale=2.0)
 
 
