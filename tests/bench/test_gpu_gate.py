@@ -166,15 +166,15 @@ def test_all_limits_together_stay_below_ten_minutes():
 def test_a_task_that_hangs_is_ended_with_all_that_it_started(tmp_path):
     script = "import subprocess, sys, time\nprint('begun', flush=True)\n"
     script += f"subprocess.Popen([sys.executable, '-c', {WRITES_LATE!r}, {str(tmp_path / 'late')!r}])\ntime.sleep(60)"
-    ended = run_limited([sys.executable, "-c", script], seconds=2, environment=os.environ, log=tmp_path / "log")
+    ended = run_limited([sys.executable, "-c", script], seconds=1, environment=os.environ, log=tmp_path / "log")
     assert ended.status is None
     assert ended.seconds < 20
     assert "begun" in ended.tail
-    time.sleep(4)
+    time.sleep(2)
     assert not (tmp_path / "late").exists()
 
 
-WRITES_LATE = "import sys, time; time.sleep(5); open(sys.argv[1], 'w')"
+WRITES_LATE = "import sys, time; time.sleep(2.5); open(sys.argv[1], 'w')"
 
 
 def test_a_group_of_tests_is_right_only_if_some_passed_and_none_failed(tmp_path):

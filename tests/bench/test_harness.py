@@ -191,6 +191,7 @@ def benchmarked(model, tmp_path_factory):
     return done, folder / "out.json"
 
 
+@pytest.mark.slow
 def test_the_plugin_runs_anywhere_with_one_benchmark_a_contender(benchmarked):
     done, out = benchmarked
     assert done.returncode == 0, done.stdout + done.stderr

@@ -45,9 +45,8 @@ def test_the_rule():
     assert kernels_of(torch.ops.aten.view.default, ()) == 0
 
 
-@pytest.mark.parametrize(
-    "model", [pytest.param(each, marks=[pytest.mark.slow] if each == "cifar10-architecture" else []) for each in MOST]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MOST)
 def test_no_change_adds_a_launch(model, tmp_path):
     found = torch_counts(open_subject(model, folder=tmp_path)).values()
     for counted_kernels, most in zip((each.kernels.total() for each in found), MOST[model], strict=True):

@@ -74,11 +74,11 @@ def test_another_devices_latencies_do_not_count(bundle):
     assert load(bundle).calibration is None
     add_calibration(bundle, measured(bundle), digest=digest(bundle))
     assert load(bundle).calibration.identity == HERE
-    one_thread = dataclasses.replace(HERE, threads=1)
-    add_calibration(bundle, measured(bundle, identity=one_thread), digest=digest(bundle))
-    assert load(bundle, num_threads=1).calibration.identity == one_thread
+    more_threads = dataclasses.replace(HERE, threads=HERE.threads + 1)
+    add_calibration(bundle, measured(bundle, identity=more_threads), digest=digest(bundle))
+    assert load(bundle, num_threads=more_threads.threads).calibration.identity == more_threads
     held = read_calibrations((bundle / FILE_NAME).read_bytes())
-    assert [each.identity for each in held] == [elsewhere, HERE, one_thread]
+    assert [each.identity for each in held] == [elsewhere, HERE, more_threads]
 
 
 def test_measuring_again_replaces_and_adds(bundle):

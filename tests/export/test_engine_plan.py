@@ -23,7 +23,7 @@ def step():
     return expand_weights(bundle.read_graph(bundle.manifest.graphs["step"]))
 
 
-@pytest.mark.parametrize("form", MOST)
+@pytest.mark.parametrize("form", [pytest.param("float32", marks=pytest.mark.slow), "float16"])
 def test_no_change_adds_a_launch(step, form):
     pytest.importorskip("tensorrt_rtx")
     from engine_builds import build
@@ -35,6 +35,7 @@ def test_no_change_adds_a_launch(step, form):
     assert sum(counted.values()) <= MOST[form]
 
 
+@pytest.mark.slow
 def test_a_profile_has_the_kernels_of_an_engine_of_its_size_alone(step):
     """And all profiles together the weights once."""
     pytest.importorskip("tensorrt_rtx")

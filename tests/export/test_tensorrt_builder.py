@@ -176,7 +176,8 @@ def test_a_crash_of_the_library_is_an_error(shadow, code, message):
 
 
 # The second while the engine is on its way: it is larger than a pipe, and nobody reads during a report.
-@pytest.mark.parametrize("moment", [pytest.param(("Building engine", 0), marks=pytest.mark.slow), ("build", 1)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [("Building engine", 0), ("build", 1)])
 def test_a_builder_killed_half_way(step_graph, moment):
     before = children()
 

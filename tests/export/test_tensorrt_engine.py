@@ -82,6 +82,7 @@ def test_a_step_network_for_each_architecture(step_graph, sm):
     assert phases[-1] == ("build", 1, 1)
 
 
+@pytest.mark.slow
 def test_batch_sizes_build_the_same_bytes_each_time(step_graph):
     first, second = (build(step_graph, batch_sizes=(2,)) for _ in range(2))
     assert first.engine == second.engine

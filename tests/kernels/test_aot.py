@@ -105,6 +105,7 @@ def test_generated_code(arch):
     check_accesses(steps, own=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", architectures(90))
 def test_generated_code_of_samples_at_their_own_stages_and_in_other_orders(arch):
     facts = compiled("compile_steps.py", arch, "forms")

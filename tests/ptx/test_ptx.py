@@ -132,6 +132,7 @@ CHANGES = [
 ]
 
 
+@pytest.mark.slow
 def test_single_changes_of_a_kernel_are_noticed():
     """Each change of one instruction, in a kernel that uses every part of the step, must leave other bits or be an
     access that the memory refuses."""
@@ -152,6 +153,7 @@ NORM_CHANGES = [
 ]
 
 
+@pytest.mark.slow
 def test_single_changes_of_norms_are_noticed():
     """In a norm of one launch and in both kernels of one of two."""
     found = run("--changes", *(f"{a}={b}" for a, b in NORM_CHANGES), script="run_norms.py")

@@ -65,6 +65,7 @@ def test_shifts_move_whole_pixels_and_keep_them_all():
     assert (moved == 1).sum() == 200
 
 
+@pytest.mark.slow
 def test_the_training_script_writes_what_the_loader_reads(tmp_path):
     write_fashion_mnist(tmp_path / "data", train=256, test=64)
     out = tmp_path / "classifier.safetensors"
