@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, Target
 from skipstep.backends.early import EarlyParts, graph_failed
-from skipstep.backends.prefetch import Lazy, Shared
+from skipstep.backends.prefetch import Lazy
 from skipstep.backends.processor import Splits, has_vnni, num_threads, processor, thread_limit
 from skipstep.calls.conditioning import Conditioning
 from skipstep.errors import ExportError, SkipstepError
@@ -75,19 +75,18 @@ class EarlyGraphs(EarlyParts):
 class Parts:
     """Runs parts of a batch side by side: one on the calling thread, the others on threads of its own.
 
-    A session without threads serves as many as there are cores, and is made when the first batch is divided; fewer
-    parts share the `whole` session's threads.
+    A session without threads serves as many as there are cores, and calls that come at once. It is made when it is
+    first needed; fewer parts share the `whole` session's threads.
     """
 
     def __init__(self, splits: Splits, whole: LazySession, make: Callable[[], onnxruntime.InferenceSession]) -> None:
-        self.splits, self._whole = splits, whole
-        self._single: Shared[onnxruntime.InferenceSession] = Shared(lambda threads: make())
+        self.splits, self._whole, self._single = splits, whole, Lazy(make)
         self._pool = Lazy(lambda: _new_pool(splits.num_threads))
 
     def session(self, parts: int) -> onnxruntime.InferenceSession:
-        if 1 < self.splits.num_threads <= parts:
+        if self.splits.crowded or 1 < self.splits.num_threads <= parts:
             try:
-                return self._single.get(1)
+                return self._single.get()
             except (SkipstepError, OSError) as error:  # Such as a bundle that is not there any more.
                 from skipstep.reporting import LOGGER  # It imports logging, which nothing else on the way does.
 
@@ -172,10 +171,10 @@ class OnnxRuntimeDenoiser:
 
     def _divide(self, parts: Parts) -> None:
         wanted = parts.splits.parts(self.batch_size)
-        if len(self._runs) != wanted:
-            session = parts.session(wanted)
+        session = parts.session(wanted)
+        if session is not self._session or len(self._runs) != wanted:
             slices = Splits.slices(self.batch_size, wanted)
-            self._runs = [self._bound(session, rows) for rows in slices]
+            self._session, self._runs = session, [self._bound(session, rows) for rows in slices]
 
 
 def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:

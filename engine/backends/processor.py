@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
+import threading
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -84,17 +87,35 @@ class Splits:
         p parts    p runs side by side, each on p-th of the rows and of the threads: none waits at every operator
 
     Numbers are the same, and which form is faster is measured: `measured` holds what `calibrate` found. What was not
-    measured is divided by threads where these are few; many would each read all weights for a row or two.
+    measured is divided by threads where these are few; many would each read all weights for a row or two. With as many
+    `calls` at once as threads, nothing is divided: each call has a thread of its own.
     `num_threads`: of a backend that can divide; 1 of any other.
     """
 
     def __init__(self) -> None:
         self.num_threads = 1
         self.measured: dict[int, int] = {}
+        self._calls = 0
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """A call that is being drawn."""
+        with self._lock:
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls -= 1
+
+    @property
+    def crowded(self) -> bool:
+        return 1 < self.num_threads <= self._calls
 
     def parts(self, rows: int) -> int:
         by_rule = self.num_threads if self.num_threads <= _FEW_THREADS and rows % self.num_threads == 0 else 1
-        return min(rows, self.measured.get(rows) or by_rule)
+        return 1 if self.crowded else min(rows, self.measured.get(rows) or by_rule)
 
     def choices(self, rows: int) -> list[int]:
         """The numbers of parts to measure: those that divide rows and threads evenly. All others are slower."""

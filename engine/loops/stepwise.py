@@ -71,6 +71,7 @@ class HostLoop:
     @contextlib.contextmanager
     def start(self, stages: Stages, request: SampleRequest, *, keep_x0: bool = False) -> Iterator[Run]:
         with contextlib.ExitStack() as held:
+            held.enter_context(self.splits.call())
             denoiser = held.enter_context(self.buffers(request.num_copies * request.num_samples))
             walk = Walk(
                 denoiser.compute,
@@ -245,7 +246,7 @@ class HostMix:
     def advance(self, chosen: Sequence[tuple[Walk, int]]) -> None:
         widths = [walk.rows[stage] for walk, stage in chosen]
         parts = [slice(end - width, end) for end, width in zip(np.cumsum(widths), widths, strict=True)]
-        with self._loop.buffers(sum(widths)) as denoiser:
+        with self._loop.splits.call(), self._loop.buffers(sum(widths)) as denoiser:
             for part, width, (walk, _) in zip(parts, widths, chosen, strict=True):
                 denoiser.input[part] = walk.input[:width]
             denoiser.new_context()(_MixedInputs(chosen), 0)

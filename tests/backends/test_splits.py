@@ -93,6 +93,25 @@ def test_many_callers_of_divided_batches_draw_what_one_draws(engine):
         np.testing.assert_array_equal(each, alone)
 
 
+def test_as_many_calls_as_threads_have_a_thread_each(engine):
+    splits = engine.runner.loop.splits
+    alone = engine.sample(**ROWS)
+
+    with splits.call():
+        assert (splits.crowded, splits.parts(4)) == (False, 2)
+        with splits.call():
+            assert (splits.crowded, splits.parts(4)) == (True, 1)
+            np.testing.assert_array_equal(engine.sample(**ROWS), alone)
+            crowded = engine.runner.loop._free[-1]._session
+        np.testing.assert_array_equal(
+            engine.sample(**{**ROWS, "seeds": range(3), "class_labels": [0, 1, 2]}), alone[:3]
+        )
+        np.testing.assert_array_equal(engine.sample(**ROWS), alone)
+    assert not splits.crowded
+    assert crowded.get_session_options().intra_op_num_threads == 1
+    assert engine.runner.loop._free[-1]._session is crowded  # It serves the parts of a divided batch, too.
+
+
 def test_what_fails_in_a_part_is_raised_once_the_others_have_ended(engine):
     engine.sample(**ROWS)
     denoiser = engine.runner.loop._free[-1]
