@@ -267,7 +267,7 @@ def build_network(
         target = replace(target, check=check)
     make = chosen.denoisers(source, target)
     if chosen.loads_bundles and cuda is None and not chosen.compiles_late:
-        with source.blamed():
+        with source.blamed(), target.splits.undivided():
             NetworkProbe.of(reference(), network).check(make(2), precision=compared_in)
     made = make_loop(
         make,

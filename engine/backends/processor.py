@@ -109,6 +109,15 @@ class Splits:
             with self._lock:
                 self._calls -= 1
 
+    @contextlib.contextmanager
+    def undivided(self) -> Iterator[None]:
+        """Batches stay whole: only then does it show that a network mixes the samples of a batch."""
+        threads, self.num_threads = self.num_threads, 1
+        try:
+            yield
+        finally:
+            self.num_threads = threads
+
     @property
     def crowded(self) -> bool:
         return 1 < self.num_threads <= self._calls

@@ -112,6 +112,13 @@ def test_as_many_calls_as_threads_have_a_thread_each(engine):
     assert engine.runner.loop._free[-1]._session is crowded  # It serves the parts of a divided batch, too.
 
 
+def test_nothing_is_divided_while_a_network_is_compared(engine):
+    splits = engine.runner.loop.splits
+    with splits.undivided():
+        assert splits.parts(4) == 1
+    assert splits.parts(4) == 2
+
+
 def test_what_fails_in_a_part_is_raised_once_the_others_have_ended(engine):
     engine.sample(**ROWS)
     denoiser = engine.runner.loop._free[-1]

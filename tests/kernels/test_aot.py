@@ -105,8 +105,7 @@ def test_generated_code(arch):
     check_accesses(steps, own=False)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", architectures(90))
+@pytest.mark.parametrize("arch", architectures())
 def test_generated_code_of_samples_at_their_own_stages_and_in_other_orders(arch):
     facts = compiled("compile_steps.py", arch, "forms")
     steps, placed = by_case(facts["steps"]), by_case(facts["placed"])
