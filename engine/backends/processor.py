@@ -124,7 +124,8 @@ class Splits:
 
     def parts(self, rows: int) -> int:
         by_rule = self.num_threads if self.num_threads <= _FEW_THREADS and rows % self.num_threads == 0 else 1
-        return 1 if self.crowded else min(rows, self.measured.get(rows) or by_rule)
+        whole = self.num_threads == 1 or self.crowded
+        return 1 if whole else min(rows, self.measured.get(rows) or by_rule)
 
     def choices(self, rows: int) -> list[int]:
         """The numbers of parts to measure: those that divide rows and threads evenly. All others are slower."""

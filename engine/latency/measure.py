@@ -110,7 +110,7 @@ def choose_splits(
         for turn in range(_SPLIT_TURNS):
             for parts, measured in seconds.items():
                 splits.measured[rows] = parts
-                calls[kind]()  # It may load what this form needs, and the other form's threads come to rest.
+                calls[kind]()  # Not counted: a session may be loaded, and the other form's threads still spin.
                 measured += [_seconds(calls[kind], clock) for _ in range(_FEWEST_CALLS)]
             if turn and clock() > end:
                 break
