@@ -89,7 +89,7 @@ def settled(threads: int) -> bool:
 def test_no_thread_outlives_its_engine(closed):
     def use():
         engine = skipstep.load(SHIPPED_BUNDLE, allow_hard_links=True, num_threads=2)
-        engine.sample_async(steps=10, seeds=0, class_labels=0).result()
+        engine.sample_async(steps=10, seeds=[0, 1], class_labels=0).result()  # Two rows: a thread each.
         if closed:
             engine.close()
 
