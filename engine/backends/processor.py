@@ -14,7 +14,7 @@ from pathlib import Path
 
 # Of /proc/cpuinfo: the model, and the instructions that it has (flags on x86, Features on ARM).
 _FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "CPU part", "Features")
-# Of two threads every case that was measured is faster in two parts (bench/results/README.md); of many none was.
+# With two threads every batch that was measured is faster in two parts (bench/results/README.md); more were not measured.
 _FEW_THREADS = 4
 
 
@@ -84,7 +84,7 @@ class Splits:
     """Into how many parts a batch is divided, by its rows: the network is evaluated on all of them at once.
 
         1 part     one run, each of whose operators is divided over all threads
-        p parts    p runs side by side, each on p-th of the rows and of the threads: none waits at every operator
+        p parts    p runs side by side, each on a p-th of the rows and threads: none waits at every operator
 
     Numbers are the same, and which form is faster is measured: `measured` holds what `calibrate` found. What was not
     measured is divided by threads where these are few; many would each read all weights for a row or two. With as many
