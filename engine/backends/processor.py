@@ -14,7 +14,7 @@ from pathlib import Path
 
 # Of /proc/cpuinfo: the model, and the instructions that it has (flags on x86, Features on ARM).
 _FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "CPU part", "Features")
-# With two threads every batch that was measured is faster in two parts (bench/results/README.md); more were not measured.
+# With two threads every batch that was measured is faster in two parts (bench/results/README.md). More were not tried.
 _FEW_THREADS = 4
 
 
