@@ -120,7 +120,10 @@ class _StoredSplit:
 
 def _read_splits(value: Any, where: str) -> dict[int, int]:
     stored: tuple[_StoredSplit, ...] = read_value(tuple[_StoredSplit, ...], value, where)
-    return {each.rows: each.parts for each in stored}
+    splits = {each.rows: each.parts for each in stored}
+    if len(splits) != len(stored):
+        raise malformed(where, "two divisions of one batch")
+    return splits
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,7 @@ class Calibration:
                 expected="one launch a case",
                 remedy="tune the launches again on this device",
             )
+        object.__setattr__(self, "launches", tuple(sorted(self.launches, key=lambda each: astuple(each.case))))
         for name in ("latencies", "splits"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
@@ -179,7 +183,7 @@ class Calibration:
         return {
             "identity": self.identity.to_json(),
             "latencies": [{**kind._asdict(), **asdict(each)} for kind, each in sorted(self.latencies.items())],
-            "launches": [each.to_json() for each in sorted(self.launches, key=lambda each: astuple(each.case))],
+            "launches": [each.to_json() for each in self.launches],
             "splits": [{"rows": rows, "parts": parts} for rows, parts in sorted(self.splits.items())],
         }
 

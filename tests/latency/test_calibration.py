@@ -39,6 +39,7 @@ def a_calibration() -> Calibration:
             RunKind(OTHER, 16, False): Latency(10.5, 20.25, 1e4, 1000),
         },
         (LAUNCH, TunedLaunch(LaunchCase(3072, 8, "float16"), StepLaunch(1024, 4))),
+        {4: 2, 32: 2},
     )
 
 
@@ -130,7 +131,12 @@ def test_what_is_wrong_is_named(path, value, said):
 
 @pytest.mark.parametrize(
     ("path", "said"),
-    [(("calibrations",), "one device"), (LATENCY[:-1], "one run"), ((*ENTRY, "launches"), "one case")],
+    [
+        (("calibrations",), "one device"),
+        (LATENCY[:-1], "one run"),
+        ((*ENTRY, "launches"), "one case"),
+        ((*ENTRY, "splits"), "one batch"),
+    ],
 )
 def test_nothing_is_said_twice(path, said):
     twice = contents()
@@ -138,6 +144,12 @@ def test_nothing_is_said_twice(path, said):
     items.append(copy.deepcopy(items[0]))
     with pytest.raises(BundleError, match=said):
         read_calibrations(json.dumps(twice).encode())
+
+
+def test_the_order_of_launches_says_nothing():
+    reversed_launches = contents()
+    at(reversed_launches, (*ENTRY, "launches")).reverse()
+    assert read_calibrations(json.dumps(reversed_launches).encode()) == (a_calibration(),)
 
 
 @given(random_changes(contents()))
