@@ -26,10 +26,14 @@ class Attention(nn.Module):
         return self.after(nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(1, 64, -1))
 
 
-def graph_of(dtype: torch.dtype, *sizes: int) -> bytes:
-    file, x = io.BytesIO(), torch.zeros(1, 64, 32, dtype=dtype)
-    torch.onnx.export(Attention(*sizes).eval().to(dtype), (x,), file, dynamo=False, opset_version=20)
+def exported(module: nn.Module, x: torch.Tensor) -> bytes:
+    file = io.BytesIO()
+    torch.onnx.export(module.eval().to(x.dtype), (x,), file, dynamo=False, opset_version=20)
     return file.getvalue()
+
+
+def graph_of(dtype: torch.dtype, *sizes: int) -> bytes:
+    return exported(Attention(*sizes), torch.zeros(1, 64, 32, dtype=dtype))
 
 
 HALF, FULL = torch.float16, torch.float32
@@ -70,3 +74,31 @@ def test_an_attention_is_one_kernel_while_its_products_are_in_half_precision(kin
     low = {name: each for name, each in layers.items() if name not in products[one_product:]}
     [plan] = launches(build(quantize(half, low, kind), 89).engine)
     assert any(each.name.startswith("_gemm_mha") for each in plan) is not one_product
+
+
+class Norm(nn.Module):
+    """A group norm written out, as networks in half precision have it, and its activation."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values = x.float().reshape(x.shape[0], 4, -1)
+        centred = values - values.mean(2, keepdim=True)
+        scaled = centred / torch.sqrt(centred.square().mean(2, keepdim=True) + 1e-5)
+        return nn.functional.silu(scaled.reshape(x.shape)).to(x.dtype)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_centring_a_convolution_takes_no_kernel_of_its_own():
+    """What subtracts the centre rounds, too, and what adds the constant for it is the norm behind the convolution."""
+    pytest.importorskip("tensorrt_rtx")
+    from engine_builds import build
+
+    first, middle, last = (nn.Conv2d(*channels, 3, padding=1) for channels in ((8, 32), (32, 32), (32, 8)))
+    half = exported(nn.Sequential(first, Norm(), middle, Norm(), last), torch.zeros(2, 8, 16, 16, dtype=HALF))
+    [(layer, values)] = find_layers(half).items()
+    low = quantize(half, {layer: dict.fromkeys(values, (-0.3, 4.0))}, "int8")
+    [of_half], [of_low] = (launches(build(graph, 89).engine) for graph in (half, low))
+    assert len(of_low) == len(of_half)
+    [rounding] = [each.nodes for each in of_low if any(node.endswith("/centred/int8") for node in each.nodes)]
+    [adding] = [each.nodes for each in of_low if any(node.endswith("/whole") for node in each.nodes)]
+    assert any(node.endswith("/centred") for node in rounding)
+    assert any("ReduceMean" in node for node in adding)
