@@ -2,7 +2,7 @@
 
 With fixed shapes the step is up to 1.6 times as fast as with an open batch size, so each batch size in use has a
 compiled model of its own. A model that was compiled once is kept on disk, under what it depends on, and is compared
-with the reference network before it is kept.
+with the reference network before it is kept; one with weights beside its graph, a gigabyte and more, is not kept.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from skipstep.backends.prefetch import Lazy, Shared
 from skipstep.calls.conditioning import Conditioning
 from skipstep.networks.condition import MAX_ELEMENTS
 from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs, Values, fill_buffers
+from skipstep.networks.large_graph import weights_of
 from skipstep.networks.spec import NetworkSpec
 
 __all__ = ["capabilities", "denoisers"]
@@ -79,7 +80,7 @@ class StepModels:
 
     def _kept_or_compiled(self, batch_size: int) -> Any:
         graph, precision, slot = self._graph.get(), self._target.precision, None
-        if self._target.keep is not None:
+        if self._target.keep is not None and not weights_of(graph):
             parts = key_parts(hashlib.sha256(graph).digest(), self._config, batch_size)
             slot = self._target.keep(f"OpenVINO model in {precision}, batch size {batch_size}", parts)
             data = slot.get()

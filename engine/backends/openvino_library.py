@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from skipstep.backends.processor import processor, thread_limit
 from skipstep.errors import DeviceUnavailableError, ExportError
-from skipstep.networks.large_graph import weights_of
+from skipstep.networks.large_graph import weights_as_inputs, weights_of
 
 _TELEMETRY: Final = "openvino_telemetry"
 _IMPORT_LOCK = threading.Lock()
@@ -70,15 +70,20 @@ def check_precision(precision: str) -> None:
 
 
 def read_model(graph: bytes, batch_size: int | None = None) -> Any:
-    """A model of a serialised ONNX graph, of fixed shapes if `batch_size` is given. Raises ExportError."""
-    openvino()
-    if size := sum(each.nbytes for each in weights_of(graph).values()):
-        raise _refused(f"{size / 1e9:.1f} GB of weights are more than it takes from memory")
+    """A model of a serialised ONNX graph, of fixed shapes if `batch_size` is given. Raises ExportError.
+
+    Weights beside the graph are shared, not copied: the library reads an input for each, which a constant replaces.
+    """
+    ov, weights = openvino(), weights_of(graph)
     frontend = importlib.import_module("openvino.frontend")
     try:
         # The reader of ONNX alone: left to itself, the library offers the bytes to the readers of every format.
         reader = frontend.FrontEndManager().load_by_framework("onnx")
-        model = reader.convert(reader.load(io.BytesIO(graph)))
+        model = reader.convert(reader.load(io.BytesIO(weights_as_inputs(graph))))
+        for each in model.get_parameters():
+            if (array := weights.get(each.get_friendly_name())) is not None:
+                each.output(0).replace(ov.op.Constant(array, shared_memory=True).output(0))
+                model.remove_parameter(each)
         if batch_size is not None:
             model.reshape({each: [batch_size, *list(each.partial_shape)[1:]] for each in model.inputs})
     except Exception as error:  # OpenVINO's exceptions share no public base class but Exception.

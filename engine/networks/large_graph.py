@@ -25,8 +25,8 @@ _ELEMENTS: Mapping[str, int] = {
     "float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "float64": 11,
     "bfloat16": 16,
 }  # fmt: skip
-# The fields that are read and written here: ModelProto.graph and GraphProto.initializer.
-_GRAPH, _INITIALIZER = 7, 5
+# The fields that are read and written here: ModelProto.graph, GraphProto.initializer and GraphProto.input.
+_GRAPH, _INITIALIZER, _INPUT = 7, 5, 11
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -69,6 +69,13 @@ def with_weights(model: bytes, weights: Weights) -> LargeGraph:
     return LargeGraph(model + _field(_GRAPH, tensors), weights)
 
 
+def weights_as_inputs(graph: bytes) -> bytes:
+    """The model with an input, of its type and shape, in the place of each weight beside it."""
+    weights = weights_of(graph)
+    inputs = (_field(_INPUT, _field(1, name.encode()) + _input_type(array)) for name, array in weights.items())
+    return without_stored_weights(graph) + _field(_GRAPH, b"".join(inputs)) if weights else graph
+
+
 def without_stored_weights(model: bytes) -> bytes:
     """The model without the initializers that mention a file. Raises ValueError for what is no protobuf message.
 
@@ -85,12 +92,21 @@ def without_stored_weights(model: bytes) -> bytes:
 
 
 def _tensor(name: str, array: NDArray[Any]) -> bytes:
-    element = _ELEMENTS.get(array.dtype.name)
-    if element is None:
+    if array.dtype.name not in _ELEMENTS:
         raise ValueError(f"{name!r} is of dtype {array.dtype}")
     location = _field(13, _field(1, LOCATION) + _field(2, NO_FILE.encode()))
     dims = b"".join(b"\x08" + _varint(size) for size in array.shape)
-    return dims + b"\x10" + _varint(element) + _field(8, name.encode()) + location + b"\x70\x01"
+    return dims + b"\x10" + _element(array) + _field(8, name.encode()) + location + b"\x70\x01"
+
+
+def _input_type(array: NDArray[Any]) -> bytes:
+    """ValueInfoProto.type of a tensor."""
+    dims = b"".join(_field(1, b"\x08" + _varint(size)) for size in array.shape)
+    return _field(2, _field(1, b"\x08" + _element(array) + _field(2, dims)))
+
+
+def _element(array: NDArray[Any]) -> bytes:
+    return _varint(_ELEMENTS[array.dtype.name])
 
 
 def _field(number: int, content: bytes) -> bytes:

@@ -12,6 +12,7 @@ import engines
 import numpy as np
 import onnx
 import pytest
+import tolerances
 import torch
 from bundle_cases import make
 from engine_builds import model
@@ -84,8 +85,8 @@ def copy(apart, tmp_path):
     return Path(shutil.copytree(apart, tmp_path / "bundle"))
 
 
-def drawn(folder: Path) -> np.ndarray:
-    with load(folder, backend="onnxruntime") as engine:
+def drawn(folder: Path, backend: str = "onnxruntime") -> np.ndarray:
+    with load(folder, backend=backend) as engine:
         return engine.sample(steps=2, seeds=3)
 
 
@@ -222,9 +223,22 @@ def test_tensorrt_builds_the_same_engine():
         build_engine(bytes(beside), **options)
 
 
-def test_openvino_says_that_it_takes_none():
+def test_openvino_draws_the_same_from_weights_in_memory(whole, apart, copy):
+    pytest.importorskip("openvino")
+    expected = drawn(whole, "openvino")
+    for _ in range(2):
+        np.testing.assert_array_equal(drawn(apart, "openvino"), expected)
+    np.testing.assert_allclose(expected, drawn(whole), atol=tolerances.BACKENDS_AGREE)
+    rewrite(copy, SHARD, save({"w": np.zeros((2, 2), np.float32)}))
+    with pytest.raises(ExportError, match="does not take"):
+        drawn(copy, "openvino")
+
+
+def test_weights_are_no_inputs_of_what_openvino_reads():
     pytest.importorskip("openvino")
     from skipstep.backends.openvino_library import read_model
 
-    with pytest.raises(ExportError, match="backend='onnxruntime'"):
-        read_model(LargeGraph(b"", {"w": np.zeros(1)}))
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
+    weight = np.ones((4, 4), np.float16)
+    graph = LargeGraph(model(node, dtype=TensorProto.FLOAT16, weights=[outside("w", weight)]), {"w": weight})
+    assert [each.get_friendly_name() for each in read_model(graph).get_parameters()] == ["x"]
