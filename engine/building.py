@@ -264,7 +264,7 @@ def build_network(
             with source.blamed():
                 probe.check(denoiser, precision=compared_in)
 
-        target = replace(target, check=check)
+        target = replace(target, check=lambda: check)
     make = chosen.denoisers(source, target)
     if chosen.loads_bundles and cuda is None and not chosen.compiles_late:
         with source.blamed(), target.splits.undivided():

@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from skipstep.backends.denoiser import Denoiser, Precision, Target
@@ -300,17 +301,17 @@ def held_plans(bundle: Bundle, source: BundleSource, compile_on_miss: bool) -> P
     )
 
 
-def _check_with(source: BundleSource, precision: str) -> Callable[[Denoiser], float] | None:
-    """Compares a denoiser with ONNX Runtime; None where that is not installed."""
+def _check_with(source: BundleSource, precision: str) -> Callable[[], Callable[[Denoiser], float]] | None:
+    """Compares a denoiser with what ONNX Runtime predicted before; None where that is not installed."""
     try:
         reference = resolve_backend("onnxruntime", device="cpu", exports=False)
     except MissingDependencyError:
         return None
 
-    def check(denoiser: Denoiser) -> float:
+    def check() -> Callable[[Denoiser], float]:
         from skipstep.loops.agreement import NetworkProbe
 
         probe = NetworkProbe.of(reference.denoisers(source, Target())(2), source.spec)
-        return probe.check(denoiser, precision=precision)
+        return partial(probe.check, precision=precision)
 
     return check

@@ -167,8 +167,9 @@ class Target:
     batch_sizes  of the network, for libraries that compile for all of them at once.
     splits       how batches are divided; a backend on the CPU that can says on how many threads.
     lora         the memory of a network's LoRA inputs by name (skipstep.networks.lora_layers), which swaps write.
-    check        called with a denoiser whose network was compiled anew, before it is kept: compares it with a
-                 reference, and raises ExportError. For backends that compile when a batch size is first needed.
+    check        called before a network is compiled, of which a reference may be in memory until it returns. What it
+                 returns compares a denoiser of it with the reference before it is kept, and raises ExportError. For
+                 backends that compile when a batch size is first needed.
     """
 
     device: str = "cpu"
@@ -179,7 +180,7 @@ class Target:
     library: Library | None = None
     keep: Keep | None = None
     batch_sizes: tuple[int, ...] = ()
-    check: Callable[[Denoiser], object] | None = None
+    check: Callable[[], Callable[[Denoiser], object]] | None = None
     splits: Splits = field(default_factory=Splits)
     lora: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 

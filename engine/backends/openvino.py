@@ -87,9 +87,10 @@ class StepModels:
             compiled = None if data is None else import_model(data, precision, self._config)
             if compiled is not None:
                 return compiled
+        compare = self._target.check() if self._target.check is not None else None
         compiled = compile_model(read_model(graph, batch_size), precision, self._config)
-        if self._target.check is not None:
-            self._target.check(self._denoiser(compiled, batch_size))
+        if compare is not None:
+            compare(self._denoiser(compiled, batch_size))
         if slot is not None:
             slot.put(export_model(compiled))
         return compiled

@@ -114,7 +114,7 @@ def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:
         with _DEVICE_LOCK:
             session = make_session(graph.get(), num_threads=target.num_threads, prepare=prepare)
         if target.check is not None:
-            target.check(denoiser(session, batch_size))
+            target.check()(denoiser(session, batch_size))
         return session
 
     def denoiser(session: onnxruntime.InferenceSession, batch_size: int) -> WebGpuDenoiser:
