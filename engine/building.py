@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Unpack, cast, get_args
 
 from skipstep.backends.denoiser import EIGHT_BITS, Denoiser, Precision, Target
@@ -282,7 +283,9 @@ def build_network(
         ready=chosen.compiles_late,
         splits=target.splits,
     )
-    pipeline = None if parts is None else export_parts(parts, network, num_threads, report, fitted)
+    pipeline = (
+        None if parts is None else export_parts(parts, network, partial(chosen.part, target=target), report, fitted)
+    )
     swapped = fitted if lora_rank else None
     runner = BatchRunner(made, network, sizes, lifecycle, pipeline, None if swapped is None else swapped.gate)
     if fitted is not None:

@@ -263,7 +263,7 @@ def _network_of(
         pipeline = Pipeline(
             spec,
             lambda name: (bundle.read_graph if name.endswith(".onnx") else bundle.read)(name),
-            num_threads=target.num_threads,
+            partial(backend.part, target=target),
         )
     if cuda is None:
         source.step_read.wait()

@@ -47,6 +47,14 @@ EIGHT_BITS = ("int8", "fp8")
 Library = Literal["tensorrt", "tensorrt_rtx"]
 
 
+class RunPart(Protocol):
+    """A graph beside the network, from arrays in host memory to others (skipstep.pipelines.pipeline)."""
+
+    def __call__(self, outputs: Sequence[str], given: Mapping[str, NDArray[Any]]) -> Values:
+        """Outputs by name, from those of the `given` values that the graph reads. Raises ExportError."""
+        ...
+
+
 class Denoiser(Protocol):
     """A network at one batch size N.
 

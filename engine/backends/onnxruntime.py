@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, Target
+from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, RunPart, Target
 from skipstep.backends.early import EarlyParts, graph_failed
 from skipstep.backends.prefetch import Lazy
 from skipstep.backends.processor import Splits, has_vnni, num_threads, processor, thread_limit
@@ -313,6 +314,11 @@ def give_weights(options: onnxruntime.SessionOptions, graph: bytes) -> None:
     if weights:
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
         options.add_external_initializers(list(weights), values)
+
+
+def part(graph: bytes, target: Target, *, decodes: bool, tiled: bool) -> RunPart:
+    """In float32, whatever the target's precision (skipstep.backends.registry.Backend.part)."""
+    return partial(run_session, make_session(graph, num_threads=target.num_threads, before_loop=not decodes))
 
 
 def run_session(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, StepInput, Target
+from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, RunPart, StepInput, Target
 from skipstep.backends.device_step import (
     HOST_DTYPES,
     HostInputs,
@@ -27,12 +28,14 @@ from skipstep.backends.device_step import (
     check_step_tensors,
     copy_row,
 )
-from skipstep.backends.onnxruntime import EarlyGraphs, give_weights
+from skipstep.backends.onnxruntime import EarlyGraphs, give_weights, run_session
+from skipstep.backends.onnxruntime import part as onnxruntime_part
 from skipstep.calls.conditioning import Conditioning
 from skipstep.cuda.probe import cuda_device
 from skipstep.errors import DeviceUnavailableError, ExportError, MissingDependencyError
 from skipstep.networks.graphs import PREDICTION, SAMPLE, StepInputs
 from skipstep.networks.spec import NetworkSpec
+from skipstep.reporting import LOGGER
 
 _PROVIDER = "CUDAExecutionProvider"
 _SESSION_DTYPES: Mapping[str, str] = {
@@ -210,6 +213,18 @@ def denoisers(source: NetworkSource, target: Target, *, cuda_graph: bool = False
     session = make_cuda_session(graph, device=device, stream=target.stream, cuda_graph=cuda_graph, tf32=tf32)
     early = EarlyGraphs(source.before_loop(), source.spec, tables=source.tables)
     return lambda batch_size: OnnxRuntimeCudaDenoiser(session, early, source.spec, batch_size=batch_size)
+
+
+def part(graph: bytes, target: Target, *, decodes: bool, tiled: bool) -> RunPart:
+    """In float32, and in TF32 where the target's precision is less (skipstep.backends.registry.Backend.part). On the
+    CPU, with a warning, where this build of ONNX Runtime has no CUDA provider."""
+    device, tf32 = torch.device(target.device), decodes and target.precision != "float32"
+    try:
+        made = make_cuda_session(graph, device=device, stream=target.stream, tf32=tf32)
+    except MissingDependencyError as error:
+        LOGGER.warning("a part of the pipeline runs on the CPU: %s", error)
+        return onnxruntime_part(graph, target, decodes=decodes, tiled=tiled)
+    return partial(run_session, made.session)
 
 
 def _step_tensor(described: Any, batch_size: int) -> StepTensor:

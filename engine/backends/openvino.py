@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, Target
+from skipstep.backends.denoiser import Enqueue, MakeDenoiser, NetworkSource, RunPart, Target
 from skipstep.backends.early import EarlyParts, graph_failed
 from skipstep.backends.openvino_library import (
     capabilities,
@@ -51,13 +51,7 @@ class EarlyModels(EarlyParts):
         graph, config = self.graphs[name], settings("float32", self.num_threads)
         # setdefault: of two threads one entry stays, and that compiles once.
         made = self._compiled.setdefault(name, Lazy(lambda: compile_model(read_model(graph), "float32", config)))
-        compiled = made.get()
-        try:
-            inputs = {each: given[name] for name, each in input_ports(compiled).items()}
-            results = compiled.create_infer_request().infer(inputs)
-            return {name: results[each] for each in compiled.outputs for name in each.get_names()}
-        except Exception as error:  # OpenVINO's own; a KeyError is an input without a value.
-            raise graph_failed(error) from error
+        return _infer(made.get(), given)
 
 
 class StepModels:
@@ -145,6 +139,29 @@ def denoisers(source: NetworkSource, target: Target) -> MakeDenoiser:
     models = StepModels(source, target, early)
     check_precision(target.precision)
     return models.at
+
+
+def part(graph: bytes, target: Target, *, decodes: bool, tiled: bool) -> RunPart:
+    """In float32, or where it `decodes` in the target's bfloat16 (skipstep.backends.registry.Backend.part)."""
+    precision = "bfloat16" if decodes and target.precision == "bfloat16" else "float32"
+    model = read_model(graph, 1 if tiled else None)
+    compiled = compile_model(model, precision, settings(precision, target.num_threads))
+
+    def run(outputs: Sequence[str], given: Mapping[str, NDArray[Any]]) -> Values:
+        results = _infer(compiled, given)
+        return {name: results[name] for name in outputs}
+
+    return run
+
+
+def _infer(compiled: Any, given: Mapping[str, NDArray[np.generic]]) -> Values:
+    """All outputs by name, in a request of its own. Raises ExportError."""
+    try:
+        inputs = {each: given[name] for name, each in input_ports(compiled).items()}
+        results = compiled.create_infer_request().infer(inputs)
+        return {name: results[each] for each in compiled.outputs for name in each.get_names()}
+    except Exception as error:  # OpenVINO's own; a KeyError is an input without a value.
+        raise graph_failed(error) from error
 
 
 def _check_port(name: str, port: Any, array: NDArray[Any]) -> None:

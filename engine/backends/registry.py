@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, cast
 from skipstep.errors import InputError, MissingDependencyError, check_choice, shown
 
 if TYPE_CHECKING:
-    from skipstep.backends.denoiser import Library, MakeDenoiser, NetworkSource, Target
+    from skipstep.backends.denoiser import Library, MakeDenoiser, NetworkSource, RunPart, Target
+
+
+_PARTS = {"cpu": "skipstep.backends.onnxruntime", "cuda": "skipstep.backends.onnxruntime_cuda"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,8 @@ class Backend:
     `module` holds the function `denoisers`, and is imported when it is needed; it may have one named `capabilities`,
     which says in words what its library has on this machine. `loads_bundles`: it takes graphs or engines of a bundle.
     `precisions` that it runs a network in. `compiles_late`: it makes code for a batch size when that is first needed,
-    and calls `Target.check`.
+    and calls `Target.check`. `parts`: the module whose function `part` runs the other graphs of a pipeline, if that is
+    not ONNX Runtime on the same device.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Backend:
     loads_bundles: bool
     precisions: tuple[str, ...] = ("float32",)
     compiles_late: bool = False
+    parts: str | None = None
 
     def missing(self) -> list[str]:
         """The packages that are not installed."""
@@ -50,6 +55,13 @@ class Backend:
         """A function from the network's batch size to a denoiser. Raises what the backend raises."""
         make: MakeDenoiser = importlib.import_module(self.module).denoisers(source, target)
         return make
+
+    def part(self, graph: bytes, target: Target, *, decodes: bool, tiled: bool) -> RunPart:
+        """A graph of a pipeline: one that `decodes`, after the loop, may round as the target's precision does. `tiled`:
+        its inputs are one row of one size. Raises what the backend raises."""
+        module = importlib.import_module(self.parts or _PARTS[self.device])
+        made: RunPart = module.part(graph, target, decodes=decodes, tiled=tiled)
+        return made
 
 
 _ON_GPU = ("float32", "tf32", "float16", "bfloat16")
@@ -74,6 +86,7 @@ BACKENDS: tuple[Backend, ...] = (
         True,
         ("float32", "bfloat16", "int8"),
         compiles_late=True,
+        parts="skipstep.backends.openvino",
     ),
     Backend(
         "webgpu",

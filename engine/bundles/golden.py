@@ -81,7 +81,7 @@ def replay_golden(
     if isinstance(expected, np.ndarray) and expected.shape == drawn.shape:
         error = float(np.sqrt(np.mean((drawn - expected) ** 2) / np.mean(expected**2)))
     if sampler.runner.pipeline is not None:
-        sampler.runner.pipeline.check()
+        sampler.runner.pipeline.check(_ROUNDED.get(precision, 0.0))
     allowed = allowed_error(golden, precision)
     if not error <= allowed:
         raise IntegrityError(

@@ -275,7 +275,7 @@ class Parts(Protocol):
         """What a bundle holds of it; the first describes the others."""
         ...
 
-    def check(self) -> None:
+    def check(self, rounded: float = 0.0) -> None:
         """Raise IntegrityError where its parts give other numbers than on the machine that made them."""
         ...
 

@@ -17,7 +17,7 @@ from skipstep.networks.spec import NetworkSpec
 from skipstep.networks.weights import DOWNLOAD, find_weights, tensor_shapes
 from skipstep.pipelines.building import CHECKER, DECODERS, SMALL, TEXT_CLASSES, XL, FoundParts
 from skipstep.pipelines.conditions import EMBEDS, POOLED, pooled_name
-from skipstep.pipelines.pipeline import LATENTS, MARGINS, MOMENTS, PICTURES, TOKENS, Pipeline
+from skipstep.pipelines.pipeline import LATENTS, MARGINS, MOMENTS, PICTURES, TOKENS, MakePart, Pipeline
 from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, MASK, UPSCALER, PipelineSpec
 from skipstep.storage.untrusted import read_json_object
 
@@ -32,7 +32,7 @@ _FORMAT: Final = 1
 def export_parts(
     found: FoundParts,
     network: NetworkSpec,
-    num_threads: int | None,
+    make: MakePart,
     report: Callable[[str], None],
     loras: Loras | None = None,
 ) -> Pipeline:
@@ -54,7 +54,7 @@ def export_parts(
         report("export the decoder of previews")
         files[f"{FOLDER}/preview.onnx"] = _graph(found, found.preview, SMALL, "preview")
     inputs = {f"text-{i}": loras.inputs.get(name, {}) for i, (name, _) in enumerate(found.texts)}
-    made = Pipeline(found.spec, files.__getitem__, num_threads=num_threads, inputs=inputs)
+    made = Pipeline(found.spec, files.__getitem__, make, inputs=inputs)
     _check_widths(found, made, network)
     latents = np.random.default_rng(0).standard_normal((1, *found.sample_shape), np.float32)
     files[GOLDEN_FILE] = save(made.golden(latents))

@@ -3,14 +3,14 @@
     prompts ─▶ tokenizers, text encoders ─▶ conditions ─▶ loop ─▶ latents ─▶ decoder ─▶ pictures
     picture ─▶ encoder ─▶ noised latents ──────────────────▲
 
-Every part is an ONNX graph that ONNX Runtime runs on the CPU in float32, wherever the loop is.
+Every part is an ONNX graph, which runs where the loop runs and as the backend has it.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,37 +31,47 @@ from skipstep.pipelines.pictures import (
     squares,
     to_squares,
 )
-from skipstep.pipelines.prompts import plain_sections, weigh, weighted_sections
+from skipstep.pipelines.prompts import Sections, plain_sections, weigh, weighted_sections
 from skipstep.pipelines.spec import FOLDER, GOLDEN_FILE, MASK, SPEC_FILE, PipelineSpec
 from skipstep.pipelines.tokenizer import PromptTokenizer
 from skipstep.reporting import LOGGER
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+    from skipstep.backends.denoiser import RunPart
 
 Array = NDArray[np.float32]
 # Names in the graphs.
 TOKENS, LATENTS, PICTURES, MOMENTS = "tokens", "latents", "pictures", "moments"
 MARGINS: Final = "margins"
+DECODERS: Final = ("decoder", "preview")
+# Some 20 MB of Stable Diffusion's.
+_MAX_PROMPTS: Final = 64
 # Processors sum a float32 product in different orders; of the largest value.
 _GOLDEN_PROMPT, _GOLDEN_TOLERANCE = "a red apple", 1e-3
 
 
+class MakePart(Protocol):
+    """What runs a graph (skipstep.backends.registry.Backend.part)."""
+
+    def __call__(self, graph: bytes, *, decodes: bool, tiled: bool) -> RunPart: ...
+
+
 class Pipeline:
-    """`read(name)` gives the bytes of a part's file, `pipeline/…`. Sessions are made when they are first needed.
-    `inputs`: what a part's graph reads beside what it is called with: the factors of LoRAs."""
+    """`read(name)` gives the bytes of a part's file, `pipeline/…`, and `make` of a graph what runs it, when it is first
+    needed. `inputs`: what a part's graph reads beside what it is called with: the factors of LoRAs."""
 
     def __init__(
         self,
         spec: PipelineSpec,
         read: Callable[[str], bytes],
+        make: MakePart,
         *,
-        num_threads: int | None = None,
         inputs: Mapping[str, Mapping[str, NDArray[Any]]] | None = None,
     ) -> None:
         self._inputs = inputs or {}
-        self.spec, self._read, self._num_threads = spec, read, num_threads
+        self.spec, self._read, self._make = spec, read, make
         self._made: dict[str, Any] = {}
+        self._prompts: dict[tuple[bytes, ...], dict[str, Array]] = {}
         self._lock = threading.RLock()
 
     @property
@@ -87,15 +97,16 @@ class Pipeline:
             found.pop(MASK, None)
         return found
 
-    def check(self) -> None:
-        """Compute the golden prompt and picture again. Raises IntegrityError."""
+    def check(self, rounded: float = 0.0) -> None:
+        """Compute the golden prompt and picture again; `rounded`: the error that the engine's precision may make, of
+        the largest value. Raises IntegrityError."""
         from safetensors.numpy import load
 
         expected = load(self._read(GOLDEN_FILE))
         for name, found in self.golden(expected[LATENTS]).items():
             kept = expected.get(name)
             error = np.inf if kept is None or kept.shape != found.shape else float(np.abs(found - kept).max())
-            bound = _GOLDEN_TOLERANCE * max(1.0, float(np.abs(found).max()))
+            bound = max(_GOLDEN_TOLERANCE, rounded) * max(1.0, float(np.abs(found).max()))
             if not error <= bound:
                 raise IntegrityError(
                     got=f"{name} of the pipeline's golden prompt or picture that are off by {error:.2g}",
@@ -110,30 +121,45 @@ class Pipeline:
     def embed(self, prompts: Sequence[tuple[str, ...]], *, weighted: bool = False) -> dict[str, Array]:
         """Of prompts, a text for each text encoder: EMBEDS `[B, chunks·L, D]` of all encoders side by side, POOLED of
         the last that gives them, of the first chunk, and of several chunks the MASK `[B, chunks·L]`."""
-        distinct = list(dict.fromkeys(prompts))
-        most, read = self.spec.chunks, plain_sections
-        if weighted:
-            read = weighted_sections
-        tokenizers = [self._tokenizer(i) for i in range(len(self.spec.texts))]
-        split = [[each.chunks(read(texts[i]), most) for texts in distinct] for i, each in enumerate(tokenizers)]
-        counts = [max(len(each[row][0]) for each in split) for row in range(len(distinct))]
-        prompt, chunk = np.repeat(np.arange(len(distinct)), counts), np.concatenate([*map(np.arange, counts)])
-        embeds, made = [], dict[str, Array]()
-        for i, text in enumerate(self.spec.texts):
-            empty, plain = tokenizers[i].chunks(plain_sections(""))
-            ids = _filled([each for each, _ in split[i]], empty, counts)
-            weights = _filled([each for _, each in split[i]], plain, counts)
+        read = weighted_sections if weighted else plain_sections
+        distinct = {texts: self._encoded([read(text) for text in texts]) for texts in dict.fromkeys(prompts)}
+        return {name: np.stack([distinct[texts][name] for texts in prompts]) for name in distinct[prompts[0]]}
+
+    def _encoded(self, texts: Sequence[Sections]) -> dict[str, Array]:
+        """A row of `embed`. Each prompt is encoded alone, so its numbers are the same beside any others, and what was
+        encoded lately is kept by its tokens and weights."""
+        given: list[tuple[NDArray[Any], NDArray[Any]]] = []
+        tokenizers = [self._tokenizer(i) for i in range(len(texts))]
+        split = [each.chunks(sections, self.spec.chunks) for each, sections in zip(tokenizers, texts, strict=True)]
+        count = max(len(ids) for ids, _ in split)
+        for tokenizer, (ids, weights) in zip(tokenizers, split, strict=True):
+            blank, plain = (each.repeat(count - len(ids), axis=0) for each in tokenizer.chunks(plain_sections("")))
+            given.append((np.concatenate([ids, blank]), np.concatenate([weights, plain])))
+        key = tuple(array.tobytes() for each in given for array in each)
+        with self._lock:
+            kept = self._prompts.pop(key, None)
+        found = kept or self._encode(given)
+        with self._lock:
+            if not any(self._inputs.values()):  # Factors of LoRAs change in place.
+                self._prompts[key] = found
+            while len(self._prompts) > _MAX_PROMPTS:
+                self._prompts.pop(next(iter(self._prompts)))
+        return found
+
+    def _encode(self, given: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, Array]:
+        """Tokens and weights `[chunks, L]` for each encoder."""
+        embeds, made, most = [], dict[str, Array](), self.spec.chunks
+        for i, (text, (ids, weights)) in enumerate(zip(self.spec.texts, given, strict=True)):
             found = self._run(f"text-{i}", [EMBEDS, POOLED] if text.pooled else [EMBEDS], {TOKENS: ids})
-            placed = np.zeros((len(distinct), most, *found[EMBEDS].shape[1:]), np.float32)
-            placed[prompt, chunk] = weigh(found[EMBEDS], weights)
-            embeds.append(placed.reshape(len(distinct), -1, placed.shape[-1]))
+            placed = np.zeros((most, *found[EMBEDS].shape[1:]), np.float32)
+            placed[: len(ids)] = weigh(found[EMBEDS], weights)
+            embeds.append(placed.reshape(-1, placed.shape[-1]))
             if text.pooled:
-                made[POOLED] = found[POOLED][chunk == 0]
+                made[POOLED] = found[POOLED][0]
         made[EMBEDS] = np.concatenate(embeds, axis=-1)
         if most > 1:
-            made[MASK] = np.repeat(np.arange(most) < np.array(counts)[:, None], ids.shape[1], axis=1).astype(np.float32)
-        rows = [distinct.index(each) for each in prompts]
-        return {name: each[rows] for name, each in made.items()}
+            made[MASK] = np.repeat(np.arange(most) < len(ids), ids.shape[1]).astype(np.float32)
+        return made
 
     def decode(self, latents: Any) -> Array:
         """Pictures float32 `[B, C, H, W]` in [-1, 1] of latents, NumPy or a tensor. Those that the safety checker
@@ -183,14 +209,12 @@ class Pipeline:
         return lambda values: float32(self._run(part, [output], {given: values})[output])
 
     def _run(self, part: str, outputs: Sequence[str], given: Mapping[str, NDArray[Any]]) -> Mapping[str, Any]:
-        from skipstep.backends.onnxruntime import make_session, run_session
+        def made() -> RunPart:
+            graph, decodes = self._read(f"{FOLDER}/{part}.onnx"), part in DECODERS
+            return self._make(graph, decodes=decodes, tiled=decodes or part == "encoder")
 
-        def session() -> InferenceSession:
-            return make_session(
-                self._read(f"{FOLDER}/{part}.onnx"), num_threads=self._num_threads, before_loop=part != "decoder"
-            )
-
-        return run_session(self._held(part, session), outputs, {**self._inputs.get(part, {}), **given})
+        run: RunPart = self._held(part, made)
+        return run(outputs, {**self._inputs.get(part, {}), **given})
 
     def _tokenizer(self, i: int) -> PromptTokenizer:
         name = self.spec.tokenizer_names()[i]
@@ -204,12 +228,6 @@ class Pipeline:
             if name not in self._made:
                 self._made[name] = make()
             return self._made[name]
-
-
-def _filled(given: Sequence[NDArray[Any]], blank: NDArray[Any], counts: Sequence[int]) -> NDArray[Any]:
-    """Chunks of all prompts, one after the other, so many of each."""
-    counted = zip(given, counts, strict=True)
-    return np.concatenate([part for own, count in counted for part in (own, blank.repeat(count - len(own), axis=0))])
 
 
 _OUTPUTS: Final = ("np", "pil")

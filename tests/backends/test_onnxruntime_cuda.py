@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import engine_builds
 import numpy as np
 import onnx
 import onnxruntime
@@ -276,6 +277,24 @@ def test_what_a_session_is_made_with(with_provider):
     assert (name, fallback) == ("CUDAExecutionProvider", "CPUExecutionProvider")
     assert options == {"device_id": "1", "user_compute_stream": str(0x7F00), "enable_cuda_graph": "1", "use_tf32": "0"}
     assert (made.stream, made.cuda_graph) == (stream, True)
+
+
+@pytest.mark.parametrize(
+    ("precision", "decodes", "tf32"), [("float16", True, 1), ("float16", False, 0), ("float32", True, 0)]
+)
+def test_the_other_parts_of_a_pipeline_run_on_the_stream_of_the_loop(with_provider, precision, decodes, tf32):
+    target = Target(device="cuda:0", precision=precision, stream=SimpleNamespace(cuda_stream=0x7F00))
+    onnxruntime_cuda.part(b"", target, decodes=decodes, tiled=True)
+    options = with_provider["providers"][0][1]
+    assert (options["user_compute_stream"], options["use_tf32"]) == (str(0x7F00), str(tf32))
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="it has the provider")
+def test_without_the_provider_they_run_on_the_cpu_and_say_so(caplog):
+    graph = engine_builds.model(helper.make_node("Relu", ["x"], ["y"]))
+    run = onnxruntime_cuda.part(graph, Target(device="cuda:0"), decodes=True, tiled=False)
+    np.testing.assert_array_equal(run(["y"], {"x": np.float32([[-1, 0, 1, 2]])})["y"], [[0, 0, 1, 2]])
+    assert "skipstep[gpu]" in caplog.text
 
 
 def test_a_provider_that_does_not_load(with_provider):

@@ -75,6 +75,24 @@ def test_the_same_pictures_without_torch(saved, tmp_path):
     assert np.abs(drawn - again).max() > 0.01
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_openvino_runs_the_other_parts_too(saved, precision, monkeypatch):
+    library = pytest.importorskip("skipstep.backends.openvino_library")
+    if precision == "bfloat16" and "BF16" not in library.capabilities():
+        pytest.skip("a processor without bfloat16")
+    call = {"prompt": "the cat", "negative_prompt": "a dog", "guidance_scale": 7.5, "steps": 4, "seeds": [1]}
+    latents = saved[1].sample(**call, output_type="latent")
+    expected = saved[1].decode(latents)
+    encoded, rounded = saved[1].encode(expected), 0.0 if precision == "float32" else 0.05
+    monkeypatch.setattr(skipstep.backends.onnxruntime, "part", None)
+    with skipstep.load(saved[0], backend="openvino", precision=precision) as engine:
+        pictures = engine.decode(latents)
+        np.testing.assert_allclose(pictures, expected, atol=max(tolerances.BACKENDS_AGREE, rounded))
+        assert (np.abs(pictures - expected).max() > tolerances.BACKENDS_AGREE) == (precision == "bfloat16")
+        np.testing.assert_allclose(engine.encode(expected), encoded, atol=tolerances.BACKENDS_AGREE)
+        engine.runner.pipeline.check(rounded)
+
+
 @pytest.mark.parametrize("shipped", [False, True])
 def test_pictures_from_the_command_line(saved, tmp_path, capsys, monkeypatch, shipped):
     arguments = ["--prompt", "a cat", "the dog", "--num", "3", "--steps", "4", "--out", str(tmp_path / "out")]

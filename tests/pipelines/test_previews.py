@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from tiny_pipelines import small_decoder, tiny_pipeline
 
 from skipstep import Engine
+from skipstep.backends import onnxruntime
+from skipstep.backends.denoiser import Target
 from skipstep.errors import InputError, ModelFormatError
 from skipstep.pipelines.pictures import fit_preview
 from skipstep.pipelines.pipeline import Pipeline
@@ -61,7 +64,8 @@ def test_a_small_decoder_is_one_of_the_parts(tmp_path):
         files = dict(engine.runner.pipeline.files())
     with torch.no_grad():
         expected = small.decode(torch.from_numpy(latents)).sample.clip(-1, 1)
-    read = Pipeline(read_pipeline_spec(files[SPEC_FILE], 4), files.__getitem__)  # As from a bundle.
+    make = partial(onnxruntime.part, target=Target())
+    read = Pipeline(read_pipeline_spec(files[SPEC_FILE], 4), files.__getitem__, make)  # As from a bundle.
     np.testing.assert_allclose(read.preview(latents), expected, atol=tolerances.PIPELINE_LATENTS)
     small_decoder(latent_channels=3).save_pretrained(tmp_path / "other")
     with pytest.raises(ModelFormatError, match="3 latent channels"):

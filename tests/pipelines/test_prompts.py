@@ -86,3 +86,20 @@ def test_the_second_encoder_reads_its_own_prompt(case):
         with pytest.raises(InputError, match="negative_prompt_2 without"):
             engine.sample(steps=4, seeds=[1], prompt="a", negative_prompt_2="b", guidance_scale=2.0)
     compare(found, pipeline, [5, 6][:count], steps=4, guidance_scale=7.5, **given)
+
+
+def test_a_prompt_is_encoded_once_whatever_is_beside_it():
+    with Engine.build(str(tiny_pipeline("sd")[1]), plans=[4], backend="onnxruntime", device="cpu") as engine:
+        pipeline, encoded = engine.runner.pipeline, []
+        encode = pipeline._encode
+        pipeline._encode = lambda given: encoded.append(given) or encode(given)
+        both = pipeline.embed([("a red cat",), ("a dog",)])["embeds"]
+        np.testing.assert_array_equal(pipeline.embed([("a dog",)])["embeds"][0], both[1])
+        assert len(encoded) == 2
+        weighted = pipeline.embed([("a (dog:1.3)",)], weighted=True)["embeds"]
+        assert len(encoded) == 3
+        assert np.abs(weighted - both[1:]).max() > 0.01
+        for number in range(70):
+            pipeline.embed([(f"{number} cats",)])
+        np.testing.assert_array_equal(pipeline.embed([("a red cat",)])["embeds"][0], both[0])
+        assert len(encoded) == 74
