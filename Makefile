@@ -31,7 +31,7 @@ help:
 	@echo "make bench-compare   measure a few cases and fail if skipstep is slower than this machine class's baseline"
 	@echo "make bench-baseline  measure them with more rounds and make that the baseline"
 	@echo "make evaluate measure every sampler on the shipped model; writes bench/results/evaluation/"
-	@echo "make families measure what each family of networks was tested with; writes a finding and engine/networks/README.md"
+	@echo "make families measure what each family of networks and each pipeline was tested with; writes findings and engine/networks/README.md"
 	@echo "make outside  run Ray and Triton Inference Server on this machine, and measure both"
 	@echo "make pipeline-latency  time text to picture at Stable Diffusion 1.5's size beside diffusers and OpenVINO"
 	@echo "make data     fetch Fashion-MNIST (31 MB, a Debian package) into .data/"
@@ -175,6 +175,9 @@ pictograms-bundle: $(VENV)/.dev
 		--steps 10 20 50
 	$(BIN)/python -c '$(NAMES)' | xargs --delimiter='\n' \
 		$(BIN)/skipstep tune engine/demo/pictograms.bundle --steps 4 6 8 --guidance 3 --rounds 4 --prompt
+	$(BIN)/skipstep sample --steps 6 20 --out out/pictograms/sample --prompt "red apple" "blue heart" "crescent moon" \
+		"cat face" hamburger sunflower rocket snowman "blue apple" "red cat face"
+	cp out/pictograms/sample/grid.png bench/results/pictograms.png
 
 # The attacks, a hundred thousand cases of each kind of file, and how many there were, if none succeeded.
 ATTACKS := tests/test_public_arguments.py tests/test_further_arguments.py tests/test_kills.py \
@@ -209,6 +212,8 @@ pipeline-latency: $(VENV)/.test
 families: $(VENV)/.dev
 	OMP_NUM_THREADS=1 SKIPSTEP_FAMILIES=bench/results/findings/families.json \
 		$(BIN)/python -m pytest tests/networks/test_matrix.py -m ""
+	OMP_NUM_THREADS=1 SKIPSTEP_PIPELINES=bench/results/findings/pipelines.json \
+		$(BIN)/python -m pytest tests/pipelines -m ""
 	$(MAKE) readme-tables
 
 # Debian's package of Fashion-MNIST, unpacked here: no root is needed, and nothing is installed.
@@ -229,7 +234,7 @@ $(PICTOGRAMS)/pictograms.npz: | $(VENV)/.test
 
 pictograms: $(VENV)/.dev $(PICTOGRAMS)/pictograms.npz
 	$(BIN)/python -m skipstep.bench.quality.train_pictograms --keep-every 2500 --out out/pictograms
-	$(BIN)/python -m skipstep.bench.quality.evaluate_pictograms out/pictograms/model-* \
+	$(BIN)/python -m skipstep.bench.quality.evaluate_pictograms out/pictograms/model-* out/pictograms/model \
 		--out bench/results/findings/pictograms.json
 
 # On the GPU machine torch and triton are there already, and there may be no registry: nothing is downloaded. What else

@@ -133,7 +133,7 @@ def main() -> None:
         with Engine.build(str(folder), plans=[options.steps], batch_sizes=[1, 16], device="cpu") as engine:
             for guidance in options.guidance:
                 row = evaluate(engine, names, nearest, options.steps, guidance)
-                table.append([folder.name.rpartition("-")[2].lstrip("0"), *row])
+                table.append([folder.name.partition("-")[2].lstrip("0") or "all", *row])
                 print(*table[-1], sep=", ", flush=True)
     facts = environment()
     contents = {

@@ -156,7 +156,7 @@ def make_task(data: Path, widths: tuple[int, ...] = WIDTHS) -> Task:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DEFAULT_FILE, help="what `make pictograms-data` drew")
-    add_options(parser, epochs=200, batch_size=32, lr=6e-4, average=0.9995)
+    add_options(parser, epochs=342, batch_size=32, lr=6e-4, average=0.9995)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     # Written out: the backward pass of the fused attention is a third of a step in bfloat16 on a CPU.
