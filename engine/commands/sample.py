@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from skipstep.commands.models import MODEL_FORMS, add_model_options, model_options, plan_options
 from skipstep.commands.progress import elapsed_progress
-from skipstep.demo import PICTOGRAMS, PICTOGRAMS_GUIDANCE, SHIPPED_BUNDLE, checked_model
+from skipstep.demo import PICTOGRAMS, PICTOGRAMS_GUIDANCE, SHIPPED_BUNDLE, SHIPPED_BUNDLES, checked_model
 from skipstep.errors import InputError
 from skipstep.latency.table import format_table
 from skipstep.storage.atomic import check_writable, storage_errors
@@ -31,7 +31,7 @@ examples:
   skipstep sample
       the shipped model (Fashion-MNIST clothes), 20 steps, ten samples
   skipstep sample --prompt "red apple" "blue heart" --steps 6 20
-      the pictograms' model, once make pictograms-bundle has made it: it draws them from their names
+      the pictograms' model (in a checkout of the repository), which draws them from their names
   skipstep sample --steps 10 20 50 --classes sneaker bag --num 8 --guidance 2
       the same eight samples with three step counts: what skipping steps costs
   skipstep sample --model ./my-bundle --steps 20
@@ -51,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         type=Path,
-        help=f"a bundle, {MODEL_FORMS} (default: the shipped clothes; with --prompt what make pictograms-bundle made)",
+        help=f"a bundle, {MODEL_FORMS} (default: the shipped clothes; with --prompt the pictograms)",
     )
     parser.add_argument(
         "--steps", type=int, nargs="+", default=[20], metavar="S", help="step counts, one grid row each (default: 20)"
@@ -238,7 +238,7 @@ def open_engine(options: argparse.Namespace, *, batch_sizes: Sequence[int]) -> E
         options.model,
         backend=options.backend,
         precision=options.precision,
-        allow_hard_links=options.model in (SHIPPED_BUNDLE, PICTOGRAMS),
+        allow_hard_links=options.model in SHIPPED_BUNDLES,
         compile_on_miss=True,
     )
 

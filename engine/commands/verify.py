@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from skipstep.demo import SHIPPED_BUNDLE
+from skipstep.demo import SHIPPED_BUNDLE, SHIPPED_BUNDLES
 
 DESCRIPTION = "Hash every file of a bundle, check its signature where one is required, and draw its golden samples."
 
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     from skipstep.bundles.bundle import open_bundle
     from skipstep.bundles.golden import allowed_error, replay_golden
 
-    shipped = options.bundle == SHIPPED_BUNDLE
+    shipped = options.bundle in SHIPPED_BUNDLES
     bundle = open_bundle(options.bundle, require_signature=options.require_signature, allow_hard_links=shipped)
     signed = "signed" if bundle.signed else "unsigned"
     print(

@@ -195,3 +195,17 @@ def test_a_description_that_makes_no_sense_is_refused(copied, change):
     _replaced(copied, "pipeline/pipeline.json", json.dumps(contents).encode())
     with pytest.raises(BundleError):
         skipstep.load(copied)
+
+
+def test_the_shipped_pictograms_are_what_their_prompts_name():
+    assert main(["verify", str(demo.PICTOGRAMS)]) == 0
+    with skipstep.load(demo.PICTOGRAMS, allow_hard_links=True) as engine:
+        assert {plan.steps for plan in engine.plans.values() if plan.solver == "fitted"} == {4, 6, 8}
+        call = {"prompt": ["red apple", "blue heart"], "seeds": [0, 1], "guidance_scale": demo.PICTOGRAMS_GUIDANCE}
+        for steps in (6, 20):
+            apple, heart = engine.sample(steps=steps, **call)
+            for picture, color in ((apple, 0), (heart, 2)):
+                inside, corner = picture[:, 12:20, 12:20].mean(axis=(1, 2)), picture[:, :2, :2]
+                assert inside.argmax() == color
+                assert inside[color] > inside.mean() + 0.3
+                assert corner.min() > 0.9, "the corner is white"
