@@ -108,11 +108,12 @@ types: $(VENV)/.dev
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p skipstep
 
 # To measure one part, run its line alone. After an interruption, what was measured at this commit is kept.
-BENCH_CASES := --plans 10,20,50 --batch 1,4,16 --resume
+CONTENDERS := textbook,skipstep,skipstep-openvino,skipstep-torch,diffusers,diffusers-compile,onnxruntime,network,openvino
+BENCH := bench --resume --contenders $(CONTENDERS)
 bench: $(VENV)/.dev
-	$(BIN)/skipstep bench --model fashion-mnist $(BENCH_CASES) --budget 20 --rounds 9 --measure throughput,process \
-		--out out/bench/fashion-mnist-cpu.json
-	$(BIN)/skipstep bench --model cifar10-architecture $(BENCH_CASES) --budget 20 --rounds 7 --measure process \
+	$(BIN)/skipstep $(BENCH) --model fashion-mnist --plans 10,20,50 --batch 1,4,16 --budget 20 --rounds 9 \
+		--measure throughput,process --out out/bench/fashion-mnist-cpu.json
+	$(BIN)/skipstep $(BENCH) --model cifar10-architecture --plans 10 --batch 1 --budget 15 --rounds 7 --measure process \
 		--out out/bench/cifar10-cpu.json
 	cp out/bench/fashion-mnist-cpu.json out/bench/cifar10-cpu.json $(RUNS)
 	$(MAKE) readme-tables
@@ -200,7 +201,7 @@ outside: $(VENV)/.test
 
 # Text to picture beside diffusers and openvino_genai, which is in an environment that sees this one. 20 GB of memory.
 GENAI := build/genai
-PIPELINE_LATENCY := --side 256 --rounds 1 --out bench/results/findings/pipeline-latency.json
+PIPELINE_LATENCY := --side 256 --rounds 3 --guidance 1 --out bench/results/findings/pipeline-latency.json
 pipeline-latency: $(VENV)/.test
 	test -x $(GENAI)/bin/python || $(PYTHON) -m venv $(GENAI)
 	$(GENAI)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'openvino-genai==2026.4.*' \

@@ -56,7 +56,8 @@ def contenders_table(results: Path) -> str:
         faster = {entry.contender: panel.faster(entry.contender).get(STEPS, 0.0) for entry in entries}
         for entry in sorted(entries, key=lambda entry: -faster[entry.contender]):
             off = "–" if entry.error is None else f"{entry.error:.1g} of {entry.tolerance or 0:g}"
-            ratio = f"{faster[entry.contender]:.2f}×"
+            # Without a textbook loop in its precision there is no ratio.
+            ratio = f"{faster[entry.contender]:.2f}×" if faster[entry.contender] else "–"
             rows.append([panel.subject, entry.contender, f"{entry.median * 1e3:.0f}", ratio, off])
     header = ["network", "contender", "ms", "against textbook", "off by, of at most"]
     return markdown(header, rows) + f"\n\n{STEPS} steps at batch 1. {_where(runs)}."
