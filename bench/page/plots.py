@@ -222,7 +222,7 @@ def _draw(plot: Plot, colours: Mapping[str, str], **options: Any) -> bytes:
         if plot.ticks:
             axes.set_xticks(plot.ticks, [str(tick) for tick in plot.ticks])
         if legend:
-            axes.set_title(_short(plot.title, 60), fontsize=10, loc="left", pad=10)
+            axes.set_title(_short(plot.title, 60), fontsize=9, loc="left", pad=10)
             marks = [Line2D([], [], color=colours[each.role], marker=each.marker) for each in plot.lines]
             names = [_short(each.label, 36) for each in plot.lines]
             figure.legend(marks, names, loc="outside lower left", ncols=2, fontsize=7.5)
